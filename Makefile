@@ -1,0 +1,63 @@
+# The version of torch the project is developed on. `make test TORCH=2.11.0` tests another one, in its own environment.
+TORCH_PIN := 2.13.0
+TORCH ?= $(TORCH_PIN)
+# The Python (>= 3.11) that makes the environments.
+PYTHON ?= python3
+
+VENV := .venv$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
+BIN := $(VENV)/bin
+# Names the version of torch, so that a new pin installs it.
+STAMP := $(VENV)/.installed-torch-$(TORCH)
+# The package as it is installed, made of links: rampde_fx/* and passes/ as rampde_fx/passes.
+TREE := build/tree
+
+.DEFAULT_GOAL := help
+.PHONY: help venv tree lint format test test-fast doctest demo clean
+
+help: ## list the targets
+	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## make the environment (.venv, or .venv-VERSION with TORCH=VERSION)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-torch-*
+	$(BIN)/python -m pip install torch==$(TORCH)
+	$(BIN)/python -m pip install -e ".[dev,examples]"
+	touch $@
+
+tree:
+	@rm -rf $(TREE)
+	@mkdir -p $(TREE)/rampde_fx
+	@ln -s $(addprefix ../../../,$(wildcard rampde_fx/*.py rampde_fx/py.typed) passes) $(TREE)/rampde_fx/
+
+lint: $(STAMP) tree ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p rampde_fx
+
+format: $(STAMP) ## let ruff mend and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint, all tests (those with Inductor need a C++ compiler), doctests
+	$(BIN)/python -m pytest --durations=15
+	$(MAKE) doctest
+
+test-fast: $(STAMP) ## the tests marked neither inductor nor slow
+	$(BIN)/python -m pytest -m "not inductor and not slow"
+
+# Status 5: there is no doctest.
+doctest: $(STAMP) tree ## the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules $(TREE)/rampde_fx || [ $$? -eq 5 ]
+
+demo: export MPLBACKEND := Agg
+demo: $(STAMP) ## train the density examples in float16, beside float32
+	$(BIN)/python examples/density.py --data 8gaussians --dtype float16 --compare --out examples/out/density
+	$(BIN)/python examples/density.py --data digits --dtype float16 --compare --out examples/out/density
+
+clean: ## remove the environments, caches and outputs
+	rm -rf .venv .venv-* build dist *.egg-info examples/out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find rampde_fx passes tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

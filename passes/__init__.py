@@ -1,0 +1,5 @@
+"""The pipeline's passes, one per file, in this order:
+
+find_loops, roll_loop, hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, scale_adjoint,
+store_states, emit_loop. rampde_fx.backend calls them; no pass imports another.
+"""

@@ -1,0 +1,103 @@
+"""Find the marked integration loops of a captured graph.
+
+Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
+After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
+
+Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
+Ensures:  loops in graph order; iteration k holds the nodes between marker k and the next one.
+Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a loop, a loop inside a torch.func
+          transform or under autocast, and a loop outside mixed_precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.graphs import user_line
+from rampde_fx.loop import MarkedLoop
+from rampde_fx.policy import PrecisionPolicy
+
+STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
+END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default}
+FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
+
+
+def has_loop(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph holds any marker."""
+    return any(node.target in STEP for node in graph_module.graph.nodes)
+
+
+def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:
+    """Find the marked loops; gradients and autocast say whether each is on where the graph begins."""
+    loops: list[MarkedLoop] = []
+    open_loop: MarkedLoop | None = None
+    transforms = 0
+    for node in graph_module.graph.nodes:
+        if node.target in STEP:
+            if node.args[1] == 0:
+                _check_surroundings(node, open_loop, transforms, autocast)
+                open_loop = _opened(node, gradients)
+            assert open_loop is not None, "iteration 0 comes first"
+            open_loop.markers.append(node)
+            open_loop.iterations.append([])
+        elif node.target in END and open_loop is not None:
+            loops.append(_closed(open_loop, node))
+            open_loop = None
+        elif open_loop is not None and node.op != "output":
+            open_loop.iterations[-1].append(node)
+        elif open_loop is None:
+            gradients = node.args[0] if node.target is torch._C._set_grad_enabled else gradients
+            autocast += _opens(node, "_enter_autocast") - _opens(node, "_exit_autocast")
+            transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
+    if open_loop is not None:
+        raise _left_early(open_loop)
+    return loops
+
+
+def _opens(node: fx.Node, suffix: str) -> int:
+    return int(node.op == "call_function" and getattr(node.target, "__name__", "").endswith(suffix))
+
+
+def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
+    policy = marker.args[2]
+    if not policy:
+        raise UnsupportedLoopError(
+            "a loop over rampde_fx.steps(t) runs outside of any mixed_precision target",
+            required="a policy for every loop that the rampde_fx backend compiles",
+            fix="decorate the Module or the function that holds the loop with @rampde_fx.mixed_precision",
+            where=user_line(marker),
+        )
+    return MarkedLoop(PrecisionPolicy.decode(str(policy)), [], marker, [], gradients)
+
+
+def _closed(loop: MarkedLoop, end: fx.Node) -> MarkedLoop:
+    return MarkedLoop(loop.policy, loop.markers, end, loop.iterations, loop.differentiated)
+
+
+def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
+    return UnsupportedLoopError(
+        f"a loop over steps(t) was left after iteration {len(loop.markers)}, before steps(t) was exhausted",
+        required="a loop that runs over all of its steps",
+        fix=FIX_EARLY_EXIT,
+        where=user_line(loop.markers[-1]),
+    )
+
+
+def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int, autocast: bool) -> None:
+    if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:
+        raise _left_early(open_loop)
+    found, fix = "", ""
+    if open_loop is not None:
+        found = "a loop over steps(t) begins before the one around it has ended (a nested loop, or a break)"
+        fix = FIX_EARLY_EXIT + "; of two nested loops leave the inner one unmarked: write range(len(t) - 1)"
+    elif transforms:
+        found, fix = "a loop over steps(t) runs inside a torch.func transform", "differentiate with backward() outside"
+    elif autocast:
+        found = "a loop over steps(t) runs under torch.autocast"
+        fix = "end the autocast region before the loop: the policy alone sets the loop's dtypes"
+    if found:
+        raise UnsupportedLoopError(
+            found, required="a marked loop that stands by itself", fix=fix, where=user_line(marker)
+        )

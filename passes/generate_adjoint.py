@@ -1,0 +1,306 @@
+"""Generate the adjoint of a step: its exact transpose, which recomputes the step.
+
+Before:  step(y, t, dt, w):  k = velocity_0(y, w);  y_next = y + dt * k
+After:   adjoint(a, y, dt, w):  k, saved = velocity_0_forward(y, w);  b = dt * a;  dy, dw = velocity_0_pullback(saved, b)
+         returns a + dy, dw
+
+For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a and (dPhi/dw)^T a. Every node is
+transposed by torch's own derivative of that one operation; every velocity evaluation is one VJP, with a pullback
+submodule that takes and returns the accumulation dtype.
+
+Requires: a lowered Loop.
+Ensures:  results only for carries, per-step inputs and invariants whose gradient is wanted; no state, time or
+          gradient node below the accumulation dtype outside of the velocity submodules.
+Raises:   UnsupportedVelocityError for an operation without a derivative.
+Source:   arXiv 2510.23498, the discrete adjoint; Griewank and Walther, Evaluating Derivatives, 2008, chapter 3.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.errors import UnsupportedVelocityError
+from rampde_fx.loop import Loop
+
+Slot = tuple[fx.Node, int]  # a node of the step, and which of its outputs
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """A velocity split in two: forward(inputs) -> outputs, residuals; pullback(residuals, cotangents) -> gradients.
+
+    Attributes:
+        forward: Name of the submodule that evaluates the velocity and returns its residuals too.
+        pullback: Name of the submodule that maps residuals and cotangents to gradients.
+        outputs: Number of outputs of the velocity.
+        residuals: For every residual the input that it is, or None where the forward computes it.
+        cotangents: Indices of the outputs whose cotangents the pullback takes.
+        gradients: Indices of the inputs whose gradients it returns.
+    """
+
+    forward: str
+    pullback: str
+    outputs: int
+    residuals: tuple[int | None, ...]
+    cotangents: tuple[int, ...]
+    gradients: tuple[int, ...]
+
+
+def generate_adjoint(loop: Loop) -> Loop:
+    """Add the adjoint of the step, if a backward can be asked for."""
+    if not loop.differentiated:
+        return loop
+    active = find_active(loop)
+    needs_grad = tuple(n in active for n in graphs.placeholders(loop.step))
+    return _Transposition(replace(loop, needs_grad=needs_grad), active).run()
+
+
+def find_active(loop: Loop) -> set[fx.Node]:
+    """The floating nodes that depend on something whose gradient is wanted; a carry does if its next value does."""
+    nodes = graphs.placeholders(loop.step)
+    sources = {node for node, needed in zip(nodes, loop.needs_grad, strict=True) if needed}
+    while True:
+        reached = graphs.depends_on(loop.step.graph, sources)
+        nexts = zip(nodes[: loop.carries], graphs.results(loop.step), strict=False)
+        more = {carry for carry, after in nexts if after in reached and graphs.is_float(carry)}
+        if more <= sources:
+            return {node for node in reached if graphs.is_float(node) or isinstance(graphs.value(node), (tuple, list))}
+        sources |= more
+
+
+class _Transposition:
+    """One sweep forward over the step, one in reverse."""
+
+    def __init__(self, loop: Loop, active: set[fx.Node]) -> None:
+        self.loop, self.active = loop, active
+        self.adjoint = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        self.graph = self.adjoint.graph
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.residuals: dict[fx.Node, list[fx.Node]] = {}
+        self.cotangents: dict[Slot, fx.Node] = {}
+        self.pullbacks: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Pullback] = {}
+        self.used: dict[fx.Node, Pullback] = {}
+
+    def run(self) -> Loop:
+        """The loop with its adjoint."""
+        nodes = graphs.placeholders(self.loop.step)
+        inputs = self._placeholders(nodes)
+        for node in graphs.body(self.loop.step):
+            self._copy_forward(node)
+        for node in reversed(graphs.body(self.loop.step)):
+            if node in self.active and node.target is not operator.getitem:
+                self._transpose(node)
+        gradients = self._gradients(nodes)
+        self.graph.output(tuple(gradients.values()))
+        graphs.refresh(self.adjoint, [graphs.value(node) for node, _ in inputs])
+        kept = [pair for pair in inputs if pair[0].users or pair[1][0] == "cotangent"]
+        for node, kind in inputs:
+            if (node, kind) not in kept:
+                self.graph.erase_node(node)
+        self.adjoint.recompile()
+        return replace(
+            self.loop,
+            adjoint=self.adjoint,
+            adjoint_inputs=tuple(kind for _, kind in kept),
+            adjoint_results=tuple(gradients),
+        )
+
+    def _placeholders(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, tuple[str, int]]]:
+        made: list[tuple[fx.Node, tuple[str, int]]] = []
+        for j, result in enumerate(graphs.results(self.loop.step)):
+            carried = j < self.loop.carries and nodes[j] in self.active
+            if carried or (j >= self.loop.carries and result in self.active):
+                like = nodes[j] if carried else result
+                name = f"adjoint_{nodes[j].name}" if carried else f"cotangent_{j - self.loop.carries}"
+                made.append((self._placeholder(name, like), ("cotangent", j)))
+                if result in self.active:
+                    self._add(self._slot(result), made[-1][0])
+        for i, node in enumerate(nodes):
+            self.env[node] = self._placeholder(node.name, node)
+            made.append((self.env[node], ("operand", i)))
+        return made
+
+    def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = torch_private.detached(graphs.value(like))
+        return node
+
+    def _slot(self, node: fx.Node) -> Slot:
+        """A getitem is an output of the node that it reads."""
+        return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
+
+    def _add(self, slot: Slot, cotangent: fx.Node) -> None:
+        before = self.cotangents.get(slot)
+        with_sum = before is not None
+        self.cotangents[slot] = (
+            self.graph.call_function(torch.ops.aten.add.Tensor, (before, cotangent)) if with_sum else cotangent
+        )
+
+    def _copy_forward(self, node: fx.Node) -> None:
+        if node.op != "call_module":
+            self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+            if node.op == "get_attr":
+                setattr(self.adjoint, str(node.target), getattr(self.loop.step, str(node.target)))
+            return
+        wanted = tuple(i for i, arg in enumerate(node.args) if arg in self.active)
+        outputs = tuple(sorted(user.args[1] for user in node.users if user in self.active))
+        args = tuple(self.env[arg] for arg in node.args)
+        pullback = self._pullback(str(node.target), wanted, outputs)
+        call = self.graph.call_module(pullback.forward, args)
+        self.env[node] = call
+        computed = iter(range(pullback.outputs, pullback.outputs + pullback.residuals.count(None)))
+        self.residuals[node] = [
+            args[i] if i is not None else self.graph.call_function(operator.getitem, (call, next(computed)))
+            for i in pullback.residuals
+        ]
+        self.used[node] = pullback
+
+    def _pullback(self, name: str, wanted: tuple[int, ...], outputs: tuple[int, ...]) -> Pullback:
+        key = (name, wanted, outputs)
+        if key not in self.pullbacks:
+            same = sum(known[0] == name for known in self.pullbacks)
+            prefix = f"{name}_{same}" if same else name
+            velocity = self.loop.step.get_submodule(name)
+            self.pullbacks[key], forward, backward = split_pullback(velocity, wanted, outputs, prefix)
+            self.adjoint.add_submodule(f"{prefix}_forward", forward)
+            self.adjoint.add_submodule(f"{prefix}_pullback", backward)
+        return self.pullbacks[key]
+
+    def _transpose(self, node: fx.Node) -> None:
+        given = {index: ct for (owner, index), ct in self.cotangents.items() if owner is node}
+        if not given:
+            return
+        if node.op == "call_module":
+            gradients = self._call_pullback(node, given)
+        else:
+            gradients = self._inline_vjp(node, given)
+        for operand, gradient in gradients:
+            self._add(self._slot(operand), gradient)
+
+    def _call_pullback(self, node: fx.Node, given: dict[int, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+        pullback = self.used[node]
+        values = {user.args[1]: self.env[user] for user in node.users}
+        cotangents = [
+            given[i] if i in given else self.graph.call_function(torch.ops.aten.zeros_like.default, (values[i],))
+            for i in pullback.cotangents
+        ]
+        call = self.graph.call_module(pullback.pullback, (*self.residuals[node], *cotangents))
+        call.meta["cotangents"] = len(cotangents)
+        items = [self.graph.call_function(operator.getitem, (call, j)) for j in range(len(pullback.gradients))]
+        return [(node.args[i], item) for i, item in zip(pullback.gradients, items, strict=True)]
+
+    def _inline_vjp(self, node: fx.Node, given: dict[int, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+        operands = node.all_input_nodes
+        wanted = [i for i, operand in enumerate(operands) if operand in self.active]
+        vjp = _trace_vjp(_operation_of(node), [graphs.value(p) for p in operands], wanted, given, node)
+        env = dict(zip(graphs.placeholders(vjp), [*(self.env[p] for p in operands), *given.values()], strict=True))
+        gradients = self.graph.graph_copy(vjp.graph, env)
+        return [(operands[i], g) for i, g in zip(wanted, gradients, strict=True) if g is not None]
+
+    def _gradients(self, nodes: list[fx.Node]) -> dict[int, fx.Node]:
+        """The gradient of every active placeholder by index; an active carry's is zero where nothing reads it."""
+        found: dict[int, fx.Node] = {}
+        for i, node in enumerate(nodes):
+            gradient = self.cotangents.get((node, 0)) if node in self.active else None
+            if gradient is None and node in self.active and i < self.loop.carries:
+                gradient = self.graph.call_function(torch.ops.aten.zeros_like.default, (self.env[node],))
+            if gradient is not None:
+                found[i] = gradient
+        return found
+
+
+def _operation_of(node: fx.Node) -> Callable[..., Any]:
+    """The node as a function of its distinct operands."""
+
+    def operation(*values: Any) -> Any:
+        env = dict(zip(node.all_input_nodes, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        return node.target(*args, **kwargs)
+
+    return operation
+
+
+def _differentiate(
+    function: Callable[..., Any], values: list[Any], wanted: list[int] | tuple[int, ...], given: dict[int, torch.Tensor]
+) -> tuple[Any, list[Any]]:
+    """The function's outputs, and the gradients of the wanted operands for the given cotangents of outputs."""
+    leaves = [v.detach().requires_grad_() if i in wanted else v for i, v in enumerate(values)]
+    outputs = function(*leaves)
+    flat = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    reached = {i: cotangent for i, cotangent in given.items() if flat[i].requires_grad}
+    if not reached:
+        return flat, [None] * len(wanted)
+    gradients = torch.autograd.grad(
+        [flat[i] for i in reached], [leaves[i] for i in wanted], list(reached.values()), allow_unused=True
+    )
+    return flat, list(gradients)
+
+
+def _trace_vjp(
+    function: Callable[..., Any], values: list[Any], wanted: list[int], given: dict[int, fx.Node], node: fx.Node
+) -> fx.GraphModule:
+    outputs = list(given)
+
+    def vjp(*args: Any) -> list[Any]:
+        cotangents = dict(zip(outputs, args[len(values) :], strict=True))
+        return _differentiate(function, list(args[: len(values)]), wanted, cotangents)[1]
+
+    value = graphs.value(node)
+    like = list(value) if isinstance(value, (tuple, list)) else [value]
+    cotangents = [torch_private.detached(like[i]) for i in outputs]
+    try:
+        return torch_private.trace(vjp, [*values, *cotangents])
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedVelocityError(
+            f"the operation {node.target} has no derivative that can be traced: {error}",
+            required="a step that torch can differentiate",
+            fix="detach what needs no gradient, or write the operation by others",
+            where=graphs.user_line(node),
+        ) from error
+
+
+def split_pullback(
+    velocity: fx.GraphModule, wanted: tuple[int, ...], outputs: tuple[int, ...], prefix: str
+) -> tuple[Pullback, fx.GraphModule, fx.GraphModule]:
+    """Differentiate a velocity, and split the joint graph into a forward with residuals and a pullback."""
+    inputs = graphs.placeholders(velocity)
+    values = [graphs.value(node) for node in inputs]
+    results = graphs.results(velocity)
+    tangents = [torch_private.detached(graphs.value(results[i])) for i in outputs]
+    present: list[int] = []
+
+    def joint(*args: Any) -> list[Any]:
+        given = dict(zip(outputs, args[len(values) :], strict=True))
+        flat, gradients = _differentiate(fx.Interpreter(velocity).run, list(args[: len(values)]), wanted, given)
+        present[:] = [i for i, gradient in zip(wanted, gradients, strict=True) if gradient is not None]
+        return [*flat, *(gradient for gradient in gradients if gradient is not None)]
+
+    traced = torch_private.trace(joint, [*values, *tangents])
+    names = [node.name for node in inputs] + [f"cotangent_{i}" for i in range(len(outputs))]
+    traced = graphs.named(traced, names)
+    nodes, found = graphs.placeholders(traced), graphs.results(traced)
+    primals, cotangents = nodes[: len(values)], nodes[len(values) :]
+    backward = graphs.depends_on(traced.graph, cotangents)
+    ahead = [node for node in graphs.body(traced) if node not in backward]
+    gradients = found[len(results) :]
+    residuals = [n for n in [*primals, *ahead] if any(u in backward for u in n.users) or n in gradients]
+    computed = [node for node in residuals if node not in primals]
+    forward = graphs.extract(traced, ahead, primals, [*found[: len(results)], *computed])
+    behind = [node for node in graphs.body(traced) if node in backward]
+    pullback = graphs.extract(traced, behind, [*residuals, *cotangents], gradients)
+    plan = Pullback(
+        forward=f"{prefix}_forward",
+        pullback=f"{prefix}_pullback",
+        outputs=len(results),
+        residuals=tuple(primals.index(n) if n in primals else None for n in residuals),
+        cotangents=outputs,
+        gradients=tuple(present),
+    )
+    return plan, graphs.refresh(forward), graphs.refresh(pullback)

@@ -1,0 +1,164 @@
+"""Compare the iterations of a marked loop and divide them into runs of equal ones.
+
+Before:  iteration 0: mul(dt_0, k_0), add(y_init, mul);   iteration 1: mul_1(dt_1, k_1), add_1(add, mul_1);   ...
+After:   one Run with the carry y: y_init at first, then the value at the position of add in the iteration before.
+
+Two iterations are equal if they apply the same operations with the same constants to values from the same places. A
+value that iteration k takes from iteration k - d, and the first d iterations take from outside, is a carry (d > 1 in
+multistep methods). What differs but comes from outside is a per-step input; an operation whose constant differs but
+whose operands all come from outside (weights[i]) is moved before the loop and becomes one.
+
+Requires: a MarkedLoop.
+Ensures:  every iteration belongs to one run; iterations that differ from their neighbours are runs of one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from rampde_fx.graphs import value
+from rampde_fx.loop import MarkedLoop, Run, Source
+
+Key = int | str
+Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a value from outside
+IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")}
+
+
+def match_iterations(marked: MarkedLoop) -> Run:
+    """The longest run of equal iterations at the beginning of the loop."""
+    iterations = [_without_time(nodes) for nodes in marked.iterations]
+    times = {
+        user: ("t", "dt")[user.args[1]] for marker in marked.markers for user in marker.users if user.target is operator.getitem
+    }
+    iterations = _hoist_varying(iterations, marked.markers[0])
+    owner: dict[fx.Node, tuple[int, Key]] = {}
+    for k, (nodes, marker) in enumerate(zip(iterations, marked.markers, strict=True)):
+        owner.update({node: (k, position) for position, node in enumerate(nodes)})
+        owner.update({user: (k, times[user]) for user in marker.users if user in times})
+    length, places = _longest_run(iterations, owner)
+    run = iterations[:length]
+    sources = [
+        [_source([_inputs(nodes[p])[slot] for nodes in run], place) for slot, place in enumerate(row)]
+        for p, row in enumerate(places)
+    ]
+    return Run(run, sources, _outputs(run, owner, marked))
+
+
+def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:
+    return [n for n in nodes if not (n.target is operator.getitem and _is_marker(n.args[0]))]
+
+
+def _is_marker(node: object) -> bool:
+    return isinstance(node, fx.Node) and str(node.target).startswith("rampde_fx.step")
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """Every node argument in order, repetitions included."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _operation(node: fx.Node) -> str:
+    """What a node does, its constants included, its operands left out."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
+    return f"{node.op} {node.target} {args!r} {kwargs!r}"
+
+
+def _mutates(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> list[list[fx.Node]]:
+    """Move operations on outside values whose constants differ between iterations before the loop."""
+    if len({len(nodes) for nodes in iterations}) != 1:
+        return iterations
+    inside = {node for nodes in iterations for node in nodes}
+    markers = {n for n in first_marker.graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))}
+    mutated = {node.args[0] for node in inside if _mutates(node) and node.args}
+    moved: set[fx.Node] = set()
+    for column in zip(*iterations, strict=True):
+        from_outside = all(
+            i in moved or (i not in inside and i not in markers and i not in mutated) for node in column for i in node.all_input_nodes
+        )
+        varying = len({_operation(node) for node in column}) > 1 or any(i in moved for i in column[0].all_input_nodes)
+        if from_outside and varying and not any(map(_mutates, column)) and column[0].all_input_nodes:
+            for node in column:
+                first_marker.prepend(node)
+            moved.update(column)
+    return [[node for node in nodes if node not in moved] for nodes in iterations]
+
+
+def _longest_run(
+    iterations: list[list[fx.Node]], owner: dict[fx.Node, tuple[int, Key]]
+) -> tuple[int, list[list[Place]]]:
+    """How many iterations from the first on are equal, and where each of their operands comes from."""
+    first = iterations[0]
+    operations = [_operation(node) for node in first]
+    places = [[_place(0, operand, owner) for operand in _inputs(node)] for node in first]
+    for k, nodes in enumerate(iterations[1:], 1):
+        if [_operation(node) for node in nodes] != operations:
+            return k, places
+        now = [[_place(k, operand, owner) for operand in _inputs(node)] for node in nodes]
+        if not all(_continues(old, new, k) for a, b in zip(places, now, strict=True) for old, new in zip(a, b, strict=True)):
+            return k, places
+        if not all(_alike(a, b) for a, b in _outside_pairs(first, nodes, now)):
+            return k, places
+        places = now
+    return len(iterations), places
+
+
+def _place(k: int, operand: fx.Node, owner: dict[fx.Node, tuple[int, Key]]) -> Place:
+    if operand not in owner:
+        return None
+    iteration, key = owner[operand]
+    return k - iteration, key
+
+
+def _continues(old: Place, new: Place, k: int) -> bool:
+    """Whether iteration k may read from the new place where iteration k - 1 read from the old one."""
+    first_from_inside = old is None and new is not None and new[0] == k > 0
+    return old == new or first_from_inside
+
+
+def _outside_pairs(
+    first: list[fx.Node], nodes: list[fx.Node], places: list[list[Place]]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    for a, b, row in zip(first, nodes, places, strict=True):
+        for x, y, place in zip(_inputs(a), _inputs(b), row, strict=True):
+            if place is None:
+                yield x, y
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether one step can take either value: the same node, or tensors that can be stacked."""
+    if a is b:
+        return True
+    x, y = value(a), value(b)
+    both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    return both and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+
+
+def _source(values: list[fx.Node], place: Place) -> Source | Key:
+    if place is not None and place[0] == 0:
+        return place[1]
+    if place is not None:
+        return Source("carry", tuple(values[: place[0]]), place[1])
+    if all(node is values[0] for node in values):
+        return Source("invariant", (values[0],))
+    return Source("per_step", tuple(values))
+
+
+def _outputs(run: list[list[fx.Node]], owner: dict[fx.Node, tuple[int, Key]], marked: MarkedLoop) -> dict[Key, list[int]]:
+    """Which values of the run are read outside of it."""
+    inside = {node for nodes in run for node in nodes}
+    found: dict[Key, list[int]] = {}
+    for node, (k, key) in owner.items():
+        if k < len(run) and any(user not in inside for user in node.users):
+            found.setdefault(key, []).append(k)
+    return found

@@ -1,0 +1,182 @@
+"""Label every node of a step as state, time or velocity, by dataflow.
+
+Before:  k = addmm(b, y, w);  mul = dt * k;  add = y + mul
+After:   the same nodes; meta["role"] is velocity for k, state for mul and add
+
+state:    the carries; a state plus an increment (a velocity scaled by time or by a number); a state scaled by time or
+          by a number; what only moves a state's elements (views, cat, where); and of increments those nodes that only
+          states read: dt * k, and the sums of several evaluations.
+time:     what follows from t, dt and invariants alone: it has no batch and costs nothing, and low precision cannot
+          tell close times apart.
+velocity: all the rest. meta["evaluation"] numbers the evaluations of a step: a state that was built from evaluation n
+          begins evaluation n + 1.
+
+Only velocity is lowered. A carry that follows from a state by sums and scalings of any kind (a learned decay) is
+state all the way.
+
+Requires: a Loop whose step is functional, with invariants hoisted.
+Ensures:  every placeholder and call has a role; every velocity call has an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs
+from rampde_fx.loop import Loop
+
+aten = torch.ops.aten
+SUM = {aten.add.Tensor, aten.sub.Tensor}
+SCALE = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+CONTRACT = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
+MOVE = {aten.cat.default, aten.stack.default, aten.clone.default, aten.where.self, aten._to_copy.default}
+SCATTER = {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
+Roles = dict[fx.Node, str]
+
+
+def partition_velocity(loop: Loop) -> Loop:
+    """Write a role into every node of the step, and its evaluation into every velocity node."""
+    nodes = [node for node in loop.step.graph.nodes if node.op != "output"]
+    results = graphs.results(loop.step)[: loop.carries]
+    for i, node in enumerate(graphs.placeholders(loop.step)):
+        time = loop.carries <= i < loop.first_invariant() and graphs.value(node).ndim == 0
+        node.meta["parameter"] = i >= loop.carries and not time
+    roles = find_roles(nodes, loop.carries)
+    promoted = find_promoted(results, roles)
+    if promoted:
+        roles = find_roles(nodes, loop.carries, promoted)
+    _pull_increments(nodes, roles)
+    evaluations = find_evaluations(nodes, roles)
+    for node in nodes:
+        node.meta["role"] = roles[node]
+        if roles[node] == "velocity":
+            node.meta["evaluation"] = evaluations[node]
+    return loop
+
+
+def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozenset()) -> Roles:
+    """Roles by forward dataflow; known states are states."""
+    roles: Roles = {}
+    for i, node in enumerate(nodes):
+        if node in known or i < carries:
+            roles[node] = "state"
+        elif all(roles[parent] == "time" for parent in node.all_input_nodes):
+            roles[node] = "time"
+        else:
+            roles[node] = "state" if _keeps_state(node, roles) else "velocity"
+    return roles
+
+
+def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
+    """The velocity nodes through which a next carry follows from states by sums and scalings: y * decay + dt * k."""
+    promoted: set[fx.Node] = set()
+    open_nodes = list(results)
+    while open_nodes:
+        node = open_nodes.pop()
+        if roles[node] == "velocity" and node not in promoted and _carries_state(node, roles):
+            promoted.add(node)
+            open_nodes += _linear_operands(node, roles)
+    return promoted
+
+
+def find_evaluations(nodes: list[fx.Node], roles: Roles) -> dict[fx.Node, int]:
+    """Number the evaluations: a state built from evaluation n is read by evaluation n + 1."""
+    numbers: dict[fx.Node, int] = {}
+    for node in nodes:
+        after = (numbers[p] + (roles[node] == "state" and roles[p] == "velocity") for p in node.all_input_nodes)
+        numbers[node] = max(after, default=0)
+    return numbers
+
+
+def _varying(node: fx.Node, roles: Roles) -> list[fx.Node]:
+    """The operands that depend on a state, repetitions included."""
+    operands: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), operands.append)
+    return [operand for operand in operands if roles[operand] != "time"]
+
+
+def _scaled_operand(node: fx.Node, roles: Roles) -> fx.Node | None:
+    """What a node scales by something that depends on no state, or None."""
+    varying = _varying(node, roles)
+    if node.target not in SCALE or len(varying) != 1:
+        return None
+    return varying[0] if node.target is aten.mul.Tensor or node.args[0] is varying[0] else None
+
+
+def _reads_parameter(node: Any) -> bool:
+    """Whether a time value also follows from a parameter or another tensor of the user's."""
+    return node.meta.get("parameter", False) or any(map(_reads_parameter, node.all_input_nodes))
+
+
+def _scaled_by_time(node: fx.Node, roles: Roles) -> fx.Node | None:
+    """What a node scales by a time or a number, or None."""
+    operand = _scaled_operand(node, roles)
+    factors = [parent for parent in node.all_input_nodes if parent is not operand]
+    return None if operand is None or any(map(_reads_parameter, factors)) else operand
+
+
+def _is_increment(node: fx.Node, roles: Roles) -> bool:
+    """Whether a velocity value is a velocity times a step size, or a sum of such."""
+    if roles[node] != "velocity":
+        return True
+    if node.target in SUM:
+        return all(_is_increment(parent, roles) for parent in node.all_input_nodes)
+    if node.target in CONTRACT:
+        return _is_weighted_sum(node, roles)
+    if _scaled_by_time(node, roles) is not None:
+        return True
+    return (graphs.is_view(node) or node.target in MOVE) and all(_is_increment(p, roles) for p in node.all_input_nodes)
+
+
+def _is_weighted_sum(node: fx.Node, roles: Roles) -> bool:
+    """Whether a contraction sums velocities with weights of time: einsum("s,sbd->bd", dt * b, k)."""
+    weights = [parent for parent in node.all_input_nodes if roles[parent] == "time"]
+    return node.target in CONTRACT and len(weights) == 1 and not _reads_parameter(weights[0])
+
+
+def _keeps_state(node: fx.Node, roles: Roles) -> bool:
+    parents = node.all_input_nodes
+    if not any(roles[parent] == "state" for parent in parents):
+        return False
+    if node.target in SUM:
+        scaled = node.kwargs.get("alpha", 1) != 1
+        return all(_is_increment(p, roles) or (scaled and p is node.args[1]) for p in parents)
+    if node.target in SCALE:
+        return _scaled_by_time(node, roles) is not None
+    if node.target in SCATTER:
+        return True
+    return (graphs.is_view(node) or node.target in MOVE) and all(roles[parent] != "velocity" for parent in parents)
+
+
+def _linear_operands(node: Any, roles: Roles) -> list[fx.Node]:
+    """The operands that a sum, a scaling or a rearrangement passes on."""
+    if node.op != "call_function":
+        return []
+    scaled = _scaled_operand(node, roles)
+    passes_all = node.target in SUM or graphs.is_view(node) or node.target in MOVE or node.target in SCATTER
+    return [scaled] if scaled is not None else _varying(node, roles) if passes_all else []
+
+
+def _carries_state(node: fx.Node, roles: Roles) -> bool:
+    return roles[node] == "state" or any(_carries_state(operand, roles) for operand in _linear_operands(node, roles))
+
+
+def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
+    """Make states of the increments that only states and results read: dt * k, and sums of several evaluations."""
+    numbers = find_evaluations(nodes, roles)
+    for node in reversed(nodes):
+        if roles[node] != "velocity" or not all(u.op == "output" or roles[u] == "state" for u in node.users):
+            continue
+        scaled = _scaled_by_time(node, roles) is not None or _is_weighted_sum(node, roles)
+        if scaled or _sums_evaluations(node, roles, numbers):
+            roles[node] = "state"
+
+
+def _sums_evaluations(node: fx.Node, roles: Roles, numbers: dict[fx.Node, int]) -> bool:
+    varying = _varying(node, roles)
+    several = len({numbers[parent] for parent in varying}) > 1 or any(roles[p] == "state" for p in varying)
+    return node.target in SUM and len(varying) == 2 and several

@@ -1,0 +1,387 @@
+"""Roll a run of equal iterations up into one step, as functional ATen.
+
+Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
+After:   carry_1, ..., output_1, ... = loop(initial carries, stacked per-step inputs, invariants)
+
+The step is traced with make_fx under functionalisation, so that an affine update is a handful of ATen operations
+however it was spelled, in-place updates included, and a velocity that uses torch.func is plain ATen.
+
+Requires: a Run whose operands stand before the loop.
+Ensures:  the loop is one LoopNode call; its results are the final carries, then the per-step outputs stacked along a
+          new first dimension. A tensor that the loop updated in place holds its final value after the loop.
+Raises:   StateChangeError, MutationError, RandomVelocityError, UnsupportedLoopError.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.errors import MutationError, RandomVelocityError, StateChangeError, UnsupportedLoopError
+from rampde_fx.loop import Loop, LoopNode, MarkedLoop, Run, Source
+
+aten = torch.ops.aten
+# A state keeps its identity through these: the second argument of a scaling or the other operand of a sum may be anything.
+CHAIN = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default}
+
+
+def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, name: str) -> Loop:
+    """Replace the first iterations of a marked loop, a Run, by a call of a LoopNode of the given name."""
+    where = graphs.user_line(marked.markers[0])
+    inputs, step, outputs = _torch_step(graph_module, run)
+    values = [_fake(source, marked) for source in inputs]
+    step, after = _functional(step, values)
+    _check_random(step)
+    inputs, step, written = _carry_mutated(inputs, step, after, outputs, run)
+    if len(run.iterations) == 1:
+        inputs, outputs, step = _carry_single_step(inputs, outputs, step)
+    loop = _loop(marked, inputs, step, len(run.iterations), where)
+    _check_states(loop)
+    _replace(graph_module, marked, run, name, loop, inputs, outputs, written)
+    return loop
+
+
+def _torch_step(graph_module: fx.GraphModule, run: Run) -> tuple[list[Source], fx.GraphModule, list[Any]]:
+    """One iteration as a module: its inputs (carries first), and after the next carries the keys of its outputs."""
+    inputs = _ordered_inputs(run)
+    carries = [source for source in inputs if source.kind == "carry"]
+    graph = fx.Graph()
+    names = graphs.distinct(_name(source) for source in inputs)
+    place: dict[Any, fx.Node] = {s: graph.placeholder(name) for s, name in zip(inputs, names, strict=True)}
+    place.update({source.key: place[source] for source in inputs if source.kind == "time"})
+    for position, (node, row) in enumerate(zip(run.iterations[0], run.sources, strict=True)):
+        operands = iter(row)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _, operands=operands: place[next(operands)])
+        place[position] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+        place[position].meta = dict(node.meta)
+    last = len(run.iterations) - 1
+    finals = {source.key for source in carries if len(source.values) == 1}
+    outputs = [key for key, ks in run.outputs.items() if ks != [last] or key not in finals]
+    nexts = [place[_next(source)] for source in carries]
+    graph.output((*nexts, *(place[key] for key in outputs)))
+    return inputs, fx.GraphModule(graph_module, graph), outputs
+
+
+def _next(carry: Source) -> Any:
+    """What replaces a carry: a value of the iteration, or of a longer lag the carry that is one step younger."""
+    return carry.key if len(carry.values) == 1 else replace(carry, values=carry.values[1:])
+
+
+def _ordered_inputs(run: Run) -> list[Source]:
+    """The distinct inputs of an iteration: carries, times, per-step inputs, invariants."""
+    found: dict[Source, None] = {}
+    for source in (s for row in run.sources for s in row):
+        if source in ("t", "dt"):
+            found[Source("time", (), source)] = None
+        elif isinstance(source, Source):
+            found[source] = None
+            while source.kind == "carry" and len(source.values) > 1:
+                source = _next(source)
+                found[source] = None
+                if len(source.values) == 1 and source.key in ("t", "dt"):
+                    found[Source("time", (), source.key)] = None
+            if source.kind == "carry" and source.key in ("t", "dt"):
+                found[Source("time", (), source.key)] = None
+    for key in run.outputs:
+        if key in ("t", "dt"):
+            found[Source("time", (), key)] = None
+    order = ("carry", "time", "per_step", "invariant")
+    return sorted(found, key=lambda source: order.index(source.kind))
+
+
+def _name(source: Source) -> str:
+    return str(source.key) if source.kind == "time" else graphs.readable(source.values[0].name)
+
+
+def _fake(source: Source, marked: MarkedLoop) -> Any:
+    if source.kind == "time":
+        return torch_private.detached(graphs.value(marked.markers[0].args[0])[0])
+    return torch_private.detached(graphs.value(source.values[0]))
+
+
+def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The step as functional ATen, and for every placeholder the node that holds its value after the step."""
+
+    def results_and_inputs(*args: Any) -> tuple[Any, ...]:
+        results = fx.Interpreter(step).run(*args)
+        return *results, *(arg for arg in args if isinstance(arg, torch.Tensor))
+
+    names = [node.name for node in graphs.placeholders(step)]
+    traced = graphs.named(torch_private.trace(results_and_inputs, values, functionalize=True), names)
+    results = graphs.results(traced)
+    count = len(graphs.results(step))
+    tensors = iter(results[count:])
+    inputs = graphs.placeholders(traced)
+    after = [next(tensors) if isinstance(value, torch.Tensor) else node for node, value in zip(inputs, values, strict=True)]
+    return traced, after
+
+
+def _check_random(step: fx.GraphModule) -> None:
+    for node in step.graph.nodes:
+        if torch_private.draws_random_numbers(node.target):
+            raise RandomVelocityError(
+                f"a step of the loop draws random numbers ({node.target})",
+                required="a step that computes the same when the backward recomputes it",
+                fix="draw before the loop and use the drawn tensor in it; call eval(), or use p=0, for dropout",
+                where=graphs.user_line(node),
+            )
+
+
+def _carry_mutated(
+    inputs: list[Source], step: fx.GraphModule, after: list[fx.Node], outputs: list[Any], run: Run
+) -> tuple[list[Source], fx.GraphModule, dict[int, fx.Node]]:
+    """Make carries of what the step changes in place; say which outside tensors the final carries are written to."""
+    nodes = graphs.placeholders(step)
+    results = graphs.results(step)[: sum(s.kind == "carry" for s in inputs) + len(outputs)]
+    carries = [source for source in inputs if source.kind == "carry"]
+    changed = [i for i, (node, now) in enumerate(zip(nodes, after, strict=True)) if node is not now]
+    written: dict[int, fx.Node] = {}
+    for i in changed:
+        source = inputs[i]
+        older_names = [graphs.base_of_view(result) for result in results[len(carries) :]]
+        if source.kind == "carry" and results[i] is after[i] and after[i] not in older_names:
+            written[i] = source.values[0]
+        elif source.kind != "invariant" or source.values[0].op == "placeholder" or _read_by_another_name(source, run):
+            raise _mutation(source, after[i])
+    promoted = [i for i in changed if inputs[i].kind == "invariant"]
+    kept = [i for i in range(len(carries), len(inputs)) if i not in promoted]
+    order = [*range(len(carries)), *promoted, *kept]
+    written.update({len(carries) + j: inputs[i].values[0] for j, i in enumerate(promoted)})
+    results = [*results[: len(carries)], *(after[i] for i in promoted), *results[len(carries) :]]
+    sources = [replace(inputs[i], kind="carry") if i in promoted else inputs[i] for i in order]
+    return sources, _rebuilt(step, order, results), written
+
+
+def _read_by_another_name(source: Source, run: Run) -> bool:
+    """Whether the iterations read the changed tensor in another role as well."""
+    return sum(s.values == source.values for s in {s for row in run.sources for s in row if isinstance(s, Source)}) > 1
+
+
+def _mutation(source: Source, node: fx.Node) -> MutationError:
+    name = graphs.readable(source.values[0].name) if source.values else source.key
+    return MutationError(
+        f"a step changes '{name}' in place, and '{name}' is a buffer, an argument, or is also read by another name",
+        required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
+        fix="write y = y + ... instead, collect y.clone(), clone what comes from outside before the loop, and call "
+        "eval() for BatchNorm",
+        where=graphs.user_line(node),
+    )
+
+
+def _carry_single_step(
+    inputs: list[Source], outputs: list[Any], step: fx.GraphModule
+) -> tuple[list[Source], list[Any], fx.GraphModule]:
+    """In a run of one step nothing comes back: a state is an invariant from which an output follows by sums alone."""
+    nodes, results = graphs.placeholders(step), graphs.results(step)
+    first_output = len(results) - len(outputs)
+    pairs: dict[int, int] = {}
+    for j in range(first_output, len(results)):
+        free = [i for i, s in enumerate(inputs) if s.kind == "invariant" and i not in pairs]
+        state = _state_behind(results[j], {nodes[i]: i for i in free})
+        if state is not None:
+            pairs[state] = j
+    carried = [i for i, s in enumerate(inputs) if s.kind == "carry"]
+    order = [*carried, *pairs, *(i for i in range(len(inputs)) if i not in carried and i not in pairs)]
+    rest = [j for j in range(first_output, len(results)) if j not in pairs.values()]
+    kept = [results[j] for j in [*range(first_output), *pairs.values(), *rest]]
+    sources = [
+        Source("carry", inputs[i].values, outputs[pairs[i] - first_output]) if i in pairs else inputs[i] for i in order
+    ]
+    return sources, [outputs[j - first_output] for j in rest], _rebuilt(step, order, kept)
+
+
+def _state_behind(result: fx.Node, candidates: dict[fx.Node, int]) -> int | None:
+    """The candidate from which the result follows by sums and scalings, of the result's shape and dtype."""
+    open_nodes, seen = [result], {result}
+    while open_nodes:
+        node = open_nodes.pop(0)
+        if node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
+            return candidates[node]
+        for parent in node.all_input_nodes if node.target in CHAIN else ():
+            if parent not in seen:
+                seen.add(parent)
+                open_nodes.append(parent)
+    return None
+
+
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _rebuilt(step: fx.GraphModule, order: list[int], results: list[Any]) -> fx.GraphModule:
+    """The step with its placeholders in another order and other results."""
+    nodes = graphs.placeholders(step)
+    body = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
+    graph, env = fx.Graph(), {}
+    for i in order:
+        env[nodes[i]] = graph.placeholder(nodes[i].name)
+        env[nodes[i]].meta = dict(nodes[i].meta)
+    for node in body:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(fx.map_arg(r, env.__getitem__) for r in results))
+    return graphs.refresh(fx.GraphModule(step, graph))
+
+
+def _loop(marked: MarkedLoop, inputs: list[Source], step: fx.GraphModule, steps: int, where: str) -> Loop:
+    t = graphs.value(marked.markers[0].args[0])
+
+    def needs_grad(source: Source) -> bool:
+        if not marked.differentiated:
+            return False
+        if source.kind == "time":
+            return t.requires_grad
+        return any(getattr(graphs.value(node), "requires_grad", False) for node in source.values)
+
+    kinds = [source.kind for source in inputs]
+    return Loop(
+        policy=marked.policy,
+        steps=steps,
+        where=where,
+        step=step,
+        carries=kinds.count("carry"),
+        per_step=kinds.count("time") + kinds.count("per_step"),
+        needs_grad=tuple(map(needs_grad, inputs)),
+        differentiated=any(map(needs_grad, inputs)),
+    )
+
+
+def _check_states(loop: Loop) -> None:
+    for before, after in zip(graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step), strict=False):
+        a, b = graphs.value(before), graphs.value(after)
+        if not isinstance(a, torch.Tensor):
+            raise UnsupportedLoopError(
+                f"the carried value '{before.name}' is a Python number, not a tensor",
+                required="carried values that are tensors",
+                fix="start from a tensor, such as torch.zeros(...)",
+                where=loop.where,
+            )
+        if not _same_kind(a, b):
+            raise StateChangeError(
+                f"the carried state '{before.name}' goes into the step as {_describe(a)} and leaves it as {_describe(b)}",
+                required="a state that keeps its shape, dtype and device",
+                fix="bring the state to its final shape and dtype before the loop",
+                where=graphs.user_line(after) or loop.where,
+            )
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+
+
+def _replace(
+    graph_module: fx.GraphModule,
+    marked: MarkedLoop,
+    run: Run,
+    name: str,
+    loop: Loop,
+    inputs: list[Source],
+    outputs: list[Any],
+    written: dict[int, fx.Node],
+) -> None:
+    """Put the LoopNode behind the run's last iteration and take the iterations out."""
+    graph, count = graph_module.graph, len(run.iterations)
+    following = [*marked.markers, marked.end][count]
+    graph_module.add_submodule(name, LoopNode(loop))
+    with graph.inserting_before(following):
+        operands = [_operand(graph, source, marked, count) for source in inputs]
+        call = graph.call_module(name, tuple(operands))
+        results = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
+        inside = {call, *(node for nodes in run.iterations for node in nodes)}
+        for i, target in written.items():
+            if target.op == "placeholder" or any(user not in inside for user in target.users):
+                results[i] = graph.call_method("copy_", (target, results[i]))
+        _rewire(graph, marked, run, inputs, outputs, results)
+    for nodes in reversed(run.iterations):
+        for node in reversed(nodes):
+            graph.erase_node(node)
+    for marker in marked.markers[:count]:
+        for user in list(marker.users):
+            graph.erase_node(user)
+        graph.erase_node(marker)
+    for result in results:
+        if result.op == "call_function" and not result.users:
+            graph.erase_node(result)
+
+
+def _getitem(graph: fx.Graph, node: fx.Node, index: Any) -> fx.Node:
+    return graph.call_function(operator.getitem, (node, index))
+
+
+def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: int) -> fx.Node:
+    if source.kind == "time":
+        first = marked.markers[0].args[1]
+        t = marked.markers[0].args[0]
+        starts = _getitem(graph, t, slice(first, first + count))
+        if source.key == "t":
+            return starts
+        ends = _getitem(graph, t, slice(first + 1, first + 1 + count))
+        return graph.call_function(torch.sub, (ends, starts))
+    if source.kind == "per_step":
+        return graph.call_function(torch.stack, (list(source.values),))
+    return source.values[0]
+
+
+def _rewire(
+    graph: fx.Graph, marked: MarkedLoop, run: Run, inputs: list[Source], outputs: list[Any], results: list[fx.Node]
+) -> None:
+    """Let the readers outside of the run read the loop's results."""
+    inside, last = {node for nodes in run.iterations for node in nodes}, len(run.iterations) - 1
+    finals = {s.key: results[i] for i, s in enumerate(inputs) if s.kind == "carry" and len(s.values) == 1}
+    carries = sum(source.kind == "carry" for source in inputs)
+    stacked = dict(zip(outputs, results[carries:], strict=True))
+    for key in run.outputs:
+        nodes = [_value_of(run, marked, k, key) for k in range(last + 1)]
+        if key in stacked:
+            _rewrite_stacks(graph, nodes, stacked[key])
+        pieces: Callable[[int], fx.Node] = _unbound(graph, stacked.get(key))
+        for k, node in enumerate(nodes):
+            for user in [user for user in node.users if user not in inside] if node is not None else ():
+                final = k == last and key in finals
+                user.replace_input_with(node, finals[key] if final else pieces(k))
+
+
+def _value_of(run: Run, marked: MarkedLoop, k: int, key: Any) -> fx.Node | None:
+    if isinstance(key, int):
+        return run.iterations[k][key]
+    index = ("t", "dt").index(key)
+    return next((user for user in marked.markers[k].users if user.args[1] == index), None)
+
+
+def _unbound(graph: fx.Graph, stacked: fx.Node | None) -> Callable[[int], fx.Node]:
+    """Single values of a stacked output, through one unbind: its gradient is one stack."""
+    made: list[fx.Node] = []
+
+    def piece(k: int) -> fx.Node:
+        if not made:
+            made.append(graph.call_function(torch.unbind, (stacked,)))
+        return _getitem(graph, made[0], k)
+
+    return piece
+
+
+def _rewrite_stacks(graph: fx.Graph, nodes: list[fx.Node | None], stacked: fx.Node) -> None:
+    """torch.stack([before..., every iteration's value, after...]) reads the stacked output as a whole."""
+    if nodes[0] is None:
+        return
+    for user in list(nodes[0].users):
+        parts = list(user.args[0]) if user.target is torch.stack and user.args else []
+        start = parts.index(nodes[0]) if nodes[0] in parts else 0
+        if parts[start : start + len(nodes)] != nodes or _dimension(user) != 0:
+            continue
+        before, after = parts[:start], parts[start + len(nodes) :]
+        with graph.inserting_before(user):
+            groups = [[graph.call_function(torch.stack, (group,))] if group else [] for group in (before, after)]
+            whole = graph.call_function(torch.cat, ([*groups[0], stacked, *groups[1]],))
+        whole.meta = dict(user.meta)
+        user.replace_all_uses_with(whole)
+        graph.erase_node(user)
+
+
+def _dimension(stack: fx.Node) -> Any:
+    return stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)

@@ -1,0 +1,8 @@
+"""Mixed-precision training of neural ODEs as a compiler pass (arXiv 2510.23498)."""
+
+from rampde_fx import errors
+from rampde_fx.marking import mixed_precision, steps
+from rampde_fx.policy import AdjointScaling, PrecisionPolicy
+
+__all__ = ["AdjointScaling", "PrecisionPolicy", "errors", "mixed_precision", "steps"]
+__version__ = "0.1.0"

@@ -1,0 +1,148 @@
+"""The backend: the order of the passes, and the compiler behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.errors import PolicyError, RampdeError, SecondDerivativeError
+from rampde_fx.loop import Loop, MarkedLoop
+from rampde_fx.passes.emit_loop import emit_loop
+from rampde_fx.passes.find_loops import find_loops, has_loop
+from rampde_fx.passes.generate_adjoint import generate_adjoint
+from rampde_fx.passes.hoist_invariants import hoist_invariants
+from rampde_fx.passes.lower_velocity import lower_velocity
+from rampde_fx.passes.match_iterations import match_iterations
+from rampde_fx.passes.partition_velocity import partition_velocity
+from rampde_fx.passes.roll_loop import roll_loop
+from rampde_fx.passes.scale_adjoint import scale_adjoint
+from rampde_fx.passes.store_states import store_states
+
+COMPILERS = ("inductor", "aot_eager")
+# From one rolled loop to a loop that can be emitted. The order is part of the method.
+STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
+    hoist_invariants,
+    partition_velocity,
+    lower_velocity,
+    generate_adjoint,
+    scale_adjoint,
+    store_states,
+)
+
+
+def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
+    """Rewrite every marked loop of a captured graph in place.
+
+    Args:
+        graph_module: A graph captured by Dynamo, with its metadata.
+
+    Returns:
+        The loops as they were emitted, in graph order.
+
+    Raises:
+        RampdeError: of the type that says what cannot be rewritten.
+    """
+    with torch_private.fake_mode_of(graph_module):
+        return _rewrite(graph_module)
+
+
+def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
+    found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
+    rolled = [name for marked in found for name in _roll(graph_module, marked)]
+    loops: list[Loop] = []
+    for name in rolled:
+        (call,) = [node for node in graph_module.graph.nodes if node.target == name]
+        loop = graph_module.get_submodule(name).loop
+        for step_pass in STEP_PASSES:
+            loop = step_pass(loop)
+        emit_loop(graph_module, call, loop)
+        graph_module.delete_submodule(name)
+        loops.append(loop)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return loops
+
+
+def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[str]:
+    """Roll a marked loop up, run by run, and take its end marker out; the names of the LoopNodes."""
+    names: list[str] = []
+    while marked.iterations:
+        run = match_iterations(marked)
+        names.append(f"loop_{sum(node.op == 'call_module' for node in graph_module.graph.nodes)}")
+        roll_loop(graph_module, marked, run, names[-1])
+        done = len(run.iterations)
+        marked = replace(marked, markers=marked.markers[done:], iterations=marked.iterations[done:])
+    graph_module.graph.erase_node(marked.end)
+    return names
+
+
+def rampde_fx(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The torch.compile backend: rewrite the marked loops, then compile with Inductor or AOTAutograd alone.
+
+    Args:
+        graph_module: The captured graph.
+        example_inputs: Its inputs, as Dynamo gives them.
+        options: "compiler" is "inductor" (the default) or "aot_eager"; all others go to Inductor.
+        mode: A mode of torch.compile, for Inductor.
+
+    Returns:
+        The compiled callable. Where the graph cannot be rewritten, a callable that raises the typed error, so that it
+        reaches the user as it is.
+    """
+    options = dict(options or {})
+    compiler = options.pop("compiler", "inductor")
+    try:
+        if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
+            raise PolicyError(
+                f'options={{"compiler": {compiler!r}}} with {options}, mode={mode!r}',
+                required='a compiler of "inductor" or "aot_eager"; further options and modes are for Inductor',
+                fix='leave "compiler" out for Inductor',
+            )
+        loops = rewrite(graph_module) if has_loop(graph_module) else []
+    except RampdeError as error:
+        return _raising(error)
+    with torch_private.compile_settings():
+        compiled = torch_private.compile_graph(compiler, graph_module, example_inputs, options, mode)
+    return _refusing_second_derivatives(compiled, loops) if any(loop.adjoint for loop in loops) else compiled
+
+
+def _raising(error: RampdeError) -> Callable[..., Any]:
+    @torch.compiler.disable
+    def refuse(*_: Any) -> Any:
+        raise error.with_traceback(None)
+
+    return refuse
+
+
+def _refusing_second_derivatives(compiled: Callable[..., Any], loops: list[Loop]) -> Callable[..., Any]:
+    where = next(loop.where for loop in loops if loop.adjoint is not None)
+
+    def check(_: Any) -> None:
+        if torch.is_grad_enabled():
+            raise SecondDerivativeError(
+                "a backward with create_graph=True runs through a rewritten loop",
+                required="first derivatives: the generated backward is not differentiable itself",
+                fix="leave create_graph out, or use the uncompiled model for second derivatives",
+                where=where,
+            )
+
+    @torch.compiler.disable
+    def run(*args: Any) -> Any:
+        outputs = compiled(*args)
+        nodes = {out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None}
+        for node in nodes:
+            node.register_prehook(check)
+        return outputs
+
+    return run

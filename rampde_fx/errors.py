@@ -1,0 +1,58 @@
+"""Typed errors: what was found, where, what is required, and one way to mend it."""
+
+from __future__ import annotations
+
+
+class RampdeError(RuntimeError):
+    """Base class of every error that rampde_fx raises on purpose.
+
+    Args:
+        found: What was found, a full clause without a final stop.
+        required: What is required instead.
+        fix: One thing that the user can do.
+        where: The user's source line, or an empty string where none is known.
+    """
+
+    def __init__(self, found: str, *, required: str, fix: str, where: str = "") -> None:
+        self.found, self.required, self.fix, self.where = found, required, fix, where
+        at = f"\n  at: {where}" if where else ""
+        super().__init__(f"{found}.{at}\n  required: {required}.\n  fix: {fix}.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.found, self.required, self.fix, self.where)
+
+
+def _rebuild(kind: type[RampdeError], found: str, required: str, fix: str, where: str) -> RampdeError:
+    return kind(found, required=required, fix=fix, where=where)
+
+
+class PolicyError(RampdeError, ValueError):
+    """A precision policy, or an option of the backend, that means nothing."""
+
+
+class TimeGridError(RampdeError, ValueError):
+    """Time points that are not a floating 1-D tensor of at least two points."""
+
+
+class UnsupportedLoopError(RampdeError):
+    """A marked loop that cannot be rolled up or rewritten."""
+
+
+class StateChangeError(UnsupportedLoopError):
+    """A carried state whose shape, dtype or device changes from one step to the next."""
+
+
+class MutationError(UnsupportedLoopError):
+    """A step that changes a buffer, or a tensor that is read by another name, in place."""
+
+
+class UnsupportedVelocityError(RampdeError):
+    """A velocity that cannot be evaluated in low precision or differentiated."""
+
+
+class RandomVelocityError(UnsupportedVelocityError):
+    """A step that draws random numbers, which the backward's recomputation would not repeat."""
+
+
+class SecondDerivativeError(RampdeError):
+    """A second derivative asked for through a rewritten loop."""

@@ -1,0 +1,160 @@
+"""Plain operations on FX graphs that several passes need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import torch_private
+
+
+def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The module's placeholders, in order."""
+    return list(graph_module.graph.find_nodes(op="placeholder"))
+
+
+def results(graph_module: fx.GraphModule) -> list[Any]:
+    """What the module returns, flat: nodes, constants or None."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    return list(output.args[0])
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node: of an ATen graph ("val") or of Dynamo's ("example_value")."""
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
+def is_float(node: Any) -> bool:
+    """Whether a node's value is a floating tensor."""
+    return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).is_floating_point()
+
+
+def refresh(graph_module: fx.GraphModule, args: Sequence[Any] | None = None) -> fx.GraphModule:
+    """Drop dead nodes, check, recompile and write true metadata: the end of every pass."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    args = [value(node) for node in placeholders(graph_module)] if args is None else args
+    torch_private.propagate(graph_module, args)
+    return graph_module
+
+
+def user_line(node: fx.Node) -> str:
+    """The user's source line that made a node, as 'file:line, in function: code', or an empty string."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    users = [frame for frame in frames if "/torch/" not in frame[0] and "/rampde_fx/marking.py" not in frame[0]]
+    if not users:
+        return ""
+    file, line, function, code = users[-1]
+    return f"{file}:{line}, in {function}: {code}"
+
+
+def is_view(node: Any) -> bool:
+    """Whether an ATen node returns another view of its first operand."""
+    schema = getattr(getattr(node, "target", None), "_schema", None)
+    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def base_of_view(node: Any) -> Any:
+    """The node that a chain of views begins with."""
+    while is_view(node):
+        node = node.args[0]
+    return node
+
+
+def readable(name: str) -> str:
+    """A placeholder's name as the user would write it: l_self_modules_net_parameters_weight_ is net_weight."""
+    name = re.sub(r"^(carry_|l_|L_)+", "", name)
+    name = re.sub(r"(^|_)(self|modules|parameters|buffers)(?=_)", "", name)
+    return name.strip("_") or "value"
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, numbered where they repeat."""
+    seen: dict[str, int] = {}
+    made: list[str] = []
+    for name in names:
+        fresh = name
+        while fresh in seen:
+            seen[name] += 1
+            fresh = f"{name}_{seen[name]}"
+        seen[fresh] = 0
+        made.append(fresh)
+    return made
+
+
+def named(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """The same module with its placeholders renamed, in order."""
+    graph, env = fx.Graph(), {}
+    for node, name in zip(placeholders(graph_module), distinct(names), strict=True):
+        env[node] = graph.placeholder(name)
+        env[node].meta = dict(node.meta)
+    graph.output(graph.graph_copy(graph_module.graph, env))
+    for node, copy in env.items():
+        copy.meta = dict(node.meta)
+    return fx.GraphModule(graph_module, graph)
+
+
+def depends_on(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that follow from any of the sources, the sources included."""
+    reached = set(sources)
+    for node in graph.nodes:
+        if node.op != "output" and any(parent in reached for parent in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def extract(
+    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[Any]
+) -> fx.GraphModule:
+    """A module that computes the outputs from the inputs by copies of the nodes (in graph order)."""
+    graph, env = fx.Graph(), {}
+    for node, name in zip(inputs, distinct(readable(node.name) for node in inputs), strict=True):
+        env[node] = graph.placeholder(name)
+        env[node].meta = dict(node.meta)
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(fx.map_arg(output, env.__getitem__) for output in outputs))
+    return fx.GraphModule(graph_module, graph)
+
+
+def body(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that compute something, in order."""
+    return [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def split_invariants(
+    graph_module: fx.GraphModule, first: int
+) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]] | None:
+    """Split off what depends on the placeholders from the first invariant on alone.
+
+    Views and numbers stay, for they cost nothing where they are read.
+
+    Returns:
+        The preamble, which maps the invariants to what the rest reads of them; the rest, which takes the varying
+        placeholders and the preamble's results; and these results as nodes of the given module. None if there is
+        nothing to split off.
+    """
+    nodes = placeholders(graph_module)
+    varying = depends_on(graph_module.graph, nodes[:first])
+    invariant = [node for node in body(graph_module) if node not in varying]
+    moved = {n for n in invariant if n.op == "get_attr" or not (is_view(n) or _is_number(n))}
+    for node in reversed(invariant):
+        if any(user in moved for user in node.users):
+            moved.add(node)
+    if not moved:
+        return None
+    hoisted = [node for node in invariant if node in moved]
+    read = [node for node in [*nodes[first:], *hoisted] if any(user not in moved for user in node.users)]
+    preamble = refresh(extract(graph_module, hoisted, nodes[first:], read))
+    rest = [node for node in body(graph_module) if node not in moved]
+    return preamble, refresh(extract(graph_module, rest, [*nodes[:first], *read], results(graph_module))), read
+
+
+def _is_number(node: fx.Node) -> bool:
+    """A size, or a tensor made of numbers: as cheap to make again as to pass."""
+    return not isinstance(value(node), torch.Tensor) or not node.all_input_nodes

@@ -1,0 +1,133 @@
+"""The intermediate representation: one marked loop, rolled up into one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from rampde_fx.policy import PrecisionPolicy
+
+
+@dataclass(frozen=True)
+class MarkedLoop:
+    """A marked loop in a captured graph, before it is rolled up.
+
+    Attributes:
+        policy: The policy that the markers carry.
+        markers: The step markers, one per iteration.
+        end: The end marker.
+        iterations: The nodes between two markers, one list per iteration, in graph order.
+        differentiated: Whether gradients are on where the loop stands.
+    """
+
+    policy: PrecisionPolicy
+    markers: list[fx.Node]
+    end: fx.Node
+    iterations: list[list[fx.Node]]
+    differentiated: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input of an iteration comes from.
+
+    Attributes:
+        kind: "carry" (from an earlier iteration; in the first ones from outside), "time" (t_i or dt_i), "per_step"
+            (from outside, another value in every iteration) or "invariant" (from outside, always the same).
+        values: The outside nodes: those that stand in for the earlier iterations of a carry, one per iteration of a
+            per-step input, the one invariant; none for time.
+        key: The value of the earlier iteration that a carry reads, or which time.
+    """
+
+    kind: str
+    values: tuple[fx.Node, ...]
+    key: int | str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive equal iterations of a marked loop.
+
+    A key names a value of an iteration: the position of its node, or "t" and "dt".
+
+    Attributes:
+        iterations: The nodes of each iteration, aligned position by position.
+        sources: For every position, the source of each node argument, in order; an int or str is a key of the same
+            iteration.
+        outputs: For every key that is read outside of the run, by which iterations' values.
+    """
+
+    iterations: list[list[fx.Node]]
+    sources: list[list[Source | int | str]]
+    outputs: dict[int | str, list[int]]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Something that stayed in the accumulation dtype inside the loop, and why."""
+
+    operation: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Loop:
+    """N equal steps of one loop.
+
+    The step maps (carries, per-step inputs, invariants) to (next carries, per-step outputs). Passes take a Loop and
+    return another; the graph that holds it is touched by roll_loop and emit_loop alone.
+
+    Attributes:
+        policy: How to rewrite it.
+        steps: N, the number of steps.
+        where: The user's source line of the loop.
+        step: The step as a functional ATen graph with true metadata.
+        carries: Number of carried states, the first placeholders and the first results of the step.
+        per_step: Number of per-step inputs, the placeholders after the carries.
+        needs_grad: For each placeholder of the step, whether its gradient is wanted.
+        preamble: What depends on invariants alone: maps the captured invariants to those of the step, or None.
+        differentiated: Whether a backward can be asked for.
+        adjoint: The transpose of the step, or None before generate_adjoint or without a backward. Its placeholders
+            and results are named by adjoint_inputs and adjoint_results.
+        adjoint_inputs: One (kind, index) per placeholder of the adjoint. Kinds: "cotangent" of a result of the step,
+            "operand" (a placeholder of the step), "target" of the scaling.
+        adjoint_results: The placeholder of the step whose gradient each result of the adjoint is.
+        stored: Indices of the carries that the forward stores at every step.
+        stored_dtypes: Their storage dtypes.
+        stages: Names of the velocity submodules in the order of their evaluation.
+        fallbacks: What stayed in the accumulation dtype.
+        notes: Sentences for the report.
+    """
+
+    policy: PrecisionPolicy
+    steps: int
+    where: str
+    step: fx.GraphModule
+    carries: int
+    per_step: int
+    needs_grad: tuple[bool, ...]
+    differentiated: bool
+    preamble: fx.GraphModule | None = None
+    adjoint: fx.GraphModule | None = None
+    adjoint_inputs: tuple[tuple[str, int], ...] = ()
+    adjoint_results: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
+    stored_dtypes: tuple[torch.dtype, ...] = ()
+    stages: tuple[str, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def first_invariant(self) -> int:
+        """Index of the first invariant among the step's placeholders."""
+        return self.carries + self.per_step
+
+
+class LoopNode(nn.Module):
+    """Stands for a rolled loop in the captured graph until emit_loop replaces it; never called."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop

@@ -1,0 +1,159 @@
+"""What a user writes: steps(t) marks an integration loop, mixed_precision says how it is rewritten.
+
+Uncompiled, both are transparent: steps yields plain slices of t. While torch.compile traces, every iteration leaves a
+marker node with the policy in the captured graph, and an end marker follows the last iteration.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from rampde_fx.errors import PolicyError, TimeGridError
+from rampde_fx.policy import PrecisionPolicy
+
+T = TypeVar("T")
+NO_POLICY = ""
+
+# Composite ops: any other backend decomposes the markers to plain slices of t, gradients included.
+_library = torch.library.Library("rampde_fx", "DEF")
+_library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
+_library.define("end(Tensor t) -> Tensor")
+
+
+def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return t[i], t[i + 1] - t[i]
+
+
+def _end(t: torch.Tensor) -> torch.Tensor:
+    return t[-1]
+
+
+_library.impl("step", _step, "CompositeImplicitAutograd")
+_library.impl("end", _end, "CompositeImplicitAutograd")
+
+# Policies of the mixed_precision calls that are under way, outermost first. Dynamo traces the list away.
+_active: list[str] = []
+
+
+def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Iterate over the steps of a time grid, and mark the loop for the rampde_fx backend.
+
+    Args:
+        t: Time points, floating, shape (N + 1,) with N >= 1, monotone, in the unit of the velocity's t. It may run
+            backward, and it may require a gradient.
+
+    Yields:
+        N pairs (t_i, dt_i) of 0-d tensors in t's dtype: the start of step i, and t[i + 1] - t[i].
+
+    Raises:
+        TimeGridError: if t is not a floating 1-D tensor of at least two points.
+
+    >>> [(t_i.item(), dt.item()) for t_i, dt in steps(torch.tensor([0.0, 0.5, 2.0]))]
+    [(0.0, 0.5), (0.5, 1.5)]
+    """
+    if not isinstance(t, torch.Tensor) or t.ndim != 1 or not t.is_floating_point() or t.shape[0] < 2:
+        shape = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
+        raise TimeGridError(
+            f"steps(t) was given {shape}",
+            required="a floating 1-D tensor of at least two time points",
+            fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
+        )
+    if not torch.compiler.is_compiling():
+        for i in range(t.shape[0] - 1):
+            yield t[i], t[i + 1] - t[i]
+        return
+    policy = _active[-1] if _active else NO_POLICY
+    for i in range(t.shape[0] - 1):
+        yield torch.ops.rampde_fx.step(t, i, policy)
+    torch.ops.rampde_fx.end(t)
+
+
+def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the policy in force while it runs."""
+
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        _active.append(policy)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _active.pop()
+
+    return marked
+
+
+def _mark_class(module_class: type[nn.Module], policy: str) -> None:
+    module_class.forward = _under(policy, module_class.forward)
+
+
+@functools.cache
+def _marked_subclass(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
+    """A subclass of the module's class with a marked forward, under the same name, that pickles as a marked instance."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[object, ...]:
+        return _rebuild_marked, (module_class, policy), self.__dict__
+
+    namespace = {"forward": _under(policy, module_class.forward), "__reduce_ex__": reduce, "__module__": module_class.__module__}
+    return type(module_class.__name__, (module_class,), namespace)
+
+
+def _rebuild_marked(module_class: type[nn.Module], policy: str) -> nn.Module:
+    marked = _marked_subclass(module_class, policy)
+    return marked.__new__(marked)
+
+
+@overload
+def mixed_precision(target: None = None, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...) -> Callable[[T], T]: ...
+@overload
+def mixed_precision(target: T, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...) -> T: ...
+def mixed_precision(
+    target: Any = None, /, *, dtype: torch.dtype = torch.float16, policy: PrecisionPolicy | None = None
+) -> Any:
+    """Mark a model, so that the rampde_fx backend rewrites its marked loops in mixed precision.
+
+    Every loop over steps(t) that runs inside the target takes this policy; the innermost marked target counts.
+    Uncompiled, or compiled by another backend, the target computes as before.
+
+    Args:
+        target: A Module class, a Module instance or a function. A class and an instance are marked in place and
+            returned (their parameters, state_dict keys and isinstance relations stay); for a function a marked one is
+            returned. Without a target, a decorator is returned.
+        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype).
+        policy: The whole policy, instead of dtype.
+
+    Returns:
+        The marked target, or a decorator.
+
+    Raises:
+        PolicyError: if the policy is wrong, dtype and policy are both given, or the target is of another kind.
+
+    Source: arXiv 2510.23498.
+    """
+    if policy is not None and (not isinstance(policy, PrecisionPolicy) or dtype is not torch.float16):
+        raise PolicyError(
+            f"mixed_precision(dtype={dtype!r}, policy={policy!r})",
+            required="either a dtype or a PrecisionPolicy",
+            fix="write policy=PrecisionPolicy(velocity=...) alone",
+        )
+    policy = policy or PrecisionPolicy(velocity=dtype)
+    if target is None:
+        return lambda target: mixed_precision(target, policy=policy)
+    encoded = policy.encode()
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        _mark_class(target, encoded)
+        return target
+    if isinstance(target, nn.Module):
+        target.__class__ = _marked_subclass(type(target), encoded)
+        return target
+    if callable(target) and not isinstance(target, type):
+        return _under(encoded, target)
+    raise PolicyError(
+        f"mixed_precision was applied to {target!r}",
+        required="a Module class, a Module instance or a function",
+        fix="decorate the Module that holds the loop, before torch.compile",
+    )

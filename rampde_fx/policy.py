@@ -1,0 +1,142 @@
+"""The precision policy: which dtype evaluates, which stores, and how the adjoint is scaled."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+
+from rampde_fx.errors import PolicyError
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+LOOPS = ("auto", "scan", "unroll")
+
+
+@dataclass(frozen=True)
+class AdjointScaling:
+    """Dynamic power-of-two scaling of the adjoint, one scale per velocity VJP.
+
+    Before each VJP the cotangent v is multiplied by S = 2^floor(log2(target / max|v|)) in the accumulation dtype, cast
+    down, pulled back, widened and divided by S. S is a power of two, so scaling and unscaling are exact.
+
+    Args:
+        target: Magnitude that the largest cotangent is brought to, a positive power of two. Small targets leave room
+            for the sums over the batch in weight gradients, large ones for small entries of the cotangent.
+        max_attempts: How often the reverse loop may run in one backward. After an overflow it runs again with the
+            target divided by 2^8; after the last attempt the overflowed gradients are returned as they are.
+
+    Raises:
+        PolicyError: if target is no positive power of two, or max_attempts is not a positive int.
+
+    Source: arXiv 2510.23498, dynamic adjoint scaling.
+    """
+
+    target: float = 1.0
+    max_attempts: int = 3
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.target, (int, float)) and self.target > 0 and math.frexp(self.target)[0] == 0.5):
+            raise PolicyError(
+                f"AdjointScaling(target={self.target!r})",
+                required="a positive power of two, so that scaling is exact",
+                fix="use a value such as 1.0 or 2.0**4",
+            )
+        if type(self.max_attempts) is not int or self.max_attempts < 1:
+            raise PolicyError(
+                f"AdjointScaling(max_attempts={self.max_attempts!r})",
+                required="an int of at least 1",
+                fix="use the default, 3",
+            )
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    """How a marked loop is rewritten. The accumulation dtype is always the dtype of the user's state.
+
+    Args:
+        velocity: Dtype of the velocity evaluations: float16, bfloat16, float32 or float64.
+        storage: Dtype in which the states that the backward re-reads are stored; as velocity where None. A state
+            that is narrower than the storage dtype is stored as it is.
+        scaling: "dynamic", "none" or an AdjointScaling; where None, dynamic for float16 and none for the others,
+            whose exponent range is that of the state.
+        loop: "scan" (one compiled step, compile time constant in the number of steps), "unroll" (every step
+            compiled), or "auto" (unroll loops of at most two steps).
+
+    Raises:
+        PolicyError: naming the field that is wrong.
+
+    Source: arXiv 2510.23498.
+
+    >>> PrecisionPolicy(torch.float16).adjoint_scaling
+    AdjointScaling(target=1.0, max_attempts=3)
+    >>> PrecisionPolicy(torch.bfloat16).adjoint_scaling is None
+    True
+    """
+
+    velocity: torch.dtype = torch.float16
+    storage: torch.dtype | None = None
+    scaling: str | AdjointScaling | None = None
+    loop: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("velocity", "storage"):
+            dtype = getattr(self, field)
+            if dtype not in DTYPES.values() and not (field == "storage" and dtype is None):
+                raise PolicyError(
+                    f"PrecisionPolicy({field}={dtype!r})",
+                    required="one of " + ", ".join(map(str, DTYPES.values())),
+                    fix="use torch.float16 or torch.bfloat16",
+                )
+        if not (self.scaling in (None, "dynamic", "none") or isinstance(self.scaling, AdjointScaling)):
+            raise PolicyError(
+                f"PrecisionPolicy(scaling={self.scaling!r})",
+                required='"dynamic", "none" or an AdjointScaling',
+                fix="leave it out: float16 is then scaled and the other dtypes are not",
+            )
+        if self.loop not in LOOPS:
+            raise PolicyError(
+                f"PrecisionPolicy(loop={self.loop!r})", required=f"one of {LOOPS}", fix='use the default, "auto"'
+            )
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype in which a wide state is stored for the backward."""
+        return self.storage or self.velocity
+
+    @property
+    def adjoint_scaling(self) -> AdjointScaling | None:
+        """The scaling in force, None where the adjoint is not scaled."""
+        if isinstance(self.scaling, AdjointScaling):
+            return self.scaling
+        if self.scaling == "dynamic" or (self.scaling is None and self.velocity is torch.float16):
+            return AdjointScaling()
+        return None
+
+    def unrolls(self, steps: int) -> bool:
+        """Whether a loop of this many equal steps is emitted step by step rather than as a scan."""
+        return self.loop == "unroll" or (self.loop == "auto" and steps <= 2)
+
+    def encode(self) -> str:
+        """The policy as one string, the form in which it travels through a captured graph."""
+        scaling = self.adjoint_scaling
+        fields = {
+            "velocity": str(self.velocity).removeprefix("torch."),
+            "storage": str(self.storage_dtype).removeprefix("torch."),
+            "scaling": [scaling.target, scaling.max_attempts] if scaling else "none",
+            "loop": self.loop,
+        }
+        return json.dumps(fields)
+
+    @classmethod
+    def decode(cls, text: str) -> PrecisionPolicy:
+        """The policy that encode() wrote, with its defaults filled in."""
+        fields = json.loads(text)
+        scaling = fields["scaling"]
+        return cls(
+            velocity=DTYPES[fields["velocity"]],
+            storage=DTYPES[fields["storage"]],
+            scaling=scaling if scaling == "none" else AdjointScaling(*scaling),
+            loop=fields["loop"],
+        )

@@ -1,0 +1,132 @@
+"""Every private interface of torch that rampde_fx touches, in one place.
+
+Checked on torch 2.11.0, 2.13.0 and 2.15.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch import fx
+from torch._decomp import get_decompositions
+from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch.autograd_function import autograd_function_apply
+from torch._higher_order_ops.scan import scan_op
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+__all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "while_loop_op"]
+
+aten = torch.ops.aten
+
+# Spellings of the affine update that are more than one operation, and would hide a state inside a velocity.
+_UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.lerp, aten.rsub])
+# What tracing leaves behind and a functional graph does not need.
+_IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+
+
+_mode: ContextVar[FakeTensorMode] = ContextVar("fake mode of the graph that is being rewritten")
+
+
+@contextlib.contextmanager
+def fake_mode_of(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Trace under the fake mode of the values in a captured graph (not the compilation's: Dynamo renews that one)."""
+    values = (node.meta.get("example_value") for node in graph_module.graph.nodes)
+    token = _mode.set(next(value.fake_mode for value in values if isinstance(value, FakeTensor)))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def fake_mode() -> FakeTensorMode:
+    """The fake mode that the rewrite under way traces with."""
+    return _mode.get()
+
+
+def detached(value: Any) -> Any:
+    """A fake argument like the value: a dense tensor without history, or the value itself if it is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with fake_mode(), torch.no_grad():
+        return torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
+
+
+def trace(
+    function: Callable[..., Any], args: Sequence[Any], *, functionalize: bool = False, gradients: bool = True
+) -> fx.GraphModule:
+    """Trace a function of flat arguments to a functional ATen graph with true metadata.
+
+    Gradients are on by default, for under no_grad a velocity's own torch.func.vjp is traced into zeros; autocast is
+    off, for the policy alone decides dtypes.
+    """
+    traced = dispatch_functionalize(function, FunctionalTensorMode()) if functionalize else function
+    with contextlib.ExitStack() as stack:
+        for context in (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta(), _no_autocast()):
+            stack.enter_context(context)
+        graph_module = make_fx(traced, decomposition_table=_UPDATES)(*args)
+    for node in graph_module.graph.nodes:
+        if node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def autocast_enabled() -> bool:
+    """Whether torch.autocast is on, for any device, where the backend was called."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
+    """Write true metadata into every node of a module."""
+    with fake_mode(), torch.no_grad():
+        FakeTensorProp(graph_module, fake_mode()).propagate_dont_convert_inputs(*args)
+
+
+def draws_random_numbers(target: Any) -> bool:
+    """Whether an operator's result depends on the random number generator."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+@contextlib.contextmanager
+def compile_settings() -> Iterator[None]:
+    """The settings of torch under which a graph with rewritten loops compiles correctly, and caches.
+
+    Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
+    overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960).
+    Caches: a graph with scan or with a custom backward is cached only where it is marked as cacheable.
+    """
+    cacheable = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
+    with (
+        functorch_config.patch(donated_buffer=False, autograd_cache_allow_custom_autograd_functions=True),
+        inductor_config.patch(
+            unsafe_marked_cacheable_functions={**inductor_config.unsafe_marked_cacheable_functions, **cacheable}
+        ),
+    ):
+        yield
+
+
+def compile_graph(
+    compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any], mode: str | None
+) -> Callable[..., Any]:
+    """Compile a graph with one of torch's backends."""
+    if compiler != "inductor":
+        return lookup_backend(compiler)(graph_module, list(example_inputs))
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
+    return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches or None)
