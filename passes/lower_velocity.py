@@ -53,10 +53,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 def lower_velocity(loop: Loop) -> Loop:
     """Replace the velocity nodes of the step by calls of low-precision submodules, one call per evaluation."""
-    evaluations = find_components(loop.step)
-    step, names, fallbacks = loop.step, [], Counter(_wide_roles(loop.step))
+    step = graphs.copied(loop.step)
+    names, fallbacks = [], Counter(_wide_roles(step))
     known: dict[str, str] = {}
-    for nodes in evaluations:
+    for nodes in find_components(step):
         inputs, outputs = _boundary(nodes)
         velocity = graphs.extract(step, nodes, inputs, outputs)
         lowered, wide = _lower(velocity, inputs, loop.policy.velocity)
@@ -67,10 +67,11 @@ def lower_velocity(loop: Loop) -> Loop:
             step.add_submodule(known[key], lowered)
         _call(step, known[key], nodes, inputs, outputs)
         names.append(known[key])
-    legalize_graph(step)
+    if not _in_order(step):  # a state was built from one output before the last one was computed
+        legalize_graph(step)
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
-    return replace(loop, stages=tuple(names), fallbacks=found)
+    return replace(loop, step=step, stages=tuple(names), fallbacks=found)
 
 
 def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
@@ -92,6 +93,15 @@ def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
     for node in velocity:
         groups.setdefault(find(node), []).append(node)
     return sorted(groups.values(), key=lambda nodes: nodes[0].meta["evaluation"])
+
+
+def _in_order(step: fx.GraphModule) -> bool:
+    seen: set[fx.Node] = set()
+    for node in step.graph.nodes:
+        if any(parent not in seen for parent in node.all_input_nodes):
+            return False
+        seen.add(node)
+    return True
 
 
 def _wide_roles(step: fx.GraphModule) -> dict[tuple[str, str], int]:
@@ -117,8 +127,13 @@ def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 def _lower(velocity: fx.GraphModule, inputs: list[fx.Node], dtype: torch.dtype) -> tuple[fx.GraphModule, Counter[Any]]:
     lowering = _Lowering(velocity, inputs, dtype)
     lowered = torch_private.trace(lowering.evaluate, [graphs.value(node) for node in inputs])
-    names = [node.name if node.op == "placeholder" else str(node.meta["role"]) for node in inputs]
-    return graphs.named(lowered, ["y" if n.meta["role"] == "state" else name for n, name in zip(inputs, names, strict=True)]), lowering.wide
+    return graphs.named(lowered, [_input_name(node) for node in inputs]), lowering.wide
+
+
+def _input_name(node: fx.Node) -> str:
+    """A state is y in every evaluation, so that equal evaluations read alike; the rest keeps its name."""
+    base = graphs.base_of_view(node)
+    return "y" if node.meta["role"] == "state" else base.name if base.op == "placeholder" else str(node.meta["role"])
 
 
 def _signature(velocity: fx.GraphModule) -> str:
@@ -223,8 +238,8 @@ def _widest(tensors: list[torch.Tensor]) -> torch.dtype | None:
 def _call(
     step: fx.GraphModule, name: str, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
 ) -> None:
-    """Replace the nodes by one call of the submodule and a getitem per output; the graph is sorted afterwards."""
-    with step.graph.inserting_before(nodes[0]):
+    """Replace the nodes by one call of the submodule and a getitem per output, where the last node stands."""
+    with step.graph.inserting_before(nodes[-1]):
         call = step.graph.call_module(name, tuple(inputs))
     call.meta = {"role": "velocity", "stack_trace": outputs[0].meta.get("stack_trace")}
     previous = call

@@ -41,6 +41,7 @@ def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, name: 
     inputs, step, written = _carry_mutated(inputs, step, after, outputs, run)
     if len(run.iterations) == 1:
         inputs, outputs, step = _carry_single_step(inputs, outputs, step)
+    step = graphs.refresh(torch_private.deduplicated(step))
     loop = _loop(marked, inputs, step, len(run.iterations), where)
     _check_states(loop)
     _replace(graph_module, marked, run, name, loop, inputs, outputs, written)
@@ -239,15 +240,18 @@ def _loop(marked: MarkedLoop, inputs: list[Source], step: fx.GraphModule, steps:
         return any(getattr(graphs.value(node), "requires_grad", False) for node in source.values)
 
     kinds = [source.kind for source in inputs]
+    wanted = tuple(map(needs_grad, inputs))
     return Loop(
         policy=marked.policy,
         steps=steps,
         where=where,
         step=step,
+        plain=step,
         carries=kinds.count("carry"),
         per_step=kinds.count("time") + kinds.count("per_step"),
-        needs_grad=tuple(map(needs_grad, inputs)),
-        differentiated=any(map(needs_grad, inputs)),
+        plain_needs_grad=wanted,
+        needs_grad=wanted,
+        differentiated=any(wanted),
     )
 
 
@@ -341,9 +345,12 @@ def _rewire(
             _rewrite_stacks(graph, nodes, stacked[key])
         pieces: Callable[[int], fx.Node] = _unbound(graph, stacked.get(key))
         for k, node in enumerate(nodes):
-            for user in [user for user in node.users if user not in inside] if node is not None else ():
-                final = k == last and key in finals
-                user.replace_input_with(node, finals[key] if final else pieces(k))
+            readers = [] if node is None else [user for user in node.users if user not in inside]
+            if readers:
+                read = finals[key] if k == last and key in finals else pieces(k)
+                read.meta.setdefault("example_value", graphs.value(node))
+            for user in readers:
+                user.replace_input_with(node, read)
 
 
 def _value_of(run: Run, marked: MarkedLoop, k: int, key: Any) -> fx.Node | None:

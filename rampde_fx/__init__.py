@@ -3,6 +3,7 @@
 from rampde_fx import errors
 from rampde_fx.marking import mixed_precision, steps
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
+from rampde_fx.report import explain
 
-__all__ = ["AdjointScaling", "PrecisionPolicy", "errors", "mixed_precision", "steps"]
+__all__ = ["AdjointScaling", "PrecisionPolicy", "errors", "explain", "mixed_precision", "steps"]
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -97,6 +98,11 @@ def named(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     for node, copy in env.items():
         copy.meta = dict(node.meta)
     return fx.GraphModule(graph_module, graph)
+
+
+def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A module with a graph of its own, equal to the given one; submodules are shared."""
+    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
 def depends_on(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:

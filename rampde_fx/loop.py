@@ -85,8 +85,10 @@ class Loop:
         steps: N, the number of steps.
         where: The user's source line of the loop.
         step: The step as a functional ATen graph with true metadata.
+        plain: The step as it was captured, before any pass.
         carries: Number of carried states, the first placeholders and the first results of the step.
         per_step: Number of per-step inputs, the placeholders after the carries.
+        plain_needs_grad: For each placeholder of the plain step, whether its gradient is wanted.
         needs_grad: For each placeholder of the step, whether its gradient is wanted.
         preamble: What depends on invariants alone: maps the captured invariants to those of the step, or None.
         differentiated: Whether a backward can be asked for.
@@ -106,8 +108,10 @@ class Loop:
     steps: int
     where: str
     step: fx.GraphModule
+    plain: fx.GraphModule
     carries: int
     per_step: int
+    plain_needs_grad: tuple[bool, ...]
     needs_grad: tuple[bool, ...]
     differentiated: bool
     preamble: fx.GraphModule | None = None

@@ -17,6 +17,7 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.autograd_function import autograd_function_apply
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,6 +31,8 @@ aten = torch.ops.aten
 
 # Spellings of the affine update that are more than one operation, and would hide a state inside a velocity.
 _UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.lerp, aten.rsub])
+# aten.copy, the functional form of a write to a slice, has no derivative of its own.
+_UPDATES[aten.copy.default] = lambda old, new, non_blocking=False: new.to(old.dtype).expand(old.shape).clone()
 # What tracing leaves behind and a functional graph does not need.
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
 
@@ -93,6 +96,11 @@ def autocast_enabled() -> bool:
     return torch._C._is_any_autocast_enabled()
 
 
+def deduplicated(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same functional module with equal nodes merged."""
+    return fx.GraphModule(graph_module, fx_graph_cse(graph_module.graph))
+
+
 def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
     """Write true metadata into every node of a module."""
     with fake_mode(), torch.no_grad():
@@ -130,3 +138,22 @@ def compile_graph(
         return lookup_backend(compiler)(graph_module, list(example_inputs))
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches or None)
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile was given, or the function itself."""
+    return getattr(function, "_orig_mod", None) or getattr(function, "_torchdynamo_orig_callable", None) or function
+
+
+def capture(
+    function: Callable[..., Any], backend: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Run a function once under torch.compile with a backend, and forget the compiled code."""
+
+    def run() -> Any:
+        return function(*args, **kwargs)
+
+    try:
+        torch.compile(run, backend=backend, dynamic=False)()
+    finally:
+        torch._dynamo.reset_code(run.__code__)

@@ -1,0 +1,182 @@
+"""explain(): what the rewrite did to a model, loop by loop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.backend import rewrite
+from rampde_fx.errors import RampdeError
+from rampde_fx.loop import Fallback, Loop
+from rampde_fx.passes.find_loops import has_loop
+from rampde_fx.policy import PrecisionPolicy
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """One loop as it was rewritten.
+
+    Attributes:
+        where: The user's source line of the loop.
+        steps: N, the number of steps.
+        policy: The policy in force, its defaults filled in.
+        emitted: "scan" or "unroll".
+        carries: The carried states as "name: dtype[shape]".
+        evaluations: Velocity evaluations per step.
+        stored: What the forward stores per step for the backward, as "name: dtype[shape]".
+        stored_bytes: Bytes that the forward stores for the backward, over all steps.
+        stored_bytes_fp32: The same states in the dtype of the state, as an fp32 policy stores them.
+        stored_bytes_autograd: Bytes that plain autograd saves for the backward of the same loop, parameters and
+            contexts left out.
+        fallbacks: What stayed in the accumulation dtype, and why.
+        notes: What else to know, such as iterations that differ.
+        step: The rewritten step: (carries, per-step inputs, invariants) to (next carries, per-step outputs).
+        adjoint: The generated adjoint of the step, or None where no gradient is wanted.
+    """
+
+    where: str
+    steps: int
+    policy: PrecisionPolicy
+    emitted: str
+    carries: tuple[str, ...]
+    evaluations: int
+    stored: tuple[str, ...]
+    stored_bytes: int
+    stored_bytes_fp32: int
+    stored_bytes_autograd: int
+    fallbacks: tuple[Fallback, ...]
+    notes: tuple[str, ...]
+    step: fx.GraphModule
+    adjoint: fx.GraphModule | None
+
+    def __str__(self) -> str:
+        scaling = self.policy.adjoint_scaling
+        stored = ", ".join(self.stored) or "nothing"
+        lines = [
+            f"loop at {self.where or 'an unknown line'}",
+            f"  steps               {self.steps}, emitted as {self.emitted}",
+            f"  carries             {', '.join(self.carries)}",
+            f"  velocity            {self.evaluations} evaluations per step in {_short(self.policy.velocity)}",
+            f"  adjoint scaling     {f'dynamic, target {scaling.target:g}' if scaling else 'none'}",
+            f"  stored per step     {stored}",
+            f"  stored in all       {self.stored_bytes:,} bytes"
+            f" ({self.stored_bytes_fp32:,} in the dtype of the state; plain autograd: {self.stored_bytes_autograd:,})",
+            "  stayed wide",
+            *(f"    {f.count:3d} x {f.operation:24s} {f.reason}" for f in self.fallbacks),
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the rewrite did to a model: one LoopReport per loop, in the order of the program."""
+
+    loops: tuple[LoopReport, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.loops)) or "no loop over rampde_fx.steps(t): nothing is rewritten"
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Rewrite a model's marked loops without compiling them, and report.
+
+    fn is run once, uncompiled, on the arguments. Gradient mode counts: under torch.no_grad no adjoint is generated.
+
+    Args:
+        fn: A Module or function with marked loops, compiled or not.
+        *args: Its arguments, of the shapes to report on.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        A Report; print it, or look at report.loops[i].step and .adjoint.
+
+    Raises:
+        RampdeError: as the backend would.
+    """
+    fn = torch_private.uncompiled(fn)
+    names = list(signature(getattr(fn, "forward", fn)).parameters)
+    loops: list[LoopReport] = []
+    errors: list[RampdeError] = []
+
+    def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            if has_loop(graph_module):
+                rewritten = rewrite(_with_names(graphs.copied(graph_module), names))
+                with torch_private.fake_mode_of(graph_module):
+                    loops.extend(map(_report, rewritten))
+        except RampdeError as error:
+            errors.append(error)
+        return graph_module.forward
+
+    torch_private.capture(fn, inspect, args, kwargs)
+    if errors:
+        raise errors[0]
+    return Report(tuple(loops))
+
+
+def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModule:
+    """The captured graph with the user's names instead of those of the function that captured it."""
+    for node in graphs.placeholders(graph_module):
+        name = node.name.replace("l_function_", "l_self_")
+        position = re.match(r"l_args_(\d+)_", name)
+        if position and int(position[1]) < len(names):
+            name = f"l_{names[int(position[1])]}_"
+        node.name = name
+    return graph_module
+
+
+def _report(loop: Loop) -> LoopReport:
+    inputs = graphs.placeholders(loop.step)
+    stored = list(zip((inputs[i] for i in loop.stored), loop.stored_dtypes, strict=True))
+    return LoopReport(
+        where=loop.where,
+        steps=loop.steps,
+        policy=loop.policy,
+        emitted="unroll" if loop.policy.unrolls(loop.steps) else "scan",
+        carries=tuple(_describe(node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
+        evaluations=len(loop.stages),
+        stored=tuple(_describe(node, dtype) for node, dtype in stored),
+        stored_bytes=sum(loop.steps * graphs.value(node).numel() * dtype.itemsize for node, dtype in stored),
+        stored_bytes_fp32=sum(loop.steps * graphs.value(node).nbytes for node, _ in stored),
+        stored_bytes_autograd=loop.steps * _saved_by_autograd(loop) if loop.differentiated else 0,
+        fallbacks=loop.fallbacks,
+        notes=loop.notes,
+        step=loop.step,
+        adjoint=loop.adjoint,
+    )
+
+
+def _describe(node: fx.Node, dtype: torch.dtype) -> str:
+    return f"{node.name}: {_short(dtype)}{list(graphs.value(node).shape)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _saved_by_autograd(loop: Loop) -> int:
+    """Bytes that autograd saves for one plain step, measured on fake tensors by its own hooks."""
+    nodes = graphs.placeholders(loop.plain)
+    values = [torch_private.detached(graphs.value(node)) for node in nodes]
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    for node, value in zip(nodes, values, strict=True):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.requires_grad_(node in nodes[: loop.carries] or loop.plain_needs_grad[nodes.index(node)])
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = fx.Interpreter(loop.plain).run(*values)
+    outside = {v.untyped_storage()._cdata for v in values[loop.carries :] if isinstance(v, torch.Tensor)}
+    del results
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in outside)
