@@ -74,7 +74,8 @@ class _Body:
         flat = graphs.named(flat, [node.name for node in graphs.placeholders(graph_module)])
         _fold_casts(flat)
         split = graphs.split_invariants(flat, first_invariant)
-        self.preamble, self.body = (split[0], split[1]) if split else (None, flat)
+        self.preamble: fx.GraphModule | None = split[0] if split else None
+        self.body = split[1] if split else flat
 
     def prepare(self, invariants: Sequence[Any]) -> list[Any]:
         """What the body reads of the invariants, computed once."""
@@ -145,7 +146,8 @@ class _Emission:
         def body(*args: Any) -> list[Any]:
             results = self.step(*args[: first + len(invariants)])
             stored = [args[i].to(dtype) for i, dtype in widths]
-            return [_own(value) for value in results] + [value.clone() if value is args[i] else value for value, (i, _) in zip(stored, widths, strict=True)]
+            fresh = [v.clone() if v is args[i] else v for v, (i, _) in zip(stored, widths, strict=True)]
+            return [*map(_own, results), *fresh]
 
         starts = [operand.clone(memory_format=torch.contiguous_format) for operand in operands[: loop.carries]]
         finals, stacks = self._iterate(body, starts, list(operands[loop.carries : first]), invariants)
@@ -191,7 +193,9 @@ class _Backward:
         # The adjoint reads: carried cotangents, what a step has of its own, and what is the same in all steps.
         self.carried = [p for p, (kind, i) in enumerate(self.kinds) if kind == "cotangent" and i < self.loop.carries]
         self.stepwise = [
-            p for p, (kind, i) in enumerate(self.kinds) if p not in self.carried and (kind == "cotangent" or (kind == "operand" and i < first))
+            p
+            for p, (kind, i) in enumerate(self.kinds)
+            if p not in self.carried and (kind == "cotangent" or (kind == "operand" and i < first))
         ]
         self.fixed = [p for p in range(len(self.kinds)) if p not in self.carried and p not in self.stepwise]
         order = [*self.carried, *self.stepwise, *self.fixed]
@@ -202,7 +206,9 @@ class _Backward:
         """One gradient, or None, for each operand of the loop."""
         loop, outputs = self.loop, self.loop.carries + len(self.emission.outputs)
         given: dict[tuple[str, int], Any] = {("cotangent", j): args[j] for j in range(outputs)}
-        given.update({("operand", i): v for i, v in zip((*loop.stored, *self.emission.kept), args[outputs:], strict=True)})
+        given.update(
+            {("operand", i): v for i, v in zip((*loop.stored, *self.emission.kept), args[outputs:], strict=True)}
+        )
         scaling = loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
         gradients = self._sweep(given) if scaling is None else self._repeat(given, scaling)
         return tuple(gradients.get(i) for i in range(len(self.emission.inputs)))
@@ -219,10 +225,16 @@ class _Backward:
             adjoints, totals, index = args[:n], args[n : n + len(sums)], args[n + len(sums)]
             rest = args[n + len(sums) + 1 :]
             slices = [_at(stack, index) for stack in rest[: len(stacks)]]
-            gradients = dict(zip(self.loop.adjoint_results, self.body(*adjoints, *slices, *rest[len(stacks) :][: len(fixed)]), strict=True))
-            totals = [total + gradients.pop(i) for total, i in zip(totals, self.summed, strict=True)]
+            gradients = dict(
+                zip(
+                    self.loop.adjoint_results,
+                    self.body(*adjoints, *slices, *rest[len(stacks) :][: len(fixed)]),
+                    strict=True,
+                )
+            )
+            grown = [total + gradients.pop(i) for total, i in zip(totals, self.summed, strict=True)]
             carried = [_own(g) for i, g in gradients.items() if i < self.loop.carries]
-            return [*carried, *totals, *(_own(g) for i, g in gradients.items() if i >= self.loop.carries)]
+            return [*carried, *grown, *(_own(g) for i, g in gradients.items() if i >= self.loop.carries)]
 
         like = stacks[0] if stacks else starts[0]
         reverse = torch.arange(self.loop.steps - 1, -1, -1, device=like.device)
@@ -241,7 +253,10 @@ class _Backward:
         cotangents = [v for (kind, _), v in given.items() if kind == "cotangent"]
         device = cotangents[0].device
         keys, tensors = list(given), list(given.values())
-        usable = _finite([given[self.kinds[p]] for p in self.carried] + [given[k] for k in given if k[0] == "cotangent" and k[1] >= self.loop.carries])
+        usable = _finite(
+            [given[self.kinds[p]] for p in self.carried]
+            + [given[k] for k in given if k[0] == "cotangent" and k[1] >= self.loop.carries]
+        )
         order = self.loop.adjoint_results
         target = torch.full((), scaling.target, dtype=torch.float32, device=device)
         empty = [torch.zeros_like(self.emission._operand(i), memory_format=torch.contiguous_format) for i in order]

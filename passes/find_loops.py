@@ -11,6 +11,8 @@ Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a l
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -33,23 +35,23 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     """Find the marked loops; gradients and autocast say whether each is on where the graph begins."""
     loops: list[MarkedLoop] = []
     open_loop: MarkedLoop | None = None
-    transforms = 0
+    transforms, regions = 0, int(autocast)
     for node in graph_module.graph.nodes:
         if node.target in STEP:
             if node.args[1] == 0:
-                _check_surroundings(node, open_loop, transforms, autocast)
+                _check_surroundings(node, open_loop, transforms, regions)
                 open_loop = _opened(node, gradients)
             assert open_loop is not None, "iteration 0 comes first"
             open_loop.markers.append(node)
             open_loop.iterations.append([])
         elif node.target in END and open_loop is not None:
-            loops.append(_closed(open_loop, node))
+            loops.append(replace(open_loop, end=node))
             open_loop = None
         elif open_loop is not None and node.op != "output":
             open_loop.iterations[-1].append(node)
         elif open_loop is None:
             gradients = node.args[0] if node.target is torch._C._set_grad_enabled else gradients
-            autocast += _opens(node, "_enter_autocast") - _opens(node, "_exit_autocast")
+            regions += _opens(node, "_enter_autocast") - _opens(node, "_exit_autocast")
             transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
     if open_loop is not None:
         raise _left_early(open_loop)
@@ -72,10 +74,6 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
     return MarkedLoop(PrecisionPolicy.decode(str(policy)), [], marker, [], gradients)
 
 
-def _closed(loop: MarkedLoop, end: fx.Node) -> MarkedLoop:
-    return MarkedLoop(loop.policy, loop.markers, end, loop.iterations, loop.differentiated)
-
-
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
     return UnsupportedLoopError(
         f"a loop over steps(t) was left after iteration {len(loop.markers)}, before steps(t) was exhausted",
@@ -85,7 +83,7 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
     )
 
 
-def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int, autocast: bool) -> None:
+def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int, regions: int) -> None:
     if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:
         raise _left_early(open_loop)
     found, fix = "", ""
@@ -94,7 +92,7 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
         fix = FIX_EARLY_EXIT + "; of two nested loops leave the inner one unmarked: write range(len(t) - 1)"
     elif transforms:
         found, fix = "a loop over steps(t) runs inside a torch.func transform", "differentiate with backward() outside"
-    elif autocast:
+    elif regions:
         found = "a loop over steps(t) runs under torch.autocast"
         fix = "end the autocast region before the loop: the policy alone sets the loop's dtypes"
     if found:

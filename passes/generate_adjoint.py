@@ -1,8 +1,8 @@
 """Generate the adjoint of a step: its exact transpose, which recomputes the step.
 
-Before:  step(y, t, dt, w):  k = velocity_0(y, w);  y_next = y + dt * k
-After:   adjoint(a, y, dt, w):  k, saved = velocity_0_forward(y, w);  b = dt * a;  dy, dw = velocity_0_pullback(saved, b)
-         returns a + dy, dw
+Before:  step(y, dt, w):  k = velocity_0(y, w);  y_next = y + dt * k
+After:   adjoint(a, y, dt, w):  k, saved = velocity_0_forward(y, w);  b = dt * a
+         dy, dw = velocity_0_pullback(saved, b);  return a + dy, dw
 
 For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a and (dPhi/dw)^T a. Every node is
 transposed by torch's own derivative of that one operation; every velocity evaluation is one VJP, with a pullback
@@ -177,10 +177,8 @@ class _Transposition:
         given = {index: ct for (owner, index), ct in self.cotangents.items() if owner is node}
         if not given:
             return
-        if node.op == "call_module":
-            gradients = self._call_pullback(node, given)
-        else:
-            gradients = self._inline_vjp(node, given)
+        transpose = self._call_pullback if node.op == "call_module" else self._inline_vjp
+        gradients = transpose(node, given)
         for operand, gradient in gradients:
             self._add(self._slot(operand), gradient)
 

@@ -235,9 +235,7 @@ def _widest(tensors: list[torch.Tensor]) -> torch.dtype | None:
     return widest
 
 
-def _call(
-    step: fx.GraphModule, name: str, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> None:
+def _call(step: fx.GraphModule, name: str, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> None:
     """Replace the nodes by one call of the submodule and a getitem per output, where the last node stands."""
     with step.graph.inserting_before(nodes[-1]):
         call = step.graph.call_module(name, tuple(inputs))

@@ -32,7 +32,10 @@ def match_iterations(marked: MarkedLoop) -> Run:
     """The longest run of equal iterations at the beginning of the loop."""
     iterations = [_without_time(nodes) for nodes in marked.iterations]
     times = {
-        user: ("t", "dt")[user.args[1]] for marker in marked.markers for user in marker.users if user.target is operator.getitem
+        user: ("t", "dt")[user.args[1]]
+        for marker in marked.markers
+        for user in marker.users
+        if user.target is operator.getitem
     }
     iterations = _hoist_varying(iterations, marked.markers[0])
     owner: dict[fx.Node, tuple[int, Key]] = {}
@@ -79,12 +82,16 @@ def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> li
     if len({len(nodes) for nodes in iterations}) != 1:
         return iterations
     inside = {node for nodes in iterations for node in nodes}
-    markers = {n for n in first_marker.graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))}
+    markers = {
+        n for n in first_marker.graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))
+    }
     mutated = {node.args[0] for node in inside if _mutates(node) and node.args}
     moved: set[fx.Node] = set()
     for column in zip(*iterations, strict=True):
         from_outside = all(
-            i in moved or (i not in inside and i not in markers and i not in mutated) for node in column for i in node.all_input_nodes
+            i in moved or (i not in inside and i not in markers and i not in mutated)
+            for node in column
+            for i in node.all_input_nodes
         )
         varying = len({_operation(node) for node in column}) > 1 or any(i in moved for i in column[0].all_input_nodes)
         if from_outside and varying and not any(map(_mutates, column)) and column[0].all_input_nodes:
@@ -105,7 +112,9 @@ def _longest_run(
         if [_operation(node) for node in nodes] != operations:
             return k, places
         now = [[_place(k, operand, owner) for operand in _inputs(node)] for node in nodes]
-        if not all(_continues(old, new, k) for a, b in zip(places, now, strict=True) for old, new in zip(a, b, strict=True)):
+        if not all(
+            _continues(old, new, k) for a, b in zip(places, now, strict=True) for old, new in zip(a, b, strict=True)
+        ):
             return k, places
         if not all(_alike(a, b) for a, b in _outside_pairs(first, nodes, now)):
             return k, places
@@ -154,7 +163,9 @@ def _source(values: list[fx.Node], place: Place) -> Source | Key:
     return Source("per_step", tuple(values))
 
 
-def _outputs(run: list[list[fx.Node]], owner: dict[fx.Node, tuple[int, Key]], marked: MarkedLoop) -> dict[Key, list[int]]:
+def _outputs(
+    run: list[list[fx.Node]], owner: dict[fx.Node, tuple[int, Key]], marked: MarkedLoop
+) -> dict[Key, list[int]]:
     """Which values of the run are read outside of it."""
     inside = {node for nodes in run for node in nodes}
     found: dict[Key, list[int]] = {}

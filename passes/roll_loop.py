@@ -27,7 +27,7 @@ from rampde_fx.errors import MutationError, RandomVelocityError, StateChangeErro
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop, Run, Source
 
 aten = torch.ops.aten
-# A state keeps its identity through these: the second argument of a scaling or the other operand of a sum may be anything.
+# A state keeps its identity through these, whatever it is scaled by and whatever is added.
 CHAIN = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default}
 
 
@@ -77,21 +77,15 @@ def _next(carry: Source) -> Any:
 def _ordered_inputs(run: Run) -> list[Source]:
     """The distinct inputs of an iteration: carries, times, per-step inputs, invariants."""
     found: dict[Source, None] = {}
-    for source in (s for row in run.sources for s in row):
-        if source in ("t", "dt"):
-            found[Source("time", (), source)] = None
-        elif isinstance(source, Source):
-            found[source] = None
-            while source.kind == "carry" and len(source.values) > 1:
-                source = _next(source)
-                found[source] = None
-                if len(source.values) == 1 and source.key in ("t", "dt"):
-                    found[Source("time", (), source.key)] = None
-            if source.kind == "carry" and source.key in ("t", "dt"):
-                found[Source("time", (), source.key)] = None
-    for key in run.outputs:
-        if key in ("t", "dt"):
-            found[Source("time", (), key)] = None
+    for source in (s for row in run.sources for s in row if isinstance(s, Source)):
+        found[source] = None
+        younger = source
+        while younger.kind == "carry" and len(younger.values) > 1:
+            younger = _next(younger)
+            found[younger] = None
+    keys = [s for row in run.sources for s in row if not isinstance(s, Source)]
+    keys += [source.key for source in found if source.kind == "carry"]
+    found.update({Source("time", (), key): None for key in (*keys, *run.outputs) if key in ("t", "dt")})
     order = ("carry", "time", "per_step", "invariant")
     return sorted(found, key=lambda source: order.index(source.kind))
 
@@ -119,7 +113,9 @@ def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule
     count = len(graphs.results(step))
     tensors = iter(results[count:])
     inputs = graphs.placeholders(traced)
-    after = [next(tensors) if isinstance(value, torch.Tensor) else node for node, value in zip(inputs, values, strict=True)]
+    after = [
+        next(tensors) if isinstance(value, torch.Tensor) else node for node, value in zip(inputs, values, strict=True)
+    ]
     return traced, after
 
 
@@ -198,17 +194,19 @@ def _carry_single_step(
 
 
 def _state_behind(result: fx.Node, candidates: dict[fx.Node, int]) -> int | None:
-    """The candidate from which the result follows by sums and scalings, of the result's shape and dtype."""
+    """The candidate from which the result follows by sums and scalings: if there are several, one that the step reads
+    elsewhere too, and the leftmost of these."""
+    found: list[fx.Node] = []
     open_nodes, seen = [result], {result}
     while open_nodes:
-        node = open_nodes.pop(0)
+        node = open_nodes.pop()
         if node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
-            return candidates[node]
-        for parent in node.all_input_nodes if node.target in CHAIN else ():
-            if parent not in seen:
-                seen.add(parent)
-                open_nodes.append(parent)
-    return None
+            found.append(node)
+        parents = [p for p in node.all_input_nodes if p not in seen] if node.target in CHAIN else []
+        seen.update(parents)
+        open_nodes += reversed(parents)
+    found.sort(key=lambda node: len(node.users) == 1)
+    return candidates[found[0]] if found else None
 
 
 def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -256,6 +254,13 @@ def _loop(marked: MarkedLoop, inputs: list[Source], step: fx.GraphModule, steps:
 
 
 def _check_states(loop: Loop) -> None:
+    if loop.carries == 0:
+        raise StateChangeError(
+            "a step carries no state: no result follows by sums from something of its own shape and dtype",
+            required="a state that keeps its shape, dtype and device",
+            fix="bring the state to its final shape and dtype before the loop",
+            where=_first_line(loop.step) or loop.where,
+        )
     for before, after in zip(graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step), strict=False):
         a, b = graphs.value(before), graphs.value(after)
         if not isinstance(a, torch.Tensor):
@@ -267,11 +272,16 @@ def _check_states(loop: Loop) -> None:
             )
         if not _same_kind(a, b):
             raise StateChangeError(
-                f"the carried state '{before.name}' goes into the step as {_describe(a)} and leaves it as {_describe(b)}",
+                f"the state '{before.name}' goes into the step as {_describe(a)} and leaves it as {_describe(b)}",
                 required="a state that keeps its shape, dtype and device",
                 fix="bring the state to its final shape and dtype before the loop",
                 where=graphs.user_line(after) or loop.where,
             )
+
+
+def _first_line(step: fx.GraphModule) -> str:
+    lines = (graphs.user_line(node) for node in graphs.results(step) if isinstance(node, fx.Node))
+    return next(filter(None, lines), "")
 
 
 def _describe(tensor: torch.Tensor) -> str:

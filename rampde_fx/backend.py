@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import torch_private
 from rampde_fx.errors import PolicyError, RampdeError, SecondDerivativeError
-from rampde_fx.loop import Loop, MarkedLoop
+from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops, has_loop
 from rampde_fx.passes.generate_adjoint import generate_adjoint
@@ -53,11 +53,11 @@ def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
 
 def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
-    rolled = [name for marked in found for name in _roll(graph_module, marked)]
+    rolled = [(name, notes) for marked in found for name, notes in _roll(graph_module, marked)]
     loops: list[Loop] = []
-    for name in rolled:
+    for name, notes in rolled:
         (call,) = [node for node in graph_module.graph.nodes if node.target == name]
-        loop = graph_module.get_submodule(name).loop
+        loop = replace(graph_module.get_submodule(name).loop, notes=notes)
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)
         emit_loop(graph_module, call, loop)
@@ -68,17 +68,19 @@ def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
     return loops
 
 
-def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[str]:
-    """Roll a marked loop up, run by run, and take its end marker out; the names of the LoopNodes."""
+def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, tuple[str, ...]]]:
+    """Roll a marked loop up, run by run, and take its end marker out; names of the LoopNodes, with notes."""
     names: list[str] = []
+    sizes: list[int] = []
     while marked.iterations:
         run = match_iterations(marked)
-        names.append(f"loop_{sum(node.op == 'call_module' for node in graph_module.graph.nodes)}")
+        names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, names[-1])
-        done = len(run.iterations)
-        marked = replace(marked, markers=marked.markers[done:], iterations=marked.iterations[done:])
+        sizes.append(len(run.iterations))
+        marked = replace(marked, markers=marked.markers[sizes[-1] :], iterations=marked.iterations[sizes[-1] :])
     graph_module.graph.erase_node(marked.end)
-    return names
+    note = f"the iterations of the loop differ: it was divided into runs of {', '.join(map(str, sizes))} equal steps"
+    return [(name, (note,) if len(sizes) > 1 else ()) for name in names]
 
 
 def rampde_fx(

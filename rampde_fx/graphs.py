@@ -95,8 +95,8 @@ def named(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
         env[node] = graph.placeholder(name)
         env[node].meta = dict(node.meta)
     graph.output(graph.graph_copy(graph_module.graph, env))
-    for node, copy in env.items():
-        copy.meta = dict(node.meta)
+    for node, twin in env.items():
+        twin.meta = dict(node.meta)
     return fx.GraphModule(graph_module, graph)
 
 

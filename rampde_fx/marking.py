@@ -92,23 +92,29 @@ def _mark_class(module_class: type[nn.Module], policy: str) -> None:
 
 
 @functools.cache
-def _marked_subclass(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
-    """A subclass of the module's class with a marked forward, under the same name, that pickles as a marked instance."""
+def _marked_subclass(module_class: Any, policy: str) -> Any:
+    """A subclass of the module's class, of the same name, with a marked forward; its instances pickle as marked."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[object, ...]:
         return _rebuild_marked, (module_class, policy), self.__dict__
 
-    namespace = {"forward": _under(policy, module_class.forward), "__reduce_ex__": reduce, "__module__": module_class.__module__}
+    namespace = {
+        "forward": _under(policy, module_class.forward),
+        "__reduce_ex__": reduce,
+        "__module__": module_class.__module__,
+    }
     return type(module_class.__name__, (module_class,), namespace)
 
 
-def _rebuild_marked(module_class: type[nn.Module], policy: str) -> nn.Module:
+def _rebuild_marked(module_class: Any, policy: str) -> Any:
     marked = _marked_subclass(module_class, policy)
     return marked.__new__(marked)
 
 
 @overload
-def mixed_precision(target: None = None, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...) -> Callable[[T], T]: ...
+def mixed_precision(
+    target: None = None, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...
+) -> Callable[[T], T]: ...
 @overload
 def mixed_precision(target: T, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...) -> T: ...
 def mixed_precision(
@@ -148,7 +154,8 @@ def mixed_precision(
         _mark_class(target, encoded)
         return target
     if isinstance(target, nn.Module):
-        target.__class__ = _marked_subclass(type(target), encoded)
+        module_class: Any = type(target)
+        target.__class__ = _marked_subclass(module_class, encoded)
         return target
     if callable(target) and not isinstance(target, type):
         return _under(encoded, target)

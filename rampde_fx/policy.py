@@ -10,7 +10,9 @@ import torch
 
 from rampde_fx.errors import PolicyError
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 LOOPS = ("auto", "scan", "unroll")
 
 

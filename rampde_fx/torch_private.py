@@ -74,7 +74,8 @@ def trace(
     """
     traced = dispatch_functionalize(function, FunctionalTensorMode()) if functionalize else function
     with contextlib.ExitStack() as stack:
-        for context in (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta(), _no_autocast()):
+        modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
+        for context in (*modes, _no_autocast(), _no_saved_tensors_hooks()):
             stack.enter_context(context)
         graph_module = make_fx(traced, decomposition_table=_UPDATES)(*args)
     for node in graph_module.graph.nodes:
@@ -89,6 +90,20 @@ def trace(
 def _no_autocast() -> Iterator[None]:
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+@contextlib.contextmanager
+def _no_saved_tensors_hooks() -> Iterator[None]:
+    """The user's hooks on saved tensors are not for the tensors of a trace."""
+    autograd, taken = torch._C._autograd, []
+    while (hooks := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        taken.append(hooks)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(taken):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def autocast_enabled() -> bool:
@@ -131,7 +146,11 @@ def compile_settings() -> Iterator[None]:
 
 
 def compile_graph(
-    compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any], mode: str | None
+    compiler: str,
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    mode: str | None,
 ) -> Callable[..., Any]:
     """Compile a graph with one of torch's backends."""
     if compiler != "inductor":

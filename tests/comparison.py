@@ -34,4 +34,7 @@ def relative_errors(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> list
     """Relative errors in the Euclidean norm; dtypes and shapes must agree."""
     assert [(g.dtype, g.shape) for g in got] == [(w.dtype, w.shape) for w in wanted]
     floor = torch.finfo(torch.float32).tiny
-    return [((g.double() - w.double()).norm() / (w.double().norm() + floor)).item() for g, w in zip(got, wanted, strict=True)]
+    return [
+        ((g.double() - w.double()).norm() / (w.double().norm() + floor)).item()
+        for g, w in zip(got, wanted, strict=True)
+    ]

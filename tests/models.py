@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ class Velocity(nn.Module):
     def __init__(self, dim: int = 5, width: int = 7, layers: int = 2) -> None:
         super().__init__()
         sizes = [dim + 1, *[width] * (layers - 1), dim]
-        self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = torch.cat([y, t.expand(y.shape[0], 1)], 1)

@@ -1,0 +1,16 @@
+"""Printing graphs for golden tests: dtypes and shapes, without the user's source lines."""
+
+import re
+
+from torch import fx
+
+
+def printed(graph_module: fx.GraphModule) -> str:
+    """The module and its submodules as Python with true dtypes, one statement a line."""
+    text = graph_module.print_readable(print_output=False)
+    text = re.sub(r"\n\s*# [^\n]*", "", text)  # source lines
+    text = re.sub(r";  [\w = ]*= None", "", text)  # where names end
+    text = re.sub(r", layout = torch.strided, device = device\(type='cpu'\)", "", text)
+    text = re.sub(r"torch\.ops\.", "", text)
+    lines = [line.rstrip() for line in text.split("\n") if line.strip()]
+    return "\n".join(lines) + "\n"

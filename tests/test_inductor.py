@@ -1,0 +1,60 @@
+"""Compiled by Inductor: the same numbers as the rewritten graph run by aot_eager."""
+
+import copy
+
+import pytest
+import torch
+
+import rampde_fx
+from tests.comparison import compiled, gradients, relative_errors
+from tests.models import LogDensity, Trajectory, TwoLoops
+from tests.test_scaling import Wide
+
+pytestmark = [pytest.mark.inductor, pytest.mark.slow]
+
+
+def agree(model, y, t, bound, **policy):
+    """Gradients under Inductor against those under aot_eager and against eager fp32."""
+    other, plain = copy.deepcopy(model), copy.deepcopy(model)
+    got = gradients(compiled(model, torch.float16, "inductor", **policy), model, y, t)
+    torch._dynamo.reset()
+    wanted = gradients(compiled(other, torch.float16, **policy), other, y, t)
+    assert max(relative_errors(got, wanted)) < bound
+    assert max(relative_errors(got, gradients(plain, plain, y, t))) < 2 * bound
+
+
+def test_two_chained_loops():
+    """Fails where Inductor donates the buffers of the outer graph to the bodies of loops."""
+    agree(TwoLoops(), torch.randn(16, 5), torch.linspace(0, 1, 6), 2e-3)
+
+
+def test_a_backward_that_is_repeated():
+    """Fails where Inductor donates the buffers of the outer graph to the bodies of loops."""
+    agree(Wide(), torch.randn(4096, 4), torch.linspace(0, 1, 4), 2e-3)
+
+
+def test_states_collected_and_an_unrolled_loop():
+    agree(Trajectory(), torch.randn(16, 5), torch.linspace(0, 1, 4), 4e-3, loop="unroll")
+
+
+def test_one_compilation_serves_all_batch_sizes():
+    model = LogDensity()
+    plain = copy.deepcopy(model)
+    function = compiled(model, torch.float16, "inductor")
+    for batch in (16, 12, 33):
+        y, t = torch.randn(batch, 5), torch.linspace(0, 1, 6)
+        errors = relative_errors(gradients(function, model, y, t), gradients(plain, plain, y, t))
+        assert max(errors[:3] + errors[4:]) < 2.5e-3, errors
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_the_name_of_the_backend_is_enough_and_inductor_is_the_default():
+    @rampde_fx.mixed_precision
+    def double(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * y
+        return y
+
+    assert "rampde_fx" in torch._dynamo.list_backends()
+    y, t = torch.ones(3), torch.linspace(0, 1, 2)
+    assert torch.equal(torch.compile(double, backend="rampde_fx")(y, t), 2 * y)

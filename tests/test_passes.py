@@ -1,0 +1,389 @@
+"""Every pass by itself: the graph before and after."""
+
+import torch
+from expecttest import TestCase
+
+import rampde_fx
+from rampde_fx import graphs, torch_private
+from rampde_fx.backend import STEP_PASSES
+from rampde_fx.passes.emit_loop import emit_loop
+from rampde_fx.passes.find_loops import find_loops
+from rampde_fx.passes.generate_adjoint import generate_adjoint
+from rampde_fx.passes.hoist_invariants import hoist_invariants
+from rampde_fx.passes.lower_velocity import lower_velocity
+from rampde_fx.passes.match_iterations import match_iterations
+from rampde_fx.passes.partition_velocity import partition_velocity
+from rampde_fx.passes.roll_loop import roll_loop
+from rampde_fx.passes.scale_adjoint import scale_adjoint
+from tests.golden import printed
+
+
+@rampde_fx.mixed_precision(dtype=torch.float16)
+def flow(y, w, g, t):
+    for t_i, dt in rampde_fx.steps(t):
+        y = y + dt * torch.tanh(y @ (g * w) + t_i)
+    return y
+
+
+ARGUMENTS = (torch.zeros(3, 5, requires_grad=True), torch.ones(5, 5), torch.ones(5), torch.linspace(0, 1, 4))
+
+
+def through(function, arguments=ARGUMENTS):
+    """What the function returns for the captured graph, under its fake mode."""
+    found = []
+
+    def backend(graph_module, _):
+        with torch_private.fake_mode_of(graph_module):
+            found.append(function(graphs.copied(graph_module)))
+        return graph_module.forward
+
+    torch.compile(flow, backend=backend, fullgraph=True)(*arguments)
+    return found[0]
+
+
+def marked(graph_module):
+    (loop,) = find_loops(graph_module, gradients=True, autocast=False)
+    return loop
+
+
+def rolled(graph_module):
+    loop = marked(graph_module)
+    return roll_loop(graph_module, loop, match_iterations(loop), "loop_0")
+
+
+def after(*passes):
+    """The loop after some step passes."""
+
+    def run(graph_module):
+        loop = rolled(graph_module)
+        for step_pass in passes:
+            loop = step_pass(loop)
+        return loop
+
+    return through(run)
+
+
+def shown(loop, part="step"):
+    return printed(getattr(loop, part))
+
+
+class TestPasses(TestCase):
+    maxDiff = None
+
+    def test_find_loops(self):
+        loop = through(marked)
+        assert [marker.args[1] for marker in loop.markers] == [0, 1, 2]
+        assert [len(nodes) for nodes in loop.iterations] == [8, 8, 8] and loop.differentiated
+        assert loop.policy == rampde_fx.PrecisionPolicy.decode(rampde_fx.PrecisionPolicy().encode())
+
+    def test_match_iterations(self):
+        run = through(lambda graph_module: match_iterations(marked(graph_module)))
+        kinds = {(s.kind, s.key) for row in run.sources for s in row if not isinstance(s, int | str)}
+        assert len(run.iterations) == 3 and kinds == {("carry", 5), ("invariant", "")}, kinds
+        assert run.outputs == {5: [2]}
+
+    def test_roll_loop(self):
+        def run(graph_module):
+            rolled(graph_module)
+            return graph_module.graph.python_code("self").src
+
+        self.assertExpectedInline(
+            through(run),
+            """\
+
+
+
+def forward(self, L_args_3_ : torch.Tensor, L_args_2_ : torch.Tensor, L_args_1_ : torch.Tensor, L_args_0_ : torch.Tensor):
+    l_args_3_ = L_args_3_
+    l_args_2_ = L_args_2_
+    l_args_1_ = L_args_1_
+    l_args_0_ = L_args_0_
+    getitem = l_args_3_[slice(0, 3, None)]
+    getitem_1 = l_args_3_[slice(0, 3, None)]
+    getitem_2 = l_args_3_[slice(1, 4, None)]
+    sub = torch.sub(getitem_2, getitem_1);  getitem_2 = getitem_1 = None
+    loop_0 = self.loop_0(l_args_0_, getitem, sub, l_args_2_, l_args_1_);  l_args_0_ = getitem = sub = l_args_2_ = l_args_1_ = None
+    getitem_3 = loop_0[0];  loop_0 = None
+    end = torch.ops.rampde_fx.end(l_args_3_);  l_args_3_ = end = None
+    return (getitem_3,)
+    """,
+        )
+        self.assertExpectedInline(
+            shown(after()),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", args_2: "f32[5]", args_1: "f32[5, 5]"):
+        mul: "f32[5, 5]" = aten.mul.Tensor(args_2, args_1)
+        mm: "f32[3, 5]" = aten.mm.default(args_0, mul)
+        add: "f32[3, 5]" = aten.add.Tensor(mm, t)
+        tanh: "f32[3, 5]" = aten.tanh.default(add)
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, tanh)
+        add_1: "f32[3, 5]" = aten.add.Tensor(args_0, mul_1)
+        return (add_1,)
+""",
+        )
+
+    def test_hoist_invariants(self):
+        loop = after(hoist_invariants)
+        self.assertExpectedInline(
+            shown(loop, "preamble"),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, args_2: "f32[5]", args_1: "f32[5, 5]"):
+        mul: "f32[5, 5]" = aten.mul.Tensor(args_2, args_1)
+        return (mul,)
+""",
+        )
+        self.assertExpectedInline(
+            shown(loop),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]"):
+        mm: "f32[3, 5]" = aten.mm.default(args_0, mul)
+        add: "f32[3, 5]" = aten.add.Tensor(mm, t)
+        tanh: "f32[3, 5]" = aten.tanh.default(add)
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, tanh)
+        add_1: "f32[3, 5]" = aten.add.Tensor(args_0, mul_1)
+        return (add_1,)
+""",
+        )
+        assert hoist_invariants(loop) is loop
+
+    def test_partition_velocity(self):
+        loop = after(hoist_invariants, partition_velocity)
+        roles = {node.name: node.meta["role"] for node in loop.step.graph.nodes if node.op != "output"}
+        wanted = {"args_0": "state", "t": "time", "dt": "time", "mul": "time", "mm": "velocity", "add": "velocity",
+                  "tanh": "velocity", "mul_1": "state", "add_1": "state"}  # fmt: skip
+        assert roles == wanted
+
+    def test_lower_velocity(self):
+        self.assertExpectedInline(
+            shown(after(hoist_invariants, partition_velocity, lower_velocity)),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]"):
+        velocity_0 = self.velocity_0(args_0, mul, t)
+        getitem: "f32[3, 5]" = velocity_0[0]
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
+        add_1: "f32[3, 5]" = aten.add.Tensor(args_0, mul_1)
+        return (add_1,)
+    class velocity_0(torch.nn.Module):
+        def forward(self, y: "f32[3, 5]", mul: "f32[5, 5]", t: "f32[]"):
+            _to_copy: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
+            _to_copy_1: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(_to_copy, _to_copy_1)
+            add: "f16[3, 5]" = aten.add.Tensor(mm, t)
+            tanh: "f16[3, 5]" = aten.tanh.default(add)
+            _to_copy_2: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            return (_to_copy_2,)
+""",
+        )
+
+    def test_generate_adjoint(self):
+        loop = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint)
+        self.assertExpectedInline(
+            shown(loop, "adjoint"),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]"):
+        velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
+        getitem: "f16[3, 5]" = velocity_0_forward[1]
+        getitem_1: "f16[5, 5]" = velocity_0_forward[2]
+        mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
+        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, mul_2)
+        getitem_3: "f32[3, 5]" = velocity_0_pullback[0]
+        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, getitem_3)
+        return (add_tensor,)
+    class velocity_0_forward(torch.nn.Module):
+        def forward(self, y: "f32[3, 5]", mul: "f32[5, 5]", t: "f32[]"):
+            _to_copy: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
+            _to_copy_1: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(_to_copy, _to_copy_1)
+            add: "f16[3, 5]" = aten.add.Tensor(mm, t)
+            tanh: "f16[3, 5]" = aten.tanh.default(add)
+            _to_copy_2: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            t_1: "f16[5, 5]" = aten.t.default(_to_copy_1)
+            return (_to_copy_2, tanh, t_1)
+    class velocity_0_pullback(torch.nn.Module):
+        def forward(self, tanh: "f16[3, 5]", t_1: "f16[5, 5]", cotangent_0: "f32[3, 5]"):
+            _to_copy_3: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
+            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_3, tanh)
+            mm_1: "f16[3, 5]" = aten.mm.default(tanh_backward, t_1)
+            _to_copy_4: "f32[3, 5]" = aten._to_copy.default(mm_1, dtype = torch.float32)
+            return (_to_copy_4,)
+""",
+        )
+        assert loop.adjoint_inputs == (("cotangent", 0), ("operand", 0), ("operand", 1), ("operand", 2), ("operand", 3))
+        assert loop.adjoint_results == (0,)
+
+    def test_scale_adjoint(self):
+        loop = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, scale_adjoint)
+        calls = "\n".join(line for line in shown(loop, "adjoint").split("\n") if "class " not in line)
+        self.assertExpectedInline(
+            calls.split("    def forward(self, y")[0],
+            """\
+    def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]", target: "f32[]"):
+        velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
+        getitem: "f16[3, 5]" = velocity_0_forward[1]
+        getitem_1: "f16[5, 5]" = velocity_0_forward[2]
+        mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
+        adjoint_scale_0 = self.adjoint_scale_0(target, mul_2)
+        getitem_4: "f32[]" = adjoint_scale_0[0]
+        mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_2, getitem_4)
+        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, mul_tensor)
+        getitem_3: "f32[3, 5]" = velocity_0_pullback[0]
+        div_tensor: "f32[3, 5]" = aten.div.Tensor(getitem_3, getitem_4)
+        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, div_tensor)
+        return (add_tensor,)
+    """,
+        )
+        assert loop.adjoint_inputs[-1] == ("target", 0)
+
+    def test_store_states(self):
+        before = after(*STEP_PASSES[:-1])
+        loop = after(*STEP_PASSES)
+        assert loop.stored == (0,) and loop.stored_dtypes == (torch.float16,)
+        kinds = {node.name: node.meta["val"].dtype for node in graphs.placeholders(loop.adjoint)}
+        assert kinds["args_0"] is torch.float16 and kinds["adjoint_args_0"] is torch.float32
+        assert len(graphs.body(loop.adjoint)) == len(graphs.body(before.adjoint)) + 1
+
+    def test_emit_loop(self):
+        def run(graph_module):
+            loop = rolled(graph_module)
+            for step_pass in STEP_PASSES:
+                loop = step_pass(loop)
+            (call,) = [node for node in graph_module.graph.nodes if node.target == "loop_0"]
+            emit_loop(graph_module, call, loop)
+            graph_module.delete_submodule("loop_0")
+            graph_module.recompile()
+            return printed(graph_module)
+
+        self.assertExpectedInline(
+            through(run),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, L_args_3_: "f32[4]", L_args_2_: "f32[5]", L_args_1_: "f32[5, 5]", L_args_0_: "f32[3, 5]"):
+        l_args_3_ = L_args_3_
+        l_args_2_ = L_args_2_
+        l_args_1_ = L_args_1_
+        l_args_0_ = L_args_0_
+        getitem = l_args_3_[slice(0, 3, None)]
+        getitem_1 = l_args_3_[slice(0, 3, None)]
+        getitem_2 = l_args_3_[slice(1, 4, None)]
+        sub = torch.sub(getitem_2, getitem_1)
+        loop_0_preamble = self.loop_0_preamble(l_args_2_, l_args_1_)
+        getitem_4 = loop_0_preamble[0]
+        loop_0_forward = self.loop_0_forward
+        loop_0_backward = self.loop_0_backward
+        autograd_function_apply = higher_order.autograd_function_apply(loop_0_forward, loop_0_backward, l_args_0_, getitem, sub, getitem_4, non_differentiable_idx = [], saved_for_backward_idx = [0, 1, 2, 3])
+        getitem_3: "f32[3, 5]" = autograd_function_apply[0]
+        end: "f32[]" = rampde_fx.end(l_args_3_)
+        return (getitem_3,)
+    class loop_0_preamble(torch.nn.Module):
+        def forward(self, args_2: "f32[5]", args_1: "f32[5, 5]"):
+            mul: "f32[5, 5]" = aten.mul.Tensor(args_2, args_1)
+            return (mul,)
+    class loop_0_forward(torch.nn.Module):
+        def forward(self, args_0: "f32[3, 5]", t: "f32[3]", dt: "f32[3]", mul: "f32[5, 5]"):
+            _to_copy: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
+            clone: "f32[3, 5]" = aten.clone.default(args_0, memory_format = torch.contiguous_format)
+            scan_combine_graph_0 = self.scan_combine_graph_0
+            scan = higher_order.scan(scan_combine_graph_0, [clone], [t, dt], (_to_copy,))
+            getitem: "f32[3, 5]" = scan[0]
+            getitem_1: "f16[3, 3, 5]" = scan[1]
+            return ((getitem,), (getitem_1, t, dt, mul))
+        class scan_combine_graph_0(torch.nn.Module):
+            def forward(self, arg0_1: "f32[3, 5]", arg1_1: "f32[]", arg2_1: "f32[]", arg3_1: "f16[5, 5]"):
+                _to_copy: "f16[3, 5]" = aten._to_copy.default(arg0_1, dtype = torch.float16)
+                mm: "f16[3, 5]" = aten.mm.default(_to_copy, arg3_1)
+                add: "f16[3, 5]" = aten.add.Tensor(mm, arg1_1)
+                tanh: "f16[3, 5]" = aten.tanh.default(add)
+                _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+                mul: "f32[3, 5]" = aten.mul.Tensor(arg2_1, _to_copy_1)
+                add_1: "f32[3, 5]" = aten.add.Tensor(arg0_1, mul)
+                _to_copy_2: "f16[3, 5]" = aten._to_copy.default(arg0_1, dtype = torch.float16)
+                clone: "f32[3, 5]" = aten.clone.default(add_1, memory_format = torch.contiguous_format)
+                return [clone, _to_copy_2]
+    class loop_0_backward(torch.nn.Module):
+        def forward(self, adjoint_args_0: "f32[3, 5]", stored_args_0: "f16[3, 3, 5]", t: "f32[3]", dt: "f32[3]", mul: "f32[5, 5]"):
+            abs_1: "f32[3, 5]" = aten.abs.default(adjoint_args_0)
+            ne: "b8[3, 5]" = aten.ne.Scalar(abs_1, inf)
+            eq: "b8[3, 5]" = aten.eq.Tensor(adjoint_args_0, adjoint_args_0)
+            mul_1: "b8[3, 5]" = aten.mul.Tensor(eq, ne)
+            all_1: "b8[]" = aten.all.default(mul_1)
+            stack: "b8[1]" = aten.stack.default([all_1])
+            all_2: "b8[]" = aten.all.default(stack)
+            full: "f32[]" = aten.full.default([], 1.0, dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
+            zeros_like: "f32[3, 5]" = aten.zeros_like.default(adjoint_args_0, pin_memory = False, memory_format = torch.contiguous_format)
+            zeros: "i64[]" = aten.zeros.default([], dtype = torch.int64, device = device(type='cpu'), pin_memory = False)
+            ones: "b8[]" = aten.ones.default([], dtype = torch.bool, device = device(type='cpu'), pin_memory = False)
+            while_loop_cond_graph_0 = self.while_loop_cond_graph_0
+            while_loop_body_graph_0 = self.while_loop_body_graph_0
+            while_loop = higher_order.while_loop(while_loop_cond_graph_0, while_loop_body_graph_0, (zeros, ones, full, zeros_like), (adjoint_args_0, stored_args_0, t, dt, mul, all_2))
+            getitem_3: "f32[3, 5]" = while_loop[3]
+            return (getitem_3, None, None, None)
+        class while_loop_cond_graph_0(torch.nn.Module):
+            def forward(self, arg0_1: "i64[]", arg1_1: "b8[]", arg2_1: "f32[]", arg3_1: "f32[3, 5]", arg4_1: "f32[3, 5]", arg5_1: "f16[3, 3, 5]", arg6_1: "f32[3]", arg7_1: "f32[3]", arg8_1: "f32[5, 5]", arg9_1: "b8[]"):
+                lt: "b8[]" = aten.lt.Scalar(arg0_1, 3)
+                bitwise_and: "b8[]" = aten.bitwise_and.Tensor(arg1_1, lt)
+                return bitwise_and
+        class while_loop_body_graph_0(torch.nn.Module):
+            def forward(self, arg0_1: "i64[]", arg1_1: "b8[]", arg2_1: "f32[]", arg3_1: "f32[3, 5]", arg4_1: "f32[3, 5]", arg5_1: "f16[3, 3, 5]", arg6_1: "f32[3]", arg7_1: "f32[3]", arg8_1: "f32[5, 5]", arg9_1: "b8[]"):
+                clone: "f32[]" = aten.clone.default(arg2_1)
+                _to_copy: "f16[5, 5]" = aten._to_copy.default(arg8_1, dtype = torch.float16)
+                clone_1: "f32[3, 5]" = aten.clone.default(arg4_1, memory_format = torch.contiguous_format)
+                arange: "i64[3]" = aten.arange.start_step(2, -1, -1, device = device(type='cpu'), pin_memory = False)
+                scan_combine_graph_0 = self.scan_combine_graph_0
+                scan = higher_order.scan(scan_combine_graph_0, [clone_1], [arange], (arg5_1, arg6_1, arg7_1, clone, _to_copy))
+                getitem: "f32[3, 5]" = scan[0]
+                abs_1: "f32[3, 5]" = aten.abs.default(getitem)
+                ne: "b8[3, 5]" = aten.ne.Scalar(abs_1, inf)
+                eq: "b8[3, 5]" = aten.eq.Tensor(getitem, getitem)
+                mul: "b8[3, 5]" = aten.mul.Tensor(eq, ne)
+                all_1: "b8[]" = aten.all.default(mul)
+                stack: "b8[1]" = aten.stack.default([all_1])
+                all_2: "b8[]" = aten.all.default(stack)
+                bitwise_not: "b8[]" = aten.bitwise_not.default(all_2)
+                bitwise_and: "b8[]" = aten.bitwise_and.Tensor(arg9_1, bitwise_not)
+                add: "i64[]" = aten.add.Tensor(arg0_1, 1)
+                mul_1: "f32[]" = aten.mul.Tensor(arg2_1, 0.00390625)
+                return (add, bitwise_and, mul_1, getitem)
+            class scan_combine_graph_0(torch.nn.Module):
+                def forward(self, arg0_1: "f32[3, 5]", arg1_1: "i64[]", arg2_1: "f16[3, 3, 5]", arg3_1: "f32[3]", arg4_1: "f32[3]", arg5_1: "f32[]", arg6_1: "f16[5, 5]"):
+                    index: "f16[3, 5]" = aten.index.Tensor(arg2_1, [arg1_1])
+                    index_1: "f32[]" = aten.index.Tensor(arg3_1, [arg1_1])
+                    index_2: "f32[]" = aten.index.Tensor(arg4_1, [arg1_1])
+                    mm: "f16[3, 5]" = aten.mm.default(index, arg6_1)
+                    add: "f16[3, 5]" = aten.add.Tensor(mm, index_1)
+                    tanh: "f16[3, 5]" = aten.tanh.default(add)
+                    t: "f16[5, 5]" = aten.t.default(arg6_1)
+                    mul: "f32[3, 5]" = aten.mul.Tensor(arg0_1, index_2)
+                    abs_1: "f32[3, 5]" = aten.abs.default(mul)
+                    amax: "f32[]" = aten.amax.default(abs_1)
+                    stack: "f32[1]" = aten.stack.default([amax])
+                    amax_1: "f32[]" = aten.amax.default(stack)
+                    view: "i32[]" = aten.view.dtype(amax_1, torch.int32)
+                    detach: "i32[]" = aten.detach.default(view)
+                    bitwise_and: "i32[]" = aten.bitwise_and.Scalar(detach, 2139095040)
+                    view_1: "f32[]" = aten.view.dtype(bitwise_and, torch.float32)
+                    detach_1: "f32[]" = aten.detach.default(view_1)
+                    clamp: "f32[]" = aten.clamp.default(detach_1, 1.1754943508222875e-38)
+                    div: "f32[]" = aten.div.Tensor(arg5_1, clamp)
+                    clamp_1: "f32[]" = aten.clamp.default(div, None, 1.329227995784916e+36)
+                    abs_2: "f32[]" = aten.abs.default(amax_1)
+                    ne: "b8[]" = aten.ne.Scalar(abs_2, inf)
+                    eq: "b8[]" = aten.eq.Tensor(amax_1, amax_1)
+                    mul_1: "b8[]" = aten.mul.Tensor(eq, ne)
+                    ones_like: "f32[]" = aten.ones_like.default(clamp_1, pin_memory = False)
+                    where: "f32[]" = aten.where.self(mul_1, clamp_1, ones_like)
+                    mul_2: "f32[3, 5]" = aten.mul.Tensor(mul, where)
+                    _to_copy: "f16[3, 5]" = aten._to_copy.default(mul_2, dtype = torch.float16)
+                    tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy, tanh)
+                    mm_1: "f16[3, 5]" = aten.mm.default(tanh_backward, t)
+                    _to_copy_1: "f32[3, 5]" = aten._to_copy.default(mm_1, dtype = torch.float32)
+                    div_1: "f32[3, 5]" = aten.div.Tensor(_to_copy_1, where)
+                    add_1: "f32[3, 5]" = aten.add.Tensor(arg0_1, div_1)
+                    clone: "f32[3, 5]" = aten.clone.default(add_1, memory_format = torch.contiguous_format)
+                    return [clone]
+""",
+        )

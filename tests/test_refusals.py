@@ -1,0 +1,213 @@
+"""What cannot be rewritten raises a typed error that names the user's line; what is irrelevant comes out unchanged."""
+
+import pytest
+import torch
+from torch import nn
+
+import rampde_fx
+from rampde_fx import errors
+from tests.comparison import compiled
+from tests.models import Euler, Flow, Midpoint, Velocity
+
+Y, T = torch.randn(4, 5), torch.linspace(0, 1, 4)
+
+
+def refused(model, kind, *, line, y=Y, t=T):
+    """The error that compiled and explained models raise; the message names the line."""
+    with pytest.raises(kind) as raised:
+        compiled(model, torch.float16)(y, t)
+    message = str(raised.value)
+    assert "test_refusals.py" in message and line in message, message
+    assert "required:" in message and "fix:" in message
+    with pytest.raises(kind):
+        rampde_fx.explain(model, y, t)
+
+
+class Dropout(Flow):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * nn.functional.dropout(self.velocity(t_i, y), 0.5)
+        return y
+
+
+class BatchNorm(Flow):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.norm(self.velocity(t_i, y))
+        return y
+
+
+class Widening(Flow):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = (y + dt * self.velocity(t_i, y.float())).double()
+        return y
+
+
+class Growing(Flow):
+    def forward(self, y, t):
+        y = y[:1]
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.velocity(t_i, y) + torch.zeros(4, 5)
+        return y
+
+
+class CollectedInPlace(Flow):
+    def forward(self, y, t):
+        states, y = [], y.clone()
+        for t_i, dt in rampde_fx.steps(t):
+            y += dt * self.velocity(t_i, y)
+            states.append(y)
+        return torch.stack(states)
+
+
+class Break(Flow):
+    def forward(self, y, t):
+        for i, (t_i, dt) in enumerate(rampde_fx.steps(t)):
+            y = y + dt * self.velocity(t_i, y)
+            if i == 1:
+                break
+        return y
+
+
+class Nested(Flow):
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            for t_i, h in rampde_fx.steps(t):
+                y = y + dt * h * self.velocity(t_i, y)
+        return y
+
+
+def test_random_numbers():
+    refused(Dropout(), errors.RandomVelocityError, line="dropout(self.velocity(t_i, y), 0.5)")
+
+
+def test_dropout_in_eval_is_fine():
+    model = BatchNorm().eval()
+    assert torch.allclose(compiled(model, torch.float32)(Y, T), model(Y, T), rtol=1e-6)
+
+
+def test_batch_norm_in_training():
+    model = BatchNorm()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(errors.MutationError, match="in place") as raised:
+        compiled(model, torch.float16)(Y, T)
+    assert "self.norm(self.velocity(t_i, y))" in str(raised.value) or "batchnorm" in str(raised.value)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_state_that_changes_dtype():
+    refused(Widening(), errors.StateChangeError, line=".double()")
+
+
+def test_state_that_changes_shape():
+    refused(Growing(), errors.StateChangeError, line="+ torch.zeros(4, 5)")
+
+
+def test_in_place_updated_states_collected_without_clone():
+    refused(CollectedInPlace(), errors.MutationError, line="y += dt * self.velocity(t_i, y)")
+
+
+def test_loop_left_early():
+    refused(Break(), errors.UnsupportedLoopError, line="in enumerate(rampde_fx.steps(t))")
+
+
+def test_nested_loops():
+    refused(Nested(), errors.UnsupportedLoopError, line="in rampde_fx.steps(t)")
+
+
+def test_loop_without_a_policy():
+    with pytest.raises(errors.UnsupportedLoopError, match="mixed_precision"):
+        torch.compile(Euler(), backend="rampde_fx", options={"compiler": "aot_eager"})(Y, T)
+
+
+def test_loop_under_autocast():
+    function = compiled(Euler(), torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(errors.UnsupportedLoopError, match="autocast"):
+        function(Y, T)
+
+
+def test_loop_inside_a_functional_transform():
+    velocity = Velocity()
+
+    @rampde_fx.mixed_precision
+    def divergence(y, t):
+        def flow(y):
+            for t_i, dt in rampde_fx.steps(t):
+                y = y + dt * velocity(t_i, y)
+            return y
+
+        return torch.func.vjp(flow, y)[1](torch.ones_like(y))[0]
+
+    with pytest.raises(errors.UnsupportedLoopError, match=r"torch\.func"):
+        torch.compile(divergence, backend="rampde_fx", options={"compiler": "aot_eager"})(Y, T)
+
+
+@pytest.mark.parametrize("form", [Euler, Midpoint])
+def test_second_derivative(form):
+    function = compiled(form(), torch.float16)
+    y = Y.clone().requires_grad_()
+    loss = function(y, T).square().sum()
+    with pytest.raises(errors.SecondDerivativeError, match="create_graph"):
+        torch.autograd.grad(loss, y, create_graph=True)
+    (first,) = torch.autograd.grad(function(y, T).square().sum(), y)
+    assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("t", [torch.tensor([1.0]), torch.zeros(2, 2), torch.arange(3), [0.0, 1.0]])
+def test_time_grid(t):
+    with pytest.raises(errors.TimeGridError, match="floating 1-D tensor"):
+        next(rampde_fx.steps(t))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"velocity": torch.int32}, "velocity"),
+        ({"storage": "half"}, "storage"),
+        ({"scaling": "static"}, "scaling"),
+        ({"loop": "while"}, "loop"),
+    ],
+)
+def test_policy(settings, field):
+    with pytest.raises(errors.PolicyError, match=field):
+        rampde_fx.PrecisionPolicy(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"target": 3.0}, {"target": -1.0}, {"max_attempts": 0}, {"max_attempts": True}])
+def test_scaling(settings):
+    with pytest.raises(errors.PolicyError, match=next(iter(settings))):
+        rampde_fx.AdjointScaling(**settings)
+
+
+def test_target_of_mixed_precision():
+    with pytest.raises(errors.PolicyError, match="Module class"):
+        rampde_fx.mixed_precision(3)
+    with pytest.raises(errors.PolicyError, match="either"):
+        rampde_fx.mixed_precision(Euler(), dtype=torch.bfloat16, policy=rampde_fx.PrecisionPolicy())
+
+
+def test_options():
+    function = torch.compile(rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "gcc"})
+    with pytest.raises(errors.PolicyError, match="gcc"):
+        function(Y, T)
+
+
+def test_graph_without_a_loop_is_left_alone():
+    layer = nn.Linear(5, 3)
+    function = torch.compile(layer, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
+    assert torch.equal(function(Y), layer(Y))
+    report = rampde_fx.explain(layer, Y)
+    assert report.loops == () and "nothing is rewritten" in str(report)
+
+
+def test_error_reads_well_and_pickles():
+    import pickle
+
+    error = errors.PolicyError("found this", required="that", fix="do so", where="here.py:1")
+    assert str(error) == "found this.\n  at: here.py:1\n  required: that.\n  fix: do so."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
