@@ -36,7 +36,7 @@ def planar(real: Tensor, samples: Tensor, density: Tensor, path: Path) -> None:
 
 def digits(real: Tensor, samples: Tensor, path: Path) -> None:
     """Draws data and samples of the flow, both (DIGITS_SHOWN, 8, 8), in two square mosaics."""
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, title, images in zip(
         panels, ("data on the principal components", "samples of the flow"), (real, samples), strict=True
@@ -47,7 +47,7 @@ def digits(real: Tensor, samples: Tensor, path: Path) -> None:
         axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1)
         axes.set_title(title)
         axes.set_axis_off()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def losses(curves: dict[str, list[float]], path: Path, window: int = 20) -> None:

@@ -71,6 +71,9 @@ class _Body:
     def __init__(self, graph_module: fx.GraphModule, first_invariant: int) -> None:
         values = [graphs.value(node) for node in graphs.placeholders(graph_module)]
         flat = torch_private.trace(fx.Interpreter(graph_module).run, values, gradients=False)
+        for node in flat.graph.nodes:
+            if graphs.stops_gradient(node):
+                node.replace_all_uses_with(node.args[0])
         flat = graphs.named(flat, [node.name for node in graphs.placeholders(graph_module)])
         _fold_casts(flat)
         split = graphs.split_invariants(flat, first_invariant)
@@ -160,7 +163,13 @@ class _Emission:
         """Final carries and stacked outputs of a body(*carries, *slices, *invariants)."""
         if not self.unrolled:
             symbols = _symbols([*starts, *per_step, *invariants])
-            results = scan_op(body, starts, per_step, additional_inputs=(*invariants, *symbols))
+            count = [] if per_step else [torch.arange(self.loop.steps, device=starts[0].device)]  # scan asks for one
+            results = scan_op(
+                lambda *args: body(*args[: len(starts)], *args[len(starts) + len(count) :]),
+                starts,
+                [*per_step, *count],
+                additional_inputs=(*invariants, *symbols),
+            )
             return list(results[: len(starts)]), list(results[len(starts) :])
         carries, collected = starts, []
         for k in range(self.loop.steps):
@@ -210,15 +219,25 @@ class _Backward:
             {("operand", i): v for i, v in zip((*loop.stored, *self.emission.kept), args[outputs:], strict=True)}
         )
         scaling = loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
-        gradients = self._sweep(given) if scaling is None else self._repeat(given, scaling)
+        fits = self._stored_states_fit(given)
+        gradients = self._sweep(given) if scaling is None else self._repeat(given, scaling, fits)
+        if fits is not None:  # a velocity may saturate at inf, and hide the overflow from its gradients
+            gradients = {i: torch.where(fits, gradient, torch.nan) for i, gradient in gradients.items()}
         return tuple(gradients.get(i) for i in range(len(self.emission.inputs)))
+
+    def _stored_states_fit(self, given: dict[tuple[str, int], Any]) -> torch.Tensor | None:
+        """Whether no state overflowed where it was stored, as a 0-d bool; None where the range is the state's own."""
+        narrow = [
+            i for i, dtype in zip(self.loop.stored, self.loop.stored_dtypes, strict=True) if dtype is torch.float16
+        ]
+        return _finite([given["operand", i] for i in narrow]) if narrow else None
 
     def _sweep(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
         """The reverse loop: gradients by operand."""
         fixed = self.body.prepare([given[self.kinds[p]] for p in self.fixed])
         stacks = [given[self.kinds[p]] for p in self.stepwise]
         starts = [given[self.kinds[p]].clone(memory_format=torch.contiguous_format) for p in self.carried]
-        sums = [torch.zeros_like(self._like(i), memory_format=torch.contiguous_format) for i in self.summed]
+        sums = [self._zeros(i, given) for i in self.summed]
         n, first = len(self.carried), self.loop.first_invariant()
 
         def body(*args: Any) -> list[Any]:
@@ -245,21 +264,28 @@ class _Backward:
         found.update({i: stack.flip(0) for i, stack in zip(stepwise, collected, strict=True)})
         return found
 
-    def _like(self, i: int) -> Any:
-        return graphs.value(self.emission.inputs[i])
+    def _zeros(self, i: int, given: dict[tuple[str, int], Any]) -> torch.Tensor:
+        """A gradient of operand i to begin with, made from what the backward has: sizes may be symbolic."""
+        like = given.get(("cotangent", i) if i < self.loop.carries else ("operand", i))
+        if like is not None:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        value = graphs.value(self.emission.inputs[i])
+        steps = [self.loop.steps] if i < self.loop.first_invariant() else []
+        return torch.zeros([*steps, *value.shape], dtype=value.dtype, device=value.device)
 
-    def _repeat(self, given: dict[tuple[str, int], Any], scaling: AdjointScaling) -> dict[int, Any]:
+    def _repeat(
+        self, given: dict[tuple[str, int], Any], scaling: AdjointScaling, fits: torch.Tensor | None
+    ) -> dict[int, Any]:
         """Sweep at a falling target until the gradients are finite."""
         cotangents = [v for (kind, _), v in given.items() if kind == "cotangent"]
         device = cotangents[0].device
         keys, tensors = list(given), list(given.values())
-        usable = _finite(
-            [given[self.kinds[p]] for p in self.carried]
-            + [given[k] for k in given if k[0] == "cotangent" and k[1] >= self.loop.carries]
-        )
+        incoming = [p for p, (kind, _) in enumerate(self.kinds) if kind == "cotangent"]
+        usable = _finite([given[self.kinds[p]] for p in incoming])
+        usable = usable if fits is None else usable & fits
         order = self.loop.adjoint_results
         target = torch.full((), scaling.target, dtype=torch.float32, device=device)
-        empty = [torch.zeros_like(self.emission._operand(i), memory_format=torch.contiguous_format) for i in order]
+        empty = [self._zeros(i, given) for i in order]
         # The attempt and the flag live on the host: reading the flag is the one synchronisation of the backward.
         start = [torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), target, *empty]
         symbols = _symbols(tensors)

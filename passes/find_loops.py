@@ -23,12 +23,15 @@ from rampde_fx.policy import PrecisionPolicy
 
 STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
 END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default}
+# Higher-order operations that compute what their body computes.
+TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
 
 
 def has_loop(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph holds any marker."""
-    return any(node.target in STEP for node in graph_module.graph.nodes)
+    """Whether the graph, or one inside it, holds any marker."""
+    inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
+    return any(node.target in STEP for module in inner for node in module.graph.nodes)
 
 
 def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:
@@ -55,6 +58,10 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
     if open_loop is not None:
         raise _left_early(open_loop)
+    for loop in loops:
+        for nodes in loop.iterations:
+            _check_iteration(nodes, loop.differentiated)
+    _check_subgraphs(graph_module)
     return loops
 
 
@@ -76,7 +83,7 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
     return UnsupportedLoopError(
-        f"a loop over steps(t) was left after iteration {len(loop.markers)}, before steps(t) was exhausted",
+        f"a loop over steps(t) was left in iteration {len(loop.markers)}, or steps(t) was not asked for its end",
         required="a loop that runs over all of its steps",
         fix=FIX_EARLY_EXIT,
         where=user_line(loop.markers[-1]),
@@ -91,11 +98,39 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
         found = "a loop over steps(t) begins before the one around it has ended (a nested loop, or a break)"
         fix = FIX_EARLY_EXIT + "; of two nested loops leave the inner one unmarked: write range(len(t) - 1)"
     elif transforms:
-        found, fix = "a loop over steps(t) runs inside a torch.func transform", "differentiate with backward() outside"
+        found = "a loop over steps(t) runs inside a torch.func transform"
+        fix = "call the model outside of vjp, grad, vmap and the like, and differentiate with backward()"
     elif regions:
         found = "a loop over steps(t) runs under torch.autocast"
         fix = "end the autocast region before the loop: the policy alone sets the loop's dtypes"
     if found:
-        raise UnsupportedLoopError(
-            found, required="a marked loop that stands by itself", fix=fix, where=user_line(marker)
+        _refuse(marker, found, fix)
+
+
+def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
+    """Refuse what changes the meaning of a step without being in its dataflow."""
+    modes = [node for node in nodes if node.target is torch._C._set_grad_enabled]
+    if modes and not (differentiated and modes[-1].args[0] is True):
+        _refuse(
+            modes[-1], "a step leaves gradients off, or turns them on in a loop under no_grad", "move the switch out"
         )
+    for node in nodes:
+        if _opens(node, "_enter_autocast"):
+            _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
+            _refuse(
+                node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch"
+            )
+
+
+def _check_subgraphs(graph_module: fx.GraphModule) -> None:
+    inner = (m for m in graph_module.modules() if isinstance(m, fx.GraphModule) and m is not graph_module)
+    for node in (node for module in inner for node in module.graph.nodes):
+        if node.target in STEP:
+            _refuse(node, "a marked loop runs inside a higher-order operation (checkpoint, cond)", "call it plainly")
+
+
+def _refuse(node: fx.Node, found: str, fix: str) -> None:
+    raise UnsupportedLoopError(
+        found, required="a marked loop of plain operations that stands by itself", fix=fix, where=user_line(node)
+    )

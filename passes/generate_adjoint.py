@@ -67,7 +67,7 @@ def find_active(loop: Loop) -> set[fx.Node]:
     nodes = graphs.placeholders(loop.step)
     sources = {node for node, needed in zip(nodes, loop.needs_grad, strict=True) if needed}
     while True:
-        reached = graphs.depends_on(loop.step.graph, sources)
+        reached = graphs.depends_on(loop.step.graph, sources, by_gradient=True)
         nexts = zip(nodes[: loop.carries], graphs.results(loop.step), strict=False)
         more = {carry for carry, after in nexts if after in reached and graphs.is_float(carry)}
         if more <= sources:

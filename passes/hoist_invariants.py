@@ -24,7 +24,7 @@ def hoist_invariants(loop: Loop) -> Loop:
         return loop
     preamble, step, read = split
     wanted = [n for n, needed in zip(graphs.placeholders(loop.step), loop.needs_grad, strict=True) if needed]
-    differentiable = graphs.depends_on(loop.step.graph, wanted)
+    differentiable = graphs.depends_on(loop.step.graph, wanted, by_gradient=True)
     needs_grad = [
         *loop.needs_grad[: loop.first_invariant()],
         *(node in differentiable and graphs.is_float(node) for node in read),

@@ -172,10 +172,13 @@ class _Lowering(fx.Interpreter):
         elif name in WIDE and self.dtype in HALF:
             to = torch.float32
             self.wide[name, "autocast's policy: fp32"] += 1
+        elif _beyond(self.dtype, args, kwargs):
+            to = torch.float32
+            self.wide[name, f"a constant beyond the range of {self.dtype}"] += 1
         else:
             to = _widest([t for t in tensors if t.ndim > 0])
         if to is not None and target is not operator.getitem:
-            keep_scalars = name not in LOW and name not in WIDE
+            keep_scalars = to != torch.float32 and name not in LOW
 
             def cast(value: Any) -> Any:
                 return value if not _is_float_tensor(value) or (keep_scalars and value.ndim == 0) else _cast(value, to)
@@ -196,6 +199,15 @@ class _Lowering(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         return super().run_node(n)
+
+
+def _beyond(dtype: torch.dtype, args: Any, kwargs: Any) -> bool:
+    """Whether a number among the arguments overflows or vanishes in the dtype."""
+    numbers = [abs(a) for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, float)]
+    info = torch.finfo(dtype)
+    return dtype in HALF and any(
+        (info.max < number < float("inf")) or 0 < number < info.smallest_normal * info.eps for number in numbers
+    )
 
 
 def _is_float_tensor(value: Any) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from rampde_fx import torch_private
 from rampde_fx.graphs import value
 from rampde_fx.loop import MarkedLoop, Run, Source
 
@@ -69,7 +70,10 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 def _operation(node: fx.Node) -> str:
     """What a node does, its constants included, its operands left out."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
-    return f"{node.op} {node.target} {args!r} {kwargs!r}"
+    owner = node.graph.owning_module
+    body = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
+    target = body.code if isinstance(body, fx.GraphModule) else node.target
+    return f"{node.op} {target} {args!r} {kwargs!r}"
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -85,11 +89,11 @@ def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> li
     markers = {
         n for n in first_marker.graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))
     }
-    mutated = {node.args[0] for node in inside if _mutates(node) and node.args}
+    mutated = {torch_private.storage_of(value(node.args[0])) for node in inside if _mutates(node) and node.args}
     moved: set[fx.Node] = set()
     for column in zip(*iterations, strict=True):
         from_outside = all(
-            i in moved or (i not in inside and i not in markers and i not in mutated)
+            i in moved or (i not in inside and i not in markers and not _in(mutated, i))
             for node in column
             for i in node.all_input_nodes
         )
@@ -99,6 +103,11 @@ def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> li
                 first_marker.prepend(node)
             moved.update(column)
     return [[node for node in nodes if node not in moved] for nodes in iterations]
+
+
+def _in(storages: set[int | None], node: fx.Node) -> bool:
+    storage = torch_private.storage_of(value(node))
+    return storage is not None and storage in storages
 
 
 def _longest_run(

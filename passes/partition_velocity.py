@@ -11,8 +11,8 @@ time:     what follows from t, dt and invariants alone: it has no batch and cost
 velocity: all the rest. meta["evaluation"] numbers the evaluations of a step: a state that was built from evaluation n
           begins evaluation n + 1.
 
-Only velocity is lowered. A carry that follows from a state by sums and scalings of any kind (a learned decay) is
-state all the way.
+Only velocity is lowered. A carry that follows from a state by anything but a matrix product (a learned decay, a relu, a
+normalisation) is state all the way; addmm(y, h, w) is taken apart, where y varies, to show the sum.
 
 Requires: a Loop whose step is functional, with invariants hoisted.
 Ensures:  every placeholder and call has a role; every velocity call has an evaluation.
@@ -35,11 +35,19 @@ SCALE = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 CONTRACT = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
 MOVE = {aten.cat.default, aten.stack.default, aten.clone.default, aten.where.self, aten._to_copy.default}
 SCATTER = {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
+# Products of whole tensors, the cost of a velocity: operator names up to their variants.
+HEAVY = set(
+    """mm addmm bmm baddbmm addbmm mv addmv convolution convolution_backward linalg_solve
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
+)
+FUSED_SUM = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 Roles = dict[fx.Node, str]
 
 
 def partition_velocity(loop: Loop) -> Loop:
     """Write a role into every node of the step, and its evaluation into every velocity node."""
+    _take_sums_apart(loop)
     nodes = [node for node in loop.step.graph.nodes if node.op != "output"]
     results = graphs.results(loop.step)[: loop.carries]
     for i, node in enumerate(graphs.placeholders(loop.step)):
@@ -58,6 +66,21 @@ def partition_velocity(loop: Loop) -> Loop:
     return loop
 
 
+def _take_sums_apart(loop: Loop) -> None:
+    """addmm(y, h, w) becomes y + mm(h, w) where y varies: it may be the state."""
+    varying = graphs.depends_on(loop.step.graph, graphs.placeholders(loop.step)[: loop.carries])
+    for node in list(loop.step.graph.nodes):
+        if node.target in FUSED_SUM and node.args[0] in varying and not node.kwargs:
+            with loop.step.graph.inserting_before(node):
+                product = loop.step.graph.call_function(FUSED_SUM[node.target], node.args[1:])
+                total = loop.step.graph.call_function(aten.add.Tensor, (node.args[0], product))
+            for new in (product, total):
+                new.meta = dict(node.meta)
+            node.replace_all_uses_with(total)
+            loop.step.graph.erase_node(node)
+    graphs.refresh(loop.step)
+
+
 def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozenset()) -> Roles:
     """Roles by forward dataflow; known states are states."""
     roles: Roles = {}
@@ -72,15 +95,38 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
 
 
 def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
-    """The velocity nodes through which a next carry follows from states by sums and scalings: y * decay + dt * k."""
+    """The velocity nodes between the states of a step and a next carry that is no state yet.
+
+    y * decay + dt * k, relu(y + dt * k), y / norm(y), y @ R + dt * k: all that lies on a path from a state to the next
+    carry is accumulation, unless a matrix product or a convolution lies on the path. A carried velocity (a multistep
+    method's k) is reached through these alone and stays low. Beside an increment even a matrix product is a
+    propagator of the state.
+    """
     promoted: set[fx.Node] = set()
-    open_nodes = list(results)
-    while open_nodes:
-        node = open_nodes.pop()
-        if roles[node] == "velocity" and node not in promoted and _carries_state(node, roles):
-            promoted.add(node)
-            open_nodes += _linear_operands(node, roles)
+    for result in results:
+        if roles[result] == "velocity":
+            _promote(result, roles, promoted, through_products=False)
     return promoted
+
+
+def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_products: bool) -> bool:
+    """Whether the node comes from a state; if so, it and the path to the state are promoted."""
+    if roles[node] != "velocity" or node in promoted:
+        return roles[node] == "state" or node in promoted
+    varying = _varying(node, roles)
+    if _operator(node) in HEAVY:
+        follow = varying if through_products and len(varying) == 1 else []
+    else:
+        follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
+        through_products = through_products or (node.target in SUM and len(follow) < len(varying))
+    found = [_promote(operand, roles, promoted, through_products=through_products) for operand in follow]
+    if any(found):
+        promoted.add(node)
+    return any(found)
+
+
+def _operator(node: fx.Node) -> str:
+    return node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
 def find_evaluations(nodes: list[fx.Node], roles: Roles) -> dict[fx.Node, int]:
@@ -150,19 +196,6 @@ def _keeps_state(node: fx.Node, roles: Roles) -> bool:
     if node.target in SCATTER:
         return True
     return (graphs.is_view(node) or node.target in MOVE) and all(roles[parent] != "velocity" for parent in parents)
-
-
-def _linear_operands(node: Any, roles: Roles) -> list[fx.Node]:
-    """The operands that a sum, a scaling or a rearrangement passes on."""
-    if node.op != "call_function":
-        return []
-    scaled = _scaled_operand(node, roles)
-    passes_all = node.target in SUM or graphs.is_view(node) or node.target in MOVE or node.target in SCATTER
-    return [scaled] if scaled is not None else _varying(node, roles) if passes_all else []
-
-
-def _carries_state(node: fx.Node, roles: Roles) -> bool:
-    return roles[node] == "state" or any(_carries_state(operand, roles) for operand in _linear_operands(node, roles))
 
 
 def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:

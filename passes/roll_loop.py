@@ -23,12 +23,16 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.errors import MutationError, RandomVelocityError, StateChangeError, UnsupportedLoopError
+from rampde_fx.errors import MutationError, RampdeError, RandomVelocityError, StateChangeError, UnsupportedLoopError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop, Run, Source
 
 aten = torch.ops.aten
 # A state keeps its identity through these, whatever it is scaled by and whatever is added.
-CHAIN = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default}
+CHAIN = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default,
+    aten.expand.default,
+}  # fmt: skip
+WRITES = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default}
 
 
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, name: str) -> Loop:
@@ -38,9 +42,10 @@ def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, name: 
     values = [_fake(source, marked) for source in inputs]
     step, after = _functional(step, values)
     _check_random(step)
-    inputs, step, written = _carry_mutated(inputs, step, after, outputs, run)
+    inputs, step, written = _carry_mutated(inputs, step, after, outputs, marked)
     if len(run.iterations) == 1:
         inputs, outputs, step = _carry_single_step(inputs, outputs, step)
+    _check_operands(inputs, where)
     step = graphs.refresh(torch_private.deduplicated(step))
     loop = _loop(marked, inputs, step, len(run.iterations), where)
     _check_states(loop)
@@ -104,11 +109,21 @@ def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule
     """The step as functional ATen, and for every placeholder the node that holds its value after the step."""
 
     def results_and_inputs(*args: Any) -> tuple[Any, ...]:
-        results = fx.Interpreter(step).run(*args)
+        results = _Captured(step).run(*args)
         return *results, *(arg for arg in args if isinstance(arg, torch.Tensor))
 
     names = [node.name for node in graphs.placeholders(step)]
-    traced = graphs.named(torch_private.trace(results_and_inputs, values, functionalize=True), names)
+    try:
+        traced = graphs.named(torch_private.trace(results_and_inputs, values, functionalize=True), names)
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+        if isinstance(error, RampdeError):
+            raise
+        raise UnsupportedLoopError(
+            f"a step cannot be traced to functional ATen: {error}",
+            required="a step of functional torch operations on dense tensors",
+            fix="move the operation out of the loop, or write it by others",
+            where=graphs.user_line(step.graph.output_node().all_input_nodes[0]),
+        ) from error
     results = graphs.results(traced)
     count = len(graphs.results(step))
     tensors = iter(results[count:])
@@ -119,9 +134,32 @@ def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule
     return traced, after
 
 
+class _Captured(fx.Interpreter):
+    """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op not in ("call_function", "call_method") or (torch.is_grad_enabled() and not _detaches(n)):
+            return result
+        stop = torch.ops.rampde_fx.stop_gradient
+        return torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda x: stop(x) if x.is_floating_point() else x, result
+        )
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(target, torch._ops.HigherOrderOperator):  # find_loops lets those in that run their body
+            return _Captured(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
+
+
+def _detaches(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
+
+
 def _check_random(step: fx.GraphModule) -> None:
     for node in step.graph.nodes:
-        if torch_private.draws_random_numbers(node.target):
+        if torch_private.draws_random_numbers(node):
             raise RandomVelocityError(
                 f"a step of the loop draws random numbers ({node.target})",
                 required="a step that computes the same when the backward recomputes it",
@@ -131,33 +169,33 @@ def _check_random(step: fx.GraphModule) -> None:
 
 
 def _carry_mutated(
-    inputs: list[Source], step: fx.GraphModule, after: list[fx.Node], outputs: list[Any], run: Run
+    inputs: list[Source], step: fx.GraphModule, after: list[fx.Node], outputs: list[Any], marked: MarkedLoop
 ) -> tuple[list[Source], fx.GraphModule, dict[int, fx.Node]]:
     """Make carries of what the step changes in place; say which outside tensors the final carries are written to."""
     nodes = graphs.placeholders(step)
-    results = graphs.results(step)[: sum(s.kind == "carry" for s in inputs) + len(outputs)]
-    carries = [source for source in inputs if source.kind == "carry"]
+    carries = sum(source.kind == "carry" for source in inputs)
+    results = graphs.results(step)[: carries + len(outputs)]
     changed = [i for i, (node, now) in enumerate(zip(nodes, after, strict=True)) if node is not now]
-    written: dict[int, fx.Node] = {}
     for i in changed:
-        source = inputs[i]
-        older_names = [graphs.base_of_view(result) for result in results[len(carries) :]]
-        if source.kind == "carry" and results[i] is after[i] and after[i] not in older_names:
-            written[i] = source.values[0]
-        elif source.kind != "invariant" or source.values[0].op == "placeholder" or _read_by_another_name(source, run):
-            raise _mutation(source, after[i])
+        own = i < carries and results[i] is after[i]
+        others = [graphs.base_of_view(result) for j, result in enumerate(results) if not (own and j == i)]
+        kind_allows = own or (inputs[i].kind == "invariant" and inputs[i].values[0].op != "placeholder")
+        if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
+            raise _mutation(inputs[i], after[i])
     promoted = [i for i in changed if inputs[i].kind == "invariant"]
-    kept = [i for i in range(len(carries), len(inputs)) if i not in promoted]
-    order = [*range(len(carries)), *promoted, *kept]
-    written.update({len(carries) + j: inputs[i].values[0] for j, i in enumerate(promoted)})
-    results = [*results[: len(carries)], *(after[i] for i in promoted), *results[len(carries) :]]
+    order = [*range(carries), *promoted, *(i for i in range(carries, len(inputs)) if i not in promoted)]
+    results = [*results[:carries], *(after[i] for i in promoted), *results[carries:]]
     sources = [replace(inputs[i], kind="carry") if i in promoted else inputs[i] for i in order]
+    written = {j: inputs[i].values[0] for j, i in enumerate(order) if i in changed}
     return sources, _rebuilt(step, order, results), written
 
 
-def _read_by_another_name(source: Source, run: Run) -> bool:
-    """Whether the iterations read the changed tensor in another role as well."""
-    return sum(s.values == source.values for s in {s for row in run.sources for s in row if isinstance(s, Source)}) > 1
+def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
+    """Whether the loop reads the memory of an input by another name as well."""
+    own = torch_private.storage_of(graphs.value(inputs[i].values[0]))
+    others = [graphs.value(node) for j, source in enumerate(inputs) if j != i for node in source.values]
+    others.append(graphs.value(marked.markers[0].args[0]))
+    return own in map(torch_private.storage_of, others)
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:
@@ -176,7 +214,9 @@ def _carry_single_step(
 ) -> tuple[list[Source], list[Any], fx.GraphModule]:
     """In a run of one step nothing comes back: a state is an invariant from which an output follows by sums alone."""
     nodes, results = graphs.placeholders(step), graphs.results(step)
-    first_output = len(results) - len(outputs)
+    first_output, last_output = len(results) - len(outputs), len(results)
+    # A new state may also leave the step by a write into a tensor that collects the trajectory.
+    results += [node.args[1] for node in graphs.body(step) if node.target in WRITES]
     pairs: dict[int, int] = {}
     for j in range(first_output, len(results)):
         free = [i for i, s in enumerate(inputs) if s.kind == "invariant" and i not in pairs]
@@ -185,11 +225,10 @@ def _carry_single_step(
             pairs[state] = j
     carried = [i for i, s in enumerate(inputs) if s.kind == "carry"]
     order = [*carried, *pairs, *(i for i in range(len(inputs)) if i not in carried and i not in pairs)]
-    rest = [j for j in range(first_output, len(results)) if j not in pairs.values()]
+    rest = [j for j in range(first_output, last_output) if j not in pairs.values()]
     kept = [results[j] for j in [*range(first_output), *pairs.values(), *rest]]
-    sources = [
-        Source("carry", inputs[i].values, outputs[pairs[i] - first_output]) if i in pairs else inputs[i] for i in order
-    ]
+    keys = {j: outputs[j - first_output] if j < last_output else -1 - j for j in pairs.values()}
+    sources = [Source("carry", inputs[i].values, keys[pairs[i]]) if i in pairs else inputs[i] for i in order]
     return sources, [outputs[j - first_output] for j in rest], _rebuilt(step, order, kept)
 
 
@@ -253,21 +292,33 @@ def _loop(marked: MarkedLoop, inputs: list[Source], step: fx.GraphModule, steps:
     )
 
 
+def _check_operands(inputs: list[Source], where: str) -> None:
+    for source in inputs:
+        if any(isinstance(graphs.value(node), torch.SymFloat) for node in source.values):
+            raise UnsupportedLoopError(
+                f"the loop reads the Python float '{graphs.readable(source.values[0].name)}', which changes",
+                required="tensors and ints from outside of the loop",
+                fix="pass the number as a 0-d tensor",
+                where=where,
+            )
+
+
 def _check_states(loop: Loop) -> None:
     if loop.carries == 0:
         raise StateChangeError(
             "a step carries no state: no result follows by sums from something of its own shape and dtype",
             required="a state that keeps its shape, dtype and device",
-            fix="bring the state to its final shape and dtype before the loop",
+            fix="iterate over steps(t) itself, and bring the state to its final shape and dtype before the loop",
             where=_first_line(loop.step) or loop.where,
         )
     for before, after in zip(graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step), strict=False):
         a, b = graphs.value(before), graphs.value(after)
-        if not isinstance(a, torch.Tensor):
+        if not isinstance(a, torch.Tensor) or a.is_complex():
+            kind = "a complex tensor" if isinstance(a, torch.Tensor) else "a Python number"
             raise UnsupportedLoopError(
-                f"the carried value '{before.name}' is a Python number, not a tensor",
-                required="carried values that are tensors",
-                fix="start from a tensor, such as torch.zeros(...)",
+                f"the carried value '{before.name}' is {kind}",
+                required="carried values that are real tensors",
+                fix="start from a tensor, such as torch.zeros(...); view a complex one by torch.view_as_real",
                 where=loop.where,
             )
         if not _same_kind(a, b):
@@ -303,12 +354,11 @@ def _replace(
     following = [*marked.markers, marked.end][count]
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
-        operands = [_operand(graph, source, marked, count) for source in inputs]
+        operands = _distinct_memory(graph, [_operand(graph, source, marked, count) for source in inputs])
         call = graph.call_module(name, tuple(operands))
         results = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
-        inside = {call, *(node for nodes in run.iterations for node in nodes)}
         for i, target in written.items():
-            if target.op == "placeholder" or any(user not in inside for user in target.users):
+            if target.op == "placeholder" or _shared(graph, target, run):
                 results[i] = graph.call_method("copy_", (target, results[i]))
         _rewire(graph, marked, run, inputs, outputs, results)
     for nodes in reversed(run.iterations):
@@ -323,8 +373,28 @@ def _replace(
             graph.erase_node(result)
 
 
+def _shared(graph: fx.Graph, target: fx.Node, run: Run) -> bool:
+    """Whether a node outside of the run, other than the target, shows the target's memory, or reads the target."""
+    inside = {node for nodes in run.iterations for node in nodes}
+    storage = torch_private.storage_of(graphs.value(target))
+    others = (node for node in graph.nodes if node is not target and node not in inside)
+    return any(torch_private.storage_of(graphs.value(n)) == storage or target in n.all_input_nodes for n in others)
+
+
 def _getitem(graph: fx.Graph, node: fx.Node, index: Any) -> fx.Node:
     return graph.call_function(operator.getitem, (node, index))
+
+
+def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
+    """Clones of the operands that show the memory of an earlier one: a scan takes no two views of one tensor."""
+    seen: set[int | None] = {None}
+    made: list[fx.Node] = []
+    for node in operands:
+        storage = torch_private.storage_of(graphs.value(node))
+        repeated = storage is not None and storage in seen
+        made.append(graph.call_method("clone", (node,)) if repeated else node)
+        seen.add(storage)
+    return made
 
 
 def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: int) -> fx.Node:
@@ -333,7 +403,7 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: int) ->
         t = marked.markers[0].args[0]
         starts = _getitem(graph, t, slice(first, first + count))
         if source.key == "t":
-            return starts
+            return graph.call_method("clone", (starts,))
         ends = _getitem(graph, t, slice(first + 1, first + 1 + count))
         return graph.call_function(torch.sub, (ends, starts))
     if source.kind == "per_step":
@@ -352,7 +422,7 @@ def _rewire(
     for key in run.outputs:
         nodes = [_value_of(run, marked, k, key) for k in range(last + 1)]
         if key in stacked:
-            _rewrite_stacks(graph, nodes, stacked[key])
+            _rewrite_stacks(graph, nodes, stacked[key], {node for rest in marked.iterations for node in rest})
         pieces: Callable[[int], fx.Node] = _unbound(graph, stacked.get(key))
         for k, node in enumerate(nodes):
             readers = [] if node is None else [user for user in node.users if user not in inside]
@@ -377,16 +447,17 @@ def _unbound(graph: fx.Graph, stacked: fx.Node | None) -> Callable[[int], fx.Nod
     def piece(k: int) -> fx.Node:
         if not made:
             made.append(graph.call_function(torch.unbind, (stacked,)))
-        return _getitem(graph, made[0], k)
+        # A clone, for the user may update what he collected in place.
+        return graph.call_method("clone", (_getitem(graph, made[0], k),))
 
     return piece
 
 
-def _rewrite_stacks(graph: fx.Graph, nodes: list[fx.Node | None], stacked: fx.Node) -> None:
-    """torch.stack([before..., every iteration's value, after...]) reads the stacked output as a whole."""
+def _rewrite_stacks(graph: fx.Graph, nodes: list[fx.Node | None], stacked: fx.Node, iterations: set[fx.Node]) -> None:
+    """After the loop torch.stack([before..., every value, after...]) reads the stacked output as a whole."""
     if nodes[0] is None:
         return
-    for user in list(nodes[0].users):
+    for user in [user for user in nodes[0].users if user not in iterations]:
         parts = list(user.args[0]) if user.target is torch.stack and user.args else []
         start = parts.index(nodes[0]) if nodes[0] in parts else 0
         if parts[start : start + len(nodes)] != nodes or _dimension(user) != 0:

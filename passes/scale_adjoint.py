@@ -66,10 +66,13 @@ def _scale_call(adjoint: fx.GraphModule, call: fx.Node, target: fx.Node, known: 
     with graph.inserting_before(call):
         (scale,) = [graph.call_function(operator.getitem, (graph.call_module(name, (target, *measured)), 0))]
         scaled = [graph.call_function(aten.mul.Tensor, (cotangent, scale)) for cotangent in cotangents]
+        for node, cotangent in zip(scaled, cotangents, strict=True):
+            node.meta["val"] = graphs.value(cotangent)
     call.args = (*residuals, *scaled)
     for gradient in list(call.users):
         with graph.inserting_after(gradient):
             unscaled = graph.call_function(aten.div.Tensor, (gradient, scale))
+            unscaled.meta["val"] = graphs.value(gradient)
         gradient.replace_all_uses_with(unscaled, delete_user_cb=lambda user, unscaled=unscaled: user is not unscaled)
 
 

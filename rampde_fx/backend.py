@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from rampde_fx import torch_private
-from rampde_fx.errors import PolicyError, RampdeError, SecondDerivativeError
+from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops, has_loop
@@ -45,10 +45,20 @@ def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
         The loops as they were emitted, in graph order.
 
     Raises:
-        RampdeError: of the type that says what cannot be rewritten.
+        RampdeError: of the type that says what cannot be rewritten. Whatever else goes wrong is a RewriteError: Dynamo
+            would take some exceptions for a wish to run the loop uncompiled, in fp32.
     """
-    with torch_private.fake_mode_of(graph_module):
-        return _rewrite(graph_module)
+    try:
+        with torch_private.fake_mode_of(graph_module):
+            return _rewrite(graph_module)
+    except RampdeError:
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"the rewrite failed by {type(error).__name__}: {error}",
+            required="a loop of plain torch operations",
+            fix="report this as a bug, with the loop; until then write the named operation by others",
+        ) from error
 
 
 def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
@@ -122,7 +132,7 @@ def rampde_fx(
 def _raising(error: RampdeError) -> Callable[..., Any]:
     @torch.compiler.disable
     def refuse(*_: Any) -> Any:
-        raise error.with_traceback(None)
+        raise error.with_traceback(None) from error.__cause__
 
     return refuse
 

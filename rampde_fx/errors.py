@@ -38,6 +38,10 @@ class UnsupportedLoopError(RampdeError):
     """A marked loop that cannot be rolled up or rewritten."""
 
 
+class RewriteError(RampdeError):
+    """The passes failed on a loop in a way that they do not foresee; its __cause__ is what they met."""
+
+
 class StateChangeError(UnsupportedLoopError):
     """A carried state whose shape, dtype or device changes from one step to the next."""
 

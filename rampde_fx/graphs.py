@@ -69,7 +69,8 @@ def base_of_view(node: Any) -> Any:
 
 def readable(name: str) -> str:
     """A placeholder's name as the user would write it: l_self_modules_net_parameters_weight_ is net_weight."""
-    name = re.sub(r"^(carry_|l_|L_)+", "", name)
+    name = re.sub(r"^(l_|L_)+", "", name)
+    name = re.sub(r"^args_\d+_(?=\w*[a-z])", "", name)  # self, of a marked forward
     name = re.sub(r"(^|_)(self|modules|parameters|buffers)(?=_)", "", name)
     return name.strip("_") or "value"
 
@@ -105,11 +106,17 @@ def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
-def depends_on(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that follow from any of the sources, the sources included."""
+def stops_gradient(node: fx.Node) -> bool:
+    """Whether a node passes its operand on without a gradient."""
+    return node.target is torch.ops.rampde_fx.stop_gradient.default
+
+
+def depends_on(graph: fx.Graph, sources: Iterable[fx.Node], *, by_gradient: bool = False) -> set[fx.Node]:
+    """The nodes that follow from any of the sources, the sources included; by_gradient stops where gradients do."""
     reached = set(sources)
     for node in graph.nodes:
-        if node.op != "output" and any(parent in reached for parent in node.all_input_nodes):
+        passes = node.op != "output" and not (by_gradient and stops_gradient(node))
+        if passes and any(parent in reached for parent in node.all_input_nodes):
             reached.add(node)
     return reached
 
@@ -156,9 +163,22 @@ def split_invariants(
         return None
     hoisted = [node for node in invariant if node in moved]
     read = [node for node in [*nodes[first:], *hoisted] if any(user not in moved for user in node.users)]
-    preamble = refresh(extract(graph_module, hoisted, nodes[first:], read))
+    preamble = extract(graph_module, hoisted, nodes[first:], read)
+    _own_results(preamble)
     rest = [node for node in body(graph_module) if node not in moved]
-    return preamble, refresh(extract(graph_module, rest, [*nodes[:first], *read], results(graph_module))), read
+    step = refresh(extract(graph_module, rest, [*nodes[:first], *read], results(graph_module)))
+    return refresh(preamble), step, read
+
+
+def _own_results(graph_module: fx.GraphModule) -> None:
+    """Clone the results that are views: a scan takes no two views of one tensor."""
+    output = graph_module.graph.output_node()
+    with graph_module.graph.inserting_before(output):
+        owned = [
+            graph_module.graph.call_function(torch.ops.aten.clone.default, (node,)) if is_view(node) else node
+            for node in output.args[0]
+        ]
+    output.args = (tuple(owned),)
 
 
 def _is_number(node: fx.Node) -> bool:

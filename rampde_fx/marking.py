@@ -7,22 +7,30 @@ marker node with the policy in the captured graph, and an end marker follows the
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
+from rampde_fx import torch_private
 from rampde_fx.errors import PolicyError, TimeGridError
 from rampde_fx.policy import PrecisionPolicy
 
 T = TypeVar("T")
 NO_POLICY = ""
+GRAPH_BREAK = (
+    "a loop over rampde_fx.steps(t) in a compiled model runs uncompiled, without mixed precision: there is a graph "
+    "break in the loop. torch.compile(..., fullgraph=True) says where"
+)
 
 # Composite ops: any other backend decomposes the markers to plain slices of t, gradients included.
 _library = torch.library.Library("rampde_fx", "DEF")
 _library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
 _library.define("end(Tensor t) -> Tensor")
+# The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
+_library.define("stop_gradient(Tensor x) -> Tensor")
 
 
 def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +43,8 @@ def _end(t: torch.Tensor) -> torch.Tensor:
 
 _library.impl("step", _step, "CompositeImplicitAutograd")
 _library.impl("end", _end, "CompositeImplicitAutograd")
+_library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
+_library.impl("stop_gradient", torch_private.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
 
 # Policies of the mixed_precision calls that are under way, outermost first. Dynamo traces the list away.
 _active: list[str] = []
@@ -64,6 +74,8 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
     if not torch.compiler.is_compiling():
+        if _active and torch_private.inside_compiled_region():
+            warnings.warn(GRAPH_BREAK, stacklevel=2)
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return

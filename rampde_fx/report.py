@@ -175,7 +175,11 @@ def _saved_by_autograd(loop: Loop) -> int:
     for node, value in zip(nodes, values, strict=True):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value.requires_grad_(node in nodes[: loop.carries] or loop.plain_needs_grad[nodes.index(node)])
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch_private.fake_mode(),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         results = fx.Interpreter(loop.plain).run(*values)
     outside = {v.untyped_storage()._cdata for v in values[loop.carries :] if isinstance(v, torch.Tensor)}
     del results

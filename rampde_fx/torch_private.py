@@ -6,6 +6,7 @@ Checked on torch 2.11.0, 2.13.0 and 2.15.0.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -20,10 +21,12 @@ from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.while_loop import while_loop_op
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from rampde_fx.errors import UnsupportedLoopError
 
 __all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "while_loop_op"]
 
@@ -33,8 +36,28 @@ aten = torch.ops.aten
 _UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.lerp, aten.rsub])
 # aten.copy, the functional form of a write to a slice, has no derivative of its own.
 _UPDATES[aten.copy.default] = lambda old, new, non_blocking=False: new.to(old.dtype).expand(old.shape).clone()
+
+
+def _split_with_sizes(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> list[torch.Tensor]:
+    ends = list(itertools.accumulate(sizes))
+    return [aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _split(x: torch.Tensor, size: int, dim: int = 0) -> list[torch.Tensor]:
+    starts = range(0, x.shape[dim], size)
+    return [aten.slice.Tensor(x, dim, start, min(start + size, x.shape[dim])) for start in starts]
+
+
+# Operations with a list of views as result: as single views a state keeps its identity through them.
+_UPDATES[aten.split_with_sizes.default] = _split_with_sizes
+_UPDATES[aten.split.Tensor] = _split
+_UPDATES[aten.unsafe_split.Tensor] = _split
+_UPDATES[aten.unsafe_split_with_sizes.default] = _split_with_sizes
+_UPDATES[aten.unbind.int] = lambda x, dim=0: [aten.select.int(x, dim, i) for i in range(x.shape[dim])]
 # What tracing leaves behind and a functional graph does not need.
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+_STRICT_VIEWS = {aten.view.default, aten._unsafe_view.default}
+MAX_CONSTANT = 64
 
 
 _mode: ContextVar[FakeTensorMode] = ContextVar("fake mode of the graph that is being rewritten")
@@ -78,12 +101,35 @@ def trace(
         for context in (*modes, _no_autocast(), _no_saved_tensors_hooks()):
             stack.enter_context(context)
         graph_module = make_fx(traced, decomposition_table=_UPDATES)(*args)
-    for node in graph_module.graph.nodes:
+    for node in list(graph_module.graph.nodes):
         if node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
+        if node.target in _STRICT_VIEWS:  # a view of the traced strides; passes may bring others
+            node.target = aten.reshape.default
+        if node.op == "get_attr" and isinstance(constant := getattr(graph_module, node.target, None), torch.Tensor):
+            _spell_out(node, constant)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _spell_out(node: fx.Node, constant: torch.Tensor) -> None:
+    """Make a small constant tensor from numbers; a graph inside of a graph cannot own tensors."""
+    if constant.numel() > MAX_CONSTANT:
+        raise UnsupportedLoopError(
+            f"a step makes a constant tensor of {constant.numel()} entries from Python numbers",
+            required=f"constants of at most {MAX_CONSTANT} entries inside the loop",
+            fix="make the tensor before the loop",
+        )
+    with unset_fake_temporarily():
+        numbers, like = constant.flatten().tolist(), {"dtype": constant.dtype, "device": constant.device}
+    graph = node.graph
+    with graph.inserting_before(node):
+        entries = [graph.call_function(aten.full.default, ([], number), like) for number in numbers]
+        whole = graph.call_function(aten.stack.default, (entries,)) if entries else None
+        shaped = graph.call_function(aten.reshape.default, (whole, list(constant.shape)))
+    shaped.meta = dict(node.meta)
+    node.replace_all_uses_with(shaped)
 
 
 @contextlib.contextmanager
@@ -122,9 +168,34 @@ def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
         FakeTensorProp(graph_module, fake_mode()).propagate_dont_convert_inputs(*args)
 
 
-def draws_random_numbers(target: Any) -> bool:
-    """Whether an operator's result depends on the random number generator."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node's result depends on the random number generator: not that of an attention without dropout."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
+    given = {**defaults, **{a.name: value for a, value in zip(schema, node.args, strict=False)}, **node.kwargs}
+    return bool(given.get("dropout_p", True))
+
+
+def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd kernel that computes without recording anything."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*args)
+
+    return run
+
+
+def inside_compiled_region() -> bool:
+    """Whether the code runs uncompiled inside of a call that torch.compile was asked to compile."""
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
+def storage_of(value: Any) -> int | None:
+    """The identity of a tensor's storage, fake or not; None for anything else."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ def test_states_collected_and_an_unrolled_loop():
 
 
 def test_one_compilation_serves_all_batch_sizes():
+    torch._dynamo.utils.counters.clear()
     model = LogDensity()
     plain = copy.deepcopy(model)
     function = compiled(model, torch.float16, "inductor")

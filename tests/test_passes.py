@@ -99,10 +99,11 @@ def forward(self, L_args_3_ : torch.Tensor, L_args_2_ : torch.Tensor, L_args_1_ 
     l_args_1_ = L_args_1_
     l_args_0_ = L_args_0_
     getitem = l_args_3_[slice(0, 3, None)]
+    clone = getitem.clone();  getitem = None
     getitem_1 = l_args_3_[slice(0, 3, None)]
     getitem_2 = l_args_3_[slice(1, 4, None)]
     sub = torch.sub(getitem_2, getitem_1);  getitem_2 = getitem_1 = None
-    loop_0 = self.loop_0(l_args_0_, getitem, sub, l_args_2_, l_args_1_);  l_args_0_ = getitem = sub = l_args_2_ = l_args_1_ = None
+    loop_0 = self.loop_0(l_args_0_, clone, sub, l_args_2_, l_args_1_);  l_args_0_ = clone = sub = l_args_2_ = l_args_1_ = None
     getitem_3 = loop_0[0];  loop_0 = None
     end = torch.ops.rampde_fx.end(l_args_3_);  l_args_3_ = end = None
     return (getitem_3,)
@@ -268,6 +269,7 @@ class GraphModule(torch.nn.Module):
         l_args_1_ = L_args_1_
         l_args_0_ = L_args_0_
         getitem = l_args_3_[slice(0, 3, None)]
+        clone = getitem.clone()
         getitem_1 = l_args_3_[slice(0, 3, None)]
         getitem_2 = l_args_3_[slice(1, 4, None)]
         sub = torch.sub(getitem_2, getitem_1)
@@ -275,7 +277,7 @@ class GraphModule(torch.nn.Module):
         getitem_4 = loop_0_preamble[0]
         loop_0_forward = self.loop_0_forward
         loop_0_backward = self.loop_0_backward
-        autograd_function_apply = higher_order.autograd_function_apply(loop_0_forward, loop_0_backward, l_args_0_, getitem, sub, getitem_4, non_differentiable_idx = [], saved_for_backward_idx = [0, 1, 2, 3])
+        autograd_function_apply = higher_order.autograd_function_apply(loop_0_forward, loop_0_backward, l_args_0_, clone, sub, getitem_4, non_differentiable_idx = [], saved_for_backward_idx = [0, 1, 2, 3])
         getitem_3: "f32[3, 5]" = autograd_function_apply[0]
         end: "f32[]" = rampde_fx.end(l_args_3_)
         return (getitem_3,)
@@ -306,22 +308,32 @@ class GraphModule(torch.nn.Module):
                 return [clone, _to_copy_2]
     class loop_0_backward(torch.nn.Module):
         def forward(self, adjoint_args_0: "f32[3, 5]", stored_args_0: "f16[3, 3, 5]", t: "f32[3]", dt: "f32[3]", mul: "f32[5, 5]"):
-            abs_1: "f32[3, 5]" = aten.abs.default(adjoint_args_0)
-            ne: "b8[3, 5]" = aten.ne.Scalar(abs_1, inf)
-            eq: "b8[3, 5]" = aten.eq.Tensor(adjoint_args_0, adjoint_args_0)
-            mul_1: "b8[3, 5]" = aten.mul.Tensor(eq, ne)
+            abs_1: "f16[3, 3, 5]" = aten.abs.default(stored_args_0)
+            ne: "b8[3, 3, 5]" = aten.ne.Scalar(abs_1, inf)
+            eq: "b8[3, 3, 5]" = aten.eq.Tensor(stored_args_0, stored_args_0)
+            mul_1: "b8[3, 3, 5]" = aten.mul.Tensor(eq, ne)
             all_1: "b8[]" = aten.all.default(mul_1)
             stack: "b8[1]" = aten.stack.default([all_1])
             all_2: "b8[]" = aten.all.default(stack)
+            abs_2: "f32[3, 5]" = aten.abs.default(adjoint_args_0)
+            ne_1: "b8[3, 5]" = aten.ne.Scalar(abs_2, inf)
+            eq_1: "b8[3, 5]" = aten.eq.Tensor(adjoint_args_0, adjoint_args_0)
+            mul_2: "b8[3, 5]" = aten.mul.Tensor(eq_1, ne_1)
+            all_3: "b8[]" = aten.all.default(mul_2)
+            stack_1: "b8[1]" = aten.stack.default([all_3])
+            all_4: "b8[]" = aten.all.default(stack_1)
+            bitwise_and: "b8[]" = aten.bitwise_and.Tensor(all_4, all_2)
             full: "f32[]" = aten.full.default([], 1.0, dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
             zeros_like: "f32[3, 5]" = aten.zeros_like.default(adjoint_args_0, pin_memory = False, memory_format = torch.contiguous_format)
             zeros: "i64[]" = aten.zeros.default([], dtype = torch.int64, device = device(type='cpu'), pin_memory = False)
             ones: "b8[]" = aten.ones.default([], dtype = torch.bool, device = device(type='cpu'), pin_memory = False)
             while_loop_cond_graph_0 = self.while_loop_cond_graph_0
             while_loop_body_graph_0 = self.while_loop_body_graph_0
-            while_loop = higher_order.while_loop(while_loop_cond_graph_0, while_loop_body_graph_0, (zeros, ones, full, zeros_like), (adjoint_args_0, stored_args_0, t, dt, mul, all_2))
+            while_loop = higher_order.while_loop(while_loop_cond_graph_0, while_loop_body_graph_0, (zeros, ones, full, zeros_like), (adjoint_args_0, stored_args_0, t, dt, mul, bitwise_and))
             getitem_3: "f32[3, 5]" = while_loop[3]
-            return (getitem_3, None, None, None)
+            scalar_tensor: "f32[]" = aten.scalar_tensor.default(nan, dtype = torch.float32)
+            where: "f32[3, 5]" = aten.where.self(all_2, getitem_3, scalar_tensor)
+            return (where, None, None, None)
         class while_loop_cond_graph_0(torch.nn.Module):
             def forward(self, arg0_1: "i64[]", arg1_1: "b8[]", arg2_1: "f32[]", arg3_1: "f32[3, 5]", arg4_1: "f32[3, 5]", arg5_1: "f16[3, 3, 5]", arg6_1: "f32[3]", arg7_1: "f32[3]", arg8_1: "f32[5, 5]", arg9_1: "b8[]"):
                 lt: "b8[]" = aten.lt.Scalar(arg0_1, 3)
