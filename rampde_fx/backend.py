@@ -12,8 +12,10 @@ from torch import fx
 from rampde_fx import torch_private
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
+from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops, has_loop
+from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.lower_velocity import lower_velocity
@@ -84,8 +86,9 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
     sizes: list[int] = []
     while marked.iterations:
         run = match_iterations(marked)
+        captured = find_states(marked, capture_step(graph_module, marked, run), single=len(run.iterations) == 1)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
-        roll_loop(graph_module, marked, run, names[-1])
+        roll_loop(graph_module, marked, run, captured, names[-1])
         sizes.append(len(run.iterations))
         marked = replace(marked, markers=marked.markers[sizes[-1] :], iterations=marked.iterations[sizes[-1] :])
     graph_module.graph.erase_node(marked.end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -62,6 +62,29 @@ class Run:
     iterations: list[list[fx.Node]]
     sources: list[list[Source | int | str]]
     outputs: dict[int | str, list[int]]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """One iteration of a run as functional ATen.
+
+    Attributes:
+        inputs: The source of every placeholder of the step; carries first.
+        step: Maps the inputs to the next carries, then to the outputs; before find_states to further values.
+        outputs: Keys of the values that are read outside of the run, apart from final carries.
+        after: For every placeholder the node that holds its value after the step (before find_states).
+        written: The outside tensors that carries were updated in, by the index of the carry.
+    """
+
+    inputs: list[Source]
+    step: fx.GraphModule
+    outputs: list[int | str]
+    after: list[fx.Node]
+    written: dict[int, fx.Node] = field(default_factory=dict)
+
+    def carries(self) -> int:
+        """Number of carried states."""
+        return sum(source.kind == "carry" for source in self.inputs)
 
 
 @dataclass(frozen=True)

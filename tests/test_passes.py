@@ -6,8 +6,10 @@ from expecttest import TestCase
 import rampde_fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.backend import STEP_PASSES
+from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops
+from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.lower_velocity import lower_velocity
@@ -48,7 +50,9 @@ def marked(graph_module):
 
 def rolled(graph_module):
     loop = marked(graph_module)
-    return roll_loop(graph_module, loop, match_iterations(loop), "loop_0")
+    run = match_iterations(loop)
+    captured = find_states(loop, capture_step(graph_module, loop, run), single=False)
+    return roll_loop(graph_module, loop, run, captured, "loop_0")
 
 
 def after(*passes):

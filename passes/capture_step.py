@@ -1,0 +1,149 @@
+"""Trace one iteration of a run to a step of functional ATen.
+
+Before:  nodes of iteration 0 in the captured graph: iadd(y, mul(dt, k)), ...
+After:   step(y, t, dt, w): ...;  mul = aten.mul(dt, k);  add = aten.add(y, mul);  return add
+
+The step is traced with make_fx under functionalisation, so that an affine update is a handful of ATen operations
+however it was spelled, in-place updates included, and a velocity that uses torch.func is plain ATen. What the user
+detaches, or computes under no_grad, passes through stop_gradient.
+
+Requires: a Run.
+Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
+          then the values that are read outside of the run; CapturedStep.after says what became of each input.
+Raises:   RandomVelocityError, and UnsupportedLoopError for what cannot be traced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.errors import RampdeError, RandomVelocityError, UnsupportedLoopError
+from rampde_fx.loop import CapturedStep, MarkedLoop, Run, Source
+
+
+def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> CapturedStep:
+    """The first iteration of a run of the marked loop as functional ATen."""
+    inputs, step, outputs = _torch_step(graph_module, run)
+    functional, after = _functional(step, [_fake(source, marked) for source in inputs])
+    _check_random(functional)
+    return CapturedStep(inputs, functional, outputs, after)
+
+
+def _torch_step(graph_module: fx.GraphModule, run: Run) -> tuple[list[Source], fx.GraphModule, list[Any]]:
+    """One iteration as a module: its inputs (carries first), and after the next carries the keys of its outputs."""
+    inputs = _ordered_inputs(run)
+    carries = [source for source in inputs if source.kind == "carry"]
+    graph = fx.Graph()
+    names = graphs.distinct(_name(source) for source in inputs)
+    place: dict[Any, fx.Node] = {s: graph.placeholder(name) for s, name in zip(inputs, names, strict=True)}
+    place.update({source.key: place[source] for source in inputs if source.kind == "time"})
+    for position, (node, row) in enumerate(zip(run.iterations[0], run.sources, strict=True)):
+        operands = iter(row)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _, operands=operands: place[next(operands)])
+        place[position] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+        place[position].meta = dict(node.meta)
+    last = len(run.iterations) - 1
+    finals = {source.key for source in carries if len(source.values) == 1}
+    outputs = [key for key, ks in run.outputs.items() if ks != [last] or key not in finals]
+    nexts = [place[_next(source)] for source in carries]
+    graph.output((*nexts, *(place[key] for key in outputs)))
+    return inputs, fx.GraphModule(graph_module, graph), outputs
+
+
+def _next(carry: Source) -> Any:
+    """What replaces a carry: a value of the iteration, or of a longer lag the carry that is one step younger."""
+    return carry.key if len(carry.values) == 1 else replace(carry, values=carry.values[1:])
+
+
+def _ordered_inputs(run: Run) -> list[Source]:
+    """The distinct inputs of an iteration: carries, times, per-step inputs, invariants."""
+    found: dict[Source, None] = {}
+    for source in (s for row in run.sources for s in row if isinstance(s, Source)):
+        found[source] = None
+        younger = source
+        while younger.kind == "carry" and len(younger.values) > 1:
+            younger = _next(younger)
+            found[younger] = None
+    keys = [s for row in run.sources for s in row if not isinstance(s, Source)]
+    keys += [source.key for source in found if source.kind == "carry"]
+    found.update({Source("time", (), key): None for key in (*keys, *run.outputs) if key in ("t", "dt")})
+    order = ("carry", "time", "per_step", "invariant")
+    return sorted(found, key=lambda source: order.index(source.kind))
+
+
+def _name(source: Source) -> str:
+    return str(source.key) if source.kind == "time" else graphs.readable(source.values[0].name)
+
+
+def _fake(source: Source, marked: MarkedLoop) -> Any:
+    if source.kind == "time":
+        return torch_private.detached(graphs.value(marked.markers[0].args[0])[0])
+    return torch_private.detached(graphs.value(source.values[0]))
+
+
+def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The step as functional ATen, and for every placeholder the node that holds its value after the step."""
+
+    def results_and_inputs(*args: Any) -> tuple[Any, ...]:
+        results = _Captured(step).run(*args)
+        return *results, *(arg for arg in args if isinstance(arg, torch.Tensor))
+
+    names = [node.name for node in graphs.placeholders(step)]
+    try:
+        traced = graphs.named(torch_private.trace(results_and_inputs, values, functionalize=True), names)
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+        if isinstance(error, RampdeError):
+            raise
+        raise UnsupportedLoopError(
+            f"a step cannot be traced to functional ATen: {error}",
+            required="a step of functional torch operations on dense tensors",
+            fix="move the operation out of the loop, or write it by others",
+            where=graphs.user_line(step.graph.output_node().all_input_nodes[0]),
+        ) from error
+    results = graphs.results(traced)
+    count = len(graphs.results(step))
+    tensors = iter(results[count:])
+    inputs = graphs.placeholders(traced)
+    after = [
+        next(tensors) if isinstance(value, torch.Tensor) else node for node, value in zip(inputs, values, strict=True)
+    ]
+    return traced, after
+
+
+class _Captured(fx.Interpreter):
+    """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op not in ("call_function", "call_method") or (torch.is_grad_enabled() and not _detaches(n)):
+            return result
+        stop = torch.ops.rampde_fx.stop_gradient
+        return torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda x: stop(x) if x.is_floating_point() else x, result
+        )
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(target, torch._ops.HigherOrderOperator):  # find_loops lets those in that run their body
+            return _Captured(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
+
+
+def _detaches(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
+
+
+def _check_random(step: fx.GraphModule) -> None:
+    for node in step.graph.nodes:
+        if torch_private.draws_random_numbers(node):
+            raise RandomVelocityError(
+                f"a step of the loop draws random numbers ({node.target})",
+                required="a step that computes the same when the backward recomputes it",
+                fix="draw before the loop and use the drawn tensor in it; call eval(), or use p=0, for dropout",
+                where=graphs.user_line(node),
+            )

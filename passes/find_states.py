@@ -1,0 +1,192 @@
+"""Find the states of a step that the comparison of iterations cannot see, and check that all keep their kind.
+
+Before:  step(y, u, t, dt, w) with y carried; u: updated in place, always the same tensor
+After:   step(y, u, t, dt, w) with y and u carried; u holds the final value after the loop
+
+A tensor that the iterations update in place is a carry. In a run of one iteration nothing comes back to be compared:
+there a state is an invariant from which a result, or what is written into a collecting tensor, follows by sums.
+
+Requires: a CapturedStep.
+Ensures:  every carry enters and leaves the step in one shape, dtype and device; no input is read by a second name
+          after it was changed; CapturedStep.written maps carries to the outside tensors that they were updated in.
+Raises:   MutationError, StateChangeError, UnsupportedLoopError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
+from rampde_fx.loop import CapturedStep, MarkedLoop, Source
+
+aten = torch.ops.aten
+# A state keeps its identity through these, whatever it is scaled by and whatever is added.
+CHAIN = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default,
+    aten.expand.default,
+}  # fmt: skip
+WRITES = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default}
+
+
+def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> CapturedStep:
+    """Add the states of a captured step that its carries lack; single says that the run has one iteration."""
+    where = graphs.user_line(marked.markers[0])
+    found = _carry_mutated(captured, marked)
+    if single:
+        found = _carry_single_step(found)
+    _check_operands(found.inputs, where)
+    found = replace(found, step=graphs.refresh(torch_private.deduplicated(found.step)))
+    _check_states(found, where)
+    return found
+
+
+def _carry_mutated(captured: CapturedStep, marked: MarkedLoop) -> CapturedStep:
+    """Make carries of what the step changes in place; say which outside tensors the final carries are written to."""
+    inputs, step, after, carries = captured.inputs, captured.step, captured.after, captured.carries()
+    results = graphs.results(step)[: carries + len(captured.outputs)]
+    changed = [i for i, (node, now) in enumerate(zip(graphs.placeholders(step), after, strict=True)) if node is not now]
+    for i in changed:
+        own = i < carries and results[i] is after[i]
+        others = [graphs.base_of_view(result) for j, result in enumerate(results) if not (own and j == i)]
+        kind_allows = own or (inputs[i].kind == "invariant" and inputs[i].values[0].op != "placeholder")
+        if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
+            raise _mutation(inputs[i], after[i])
+    promoted = [i for i in changed if inputs[i].kind == "invariant"]
+    order = [*range(carries), *promoted, *(i for i in range(carries, len(inputs)) if i not in promoted)]
+    results = [*results[:carries], *(after[i] for i in promoted), *results[carries:]]
+    sources = [replace(inputs[i], kind="carry") if i in promoted else inputs[i] for i in order]
+    written = {j: inputs[i].values[0] for j, i in enumerate(order) if i in changed}
+    return replace(captured, inputs=sources, step=_rebuilt(step, order, results), written=written)
+
+
+def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
+    """Whether the loop reads the memory of an input by another name as well."""
+    own = torch_private.storage_of(graphs.value(inputs[i].values[0]))
+    others = [graphs.value(node) for j, source in enumerate(inputs) if j != i for node in source.values]
+    others.append(graphs.value(marked.markers[0].args[0]))
+    return own in map(torch_private.storage_of, others)
+
+
+def _mutation(source: Source, node: fx.Node) -> MutationError:
+    name = graphs.readable(source.values[0].name) if source.values else source.key
+    return MutationError(
+        f"a step changes '{name}' in place, and '{name}' is a buffer, an argument, or is also read by another name",
+        required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
+        fix="write y = y + ... instead, collect y.clone(), clone what comes from outside before the loop, and call "
+        "eval() for BatchNorm",
+        where=graphs.user_line(node),
+    )
+
+
+def _carry_single_step(captured: CapturedStep) -> CapturedStep:
+    """In a run of one step nothing comes back: a state is an invariant from which an output follows by sums alone."""
+    inputs, outputs, step = captured.inputs, captured.outputs, captured.step
+    nodes, results = graphs.placeholders(step), graphs.results(step)
+    first_output, last_output = len(results) - len(outputs), len(results)
+    # A new state may also leave the step by a write into a tensor that collects the trajectory.
+    results += [node.args[1] for node in graphs.body(step) if node.target in WRITES]
+    pairs: dict[int, int] = {}
+    for j in range(first_output, len(results)):
+        free = [i for i, s in enumerate(inputs) if s.kind == "invariant" and i not in pairs]
+        state = _state_behind(results[j], {nodes[i]: i for i in free})
+        if state is not None:
+            pairs[state] = j
+    carried = [i for i, s in enumerate(inputs) if s.kind == "carry"]
+    order = [*carried, *pairs, *(i for i in range(len(inputs)) if i not in carried and i not in pairs)]
+    rest = [j for j in range(first_output, last_output) if j not in pairs.values()]
+    kept = [results[j] for j in [*range(first_output), *pairs.values(), *rest]]
+    keys = {j: outputs[j - first_output] if j < last_output else -1 - j for j in pairs.values()}
+    sources = [Source("carry", inputs[i].values, keys[pairs[i]]) if i in pairs else inputs[i] for i in order]
+    return replace(
+        captured,
+        inputs=sources,
+        outputs=[outputs[j - first_output] for j in rest],
+        step=_rebuilt(step, order, kept),
+    )
+
+
+def _state_behind(result: fx.Node, candidates: dict[fx.Node, int]) -> int | None:
+    """The candidate from which the result follows by sums and scalings: if there are several, one that the step reads
+    elsewhere too, and the leftmost of these."""
+    found: list[fx.Node] = []
+    open_nodes, seen = [result], {result}
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
+            found.append(node)
+        parents = [p for p in node.all_input_nodes if p not in seen] if node.target in CHAIN else []
+        seen.update(parents)
+        open_nodes += reversed(parents)
+    found.sort(key=lambda node: len(node.users) == 1)
+    return candidates[found[0]] if found else None
+
+
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _rebuilt(step: fx.GraphModule, order: list[int], results: list[Any]) -> fx.GraphModule:
+    """The step with its placeholders in another order and other results."""
+    nodes = graphs.placeholders(step)
+    body = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
+    graph, env = fx.Graph(), {}
+    for i in order:
+        env[nodes[i]] = graph.placeholder(nodes[i].name)
+        env[nodes[i]].meta = dict(nodes[i].meta)
+    for node in body:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(fx.map_arg(r, env.__getitem__) for r in results))
+    return graphs.refresh(fx.GraphModule(step, graph))
+
+
+def _check_operands(inputs: list[Source], where: str) -> None:
+    for source in inputs:
+        if any(isinstance(graphs.value(node), torch.SymFloat) for node in source.values):
+            raise UnsupportedLoopError(
+                f"the loop reads the Python float '{graphs.readable(source.values[0].name)}', which changes",
+                required="tensors and ints from outside of the loop",
+                fix="pass the number as a 0-d tensor",
+                where=where,
+            )
+
+
+def _check_states(captured: CapturedStep, where: str) -> None:
+    carries = captured.carries()
+    if carries == 0:
+        raise StateChangeError(
+            "a step carries no state: no result follows by sums from something of its own shape and dtype",
+            required="a state that keeps its shape, dtype and device",
+            fix="iterate over steps(t) itself, and bring the state to its final shape and dtype before the loop",
+            where=_first_line(captured.step) or where,
+        )
+    for before, after in zip(graphs.placeholders(captured.step)[:carries], graphs.results(captured.step), strict=False):
+        a, b = graphs.value(before), graphs.value(after)
+        if not isinstance(a, torch.Tensor) or a.is_complex():
+            kind = "a complex tensor" if isinstance(a, torch.Tensor) else "a Python number"
+            raise UnsupportedLoopError(
+                f"the carried value '{before.name}' is {kind}",
+                required="carried values that are real tensors",
+                fix="start from a tensor, such as torch.zeros(...); view a complex one by torch.view_as_real",
+                where=where,
+            )
+        if not _same_kind(a, b):
+            raise StateChangeError(
+                f"the state '{before.name}' goes into the step as {_describe(a)} and leaves it as {_describe(b)}",
+                required="a state that keeps its shape, dtype and device",
+                fix="bring the state to its final shape and dtype before the loop",
+                where=graphs.user_line(after) or where,
+            )
+
+
+def _first_line(step: fx.GraphModule) -> str:
+    lines = (graphs.user_line(node) for node in graphs.results(step) if isinstance(node, fx.Node))
+    return next(filter(None, lines), "")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
