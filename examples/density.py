@@ -87,16 +87,7 @@ Integrate = Callable[[Tensor, Tensor], Tensor]
 
 
 def log_density(integrate: Integrate, points: Tensor, t: Tensor) -> Tensor:
-    """Log-density of the flow in nats.
-
-    Args:
-        integrate: Maps a state (batch, dim + 1) along t.
-        points: (batch, dim), at time t[0].
-        t: Time grid from data time to base time, (steps + 1,).
-
-    Returns:
-        (batch,).
-    """
+    """Log-density in nats, (batch,), at points (batch, dim), with t (steps + 1,) from data time to base time."""
     y = integrate(pad(points, (0, 1)), t)
     z, divergence = y[:, :-1], y[:, -1]
     return divergence - 0.5 * (z * z).sum(dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
@@ -231,7 +222,7 @@ def train(
     Args:
         settings: The settings of the run.
         data: Where the batches come from.
-        flow: The module that holds the parameters.
+        flow: The module whose parameters are trained.
         integrate: The same module, compiled or not.
         checkpoint: File to write, and to start from with resume.
         resume: Whether to continue from the checkpoint.
@@ -295,8 +286,8 @@ class Result:
     Attributes:
         history: What training has recorded.
         held_out: Held-out loss in nats, computed as in training.
-        held_out_fine: The same in fp32 with four times the steps. Where it is much larger, the flow has learned to
-            profit from the discretisation error; more steps or a lower learning rate mend that.
+        held_out_fine: The same in fp32 with four times the steps. Where it is much larger, the flow profits from the
+            discretisation error; more steps or a lower learning rate mend that.
         stored: Bytes that the integration loop stores for the backward.
         stored_autograd: Bytes that plain autograd would store.
     """
@@ -309,16 +300,7 @@ class Result:
 
 
 def run(settings: Settings, out: Path, resume: bool) -> Result | None:
-    """Trains one flow and draws its pictures.
-
-    Args:
-        settings: The settings of the run.
-        out: Folder of the checkpoint and the pictures.
-        resume: Whether to continue from the checkpoint.
-
-    Returns:
-        The result, None where the run was interrupted.
-    """
+    """Trains one flow, or resumes its training, and draws its pictures into ``out``; None where interrupted."""
     data = density_data.load(settings.data)
     torch.manual_seed(settings.seed)
     flow = Flow(data.dim, settings.width).to(settings.device)

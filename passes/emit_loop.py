@@ -74,7 +74,7 @@ class _Body:
         for node in flat.graph.nodes:
             if graphs.stops_gradient(node):
                 node.replace_all_uses_with(node.args[0])
-        flat = graphs.named(flat, [node.name for node in graphs.placeholders(graph_module)])
+        flat = graphs.named(torch_private.deduplicated(flat), [n.name for n in graphs.placeholders(graph_module)])
         _fold_casts(flat)
         split = graphs.split_invariants(flat, first_invariant)
         self.preamble: fx.GraphModule | None = split[0] if split else None

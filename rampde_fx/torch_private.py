@@ -223,7 +223,12 @@ def compile_graph(
     options: dict[str, Any],
     mode: str | None,
 ) -> Callable[..., Any]:
-    """Compile a graph with one of torch's backends."""
+    """Compile a graph with one of torch's backends.
+
+    Inductor turns a scan into a while loop that reads its index from a tensor; Dynamo allows that to graphs under
+    fullgraph=True only.
+    """
+    torch._guards.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}

@@ -7,7 +7,7 @@ import torch
 
 import rampde_fx
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import LogDensity, Trajectory, TwoLoops
+from tests.models import Flow, LogDensity, Trajectory, TwoLoops
 from tests.test_scaling import Wide
 
 pytestmark = [pytest.mark.inductor, pytest.mark.slow]
@@ -31,6 +31,28 @@ def test_two_chained_loops():
 def test_a_backward_that_is_repeated():
     """Fails where Inductor donates the buffers of the outer graph to the bodies of loops."""
     agree(Wide(), torch.randn(4096, 4), torch.linspace(0, 1, 4), 2e-3)
+
+
+def test_equal_batch_sums_without_fullgraph():
+    """Two gradients that are the same sum over the batch; Inductor's C++ declares such a sum twice."""
+
+    class Shifted(Flow):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.randn(7))
+
+        def forward(self, y, t):
+            first, last = self.velocity.linear
+            for t_i, dt in rampde_fx.steps(t):
+                y = y + dt * last(torch.tanh(first(torch.cat([y, y[:, :1]], 1)) + t_i * self.shift))
+            return y
+
+    model = Shifted()
+    plain = copy.deepcopy(model)
+    y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
+    function = torch.compile(rampde_fx.mixed_precision(model), backend="rampde_fx")
+    errors = relative_errors(gradients(function, model, y, t), gradients(plain, plain, y, t))
+    assert max(errors) < 2.5e-3, errors
 
 
 def test_states_collected_and_an_unrolled_loop():
