@@ -47,7 +47,7 @@ def digits(real: Tensor, samples: Tensor, path: Path) -> None:
         axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1)
         axes.set_title(title)
         axes.set_axis_off()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)
 
 
 def losses(curves: dict[str, list[float]], path: Path, window: int = 20) -> None:
