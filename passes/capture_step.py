@@ -134,7 +134,7 @@ class _Captured(fx.Interpreter):
 
 
 def _detaches(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = graphs.function_name(node)
     return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
 
 

@@ -277,14 +277,12 @@ class _Backward:
         self, given: dict[tuple[str, int], Any], scaling: AdjointScaling, fits: torch.Tensor | None
     ) -> dict[int, Any]:
         """Sweep at a falling target until the gradients are finite."""
-        cotangents = [v for (kind, _), v in given.items() if kind == "cotangent"]
-        device = cotangents[0].device
         keys, tensors = list(given), list(given.values())
-        incoming = [p for p, (kind, _) in enumerate(self.kinds) if kind == "cotangent"]
-        usable = _finite([given[self.kinds[p]] for p in incoming])
+        incoming = [given[kind] for kind in self.kinds if kind[0] == "cotangent"]
+        usable = _finite(incoming)
         usable = usable if fits is None else usable & fits
         order = self.loop.adjoint_results
-        target = torch.full((), scaling.target, dtype=torch.float32, device=device)
+        target = torch.full((), scaling.target, dtype=torch.float32, device=incoming[0].device)
         empty = [self._zeros(i, given) for i in order]
         # The attempt and the flag live on the host: reading the flag is the one synchronisation of the backward.
         start = [torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), target, *empty]

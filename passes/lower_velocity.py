@@ -109,11 +109,7 @@ def _wide_roles(step: fx.GraphModule) -> dict[tuple[str, str], int]:
     reasons = {"state": "state: accumulated in the dtype of the state", "time": "time: depends on no state"}
     calls = [n for n in step.graph.nodes if n.op == "call_function" and n.meta["role"] in reasons]
     floats = [n for n in calls if graphs.is_float(n) and not graphs.is_view(n)]
-    return Counter((_name(n.target), reasons[n.meta["role"]]) for n in floats)
-
-
-def _name(target: Any) -> str:
-    return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
+    return Counter((graphs.operator_name(n.target), reasons[n.meta["role"]]) for n in floats)
 
 
 def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -165,7 +161,7 @@ class _Lowering(fx.Interpreter):
         return tuple(_cast(now, before.dtype) for now, before in zip(values, originals, strict=True))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = _name(target)
+        name = graphs.operator_name(target)
         tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_float_tensor(a)]
         if name in LOW:
             to = self.dtype
@@ -231,10 +227,12 @@ def _cast_at_entry(inner: fx.Node, outer: fx.Node) -> bool:
 
 
 def _only_wide_readers(node: fx.Node) -> bool:
-    return all(
-        _only_wide_readers(user) if graphs.is_view(user) else user.op == "output" or _name(user.target) in WIDE
-        for user in node.users
-    )
+    def is_wide(user: fx.Node) -> bool:
+        if graphs.is_view(user):
+            return _only_wide_readers(user)
+        return user.op == "output" or graphs.operator_name(user.target) in WIDE
+
+    return all(map(is_wide, node.users))
 
 
 def _widest(tensors: list[torch.Tensor]) -> torch.dtype | None:

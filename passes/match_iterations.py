@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
+from rampde_fx import graphs, torch_private
 from rampde_fx.graphs import value
 from rampde_fx.loop import MarkedLoop, Run, Source
 
@@ -46,7 +46,7 @@ def match_iterations(marked: MarkedLoop) -> Run:
     length, places = _longest_run(iterations, owner)
     run = iterations[:length]
     sources = [
-        [_source([_inputs(nodes[p])[slot] for nodes in run], place) for slot, place in enumerate(row)]
+        [_source([graphs.operands(nodes[p])[slot] for nodes in run], place) for slot, place in enumerate(row)]
         for p, row in enumerate(places)
     ]
     return Run(run, sources, _outputs(run, owner, marked))
@@ -60,13 +60,6 @@ def _is_marker(node: object) -> bool:
     return isinstance(node, fx.Node) and str(node.target).startswith("rampde_fx.step")
 
 
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    """Every node argument in order, repetitions included."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
 def _operation(node: fx.Node) -> str:
     """What a node does, its constants included, its operands left out."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
@@ -77,7 +70,7 @@ def _operation(node: fx.Node) -> str:
 
 
 def _mutates(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = graphs.function_name(node)
     return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
 
 
@@ -116,11 +109,11 @@ def _longest_run(
     """How many iterations from the first on are equal, and where each of their operands comes from."""
     first = iterations[0]
     operations = [_operation(node) for node in first]
-    places = [[_place(0, operand, owner) for operand in _inputs(node)] for node in first]
+    places = [[_place(0, operand, owner) for operand in graphs.operands(node)] for node in first]
     for k, nodes in enumerate(iterations[1:], 1):
         if [_operation(node) for node in nodes] != operations:
             return k, places
-        now = [[_place(k, operand, owner) for operand in _inputs(node)] for node in nodes]
+        now = [[_place(k, operand, owner) for operand in graphs.operands(node)] for node in nodes]
         if not all(
             _continues(old, new, k) for a, b in zip(places, now, strict=True) for old, new in zip(a, b, strict=True)
         ):
@@ -148,7 +141,7 @@ def _outside_pairs(
     first: list[fx.Node], nodes: list[fx.Node], places: list[list[Place]]
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
     for a, b, row in zip(first, nodes, places, strict=True):
-        for x, y, place in zip(_inputs(a), _inputs(b), row, strict=True):
+        for x, y, place in zip(graphs.operands(a), graphs.operands(b), row, strict=True):
             if place is None:
                 yield x, y
 

@@ -114,7 +114,7 @@ def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_pro
     if roles[node] != "velocity" or node in promoted:
         return roles[node] == "state" or node in promoted
     varying = _varying(node, roles)
-    if _operator(node) in HEAVY:
+    if graphs.operator_name(node.target) in HEAVY:
         follow = varying if through_products and len(varying) == 1 else []
     else:
         follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
@@ -123,10 +123,6 @@ def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_pro
     if any(found):
         promoted.add(node)
     return any(found)
-
-
-def _operator(node: fx.Node) -> str:
-    return node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
 def find_evaluations(nodes: list[fx.Node], roles: Roles) -> dict[fx.Node, int]:
@@ -140,9 +136,7 @@ def find_evaluations(nodes: list[fx.Node], roles: Roles) -> dict[fx.Node, int]:
 
 def _varying(node: fx.Node, roles: Roles) -> list[fx.Node]:
     """The operands that depend on a state, repetitions included."""
-    operands: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), operands.append)
-    return [operand for operand in operands if roles[operand] != "time"]
+    return [operand for operand in graphs.operands(node) if roles[operand] != "time"]
 
 
 def _scaled_operand(node: fx.Node, roles: Roles) -> fx.Node | None:

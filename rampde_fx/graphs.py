@@ -29,6 +29,23 @@ def value(node: fx.Node) -> Any:
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
 
 
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Every node argument of a node in order, repetitions included."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def function_name(node: fx.Node) -> str:
+    """The bare name of what a captured node calls, function or method."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def operator_name(target: Any) -> str:
+    """The name of an ATen operator up to its overload."""
+    return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
+
+
 def is_float(node: Any) -> bool:
     """Whether a node's value is a floating tensor."""
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).is_floating_point()

@@ -166,10 +166,10 @@ def _saved_by_autograd(loop: Loop) -> int:
     """Bytes that autograd saves for one plain step, measured on fake tensors by its own hooks."""
     nodes = graphs.placeholders(loop.plain)
     values = [torch_private.detached(graphs.value(node)) for node in nodes]
-    saved: dict[int, torch.Tensor] = {}
+    saved: dict[int | None, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
+        saved[torch_private.storage_of(tensor)] = tensor
         return tensor
 
     for node, value in zip(nodes, values, strict=True):
@@ -180,7 +180,6 @@ def _saved_by_autograd(loop: Loop) -> int:
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        results = fx.Interpreter(loop.plain).run(*values)
-    outside = {v.untyped_storage()._cdata for v in values[loop.carries :] if isinstance(v, torch.Tensor)}
-    del results
+        fx.Interpreter(loop.plain).run(*values)
+    outside = set(map(torch_private.storage_of, values[loop.carries :]))
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in outside)
