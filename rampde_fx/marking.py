@@ -7,6 +7,7 @@ marker node with the policy in the captured graph, and an end marker follows the
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
@@ -46,8 +47,16 @@ _library.impl("end", _end, "CompositeImplicitAutograd")
 _library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
 _library.impl("stop_gradient", torch_private.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
 
-# Policies of the mixed_precision calls that are under way, outermost first. Dynamo traces the list away.
-_active: list[str] = []
+
+class _UnderWay(threading.local):
+    """The policy of the innermost mixed_precision call that is under way in a thread."""
+
+    def __init__(self) -> None:  # runs once per thread; a class attribute would hide the thread's own from Dynamo
+        self.policy = NO_POLICY
+
+
+# Dynamo traces it away: it reads it, and guards it, in the thread that runs.
+_under_way = _UnderWay()
 
 
 def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -74,12 +83,12 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
     if not torch.compiler.is_compiling():
-        if _active and torch_private.inside_compiled_region():
+        if _under_way.policy and torch_private.inside_compiled_region():
             warnings.warn(GRAPH_BREAK, stacklevel=2)
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
-    policy = _active[-1] if _active else NO_POLICY
+    policy = _under_way.policy
     for i in range(t.shape[0] - 1):
         yield torch.ops.rampde_fx.step(t, i, policy)
     torch.ops.rampde_fx.end(t)
@@ -90,11 +99,11 @@ def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        _active.append(policy)
+        outer, _under_way.policy = _under_way.policy, policy
         try:
             return function(*args, **kwargs)
         finally:
-            _active.pop()
+            _under_way.policy = outer
 
     return marked
 
