@@ -1,16 +1,17 @@
 """Generate the adjoint of a step: its exact transpose, which recomputes the step.
 
 Before:  step(y, dt, w):  k = velocity_0(y, w);  y_next = y + dt * k
-After:   adjoint(a, y, dt, w):  k, saved = velocity_0_forward(y, w);  b = dt * a
-         dy, dw = velocity_0_pullback(saved, b);  return a + dy, dw
+After:   adjoint(a, total_w, y, dt, w):  k, saved = velocity_0_forward(y, w);  b = dt * a
+         dy, dw = velocity_0_pullback(saved, b);  return a + dy, total_w + dw
 
-For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a and (dPhi/dw)^T a. Every node is
-transposed by torch's own derivative of that one operation; every velocity evaluation is one VJP, with a pullback
-submodule that takes and returns the accumulation dtype.
+For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a, and adds (dPhi/dw)^T a to what later
+steps gave. Every node is transposed by torch's own derivative of that one operation; every velocity evaluation is one
+VJP, with a pullback submodule that takes and returns the accumulation dtype.
 
 Requires: a lowered Loop.
-Ensures:  results only for carries, per-step inputs and invariants whose gradient is wanted; no state, time or
-          gradient node below the accumulation dtype outside of the velocity submodules.
+Ensures:  the adjoint's carries come first: cotangents of carried states, then the totals of the invariants; results
+          only for what a gradient is wanted of; no state, time or gradient node below the accumulation dtype outside
+          of the velocity submodules.
 Raises:   UnsupportedVelocityError for an operation without a derivative.
 Source:   arXiv 2510.23498, the discrete adjoint; Griewank and Walther, Evaluating Derivatives, 2008, chapter 3.
 """
@@ -29,6 +30,7 @@ from rampde_fx import graphs, torch_private
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.loop import Loop
 
+aten = torch.ops.aten
 Slot = tuple[fx.Node, int]  # a node of the step, and which of its outputs
 
 
@@ -97,7 +99,7 @@ class _Transposition:
         for node in reversed(graphs.body(self.loop.step)):
             if node in self.active and node.target is not operator.getitem:
                 self._transpose(node)
-        gradients = self._gradients(nodes)
+        gradients = self._gradients(nodes, {i: node for node, (kind, i) in inputs if kind == "total"})
         self.graph.output(tuple(gradients.values()))
         graphs.refresh(self.adjoint, [graphs.value(node) for node, _ in inputs])
         kept = [pair for pair in inputs if pair[0].users or pair[1][0] == "cotangent"]
@@ -105,23 +107,31 @@ class _Transposition:
             if (node, kind) not in kept:
                 self.graph.erase_node(node)
         self.adjoint.recompile()
+        first, carries = self.loop.first_invariant(), self.loop.carries
         return replace(
             self.loop,
             adjoint=self.adjoint,
             adjoint_inputs=tuple(kind for _, kind in kept),
             adjoint_results=tuple(gradients),
+            adjoint_carries=sum(i < carries or i >= first for i in gradients),
         )
 
     def _placeholders(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, tuple[str, int]]]:
+        """Cotangents of carries, totals of invariants, cotangents of outputs, operands of the step."""
+        results, carries, first = graphs.results(self.loop.step), self.loop.carries, self.loop.first_invariant()
         made: list[tuple[fx.Node, tuple[str, int]]] = []
-        for j, result in enumerate(graphs.results(self.loop.step)):
-            carried = j < self.loop.carries and nodes[j] in self.active
-            if carried or (j >= self.loop.carries and result in self.active):
-                like = nodes[j] if carried else result
-                name = f"adjoint_{nodes[j].name}" if carried else f"cotangent_{j - self.loop.carries}"
-                made.append((self._placeholder(name, like), ("cotangent", j)))
-                if result in self.active:
-                    self._add(self._slot(result), made[-1][0])
+        for i in range(carries):
+            if nodes[i] in self.active:
+                made.append((self._placeholder(f"adjoint_{nodes[i].name}", nodes[i]), ("cotangent", i)))
+        for i in range(first, len(nodes)):
+            if nodes[i] in self.active:
+                made.append((self._placeholder(f"total_{nodes[i].name}", nodes[i]), ("total", i)))
+        for j in range(carries, len(results)):
+            if results[j] in self.active:
+                made.append((self._placeholder(f"cotangent_{j - carries}", results[j]), ("cotangent", j)))
+        for cotangent, (kind, j) in made:
+            if kind == "cotangent" and results[j] in self.active:
+                self._add(self._slot(results[j]), cotangent)
         for i, node in enumerate(nodes):
             self.env[node] = self._placeholder(node.name, node)
             made.append((self.env[node], ("operand", i)))
@@ -140,7 +150,7 @@ class _Transposition:
         before = self.cotangents.get(slot)
         with_sum = before is not None
         self.cotangents[slot] = (
-            self.graph.call_function(torch.ops.aten.add.Tensor, (before, cotangent)) if with_sum else cotangent
+            self.graph.call_function(aten.add.Tensor, (before, cotangent)) if with_sum else cotangent
         )
 
     def _copy_forward(self, node: fx.Node) -> None:
@@ -186,7 +196,7 @@ class _Transposition:
         pullback = self.used[node]
         values = {user.args[1]: self.env[user] for user in node.users}
         cotangents = [
-            given[i] if i in given else self.graph.call_function(torch.ops.aten.zeros_like.default, (values[i],))
+            given[i] if i in given else self.graph.call_function(aten.zeros_like.default, (values[i],))
             for i in pullback.cotangents
         ]
         call = self.graph.call_module(pullback.pullback, (*self.residuals[node], *cotangents))
@@ -202,13 +212,19 @@ class _Transposition:
         gradients = self.graph.graph_copy(vjp.graph, env)
         return [(operands[i], g) for i, g in zip(wanted, gradients, strict=True) if g is not None]
 
-    def _gradients(self, nodes: list[fx.Node]) -> dict[int, fx.Node]:
-        """The gradient of every active placeholder by index; an active carry's is zero where nothing reads it."""
+    def _gradients(self, nodes: list[fx.Node], totals: dict[int, fx.Node]) -> dict[int, fx.Node]:
+        """Results by placeholder of the step: adjoints of the carries, totals of the invariants, per-step gradients.
+
+        An active carry's is zero where nothing reads it; an invariant's is added to its total.
+        """
         found: dict[int, fx.Node] = {}
-        for i, node in enumerate(nodes):
-            gradient = self.cotangents.get((node, 0)) if node in self.active else None
-            if gradient is None and node in self.active and i < self.loop.carries:
-                gradient = self.graph.call_function(torch.ops.aten.zeros_like.default, (self.env[node],))
+        per_step = range(self.loop.carries, self.loop.first_invariant())
+        for i in (*range(self.loop.carries), *totals, *per_step):
+            gradient = self.cotangents.get((nodes[i], 0)) if nodes[i] in self.active else None
+            if gradient is None and nodes[i] in self.active and i < self.loop.carries:
+                gradient = self.graph.call_function(aten.zeros_like.default, (self.env[nodes[i]],))
+            if gradient is not None and i in totals:
+                gradient = self.graph.call_function(aten.add.Tensor, (totals[i], gradient))
             if gradient is not None:
                 found[i] = gradient
         return found

@@ -9,7 +9,8 @@ stages are added up. Equal evaluations share one submodule. Inside, CUDA autocas
 matrix products and convolutions low; norms, softmax, exp, log, pow and reductions fp32; the rest follows its inputs.
 
 Requires: a Loop whose step is labelled by partition_velocity.
-Ensures:  state and time nodes keep their dtype; a velocity takes and returns the accumulation dtype.
+Ensures:  state and time nodes keep their dtype; a velocity takes and returns the accumulation dtype; a state beyond
+          float16's range enters as NaN, which no activation hides.
 Error:    O(u) per evaluation, u the unit roundoff of the velocity dtype, barring overflow.
 Raises:   UnsupportedVelocityError, naming the node and the user's line.
 Source:   arXiv 2510.23498.
@@ -151,14 +152,20 @@ class _Lowering(fx.Interpreter):
         self.wide: Counter[tuple[str, str]] = Counter()
         pairs = zip(graphs.placeholders(velocity), inputs, strict=True)
         self.at_entry = [_cast_at_entry(inner, outer) for inner, outer in pairs]
+        self.states = [node.meta["role"] == "state" for node in inputs]
 
     def evaluate(self, *args: Any) -> tuple[Any, ...]:
         """The outputs in their original dtypes, from inputs in theirs."""
-        entered = [_cast(arg, self.dtype) if enter else arg for arg, enter in zip(args, self.at_entry, strict=True)]
+        entered = list(map(self._enter, args, self.at_entry, self.states))
         self.wide.clear()
         values = self.run(*entered)
         originals = [graphs.value(node) for node in graphs.results(self.module)]
         return tuple(_cast(now, before.dtype) for now, before in zip(values, originals, strict=True))
+
+    def _enter(self, value: Any, low: bool, state: bool) -> Any:
+        if low and state and self.dtype is torch.float16 and _is_float_tensor(value) and value.dtype != self.dtype:
+            return torch.ops.rampde_fx.narrow(value)
+        return _cast(value, self.dtype) if low else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = graphs.operator_name(target)

@@ -21,6 +21,7 @@ Ensures:  every placeholder and call has a role; every velocity call has an eval
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,10 +48,10 @@ Roles = dict[fx.Node, str]
 
 def partition_velocity(loop: Loop) -> Loop:
     """Write a role into every node of the step, and its evaluation into every velocity node."""
-    _take_sums_apart(loop)
-    nodes = [node for node in loop.step.graph.nodes if node.op != "output"]
-    results = graphs.results(loop.step)[: loop.carries]
-    for i, node in enumerate(graphs.placeholders(loop.step)):
+    step = _with_sums_apart(loop)
+    nodes = [node for node in step.graph.nodes if node.op != "output"]
+    results = graphs.results(step)[: loop.carries]
+    for i, node in enumerate(graphs.placeholders(step)):
         time = loop.carries <= i < loop.first_invariant() and graphs.value(node).ndim == 0
         node.meta["parameter"] = i >= loop.carries and not time
     roles = find_roles(nodes, loop.carries)
@@ -63,22 +64,23 @@ def partition_velocity(loop: Loop) -> Loop:
         node.meta["role"] = roles[node]
         if roles[node] == "velocity":
             node.meta["evaluation"] = evaluations[node]
-    return loop
+    return replace(loop, step=step)
 
 
-def _take_sums_apart(loop: Loop) -> None:
-    """addmm(y, h, w) becomes y + mm(h, w) where y varies: it may be the state."""
-    varying = graphs.depends_on(loop.step.graph, graphs.placeholders(loop.step)[: loop.carries])
-    for node in list(loop.step.graph.nodes):
-        if node.target in FUSED_SUM and node.args[0] in varying and not node.kwargs:
-            with loop.step.graph.inserting_before(node):
-                product = loop.step.graph.call_function(FUSED_SUM[node.target], node.args[1:])
-                total = loop.step.graph.call_function(aten.add.Tensor, (node.args[0], product))
-            for new in (product, total):
-                new.meta = dict(node.meta)
-            node.replace_all_uses_with(total)
-            loop.step.graph.erase_node(node)
-    graphs.refresh(loop.step)
+def _with_sums_apart(loop: Loop) -> fx.GraphModule:
+    """A copy of the step in which addmm(y, h, w) is y + mm(h, w) where y varies: it may be the state."""
+    step = graphs.copied(loop.step)
+    varying = graphs.depends_on(step.graph, graphs.placeholders(step)[: loop.carries])
+    fused = [n for n in graphs.body(step) if n.target in FUSED_SUM and n.args[0] in varying and not n.kwargs]
+    for node in fused:
+        with step.graph.inserting_before(node):
+            product = step.graph.call_function(FUSED_SUM[node.target], node.args[1:])
+            total = step.graph.call_function(aten.add.Tensor, (node.args[0], product))
+        for new in (product, total):
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        step.graph.erase_node(node)
+    return graphs.refresh(step) if fused else step
 
 
 def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozenset()) -> Roles:

@@ -7,6 +7,10 @@ s = 2^(log2(target) - floor(log2(max|b|))), found on the device from the exponen
 lies in [target, 2 target) when it is cast down. s is a power of two, so that scaling and unscaling round nothing; no
 state is kept from step to step or from call to call. A cotangent that is not finite is not scaled.
 
+Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
+(the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
+activation below 2 fit.
+
 Requires: a Loop with an adjoint, and a policy that scales.
 Ensures:  the adjoint takes the target as its last placeholder.
 Source:   arXiv 2510.23498, dynamic adjoint scaling.
@@ -14,6 +18,7 @@ Source:   arXiv 2510.23498, dynamic adjoint scaling.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import replace
 
@@ -26,26 +31,50 @@ from rampde_fx.loop import Loop
 aten = torch.ops.aten
 EXPONENT_BITS = 0x7F800000  # of a float32
 LEAST, MOST = 2.0**-126, 2.0**120  # the least normal float32; a bound on s that keeps 1 / s normal too
+LARGEST_SUM = 2.0**14  # of terms below 2, in float16
 
 
 def scale_adjoint(loop: Loop) -> Loop:
     """Scale every pullback of the adjoint, if the policy says so."""
-    if loop.adjoint is None or loop.policy.adjoint_scaling is None:
+    scaling = loop.policy.adjoint_scaling
+    if loop.adjoint is None or scaling is None:
         return loop
-    graph = loop.adjoint.graph
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.meta.get("cotangents")]
+    adjoint = graphs.copied(loop.adjoint)
+    calls = [node for node in adjoint.graph.nodes if node.op == "call_module" and node.meta.get("cotangents")]
     if not calls:
         return loop
-    with graph.inserting_after(graphs.placeholders(loop.adjoint)[-1]):
-        target = graph.placeholder("target")
-    device = graphs.value(graphs.placeholders(loop.adjoint)[0]).device
+    with adjoint.graph.inserting_after(graphs.placeholders(adjoint)[-1]):
+        target = adjoint.graph.placeholder("target")
+    device = graphs.value(graphs.placeholders(adjoint)[0]).device
     with torch_private.fake_mode():
         target.meta["val"] = torch.empty((), dtype=torch.float32, device=device)
     known: dict[str, str] = {}
     for call in calls:
-        _scale_call(loop.adjoint, call, target, known)
-    graphs.refresh(loop.adjoint)
-    return replace(loop, adjoint_inputs=(*loop.adjoint_inputs, ("target", 0)))
+        _scale_call(adjoint, call, target, known)
+    return replace(
+        loop,
+        adjoint=graphs.refresh(adjoint),
+        adjoint_inputs=(*loop.adjoint_inputs, ("target", 0)),
+        target=find_target(adjoint) if scaling.target is None else scaling.target,
+    )
+
+
+def find_target(adjoint: fx.GraphModule) -> float:
+    """The target for pullbacks with sums in float16: a power of two, at most 1."""
+    modules = (module for module in adjoint.children() if isinstance(module, fx.GraphModule))
+    longest = max((_narrow_sum(node) for module in modules for node in module.graph.nodes), default=1)
+    return min(1.0, LARGEST_SUM / 2.0 ** math.ceil(math.log2(max(longest, 1))))
+
+
+def _narrow_sum(node: fx.Node) -> int:
+    """How many entries a weight gradient of a convolution sums up in float16."""
+    if graphs.operator_name(node.target) != "convolution_backward" or not node.args[-1][1]:
+        return 0
+    cotangent = graphs.value(node.args[0])
+    if cotangent.dtype is not torch.float16:
+        return 0
+    sizes = [torch_private.size_hint(size) for size in cotangent.shape]
+    return math.prod(sizes) // max(sizes[1], 1)
 
 
 def adjoint_scale(target: torch.Tensor, *cotangents: torch.Tensor) -> torch.Tensor:

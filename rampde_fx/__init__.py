@@ -1,9 +1,19 @@
 """Mixed-precision training of neural ODEs as a compiler pass (arXiv 2510.23498)."""
 
 from rampde_fx import errors
+from rampde_fx.counts import BackwardCount, backward_counts
 from rampde_fx.marking import mixed_precision, steps
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.report import explain
 
-__all__ = ["AdjointScaling", "PrecisionPolicy", "errors", "explain", "mixed_precision", "steps"]
+__all__ = [
+    "AdjointScaling",
+    "BackwardCount",
+    "PrecisionPolicy",
+    "backward_counts",
+    "errors",
+    "explain",
+    "mixed_precision",
+    "steps",
+]
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ from rampde_fx import torch_private
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
+from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops, has_loop
 from rampde_fx.passes.find_states import find_states
@@ -24,6 +25,7 @@ from rampde_fx.passes.partition_velocity import partition_velocity
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.store_states import store_states
+from rampde_fx.passes.widen_gradients import widen_gradients
 
 COMPILERS = ("inductor", "aot_eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method.
@@ -32,8 +34,10 @@ STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
     partition_velocity,
     lower_velocity,
     generate_adjoint,
+    widen_gradients,
     scale_adjoint,
     store_states,
+    compensate_sums,
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx, nn
 
 from rampde_fx.policy import PrecisionPolicy
@@ -100,8 +99,10 @@ class Fallback:
 class Loop:
     """N equal steps of one loop.
 
-    The step maps (carries, per-step inputs, invariants) to (next carries, per-step outputs). Passes take a Loop and
-    return another; the graph that holds it is touched by roll_loop and emit_loop alone.
+    The step maps (carries, per-step inputs, invariants, corrections) to (next carries, per-step outputs, stored
+    values, next corrections). Its adjoint maps (carries, per-step inputs, invariants, corrections) to (next carries,
+    per-step outputs, next corrections), in the reverse order of the steps. Passes take a Loop and return another; the
+    graph that holds it is touched by roll_loop and emit_loop alone.
 
     Attributes:
         policy: How to rewrite it.
@@ -117,11 +118,15 @@ class Loop:
         differentiated: Whether a backward can be asked for.
         adjoint: The transpose of the step, or None before generate_adjoint or without a backward. Its placeholders
             and results are named by adjoint_inputs and adjoint_results.
-        adjoint_inputs: One (kind, index) per placeholder of the adjoint. Kinds: "cotangent" of a result of the step,
-            "operand" (a placeholder of the step), "target" of the scaling.
+        adjoint_inputs: One (kind, index) per placeholder of the adjoint, corrections left out. Kinds: "cotangent" of
+            a result of the step, "total" of an operand's gradient so far, "operand" (a placeholder of the step),
+            "stored" (a stored value), "target" of the scaling.
         adjoint_results: The placeholder of the step whose gradient each result of the adjoint is.
-        stored: Indices of the carries that the forward stores at every step.
-        stored_dtypes: Their storage dtypes.
+        adjoint_carries: Number of the adjoint's carries: cotangents of carried states and totals of invariants.
+        target: The target of the adjoint scaling.
+        stored: The carry behind each value that the step returns for the backward.
+        corrections: The carries of the step whose sums are compensated, one correction each.
+        adjoint_corrections: The carries of the adjoint whose sums are compensated.
         stages: Names of the velocity submodules in the order of their evaluation.
         fallbacks: What stayed in the accumulation dtype.
         notes: Sentences for the report.
@@ -141,8 +146,11 @@ class Loop:
     adjoint: fx.GraphModule | None = None
     adjoint_inputs: tuple[tuple[str, int], ...] = ()
     adjoint_results: tuple[int, ...] = ()
+    adjoint_carries: int = 0
+    target: float = 1.0
     stored: tuple[int, ...] = ()
-    stored_dtypes: tuple[torch.dtype, ...] = ()
+    corrections: tuple[int, ...] = ()
+    adjoint_corrections: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from rampde_fx import torch_private
+from rampde_fx import operators, torch_private
 from rampde_fx.errors import PolicyError, TimeGridError
 from rampde_fx.policy import PrecisionPolicy
 
@@ -25,27 +25,6 @@ GRAPH_BREAK = (
     "a loop over rampde_fx.steps(t) in a compiled model runs uncompiled, without mixed precision: there is a graph "
     "break in the loop. torch.compile(..., fullgraph=True) says where"
 )
-
-# Composite ops: any other backend decomposes the markers to plain slices of t, gradients included.
-_library = torch.library.Library("rampde_fx", "DEF")
-_library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
-_library.define("end(Tensor t) -> Tensor")
-# The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
-_library.define("stop_gradient(Tensor x) -> Tensor")
-
-
-def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return t[i], t[i + 1] - t[i]
-
-
-def _end(t: torch.Tensor) -> torch.Tensor:
-    return t[-1]
-
-
-_library.impl("step", _step, "CompositeImplicitAutograd")
-_library.impl("end", _end, "CompositeImplicitAutograd")
-_library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
-_library.impl("stop_gradient", torch_private.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
 
 
 class _UnderWay(threading.local):
@@ -90,8 +69,8 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return
     policy = _under_way.policy
     for i in range(t.shape[0] - 1):
-        yield torch.ops.rampde_fx.step(t, i, policy)
-    torch.ops.rampde_fx.end(t)
+        yield operators.step(t, i, policy)
+    operators.end(t)
 
 
 def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:

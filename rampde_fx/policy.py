@@ -14,6 +14,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 LOOPS = ("auto", "scan", "unroll")
+ACCUMULATIONS = ("plain", "compensated")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class AdjointScaling:
 
     Args:
         target: Magnitude that the largest cotangent is brought to, a positive power of two. Small targets leave room
-            for the sums over the batch in weight gradients, large ones for small entries of the cotangent.
+            for what grows in a pullback, large ones for small entries of the cotangent. Where None, 1, or as much
+            less as a sum over many entries in float16 needs (the weight gradient of a convolution).
         max_attempts: How often the reverse loop may run in one backward. After an overflow it runs again with the
             target divided by 2^8; after the last attempt the overflowed gradients are returned as they are.
 
@@ -35,15 +37,16 @@ class AdjointScaling:
     Source: arXiv 2510.23498, dynamic adjoint scaling.
     """
 
-    target: float = 1.0
+    target: float | None = None
     max_attempts: int = 3
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.target, (int, float)) and self.target > 0 and math.frexp(self.target)[0] == 0.5):
+        is_number = isinstance(self.target, (int, float))
+        if self.target is not None and not (is_number and self.target > 0 and math.frexp(self.target)[0] == 0.5):
             raise PolicyError(
                 f"AdjointScaling(target={self.target!r})",
-                required="a positive power of two, so that scaling is exact",
-                fix="use a value such as 1.0 or 2.0**4",
+                required="a positive power of two, so that scaling is exact, or None",
+                fix="leave it out, or use a value such as 1.0 or 2.0**-4",
             )
         if type(self.max_attempts) is not int or self.max_attempts < 1:
             raise PolicyError(
@@ -63,6 +66,9 @@ class PrecisionPolicy:
             that is narrower than the storage dtype is stored as it is.
         scaling: "dynamic", "none" or an AdjointScaling; where None, dynamic for float16 and none for the others,
             whose exponent range is that of the state.
+        accumulation: "plain", or "compensated": the sums over the steps (states, adjoints and the gradients of the
+            parameters) carry what rounding lost, so that their error does not grow with the number of steps. Updates
+            must then have the form y = y + increment.
         loop: "scan" (one compiled step, compile time constant in the number of steps), "unroll" (every step
             compiled), or "auto" (unroll loops of at most two steps).
 
@@ -72,7 +78,7 @@ class PrecisionPolicy:
     Source: arXiv 2510.23498.
 
     >>> PrecisionPolicy(torch.float16).adjoint_scaling
-    AdjointScaling(target=1.0, max_attempts=3)
+    AdjointScaling(target=None, max_attempts=3)
     >>> PrecisionPolicy(torch.bfloat16).adjoint_scaling is None
     True
     """
@@ -80,6 +86,7 @@ class PrecisionPolicy:
     velocity: torch.dtype = torch.float16
     storage: torch.dtype | None = None
     scaling: str | AdjointScaling | None = None
+    accumulation: str = "plain"
     loop: str = "auto"
 
     def __post_init__(self) -> None:
@@ -97,10 +104,13 @@ class PrecisionPolicy:
                 required='"dynamic", "none" or an AdjointScaling',
                 fix="leave it out: float16 is then scaled and the other dtypes are not",
             )
-        if self.loop not in LOOPS:
-            raise PolicyError(
-                f"PrecisionPolicy(loop={self.loop!r})", required=f"one of {LOOPS}", fix='use the default, "auto"'
-            )
+        for field, allowed in (("accumulation", ACCUMULATIONS), ("loop", LOOPS)):
+            if getattr(self, field) not in allowed:
+                raise PolicyError(
+                    f"PrecisionPolicy({field}={getattr(self, field)!r})",
+                    required=f"one of {allowed}",
+                    fix=f'use the default, "{allowed[0]}"',
+                )
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -127,6 +137,7 @@ class PrecisionPolicy:
             "velocity": str(self.velocity).removeprefix("torch."),
             "storage": str(self.storage_dtype).removeprefix("torch."),
             "scaling": [scaling.target, scaling.max_attempts] if scaling else "none",
+            "accumulation": self.accumulation,
             "loop": self.loop,
         }
         return json.dumps(fields)
@@ -140,5 +151,6 @@ class PrecisionPolicy:
             velocity=DTYPES[fields["velocity"]],
             storage=DTYPES[fields["storage"]],
             scaling=scaling if scaling == "none" else AdjointScaling(*scaling),
+            accumulation=fields["accumulation"],
             loop=fields["loop"],
         )

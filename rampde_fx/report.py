@@ -27,6 +27,7 @@ class LoopReport:
         where: The user's source line of the loop.
         steps: N, the number of steps.
         policy: The policy in force, its defaults filled in.
+        target: Target of the adjoint scaling, None without scaling.
         emitted: "scan" or "unroll".
         carries: The carried states as "name: dtype[shape]".
         evaluations: Velocity evaluations per step.
@@ -44,6 +45,7 @@ class LoopReport:
     where: str
     steps: int
     policy: PrecisionPolicy
+    target: float | None
     emitted: str
     carries: tuple[str, ...]
     evaluations: int
@@ -57,14 +59,14 @@ class LoopReport:
     adjoint: fx.GraphModule | None
 
     def __str__(self) -> str:
-        scaling = self.policy.adjoint_scaling
         stored = ", ".join(self.stored) or "nothing"
         lines = [
             f"loop at {self.where or 'an unknown line'}",
             f"  steps               {self.steps}, emitted as {self.emitted}",
             f"  carries             {', '.join(self.carries)}",
             f"  velocity            {self.evaluations} evaluations per step in {_short(self.policy.velocity)}",
-            f"  adjoint scaling     {f'dynamic, target {scaling.target:g}' if scaling else 'none'}",
+            f"  adjoint scaling     {'none' if self.target is None else f'dynamic, target {self.target:g}'}",
+            f"  accumulation        {self.policy.accumulation}",
             f"  stored per step     {stored}",
             f"  stored in all       {self.stored_bytes:,} bytes"
             f" ({self.stored_bytes_fp32:,} in the dtype of the state; plain autograd: {self.stored_bytes_autograd:,})",
@@ -134,18 +136,20 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
 
 
 def _report(loop: Loop) -> LoopReport:
-    inputs = graphs.placeholders(loop.step)
-    stored = list(zip((inputs[i] for i in loop.stored), loop.stored_dtypes, strict=True))
+    inputs, results = graphs.placeholders(loop.step), graphs.results(loop.step)
+    own = len(results) - len(loop.corrections)
+    stored = list(zip((inputs[i] for i in loop.stored), results[own - len(loop.stored) : own], strict=True))
     return LoopReport(
         where=loop.where,
         steps=loop.steps,
         policy=loop.policy,
+        target=loop.target if loop.policy.adjoint_scaling else None,
         emitted="unroll" if loop.policy.unrolls(loop.steps) else "scan",
-        carries=tuple(_describe(node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
+        carries=tuple(_describe(node.name, node) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
-        stored=tuple(_describe(node, dtype) for node, dtype in stored),
-        stored_bytes=sum(loop.steps * graphs.value(node).numel() * dtype.itemsize for node, dtype in stored),
-        stored_bytes_fp32=sum(loop.steps * graphs.value(node).nbytes for node, _ in stored),
+        stored=tuple(_describe(state.name, node) for state, node in stored),
+        stored_bytes=sum(loop.steps * graphs.value(node).nbytes for _, node in stored),
+        stored_bytes_fp32=sum(loop.steps * graphs.value(inputs[i]).nbytes for i in set(loop.stored)),
         stored_bytes_autograd=loop.steps * _saved_by_autograd(loop) if loop.differentiated else 0,
         fallbacks=loop.fallbacks,
         notes=loop.notes,
@@ -154,8 +158,8 @@ def _report(loop: Loop) -> LoopReport:
     )
 
 
-def _describe(node: fx.Node, dtype: torch.dtype) -> str:
-    return f"{node.name}: {_short(dtype)}{list(graphs.value(node).shape)}"
+def _describe(name: str, node: fx.Node) -> str:
+    return f"{name}: {_short(graphs.value(node).dtype)}{list(graphs.value(node).shape)}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,7 +89,12 @@ def detached(value: Any) -> Any:
 
 
 def trace(
-    function: Callable[..., Any], args: Sequence[Any], *, functionalize: bool = False, gradients: bool = True
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    functionalize: bool = False,
+    gradients: bool = True,
+    decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> fx.GraphModule:
     """Trace a function of flat arguments to a functional ATen graph with true metadata.
 
@@ -100,7 +106,7 @@ def trace(
         modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
         for context in (*modes, _no_autocast(), _no_saved_tensors_hooks()):
             stack.enter_context(context)
-        graph_module = make_fx(traced, decomposition_table=_UPDATES)(*args)
+        graph_module = make_fx(traced, decomposition_table={**_UPDATES, **decompositions})(*args)
     for node in list(graph_module.graph.nodes):
         if node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
@@ -166,6 +172,11 @@ def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
     """Write true metadata into every node of a module."""
     with fake_mode(), torch.no_grad():
         FakeTensorProp(graph_module, fake_mode()).propagate_dont_convert_inputs(*args)
+
+
+def size_hint(size: Any) -> int:
+    """The size, or what a symbolic one was when the graph was captured."""
+    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ def printed(graph_module: fx.GraphModule) -> str:
     text = re.sub(r";  [\w = ]*= None", "", text)  # where names end
     text = re.sub(r", layout = torch.strided, device = device\(type='cpu'\)", "", text)
     text = re.sub(r"torch\.ops\.", "", text)
+    text = re.sub(r"'[^']*/(\w+\.py):\d+'", r"'\1'", text)  # where the loop stands
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
     return "\n".join(lines) + "\n"
 

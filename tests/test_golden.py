@@ -39,16 +39,17 @@ class GraphModule(torch.nn.Module):
         getitem: "f32[3, 5]" = velocity_0[0]
         mul: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
         add_1: "f32[3, 5]" = aten.add.Tensor(y, mul)
-        return (add_1,)
+        _to_copy_default: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
+        return (add_1, _to_copy_default)
     class velocity_0(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
-            _to_copy: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-            _to_copy_1: "f16[5, 5]" = aten._to_copy.default(weight, dtype = torch.float16)
-            mm: "f16[3, 5]" = aten.mm.default(_to_copy, _to_copy_1)
+            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y)
+            _to_copy: "f16[5, 5]" = aten._to_copy.default(weight, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(narrow, _to_copy)
             add: "f16[3, 5]" = aten.add.Tensor(mm, t)
             tanh: "f16[3, 5]" = aten.tanh.default(add)
-            _to_copy_2: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
-            return (_to_copy_2,)
+            _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            return (_to_copy_1,)
 """,
         )
 
@@ -57,7 +58,7 @@ class GraphModule(torch.nn.Module):
             printed(explained(Linear).adjoint),
             """\
 class GraphModule(torch.nn.Module):
-    def forward(self, adjoint_y: "f32[3, 5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]", target: "f32[]"):
+    def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5, 5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]", target: "f32[]"):
         _to_copy_default: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
         velocity_0_forward = self.velocity_0_forward(_to_copy_default, weight, t)
         getitem: "f16[3, 5]" = velocity_0_forward[1]
@@ -73,27 +74,19 @@ class GraphModule(torch.nn.Module):
         getitem_5: "f32[5, 5]" = velocity_0_pullback[1]
         div_tensor_1: "f32[5, 5]" = aten.div.Tensor(getitem_5, getitem_6)
         add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_y, div_tensor)
-        return (add_tensor, div_tensor_1)
+        add_tensor_1: "f32[5, 5]" = aten.add.Tensor(total_weight, div_tensor_1)
+        return (add_tensor, add_tensor_1)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
-            _to_copy: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-            _to_copy_1: "f16[5, 5]" = aten._to_copy.default(weight, dtype = torch.float16)
-            mm: "f16[3, 5]" = aten.mm.default(_to_copy, _to_copy_1)
+            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y)
+            _to_copy: "f16[5, 5]" = aten._to_copy.default(weight, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(narrow, _to_copy)
             add: "f16[3, 5]" = aten.add.Tensor(mm, t)
             tanh: "f16[3, 5]" = aten.tanh.default(add)
-            _to_copy_2: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
-            t_1: "f16[5, 3]" = aten.t.default(_to_copy)
-            t_2: "f16[5, 5]" = aten.t.default(_to_copy_1)
-            return (_to_copy_2, tanh, t_1, t_2)
-    class velocity_0_pullback(torch.nn.Module):
-        def forward(self, tanh: "f16[3, 5]", t_1: "f16[5, 3]", t_2: "f16[5, 5]", cotangent_0: "f32[3, 5]"):
-            _to_copy_3: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
-            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_3, tanh)
-            mm_1: "f16[5, 5]" = aten.mm.default(t_1, tanh_backward)
-            mm_2: "f16[3, 5]" = aten.mm.default(tanh_backward, t_2)
-            _to_copy_4: "f32[5, 5]" = aten._to_copy.default(mm_1, dtype = torch.float32)
-            _to_copy_5: "f32[3, 5]" = aten._to_copy.default(mm_2, dtype = torch.float32)
-            return (_to_copy_5, _to_copy_4)
+            _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            t_1: "f16[5, 3]" = aten.t.default(narrow)
+            t_2: "f16[5, 5]" = aten.t.default(_to_copy)
+            return (_to_copy_1, tanh, t_1, t_2)
     class adjoint_scale_0(torch.nn.Module):
         def forward(self, target: "f32[]", cotangent_0: "f32[3, 5]"):
             abs_1: "f32[3, 5]" = aten.abs.default(cotangent_0)
@@ -113,6 +106,17 @@ class GraphModule(torch.nn.Module):
             ones_like: "f32[]" = aten.ones_like.default(clamp_1, pin_memory = False)
             where: "f32[]" = aten.where.self(mul, clamp_1, ones_like)
             return [where]
+    class velocity_0_pullback(torch.nn.Module):
+        def forward(self, tanh: "f16[3, 5]", t_1: "f16[5, 3]", t_2: "f16[5, 5]", cotangent_0: "f32[3, 5]"):
+            _to_copy_2: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
+            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_2, tanh)
+            _to_copy_default: "f32[5, 3]" = aten._to_copy.default(t_1, dtype = torch.float32)
+            _to_copy_default_1: "f32[3, 5]" = aten._to_copy.default(tanh_backward, dtype = torch.float32)
+            mm_default: "f32[5, 5]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
+            _to_copy_default_2: "f32[3, 5]" = aten._to_copy.default(tanh_backward, dtype = torch.float32)
+            _to_copy_default_3: "f32[5, 5]" = aten._to_copy.default(t_2, dtype = torch.float32)
+            mm_default_1: "f32[3, 5]" = aten.mm.default(_to_copy_default_2, _to_copy_default_3)
+            return (mm_default_1, mm_default)
 """,
         )
 
@@ -121,7 +125,7 @@ class GraphModule(torch.nn.Module):
             printed(explained(Linear, torch.bfloat16).adjoint),
             """\
 class GraphModule(torch.nn.Module):
-    def forward(self, adjoint_y: "f32[3, 5]", y: "bf16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]"):
+    def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5, 5]", y: "bf16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]"):
         _to_copy_default: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
         velocity_0_forward = self.velocity_0_forward(_to_copy_default, weight, t)
         getitem: "bf16[3, 5]" = velocity_0_forward[1]
@@ -132,7 +136,8 @@ class GraphModule(torch.nn.Module):
         getitem_4: "f32[3, 5]" = velocity_0_pullback[0]
         getitem_5: "f32[5, 5]" = velocity_0_pullback[1]
         add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_y, getitem_4)
-        return (add_tensor, getitem_5)
+        add_tensor_1: "f32[5, 5]" = aten.add.Tensor(total_weight, getitem_5)
+        return (add_tensor, add_tensor_1)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
             _to_copy: "bf16[3, 5]" = aten._to_copy.default(y, dtype = torch.bfloat16)
@@ -196,19 +201,20 @@ class GraphModule(torch.nn.Module):
         add_8: "f32[3, 5]" = aten.add.Tensor(add_7, getitem_3)
         mul_5: "f32[3, 5]" = aten.mul.Tensor(div_4, add_8)
         add_9: "f32[3, 5]" = aten.add.Tensor(y, mul_5)
-        return (add_9,)
+        _to_copy_default: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
+        return (add_9, _to_copy_default)
     class velocity_0(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             _to_copy: "f16[7]" = aten._to_copy.default(velocity_linear_0_bias, dtype = torch.float16)
-            _to_copy_1: "f16[3, 6]" = aten._to_copy.default(y, dtype = torch.float16)
-            _to_copy_2: "f16[6, 7]" = aten._to_copy.default(velocity_linear_0_weight, dtype = torch.float16)
-            _to_copy_3: "f16[5]" = aten._to_copy.default(velocity_linear_1_bias, dtype = torch.float16)
-            _to_copy_4: "f16[7, 5]" = aten._to_copy.default(velocity_linear_1_weight, dtype = torch.float16)
-            addmm: "f16[3, 7]" = aten.addmm.default(_to_copy, _to_copy_1, _to_copy_2)
+            narrow: "f16[3, 6]" = rampde_fx.narrow.default(y)
+            _to_copy_1: "f16[6, 7]" = aten._to_copy.default(velocity_linear_0_weight, dtype = torch.float16)
+            _to_copy_2: "f16[5]" = aten._to_copy.default(velocity_linear_1_bias, dtype = torch.float16)
+            _to_copy_3: "f16[7, 5]" = aten._to_copy.default(velocity_linear_1_weight, dtype = torch.float16)
+            addmm: "f16[3, 7]" = aten.addmm.default(_to_copy, narrow, _to_copy_1)
             tanh: "f16[3, 7]" = aten.tanh.default(addmm)
-            addmm_1: "f16[3, 5]" = aten.addmm.default(_to_copy_3, tanh, _to_copy_4)
-            _to_copy_5: "f32[3, 5]" = aten._to_copy.default(addmm_1, dtype = torch.float32)
-            return (_to_copy_5,)
+            addmm_1: "f16[3, 5]" = aten.addmm.default(_to_copy_2, tanh, _to_copy_3)
+            _to_copy_4: "f32[3, 5]" = aten._to_copy.default(addmm_1, dtype = torch.float32)
+            return (_to_copy_4,)
 """,
         )
 
@@ -217,7 +223,7 @@ class GraphModule(torch.nn.Module):
             printed(explained(RK4).adjoint),
             """\
 class GraphModule(torch.nn.Module):
-    def forward(self, adjoint_y: "f32[3, 5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", velocity_linear_0_weight: "f32[7, 6]", velocity_linear_0_bias: "f32[7]", velocity_linear_1_weight: "f32[5, 7]", velocity_linear_1_bias: "f32[5]", target: "f32[]"):
+    def forward(self, adjoint_y: "f32[3, 5]", total_velocity_linear_0_weight: "f32[7, 6]", total_velocity_linear_0_bias: "f32[7]", total_velocity_linear_1_weight: "f32[5, 7]", total_velocity_linear_1_bias: "f32[5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", velocity_linear_0_weight: "f32[7, 6]", velocity_linear_0_bias: "f32[7]", velocity_linear_1_weight: "f32[5, 7]", velocity_linear_1_bias: "f32[5]", target: "f32[]"):
         _to_copy_default: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
         expand: "f32[3, 1]" = aten.expand.default(t, [3, 1])
         cat: "f32[3, 6]" = aten.cat.default([_to_copy_default, expand], 1)
@@ -348,43 +354,25 @@ class GraphModule(torch.nn.Module):
         t_4: "f32[7, 6]" = aten.t.default(add_tensor_15)
         slice_4: "f32[3, 5]" = aten.slice.Tensor(div_tensor_16, 1, 0, 5)
         add_tensor_18: "f32[3, 5]" = aten.add.Tensor(add_tensor_12, slice_4)
-        return (add_tensor_18, t_4, add_tensor_14, t_3, add_tensor_16)
+        add_tensor_19: "f32[7, 6]" = aten.add.Tensor(total_velocity_linear_0_weight, t_4)
+        add_tensor_20: "f32[7]" = aten.add.Tensor(total_velocity_linear_0_bias, add_tensor_14)
+        add_tensor_21: "f32[5, 7]" = aten.add.Tensor(total_velocity_linear_1_weight, t_3)
+        add_tensor_22: "f32[5]" = aten.add.Tensor(total_velocity_linear_1_bias, add_tensor_16)
+        return (add_tensor_18, add_tensor_19, add_tensor_20, add_tensor_21, add_tensor_22)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             _to_copy: "f16[7]" = aten._to_copy.default(velocity_linear_0_bias, dtype = torch.float16)
-            _to_copy_1: "f16[3, 6]" = aten._to_copy.default(y, dtype = torch.float16)
-            _to_copy_2: "f16[6, 7]" = aten._to_copy.default(velocity_linear_0_weight, dtype = torch.float16)
-            _to_copy_3: "f16[5]" = aten._to_copy.default(velocity_linear_1_bias, dtype = torch.float16)
-            _to_copy_4: "f16[7, 5]" = aten._to_copy.default(velocity_linear_1_weight, dtype = torch.float16)
-            addmm: "f16[3, 7]" = aten.addmm.default(_to_copy, _to_copy_1, _to_copy_2)
+            narrow: "f16[3, 6]" = rampde_fx.narrow.default(y)
+            _to_copy_1: "f16[6, 7]" = aten._to_copy.default(velocity_linear_0_weight, dtype = torch.float16)
+            _to_copy_2: "f16[5]" = aten._to_copy.default(velocity_linear_1_bias, dtype = torch.float16)
+            _to_copy_3: "f16[7, 5]" = aten._to_copy.default(velocity_linear_1_weight, dtype = torch.float16)
+            addmm: "f16[3, 7]" = aten.addmm.default(_to_copy, narrow, _to_copy_1)
             tanh: "f16[3, 7]" = aten.tanh.default(addmm)
-            addmm_1: "f16[3, 5]" = aten.addmm.default(_to_copy_3, tanh, _to_copy_4)
-            _to_copy_5: "f32[3, 5]" = aten._to_copy.default(addmm_1, dtype = torch.float32)
-            t: "f16[5, 7]" = aten.t.default(_to_copy_4)
-            t_3: "f16[7, 6]" = aten.t.default(_to_copy_2)
-            return (_to_copy_5, _to_copy_1, tanh, t, t_3)
-    class velocity_0_pullback(torch.nn.Module):
-        def forward(self, to_copy_1: "f16[3, 6]", tanh: "f16[3, 7]", t: "f16[5, 7]", t_3: "f16[7, 6]", cotangent_0: "f32[3, 5]"):
-            _to_copy_6: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
-            mm: "f16[3, 7]" = aten.mm.default(_to_copy_6, t)
-            t_1: "f16[5, 3]" = aten.t.default(_to_copy_6)
-            mm_1: "f16[5, 7]" = aten.mm.default(t_1, tanh)
-            t_2: "f16[7, 5]" = aten.t.default(mm_1)
-            sum_1: "f16[1, 5]" = aten.sum.dim_IntList(_to_copy_6, [0], True)
-            view: "f16[5]" = aten.reshape.default(sum_1, [5])
-            tanh_backward: "f16[3, 7]" = aten.tanh_backward.default(mm, tanh)
-            mm_2: "f16[3, 6]" = aten.mm.default(tanh_backward, t_3)
-            t_4: "f16[7, 3]" = aten.t.default(tanh_backward)
-            mm_3: "f16[7, 6]" = aten.mm.default(t_4, to_copy_1)
-            t_5: "f16[6, 7]" = aten.t.default(mm_3)
-            sum_2: "f16[1, 7]" = aten.sum.dim_IntList(tanh_backward, [0], True)
-            view_1: "f16[7]" = aten.reshape.default(sum_2, [7])
-            _to_copy_7: "f32[7, 5]" = aten._to_copy.default(t_2, dtype = torch.float32)
-            _to_copy_8: "f32[5]" = aten._to_copy.default(view, dtype = torch.float32)
-            _to_copy_9: "f32[6, 7]" = aten._to_copy.default(t_5, dtype = torch.float32)
-            _to_copy_10: "f32[3, 6]" = aten._to_copy.default(mm_2, dtype = torch.float32)
-            _to_copy_11: "f32[7]" = aten._to_copy.default(view_1, dtype = torch.float32)
-            return (_to_copy_11, _to_copy_10, _to_copy_9, _to_copy_8, _to_copy_7)
+            addmm_1: "f16[3, 5]" = aten.addmm.default(_to_copy_2, tanh, _to_copy_3)
+            _to_copy_4: "f32[3, 5]" = aten._to_copy.default(addmm_1, dtype = torch.float32)
+            t: "f16[5, 7]" = aten.t.default(_to_copy_3)
+            t_3: "f16[7, 6]" = aten.t.default(_to_copy_1)
+            return (_to_copy_4, narrow, tanh, t, t_3)
     class adjoint_scale_0(torch.nn.Module):
         def forward(self, target: "f32[]", cotangent_0: "f32[3, 5]"):
             abs_1: "f32[3, 5]" = aten.abs.default(cotangent_0)
@@ -404,5 +392,28 @@ class GraphModule(torch.nn.Module):
             ones_like: "f32[]" = aten.ones_like.default(clamp_1, pin_memory = False)
             where: "f32[]" = aten.where.self(mul, clamp_1, ones_like)
             return [where]
+    class velocity_0_pullback(torch.nn.Module):
+        def forward(self, narrow: "f16[3, 6]", tanh: "f16[3, 7]", t: "f16[5, 7]", t_3: "f16[7, 6]", cotangent_0: "f32[3, 5]"):
+            _to_copy_5: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
+            mm: "f16[3, 7]" = aten.mm.default(_to_copy_5, t)
+            t_1: "f16[5, 3]" = aten.t.default(_to_copy_5)
+            _to_copy_default: "f32[5, 3]" = aten._to_copy.default(t_1, dtype = torch.float32)
+            _to_copy_default_1: "f32[3, 7]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            mm_default: "f32[5, 7]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
+            t_2: "f32[7, 5]" = aten.t.default(mm_default)
+            sum_dim_int_list: "f32[1, 5]" = aten.sum.dim_IntList(_to_copy_5, [0], True, dtype = torch.float32)
+            view: "f32[5]" = aten.reshape.default(sum_dim_int_list, [5])
+            tanh_backward: "f16[3, 7]" = aten.tanh_backward.default(mm, tanh)
+            _to_copy_default_4: "f32[3, 7]" = aten._to_copy.default(tanh_backward, dtype = torch.float32)
+            _to_copy_default_5: "f32[7, 6]" = aten._to_copy.default(t_3, dtype = torch.float32)
+            mm_default_2: "f32[3, 6]" = aten.mm.default(_to_copy_default_4, _to_copy_default_5)
+            t_4: "f16[7, 3]" = aten.t.default(tanh_backward)
+            _to_copy_default_2: "f32[7, 3]" = aten._to_copy.default(t_4, dtype = torch.float32)
+            _to_copy_default_3: "f32[3, 6]" = aten._to_copy.default(narrow, dtype = torch.float32)
+            mm_default_1: "f32[7, 6]" = aten.mm.default(_to_copy_default_2, _to_copy_default_3)
+            t_5: "f32[6, 7]" = aten.t.default(mm_default_1)
+            sum_dim_int_list_1: "f32[1, 7]" = aten.sum.dim_IntList(tanh_backward, [0], True, dtype = torch.float32)
+            view_1: "f32[7]" = aten.reshape.default(sum_dim_int_list_1, [7])
+            return (view_1, mm_default_2, t_5, view, t_2)
 """,
         )

@@ -17,7 +17,10 @@ from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
+from rampde_fx.passes.widen_gradients import find_sums, widen_gradients, widened
 from tests.golden import printed, without_captured_inputs
+
+aten = torch.ops.aten
 
 
 @rampde_fx.mixed_precision(dtype=torch.float16)
@@ -169,13 +172,13 @@ class GraphModule(torch.nn.Module):
         return (add_1,)
     class velocity_0(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", mul: "f32[5, 5]", t: "f32[]"):
-            _to_copy: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-            _to_copy_1: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
-            mm: "f16[3, 5]" = aten.mm.default(_to_copy, _to_copy_1)
+            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y)
+            _to_copy: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(narrow, _to_copy)
             add: "f16[3, 5]" = aten.add.Tensor(mm, t)
             tanh: "f16[3, 5]" = aten.tanh.default(add)
-            _to_copy_2: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
-            return (_to_copy_2,)
+            _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            return (_to_copy_1,)
 """,
         )
 
@@ -196,21 +199,21 @@ class GraphModule(torch.nn.Module):
         return (add_tensor,)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", mul: "f32[5, 5]", t: "f32[]"):
-            _to_copy: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-            _to_copy_1: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
-            mm: "f16[3, 5]" = aten.mm.default(_to_copy, _to_copy_1)
+            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y)
+            _to_copy: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(narrow, _to_copy)
             add: "f16[3, 5]" = aten.add.Tensor(mm, t)
             tanh: "f16[3, 5]" = aten.tanh.default(add)
-            _to_copy_2: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
-            t_1: "f16[5, 5]" = aten.t.default(_to_copy_1)
-            return (_to_copy_2, tanh, t_1)
+            _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            t_1: "f16[5, 5]" = aten.t.default(_to_copy)
+            return (_to_copy_1, tanh, t_1)
     class velocity_0_pullback(torch.nn.Module):
         def forward(self, tanh: "f16[3, 5]", t_1: "f16[5, 5]", cotangent_0: "f32[3, 5]"):
-            _to_copy_3: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
-            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_3, tanh)
+            _to_copy_2: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
+            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_2, tanh)
             mm_1: "f16[3, 5]" = aten.mm.default(tanh_backward, t_1)
-            _to_copy_4: "f32[3, 5]" = aten._to_copy.default(mm_1, dtype = torch.float32)
-            return (_to_copy_4,)
+            _to_copy_3: "f32[3, 5]" = aten._to_copy.default(mm_1, dtype = torch.float32)
+            return (_to_copy_3,)
 """,
         )
         assert loop.adjoint_inputs == (("cotangent", 0), ("operand", 0), ("operand", 1), ("operand", 2), ("operand", 3))
@@ -239,13 +242,76 @@ class GraphModule(torch.nn.Module):
         )
         assert loop.adjoint_inputs[-1] == ("target", 0)
 
+    def test_widen_gradients(self):
+        before = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint)
+        loop = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, widen_gradients)
+        kinds = [
+            [str(n.meta["val"].dtype) for n in module.graph.find_nodes(op="call_function", target=aten.mm.default)]
+            for module in (before.adjoint.velocity_0_pullback, loop.adjoint.velocity_0_pullback)
+        ]
+        assert kinds == [["torch.float16"], ["torch.float32"]]
+        assert find_sums(loop.adjoint.velocity_0_pullback) == {}
+
+    def test_widen_gradients_by_device_and_dtype(self):
+        def run(device, dtype):
+            def traced(_):
+                with torch_private.fake_mode():
+                    factors = [torch.empty(shape, dtype=dtype, device=device) for shape in ((3, 7), (3, 5))]
+                module = torch_private.trace(lambda y, b: [(y.t() @ b).t().float(), b.sum(0).float()], factors)
+                return printed(widened(module, find_sums(module))).replace(
+                    ", device = device(type='cuda', index=0)", ""
+                )
+
+            return through(traced)
+
+        self.assertExpectedInline(
+            run("cuda", torch.bfloat16),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, y_1: "bf16[3, 7]", b_1: "bf16[3, 5]"):
+        t: "bf16[7, 3]" = aten.t.default(y_1)
+        mm_dtype: "f32[7, 5]" = aten.mm.dtype(t, b_1, torch.float32)
+        t_1: "f32[5, 7]" = aten.t.default(mm_dtype)
+        sum_dim_int_list: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
+        return [t_1, sum_dim_int_list]
+""",
+        )
+        self.assertExpectedInline(
+            run("cpu", torch.float16),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, y_1: "f16[3, 7]", b_1: "f16[3, 5]"):
+        t: "f16[7, 3]" = aten.t.default(y_1)
+        _to_copy_default: "f32[7, 3]" = aten._to_copy.default(t, dtype = torch.float32)
+        _to_copy_default_1: "f32[3, 5]" = aten._to_copy.default(b_1, dtype = torch.float32)
+        mm_default: "f32[7, 5]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
+        t_1: "f32[5, 7]" = aten.t.default(mm_default)
+        sum_dim_int_list: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
+        return [t_1, sum_dim_int_list]
+""",
+        )
+        self.assertExpectedInline(
+            run("cpu", torch.bfloat16),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, y_1: "bf16[3, 7]", b_1: "bf16[3, 5]"):
+        t: "bf16[7, 3]" = aten.t.default(y_1)
+        mm: "bf16[7, 5]" = aten.mm.default(t, b_1)
+        t_1: "bf16[5, 7]" = aten.t.default(mm)
+        _to_copy: "f32[5, 7]" = aten._to_copy.default(t_1, dtype = torch.float32)
+        sum_dim_int_list: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
+        return [_to_copy, sum_dim_int_list]
+""",
+        )
+
     def test_store_states(self):
-        before = after(*STEP_PASSES[:-1])
-        loop = after(*STEP_PASSES)
-        assert loop.stored == (0,) and loop.stored_dtypes == (torch.float16,)
+        before, loop = after(*STEP_PASSES[:-2]), after(*STEP_PASSES[:-1])
+        assert loop.stored == (0,) and loop.adjoint_inputs[1] == ("stored", 0)
         kinds = {node.name: node.meta["val"].dtype for node in graphs.placeholders(loop.adjoint)}
         assert kinds["args_0"] is torch.float16 and kinds["adjoint_args_0"] is torch.float32
         assert len(graphs.body(loop.adjoint)) == len(graphs.body(before.adjoint)) + 1
+        (stored,) = graphs.results(loop.step)[1:]
+        assert stored.meta["val"].dtype is torch.float16 and stored.args[0].name == "args_0"
 
     def test_emit_loop(self):
         def run(graph_module):
@@ -281,8 +347,8 @@ class GraphModule(torch.nn.Module):
             return (mul,)
     class loop_0_forward(torch.nn.Module):
         def forward(self, args_0: "f32[3, 5]", t: "f32[3]", dt: "f32[3]", mul: "f32[5, 5]"):
-            _to_copy: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
             clone: "f32[3, 5]" = aten.clone.default(args_0, memory_format = torch.contiguous_format)
+            _to_copy: "f16[5, 5]" = aten._to_copy.default(mul, dtype = torch.float16)
             scan_combine_graph_0 = self.scan_combine_graph_0
             scan = higher_order.scan(scan_combine_graph_0, [clone], [t, dt], (_to_copy,))
             getitem: "f32[3, 5]" = scan[0]
@@ -291,7 +357,11 @@ class GraphModule(torch.nn.Module):
         class scan_combine_graph_0(torch.nn.Module):
             def forward(self, arg0_1: "f32[3, 5]", arg1_1: "f32[]", arg2_1: "f32[]", arg3_1: "f16[5, 5]"):
                 _to_copy: "f16[3, 5]" = aten._to_copy.default(arg0_1, dtype = torch.float16)
-                mm: "f16[3, 5]" = aten.mm.default(_to_copy, arg3_1)
+                abs_1: "f16[3, 5]" = aten.abs.default(_to_copy)
+                eq: "b8[3, 5]" = aten.eq.Scalar(abs_1, inf)
+                scalar_tensor: "f16[]" = aten.scalar_tensor.default(nan, dtype = torch.float16)
+                where: "f16[3, 5]" = aten.where.self(eq, scalar_tensor, _to_copy)
+                mm: "f16[3, 5]" = aten.mm.default(where, arg3_1)
                 add: "f16[3, 5]" = aten.add.Tensor(mm, arg1_1)
                 tanh: "f16[3, 5]" = aten.tanh.default(add)
                 _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
@@ -299,7 +369,8 @@ class GraphModule(torch.nn.Module):
                 add_1: "f32[3, 5]" = aten.add.Tensor(arg0_1, mul)
                 _to_copy_2: "f16[3, 5]" = aten._to_copy.default(arg0_1, dtype = torch.float16)
                 clone: "f32[3, 5]" = aten.clone.default(add_1, memory_format = torch.contiguous_format)
-                return [clone, _to_copy_2]
+                clone_1: "f16[3, 5]" = aten.clone.default(_to_copy_2, memory_format = torch.contiguous_format)
+                return [clone, clone_1]
     class loop_0_backward(torch.nn.Module):
         def forward(self, adjoint_args_0: "f32[3, 5]", stored_args_0: "f16[3, 3, 5]", t: "f32[3]", dt: "f32[3]", mul: "f32[5, 5]"):
             abs_1: "f16[3, 3, 5]" = aten.abs.default(stored_args_0)
@@ -337,10 +408,12 @@ class GraphModule(torch.nn.Module):
             def forward(self, arg0_1: "i64[]", arg1_1: "b8[]", arg2_1: "f32[]", arg3_1: "f32[3, 5]", arg4_1: "f32[3, 5]", arg5_1: "f16[3, 3, 5]", arg6_1: "f32[3]", arg7_1: "f32[3]", arg8_1: "f32[5, 5]", arg9_1: "b8[]"):
                 clone: "f32[]" = aten.clone.default(arg2_1)
                 _to_copy: "f16[5, 5]" = aten._to_copy.default(arg8_1, dtype = torch.float16)
+                t: "f16[5, 5]" = aten.t.default(_to_copy)
+                _to_copy_1: "f32[5, 5]" = aten._to_copy.default(t, dtype = torch.float32)
                 clone_1: "f32[3, 5]" = aten.clone.default(arg4_1, memory_format = torch.contiguous_format)
                 arange: "i64[3]" = aten.arange.start_step(2, -1, -1, device = device(type='cpu'), pin_memory = False)
                 scan_combine_graph_0 = self.scan_combine_graph_0
-                scan = higher_order.scan(scan_combine_graph_0, [clone_1], [arange], (arg5_1, arg6_1, arg7_1, clone, _to_copy))
+                scan = higher_order.scan(scan_combine_graph_0, [clone_1], [arange], (arg5_1, arg6_1, arg7_1, clone, _to_copy, _to_copy_1))
                 getitem: "f32[3, 5]" = scan[0]
                 abs_1: "f32[3, 5]" = aten.abs.default(getitem)
                 ne: "b8[3, 5]" = aten.ne.Scalar(abs_1, inf)
@@ -351,21 +424,25 @@ class GraphModule(torch.nn.Module):
                 all_2: "b8[]" = aten.all.default(stack)
                 bitwise_not: "b8[]" = aten.bitwise_not.default(all_2)
                 bitwise_and: "b8[]" = aten.bitwise_and.Tensor(arg9_1, bitwise_not)
+                record_sweep: "b8[]" = rampde_fx.record_sweep.default(bitwise_and, arg0_1, 3, 'test_passes.py')
                 add: "i64[]" = aten.add.Tensor(arg0_1, 1)
                 mul_1: "f32[]" = aten.mul.Tensor(arg2_1, 0.00390625)
-                return (add, bitwise_and, mul_1, getitem)
+                return (add, record_sweep, mul_1, getitem)
             class scan_combine_graph_0(torch.nn.Module):
-                def forward(self, arg0_1: "f32[3, 5]", arg1_1: "i64[]", arg2_1: "f16[3, 3, 5]", arg3_1: "f32[3]", arg4_1: "f32[3]", arg5_1: "f32[]", arg6_1: "f16[5, 5]"):
+                def forward(self, arg0_1: "f32[3, 5]", arg1_1: "i64[]", arg2_1: "f16[3, 3, 5]", arg3_1: "f32[3]", arg4_1: "f32[3]", arg5_1: "f32[]", arg6_1: "f16[5, 5]", arg7_1: "f32[5, 5]"):
                     index: "f16[3, 5]" = aten.index.Tensor(arg2_1, [arg1_1])
                     index_1: "f32[]" = aten.index.Tensor(arg3_1, [arg1_1])
                     index_2: "f32[]" = aten.index.Tensor(arg4_1, [arg1_1])
-                    mm: "f16[3, 5]" = aten.mm.default(index, arg6_1)
+                    abs_1: "f16[3, 5]" = aten.abs.default(index)
+                    eq: "b8[3, 5]" = aten.eq.Scalar(abs_1, inf)
+                    scalar_tensor: "f16[]" = aten.scalar_tensor.default(nan, dtype = torch.float16)
+                    where: "f16[3, 5]" = aten.where.self(eq, scalar_tensor, index)
+                    mm: "f16[3, 5]" = aten.mm.default(where, arg6_1)
                     add: "f16[3, 5]" = aten.add.Tensor(mm, index_1)
                     tanh: "f16[3, 5]" = aten.tanh.default(add)
-                    t: "f16[5, 5]" = aten.t.default(arg6_1)
                     mul: "f32[3, 5]" = aten.mul.Tensor(arg0_1, index_2)
-                    abs_1: "f32[3, 5]" = aten.abs.default(mul)
-                    amax: "f32[]" = aten.amax.default(abs_1)
+                    abs_2: "f32[3, 5]" = aten.abs.default(mul)
+                    amax: "f32[]" = aten.amax.default(abs_2)
                     stack: "f32[1]" = aten.stack.default([amax])
                     amax_1: "f32[]" = aten.amax.default(stack)
                     view: "i32[]" = aten.view.dtype(amax_1, torch.int32)
@@ -376,18 +453,18 @@ class GraphModule(torch.nn.Module):
                     clamp: "f32[]" = aten.clamp.default(detach_1, 1.1754943508222875e-38)
                     div: "f32[]" = aten.div.Tensor(arg5_1, clamp)
                     clamp_1: "f32[]" = aten.clamp.default(div, None, 1.329227995784916e+36)
-                    abs_2: "f32[]" = aten.abs.default(amax_1)
-                    ne: "b8[]" = aten.ne.Scalar(abs_2, inf)
-                    eq: "b8[]" = aten.eq.Tensor(amax_1, amax_1)
-                    mul_1: "b8[]" = aten.mul.Tensor(eq, ne)
+                    abs_3: "f32[]" = aten.abs.default(amax_1)
+                    ne: "b8[]" = aten.ne.Scalar(abs_3, inf)
+                    eq_1: "b8[]" = aten.eq.Tensor(amax_1, amax_1)
+                    mul_1: "b8[]" = aten.mul.Tensor(eq_1, ne)
                     ones_like: "f32[]" = aten.ones_like.default(clamp_1, pin_memory = False)
-                    where: "f32[]" = aten.where.self(mul_1, clamp_1, ones_like)
-                    mul_2: "f32[3, 5]" = aten.mul.Tensor(mul, where)
+                    where_1: "f32[]" = aten.where.self(mul_1, clamp_1, ones_like)
+                    mul_2: "f32[3, 5]" = aten.mul.Tensor(mul, where_1)
                     _to_copy: "f16[3, 5]" = aten._to_copy.default(mul_2, dtype = torch.float16)
                     tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy, tanh)
-                    mm_1: "f16[3, 5]" = aten.mm.default(tanh_backward, t)
-                    _to_copy_1: "f32[3, 5]" = aten._to_copy.default(mm_1, dtype = torch.float32)
-                    div_1: "f32[3, 5]" = aten.div.Tensor(_to_copy_1, where)
+                    _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh_backward, dtype = torch.float32)
+                    mm_1: "f32[3, 5]" = aten.mm.default(_to_copy_1, arg7_1)
+                    div_1: "f32[3, 5]" = aten.div.Tensor(mm_1, where_1)
                     add_1: "f32[3, 5]" = aten.add.Tensor(arg0_1, div_1)
                     clone: "f32[3, 5]" = aten.clone.default(add_1, memory_format = torch.contiguous_format)
                     return [clone]

@@ -30,10 +30,7 @@ def test_one_scale_serves_all_cotangents_of_an_evaluation():
 
 
 class Wide(Euler):
-    """An evaluation whose weight gradient, a sum over the batch, overflows fp16 unless the target is low."""
-
-    def __init__(self):
-        super().__init__(dim=4)
+    """A velocity whose weight gradient, a sum over the batch, is beyond float16's range."""
 
     def forward(self, y, t):
         for _, dt in rampde_fx.steps(t):
@@ -41,19 +38,84 @@ class Wide(Euler):
         return y
 
 
-def test_overflow_is_repeated_at_a_lower_target():
-    model = Wide()
+class Steep(torch.nn.Module):
+    """A velocity whose gradient for the state is beyond float16's range unless the target is low."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4, 4), 8.0))
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * ((3e4 * torch.sin(y)) @ self.weight)
+        return y
+
+
+def counted():
+    """Passes, repetitions and overflows since the last call, over all loops."""
+    found = rampde_fx.backward_counts(reset=True).values()
+    return tuple(sum(getattr(count, name) for count in found) for name in ("passes", "repeated", "overflowed"))
+
+
+def test_sums_over_the_batch_do_not_overflow():
+    model = Wide(dim=4)
     y, t = torch.randn(4096, 4), torch.linspace(0, 1, 4)
     wanted = gradients(model, model, y, t)
-    once = rampde_fx.AdjointScaling(target=1.0, max_attempts=1)
-    overflowed = gradients(compiled(model, torch.float16, scaling=once), model, y, t)
-    assert not all(g.isfinite().all() for g in overflowed)
-    torch._dynamo.reset()
-    again = rampde_fx.AdjointScaling(target=1.0, max_attempts=3)
-    assert (
-        max(relative_errors(gradients(compiled(model, torch.float16, scaling=again), model, y, t)[:4], wanted[:4]))
-        < 2e-3
-    )
+    counted()
+    got = gradients(compiled(model, torch.float16), model, y, t)
+    assert max(relative_errors(got, wanted)) < 2e-3
+    assert counted() == (1, 0, 0)
+
+
+def test_overflow_is_repeated_at_a_lower_target():
+    y, t = 1e-3 * torch.randn(16, 4), torch.linspace(0, 1e-6, 4)
+    wanted = gradients(Steep(), Steep(), y, t)
+    found = {}
+    for attempts in (1, 3):
+        torch._dynamo.reset()
+        counted()
+        model, scaling = Steep(), rampde_fx.AdjointScaling(target=1.0, max_attempts=attempts)
+        found[attempts] = gradients(compiled(model, torch.float16, scaling=scaling), model, y, t)
+        assert counted() == ((1, 0, 1) if attempts == 1 else (1, 1, 0))
+    assert not found[1][1].isfinite().all()
+    assert max(relative_errors(found[3][:2], wanted[:2])) < 2e-3
+
+
+def test_systematic_repetition_warns_and_a_lower_target_ends_it():
+    y, t = 1e-3 * torch.randn(4, 4), torch.linspace(0, 1e-6, 2)
+    model = Steep()
+    function = compiled(model, torch.float16)
+    with pytest.warns(UserWarning, match="computed twice; a lower target"):
+        for _ in range(20):
+            gradients(function, model, y, t)
+    counted()
+    model = Steep()
+    function = compiled(model, torch.float16, scaling=rampde_fx.AdjointScaling(target=2.0**-8))
+    for _ in range(20):
+        gradients(function, model, y, t)
+    assert counted() == (20, 0, 0)
+
+
+def test_target_of_a_convolution_leaves_room_for_its_weight_gradient():
+    class Convolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * self.layer(y)
+            return y
+
+    y, t = 1 + torch.rand(64, 2, 32, 32), torch.linspace(0, 1, 4)
+    model = Convolution()
+    wanted = gradients(model, model, y, t)
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Convolution()), y, t).loops
+    assert loop.target == 2.0**-2  # 2^14 / (64 * 32 * 32)
+    counted()
+    got = gradients(compiled(model, torch.float16), model, y, t)
+    assert max(relative_errors(got, wanted)[:2]) < 2e-3
+    assert counted() == (1, 0, 0)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -61,7 +123,9 @@ def test_incoming_gradients_that_are_not_finite_pass_through(value):
     model = RK4()
     y, t = torch.randn(8, 5, requires_grad=True), torch.linspace(0, 1, 4)
     function = compiled(model, torch.float16)
+    counted()
     (function(y, t) * torch.tensor(value)).sum().backward()
+    assert counted() == (1, 0, 0)
     assert not y.grad.isfinite().any()
     assert not any(p.grad.isfinite().all() for p in model.parameters())
 

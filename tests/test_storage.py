@@ -73,7 +73,8 @@ def test_matrix_products_are_low_and_states_are_not(form):
                     ):
                         assert name and low is torch.float16, (name, node)
                     elif not name and node.op == "call_function" and "getitem" not in str(node.target):
-                        assert low is not torch.float16, (node, "outside of a velocity")
+                        stored = [user.op for user in node.users] == ["output"] and module is loop.step
+                        assert low is not torch.float16 or stored, (node, "outside of a velocity")
 
 
 def test_a_changed_batch_size_compiles_again_at_most_once():

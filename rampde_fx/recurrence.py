@@ -1,0 +1,135 @@
+"""A graph evaluated N times on its own results: as a scan, or one evaluation after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, operators, torch_private
+from rampde_fx.torch_private import scan_op
+
+aten = torch.ops.aten
+
+
+class Body:
+    """A step or an adjoint as the body of a loop: flat, with what depends on invariants alone split off.
+
+    Args:
+        graph_module: Maps (carries, per-step inputs, invariants, corrections) to (next carries, per-step outputs,
+            next corrections).
+        order: The placeholders of carries, per-step inputs and invariants, by position, in this order.
+        first_invariant: How many of these vary from one evaluation to the next.
+        carries: How many of these are carries.
+        corrections: The carries that have a correction.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        order: Sequence[int],
+        first_invariant: int,
+        carries: int,
+        corrections: Sequence[int] = (),
+    ) -> None:
+        self.carries, self.corrections = carries, corrections
+        extra = len(corrections)
+        nodes, results = graphs.placeholders(graph_module), graphs.results(graph_module)
+        own, corrected = len(results) - extra, nodes[len(nodes) - extra :]
+        ordered = [nodes[p] for p in order]
+        graph_module = graphs.extract(
+            graph_module,
+            graphs.body(graph_module),
+            [*ordered[:carries], *corrected, *ordered[carries:]],
+            [*results[:carries], *results[own:], *results[carries:own]],
+        )
+        flat = _flat(graph_module)
+        split = graphs.split_invariants(flat, first_invariant + extra)
+        self.preamble: fx.GraphModule | None = split[0] if split else None
+        self.body = split[1] if split else flat
+
+    def prepare(self, invariants: Sequence[Any]) -> list[Any]:
+        """What the body reads of the invariants, computed once."""
+        return list(invariants) if self.preamble is None else list(fx.Interpreter(self.preamble).run(*invariants))
+
+    def starts(self, carries: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Initial carries with memory of their own, and corrections of zero."""
+        own = [owned(carry) for carry in carries]
+        return [*own, *(torch.zeros_like(own[i]) for i in self.corrections)]
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """Next carries, next corrections, per-step outputs; none aliases an argument."""
+        return list(map(owned, fx.Interpreter(self.body).run(*args)))
+
+
+def _flat(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """One graph without submodules, with equal nodes merged and needless casts folded."""
+    nodes = graphs.placeholders(graph_module)
+    values = [graphs.value(node) for node in nodes]
+    flat = torch_private.trace(
+        fx.Interpreter(graph_module).run, values, gradients=False, decompositions=operators.DECOMPOSITIONS
+    )
+    for node in flat.graph.nodes:
+        if graphs.stops_gradient(node):
+            node.replace_all_uses_with(node.args[0])
+    flat = graphs.named(torch_private.deduplicated(flat), [node.name for node in nodes])
+    _fold_casts(flat)
+    return flat
+
+
+def _fold_casts(body: fx.GraphModule) -> None:
+    """A cast up and back down again is nothing."""
+    cast = aten._to_copy.default
+    for node in list(body.graph.nodes):
+        wide = node.args[0] if node.target is cast and list(node.kwargs) == ["dtype"] else None
+        if isinstance(wide, fx.Node) and wide.target is cast and list(wide.kwargs) == ["dtype"]:
+            narrow = wide.args[0]
+            low, high = graphs.value(narrow).dtype, graphs.value(wide).dtype
+            if graphs.value(node).dtype == low and torch.promote_types(low, high) == high:
+                node.replace_all_uses_with(narrow)
+    body.graph.eliminate_dead_code()
+    body.recompile()
+
+
+def iterate(
+    body: Callable[..., list[Any]],
+    starts: list[Any],
+    per_step: list[Any],
+    invariants: list[Any],
+    *,
+    steps: int,
+    unrolled: bool,
+) -> tuple[list[Any], list[Any]]:
+    """Final carries and stacked outputs of a body(*carries, *slices, *invariants)."""
+    if not unrolled:
+        count = [] if per_step else [torch.arange(steps, device=starts[0].device)]  # scan asks for one
+        results = scan_op(
+            lambda *args: body(*args[: len(starts)], *args[len(starts) + len(count) :]),
+            starts,
+            [*per_step, *count],
+            additional_inputs=(*invariants, *symbols([*starts, *per_step, *invariants])),
+        )
+        return list(results[: len(starts)]), list(results[len(starts) :])
+    carries, collected = starts, []
+    for k in range(steps):
+        results = body(*carries, *(values[k] for values in per_step), *invariants)
+        carries = results[: len(starts)]
+        collected.append(results[len(starts) :])
+    return carries, [torch.stack(values) for values in zip(*collected, strict=True)]
+
+
+def owned(value: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor that aliases nothing, as scan demands of its results."""
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def symbols(values: list[Any]) -> list[torch.SymInt]:
+    """Every symbolic size: Inductor looks for them among a scan's operands only."""
+    sizes = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+    found: dict[str, torch.SymInt] = {}
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            found.setdefault(str(size), size)
+    return list(found.values())
