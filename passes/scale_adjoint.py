@@ -3,9 +3,9 @@
 Before:  dy, dw = velocity_0_pullback(saved, b)
 After:   s = adjoint_scale(target, b);  dy_s, dw_s = velocity_0_pullback(saved, b * s);  dy = dy_s / s;  dw = dw_s / s
 
-s = 2^(log2(target) - floor(log2(max|b|))), found on the device from the exponent bits of max|b|: the largest cotangent
-lies in [target, 2 target) when it is cast down. s is a power of two, so that scaling and unscaling round nothing; no
-state is kept from step to step or from call to call. A cotangent that is not finite is not scaled.
+s is the power of two that brings the largest cotangent into [target, 2 target) when it is cast down, so that scaling
+and unscaling round nothing; no state is kept from step to step or from call to call. A cotangent that is not finite is
+not scaled.
 
 Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
@@ -27,10 +27,9 @@ from torch import fx
 
 from rampde_fx import graphs, torch_private
 from rampde_fx.loop import Loop
+from rampde_fx.scales import power_of_two_scale
 
 aten = torch.ops.aten
-EXPONENT_BITS = 0x7F800000  # of a float32
-LEAST, MOST = 2.0**-126, 2.0**120  # the least normal float32; a bound on s that keeps 1 / s normal too
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
 
 
@@ -77,14 +76,6 @@ def _narrow_sum(node: fx.Node) -> int:
     return math.prod(sizes) // max(sizes[1], 1)
 
 
-def adjoint_scale(target: torch.Tensor, *cotangents: torch.Tensor) -> torch.Tensor:
-    """The scale of one VJP: float32, 0-d, a power of two, for a 0-d target that is one."""
-    largest = torch.stack([cotangent.abs().amax().to(torch.float32) for cotangent in cotangents]).amax()
-    power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
-    scale = torch.clamp(target / torch.clamp(power, min=LEAST), max=MOST)
-    return torch.where(torch.isfinite(largest), scale, torch.ones_like(scale))
-
-
 def _scale_call(adjoint: fx.GraphModule, call: fx.Node, target: fx.Node, known: dict[str, str]) -> None:
     graph, count = adjoint.graph, call.meta["cotangents"]
     residuals, cotangents = call.args[:-count], call.args[-count:]
@@ -110,7 +101,7 @@ def _scale_module(adjoint: fx.GraphModule, target: fx.Node, cotangents: list[fx.
     key = str([(graphs.value(node).shape, graphs.value(node).dtype) for node in cotangents])
     if key not in known:
         values = [graphs.value(node) for node in (target, *cotangents)]
-        traced = torch_private.trace(lambda *args: [adjoint_scale(*args)], values)
+        traced = torch_private.trace(lambda *args: [power_of_two_scale(*args)], values)
         known[key] = f"adjoint_scale_{len(known)}"
         names = ["target", *(f"cotangent_{i}" for i in range(len(cotangents)))]
         adjoint.add_submodule(known[key], graphs.refresh(graphs.named(traced, names)))

@@ -1,10 +1,13 @@
 """Store the states that the backward re-reads in the storage dtype, and nothing else per step.
 
-Before:  step(y, ...): ...; return y_next          adjoint(a, y: f32[B, D], ...): ...
-After:   step(y, ...): ...; return y_next, cast(y) adjoint(a, y: f16[B, D], ...): y_wide: f32[B, D] = cast(y); ...
+Before:  step(y, ...): ...; return y_next           adjoint(a, y: f32[B, D], ...): ...
+After:   step(y, ...): ...; return y_next, cast(y)  adjoint(a, y: f16[B, D], ...): y_wide: f32[B, D] = cast(y); ...
+Scaled:  step(y, ...): ...; y_lo, s = store_0(y);   adjoint(a, y: u8[B, D], ..., s): y_wide = load_0(y, s); ...
+         return y_next, y_lo, s
 
 A carry that the adjoint does not read (a log-density, into which nothing is fed back) is not stored at all. Integers
-and states that are no wider than the storage dtype are stored as they are.
+and states that are no wider than the storage dtype are stored as they are. Where the policy says so, each step's state
+has a power-of-two scale of its own, which brings its largest entry to the upper end of the storage dtype's range.
 
 Requires: a Loop with an adjoint.
 Ensures:  the step returns what the adjoint re-reads; the adjoint reads no carry by another way.
@@ -14,38 +17,31 @@ Source:   arXiv 2510.23498.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx import graphs, torch_private
 from rampde_fx.loop import Loop
+from rampde_fx.scales import power_of_two_scale
+
+CAST = torch.ops.aten._to_copy.default
+# Where the largest entry is put: twice this is below the largest number of the dtype. Others have float32's range.
+TARGETS = {torch.float16: 2.0**14, torch.float8_e4m3fn: 2.0**7}
 
 
 def store_states(loop: Loop) -> Loop:
     """Let the step return the carries that the adjoint reads, in their storage dtype, and widen them there."""
     if loop.adjoint is None:
         return loop
-    step, adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint)
-    states, inputs = graphs.placeholders(step), list(loop.adjoint_inputs)
-    stored: list[int] = []
-    values: list[fx.Node] = []
-    for position, node in enumerate(graphs.placeholders(adjoint)):
-        kind, index = inputs[position]
+    storing = _Storing(loop)
+    for position, (kind, index) in enumerate(loop.adjoint_inputs):
         if kind == "operand" and index < loop.carries:
-            inputs[position] = ("stored", len(stored))
-            stored.append(index)
-            values.append(_store(step, adjoint, states[index], node, loop.policy.storage_dtype))
-    output = step.graph.output_node()
-    output.args = ((*output.args[0], *values),)
-    return replace(
-        loop,
-        step=graphs.refresh(step),
-        adjoint=graphs.refresh(adjoint),
-        adjoint_inputs=tuple(inputs),
-        stored=tuple(stored),
-    )
+            storing.store(position, index)
+    return storing.finished()
 
 
 def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
@@ -53,18 +49,84 @@ def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
     return wanted if value.is_floating_point() and wanted.itemsize < value.dtype.itemsize else value.dtype
 
 
-def _store(
-    step: fx.GraphModule, adjoint: fx.GraphModule, state: fx.Node, read: fx.Node, wanted: torch.dtype
-) -> fx.Node:
-    """The node that the step stores of a state; the placeholder of the adjoint becomes the same."""
-    own = graphs.value(state).dtype
-    dtype = storage_dtype(graphs.value(state), wanted)
-    if dtype == own:
-        return state
-    cast = torch.ops.aten._to_copy.default
-    read.meta["val"] = graphs.value(read).to(dtype)
-    with adjoint.graph.inserting_after(graphs.placeholders(adjoint)[-1]):
-        wide = adjoint.graph.call_function(cast, (read,), {"dtype": own})
-    read.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
-    with step.graph.inserting_before(step.graph.output_node()):
-        return step.graph.call_function(cast, (state,), {"dtype": dtype})
+class _Storing:
+    """The step and the adjoint while stored values are added to both."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint)
+        self.states, self.reads = graphs.placeholders(self.step), graphs.placeholders(self.adjoint)
+        self.inputs = list(loop.adjoint_inputs)
+        self.stored: list[int] = []
+        self.values: list[fx.Node] = []
+
+    def store(self, position: int, carry: int) -> None:
+        """Store a carry, which the adjoint reads at a position."""
+        state, read = self.states[carry], self.reads[position]
+        value = graphs.value(state)
+        dtype = storage_dtype(value, self.loop.policy.storage_dtype)
+        self.inputs[position] = ("stored", len(self.stored))
+        self.stored.append(carry)
+        if dtype == value.dtype or value.numel() == 0:
+            self.values.append(state)
+        elif self.loop.policy.scales_storage and dtype in TARGETS:
+            self._store_scaled(state, read, carry, dtype)
+        else:
+            self.values.append(self._at_end(CAST, (state,), {"dtype": dtype}))
+            self._widen(read, dtype, CAST, (read,), {"dtype": value.dtype})
+
+    def _store_scaled(self, state: fx.Node, read: fx.Node, carry: int, dtype: torch.dtype) -> None:
+        own, number = graphs.value(state).dtype, len(self.stored) - 1
+        bits = torch.uint8 if dtype.itemsize == 1 else dtype  # few operations know float8: it travels as bytes
+
+        def store(value: torch.Tensor) -> list[torch.Tensor]:
+            scale = power_of_two_scale(TARGETS[dtype], value)
+            return [(value * scale).to(dtype).view(bits), scale]
+
+        def load(value: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+            return [value.view(dtype).to(own) / scale]
+
+        stores = torch_private.trace(store, [graphs.value(state)])
+        self.step.add_submodule(f"store_{number}", stores)
+        call = self._at_end(f"store_{number}", (state,))
+        self.values += [self._at_end(operator.getitem, (call, i)) for i in range(2)]
+        with self.adjoint.graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
+            scale = self.adjoint.graph.placeholder(f"scale_{read.name}")
+        narrow, scale.meta["val"] = (graphs.value(result) for result in graphs.results(stores))
+        self.adjoint.add_submodule(f"load_{number}", torch_private.trace(load, [narrow, graphs.value(scale)]))
+        self.inputs.append(("stored", len(self.stored)))
+        self.stored.append(carry)
+        self._widen(read, bits, f"load_{number}", (read, scale))
+
+    def _at_end(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        with self.step.graph.inserting_before(self.step.graph.output_node()):
+            return _call(self.step.graph, target, args, kwargs)
+
+    def _widen(self, read: fx.Node, dtype: torch.dtype, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        """Let the placeholder of the adjoint have the storage dtype, and its readers read it widened."""
+        read.meta["val"] = graphs.value(read).to(dtype)
+        graph = self.adjoint.graph
+        with graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
+            wide = first = _call(graph, target, args, kwargs)
+        if isinstance(target, str):
+            with graph.inserting_after(first):
+                wide = graph.call_function(operator.getitem, (first, 0))
+        read.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not first)
+
+    def finished(self) -> Loop:
+        """The loop that stores."""
+        output = self.step.graph.output_node()
+        output.args = ((*output.args[0], *self.values),)
+        return replace(
+            self.loop,
+            step=graphs.refresh(self.step),
+            adjoint=graphs.refresh(self.adjoint),
+            adjoint_inputs=tuple(self.inputs),
+            stored=tuple(self.stored),
+        )
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> fx.Node:
+    call = graph.call_module if isinstance(target, str) else graph.call_function
+    node: fx.Node = call(target, args, kwargs)
+    return node

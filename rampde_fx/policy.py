@@ -13,8 +13,10 @@ from rampde_fx.errors import PolicyError
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+STORAGE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 LOOPS = ("auto", "scan", "unroll")
 ACCUMULATIONS = ("plain", "compensated")
+STORAGE_SCALINGS = (None, "dynamic", "none")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,11 @@ class PrecisionPolicy:
 
     Args:
         velocity: Dtype of the velocity evaluations: float16, bfloat16, float32 or float64.
-        storage: Dtype in which the states that the backward re-reads are stored; as velocity where None. A state
-            that is narrower than the storage dtype is stored as it is.
+        storage: Dtype in which the states that the backward re-reads are stored; as velocity where None. Also
+            float8_e4m3fn. A state that is narrower than the storage dtype is stored as it is.
+        storage_scaling: "dynamic" stores each step's state in float16 or float8 with a power-of-two scale of its own,
+            so that its range is that of the state; "none" does not; where None, dynamic for float8_e4m3fn alone,
+            which ends at 448 and is never stored without.
         scaling: "dynamic", "none" or an AdjointScaling; where None, dynamic for float16 and none for the others,
             whose exponent range is that of the state.
         accumulation: "plain", or "compensated": the sums over the steps (states, adjoints and the gradients of the
@@ -85,6 +90,7 @@ class PrecisionPolicy:
 
     velocity: torch.dtype = torch.float16
     storage: torch.dtype | None = None
+    storage_scaling: str | None = None
     scaling: str | AdjointScaling | None = None
     accumulation: str = "plain"
     loop: str = "auto"
@@ -92,10 +98,11 @@ class PrecisionPolicy:
     def __post_init__(self) -> None:
         for field in ("velocity", "storage"):
             dtype = getattr(self, field)
-            if dtype not in DTYPES.values() and not (field == "storage" and dtype is None):
+            allowed = DTYPES if field == "velocity" else STORAGE_DTYPES
+            if dtype not in allowed.values() and not (field == "storage" and dtype is None):
                 raise PolicyError(
                     f"PrecisionPolicy({field}={dtype!r})",
-                    required="one of " + ", ".join(map(str, DTYPES.values())),
+                    required="one of " + ", ".join(map(str, allowed.values())),
                     fix="use torch.float16 or torch.bfloat16",
                 )
         if not (self.scaling in (None, "dynamic", "none") or isinstance(self.scaling, AdjointScaling)):
@@ -104,18 +111,30 @@ class PrecisionPolicy:
                 required='"dynamic", "none" or an AdjointScaling',
                 fix="leave it out: float16 is then scaled and the other dtypes are not",
             )
-        for field, allowed in (("accumulation", ACCUMULATIONS), ("loop", LOOPS)):
-            if getattr(self, field) not in allowed:
+        if self.storage is torch.float8_e4m3fn and self.storage_scaling == "none":
+            raise PolicyError(
+                'PrecisionPolicy(storage=torch.float8_e4m3fn, storage_scaling="none")',
+                required="scaling: float8_e4m3fn ends at 448",
+                fix="leave storage_scaling out",
+            )
+        choices = {"storage_scaling": STORAGE_SCALINGS, "accumulation": ACCUMULATIONS, "loop": LOOPS}
+        for field, names in choices.items():
+            if getattr(self, field) not in names:
                 raise PolicyError(
                     f"PrecisionPolicy({field}={getattr(self, field)!r})",
-                    required=f"one of {allowed}",
-                    fix=f'use the default, "{allowed[0]}"',
+                    required=f"one of {names}",
+                    fix=f"use the default, {names[0]!r}",
                 )
 
     @property
     def storage_dtype(self) -> torch.dtype:
         """Dtype in which a wide state is stored for the backward."""
         return self.storage or self.velocity
+
+    @property
+    def scales_storage(self) -> bool:
+        """Whether a state that is stored in a dtype of less range has a scale of its own at each step."""
+        return self.storage_dtype is torch.float8_e4m3fn or self.storage_scaling == "dynamic"
 
     @property
     def adjoint_scaling(self) -> AdjointScaling | None:
@@ -136,6 +155,7 @@ class PrecisionPolicy:
         fields = {
             "velocity": str(self.velocity).removeprefix("torch."),
             "storage": str(self.storage_dtype).removeprefix("torch."),
+            "storage_scaling": "dynamic" if self.scales_storage else "none",
             "scaling": [scaling.target, scaling.max_attempts] if scaling else "none",
             "accumulation": self.accumulation,
             "loop": self.loop,
@@ -149,7 +169,8 @@ class PrecisionPolicy:
         scaling = fields["scaling"]
         return cls(
             velocity=DTYPES[fields["velocity"]],
-            storage=DTYPES[fields["storage"]],
+            storage=STORAGE_DTYPES[fields["storage"]],
+            storage_scaling=fields["storage_scaling"],
             scaling=scaling if scaling == "none" else AdjointScaling(*scaling),
             accumulation=fields["accumulation"],
             loop=fields["loop"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -145,9 +145,9 @@ def _report(loop: Loop) -> LoopReport:
         policy=loop.policy,
         target=loop.target if loop.policy.adjoint_scaling else None,
         emitted="unroll" if loop.policy.unrolls(loop.steps) else "scan",
-        carries=tuple(_describe(node.name, node) for node in inputs[: loop.carries]),
+        carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
-        stored=tuple(_describe(state.name, node) for state, node in stored),
+        stored=tuple(_describe_stored(loop, stored)),
         stored_bytes=sum(loop.steps * graphs.value(node).nbytes for _, node in stored),
         stored_bytes_fp32=sum(loop.steps * graphs.value(inputs[i]).nbytes for i in set(loop.stored)),
         stored_bytes_autograd=loop.steps * _saved_by_autograd(loop) if loop.differentiated else 0,
@@ -158,8 +158,16 @@ def _report(loop: Loop) -> LoopReport:
     )
 
 
-def _describe(name: str, node: fx.Node) -> str:
-    return f"{name}: {_short(graphs.value(node).dtype)}{list(graphs.value(node).shape)}"
+def _describe(name: str, node: fx.Node, dtype: torch.dtype) -> str:
+    return f"{name}: {_short(dtype)}{list(graphs.value(node).shape)}"
+
+
+def _describe_stored(loop: Loop, stored: list[tuple[fx.Node, fx.Node]]) -> Iterator[str]:
+    for p, (state, node) in enumerate(stored):
+        is_scale = loop.stored.index(loop.stored[p]) < p
+        is_byte = graphs.value(node).dtype is torch.uint8 and graphs.is_float(state)
+        dtype = loop.policy.storage_dtype if is_byte else graphs.value(node).dtype
+        yield _describe(f"scale of {state.name}" if is_scale else state.name, node, dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

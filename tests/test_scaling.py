@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx.passes.scale_adjoint import adjoint_scale
+from rampde_fx.scales import power_of_two_scale
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import RK4, Euler
 
@@ -15,18 +15,18 @@ from tests.models import RK4, Euler
 @pytest.mark.parametrize("magnitude", [1.0, 1.999, 2.0, 3e-9, 7e30, 1.2e-38, 1e-41])
 def test_scale_is_a_power_of_two_that_brings_the_largest_cotangent_to_the_target(magnitude, target):
     cotangent = magnitude * torch.tensor([0.3, -1.0, 0.0])
-    scale = adjoint_scale(torch.tensor(target), cotangent).item()
+    scale = power_of_two_scale(torch.tensor(target), cotangent).item()
     power = 2.0 ** (math.frexp(torch.tensor(magnitude).item())[1] - 1)
     assert scale == min(target / max(power, 2.0**-126), 2.0**120)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_cotangents_that_are_not_finite_are_not_scaled(value):
-    assert adjoint_scale(torch.tensor(1.0), torch.tensor([1.0, value])).item() == 1.0
+    assert power_of_two_scale(torch.tensor(1.0), torch.tensor([1.0, value])).item() == 1.0
 
 
 def test_one_scale_serves_all_cotangents_of_an_evaluation():
-    assert adjoint_scale(torch.tensor(1.0), torch.tensor([0.25]), torch.full((2, 2), -4.0)).item() == 0.25
+    assert power_of_two_scale(torch.tensor(1.0), torch.tensor([0.25]), torch.full((2, 2), -4.0)).item() == 0.25
 
 
 class Wide(Euler):

@@ -1,0 +1,31 @@
+"""Power-of-two scales, found on the device."""
+
+from __future__ import annotations
+
+import torch
+
+EXPONENT_BITS = 0x7F800000  # of a float32
+LEAST, MOST = 2.0**-126, 2.0**120  # the least normal float32; a bound on s that keeps 1 / s normal too
+
+
+def power_of_two_scale(target: torch.Tensor | float, *values: torch.Tensor) -> torch.Tensor:
+    """The power of two that brings the largest magnitude among some tensors into [target, 2 target).
+
+    s = 2^(log2(target) - floor(log2(max|x|))), from the exponent bits of max|x|: scaling and unscaling by it round
+    nothing.
+
+    Args:
+        target: A power of two, a number or a 0-d float32 tensor.
+        *values: Floating tensors of any shapes, none of them empty.
+
+    Returns:
+        The scale, float32, 0-d, at most 2^120; 1 where a value is not finite.
+
+    >>> power_of_two_scale(1.0, torch.tensor([0.3, -5.0])).item()
+    0.25
+    """
+    maxima = [value.abs().amax().to(torch.float32) for value in values]
+    largest = maxima[0] if len(maxima) == 1 else torch.stack(maxima).amax()
+    power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
+    scale = torch.clamp(target / torch.clamp(power, min=LEAST), max=MOST)
+    return torch.where(torch.isfinite(largest), scale, torch.ones_like(scale))
