@@ -10,7 +10,7 @@ detaches, or computes under no_grad, passes through stop_gradient.
 Requires: a Run.
 Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
           then the values that are read outside of the run; CapturedStep.after says what became of each input.
-Raises:   RandomVelocityError, and UnsupportedLoopError for what cannot be traced.
+Raises:   UnsupportedLoopError for what cannot be traced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.errors import RampdeError, RandomVelocityError, UnsupportedLoopError
+from rampde_fx.errors import RampdeError, UnsupportedLoopError
 from rampde_fx.loop import CapturedStep, MarkedLoop, Run, Source
 
 
@@ -30,7 +30,6 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
     """The first iteration of a run of the marked loop as functional ATen."""
     inputs, step, outputs = _torch_step(graph_module, run)
     functional, after = _functional(step, [_fake(source, marked) for source in inputs])
-    _check_random(functional)
     return CapturedStep(inputs, functional, outputs, after)
 
 
@@ -136,14 +135,3 @@ class _Captured(fx.Interpreter):
 def _detaches(node: fx.Node) -> bool:
     name = graphs.function_name(node)
     return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
-
-
-def _check_random(step: fx.GraphModule) -> None:
-    for node in step.graph.nodes:
-        if torch_private.draws_random_numbers(node):
-            raise RandomVelocityError(
-                f"a step of the loop draws random numbers ({node.target})",
-                required="a step that computes the same when the backward recomputes it",
-                fix="draw before the loop and use the drawn tensor in it; call eval(), or use p=0, for dropout",
-                where=graphs.user_line(node),
-            )

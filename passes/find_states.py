@@ -53,7 +53,7 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop) -> CapturedStep:
     for i in changed:
         own = i < carries and results[i] is after[i]
         others = [graphs.base_of_view(result) for j, result in enumerate(results) if not (own and j == i)]
-        kind_allows = own or (inputs[i].kind == "invariant" and inputs[i].values[0].op != "placeholder")
+        kind_allows = own or (inputs[i].kind == "invariant" and not graphs.value(inputs[i].values[0]).requires_grad)
         if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
             raise _mutation(inputs[i], after[i])
     promoted = [i for i in changed if inputs[i].kind == "invariant"]
@@ -75,10 +75,9 @@ def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
 def _mutation(source: Source, node: fx.Node) -> MutationError:
     name = graphs.readable(source.values[0].name) if source.values else source.key
     return MutationError(
-        f"a step changes '{name}' in place, and '{name}' is a buffer, an argument, or is also read by another name",
+        f"a step changes '{name}' in place, and '{name}' requires a gradient or is also read by another name",
         required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
-        fix="write y = y + ... instead, collect y.clone(), clone what comes from outside before the loop, and call "
-        "eval() for BatchNorm",
+        fix="write y = y + ... instead, collect y.clone(), and clone what comes from outside before the loop",
         where=graphs.user_line(node),
     )
 

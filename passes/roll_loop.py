@@ -49,7 +49,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: int) -> Loop:
         step=step,
         plain=step,
         carries=kinds.count("carry"),
-        per_step=kinds.count("time") + kinds.count("per_step"),
+        per_step=sum(kinds.count(kind) for kind in ("time", "per_step", "index")),
         plain_needs_grad=wanted,
         needs_grad=wanted,
         differentiated=any(wanted),
@@ -114,8 +114,12 @@ def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
 
 
 def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: int) -> fx.Node:
+    first = marked.markers[0].args[1]
+    if source.kind == "index":
+        return graph.call_function(torch.arange, (first, first + count), {"device": torch.device(source.key)})
+    if source.kind == "seed":
+        return graph.call_function(torch.randint, (2**62, ()), {"device": torch.device(source.key)})
     if source.kind == "time":
-        first = marked.markers[0].args[1]
         t = marked.markers[0].args[0]
         starts = _getitem(graph, t, slice(first, first + count))
         if source.key == "t":

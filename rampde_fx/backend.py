@@ -22,6 +22,7 @@ from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
+from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.store_states import store_states
@@ -90,7 +91,8 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
     sizes: list[int] = []
     while marked.iterations:
         run = match_iterations(marked)
-        captured = find_states(marked, capture_step(graph_module, marked, run), single=len(run.iterations) == 1)
+        captured = replay_random(capture_step(graph_module, marked, run))
+        captured = find_states(marked, captured, single=len(run.iterations) == 1)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, captured, names[-1])
         sizes.append(len(run.iterations))

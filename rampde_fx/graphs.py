@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -132,10 +133,20 @@ def depends_on(graph: fx.Graph, sources: Iterable[fx.Node], *, by_gradient: bool
     """The nodes that follow from any of the sources, the sources included; by_gradient stops where gradients do."""
     reached = set(sources)
     for node in graph.nodes:
-        passes = node.op != "output" and not (by_gradient and stops_gradient(node))
-        if passes and any(parent in reached for parent in node.all_input_nodes):
+        stops = by_gradient and (stops_gradient(node) or _output_stops(node, reached))
+        if node.op != "output" and not stops and any(parent in reached for parent in node.all_input_nodes):
             reached.add(node)
     return reached
+
+
+def _output_stops(node: fx.Node, reached: set[fx.Node]) -> bool:
+    """Whether a node reads an output of a submodule to which no gradient comes from the reached inputs."""
+    call = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(call, fx.Node) or call.op != "call_module":
+        return False
+    module = node.graph.owning_module.get_submodule(call.target)
+    inputs = [inner for inner, arg in zip(placeholders(module), call.args, strict=True) if arg in reached]
+    return results(module)[node.args[1]] not in depends_on(module.graph, inputs, by_gradient=True)
 
 
 def extract(

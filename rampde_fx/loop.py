@@ -34,10 +34,11 @@ class Source:
 
     Attributes:
         kind: "carry" (from an earlier iteration; in the first ones from outside), "time" (t_i or dt_i), "per_step"
-            (from outside, another value in every iteration) or "invariant" (from outside, always the same).
+            (from outside, another value in every iteration), "invariant" (from outside, always the same), or of random
+            numbers "index" (of the step) and "seed" (of the loop).
         values: The outside nodes: those that stand in for the earlier iterations of a carry, one per iteration of a
-            per-step input, the one invariant; none for time.
-        key: The value of the earlier iteration that a carry reads, or which time.
+            per-step input, the one invariant; none for the rest.
+        key: The value of the earlier iteration that a carry reads, which time, or the device of an index or seed.
     """
 
     kind: str

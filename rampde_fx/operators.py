@@ -6,6 +6,10 @@ only; DECOMPOSITIONS spells out at emission what Inductor is to fuse.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from rampde_fx import counts, torch_private
@@ -17,6 +21,10 @@ library.define("end(Tensor t) -> Tensor")
 library.define("stop_gradient(Tensor x) -> Tensor")
 # A state as float16; what lies beyond its range becomes NaN, for a velocity may saturate at inf and hide it.
 library.define("narrow(Tensor x) -> Tensor")
+# Random numbers as a function of a seed, the index of a step, the draw within the step and the entry: of the shape,
+# dtype and device of like.
+for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")):
+    library.define(f"{_name}(Tensor seed, Tensor index, int draw, Tensor like{_more}) -> Tensor")
 # One run of the reverse loop, counted on the host where the loop decides whether to run again.
 library.define("record_sweep(Tensor overflow, Tensor attempt, int attempts, str loop) -> Tensor")
 
@@ -32,6 +40,47 @@ def _end(t: torch.Tensor) -> torch.Tensor:
 def _narrow(x: torch.Tensor) -> torch.Tensor:
     low = x.to(torch.float16)
     return torch.where(low.abs() == float("inf"), float("nan"), low)
+
+
+def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """x times factor modulo 2^32, without an overflow of int64."""
+    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit words with little bias: lowbias32 of C. Wellons, Prospecting for hash functions, 2018."""
+    x = _times(x ^ (x >> 16), 0x7FEB352D)
+    x = _times(x ^ (x >> 15), 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _word(seed: torch.Tensor, index: torch.Tensor, draw: int, like: torch.Tensor) -> torch.Tensor:
+    """A 32-bit word for every entry of like."""
+    key = _hash(((seed >> 32) & 0xFFFFFFFF) ^ _hash(index & 0xFFFFFFFF))
+    key = _hash(key ^ draw)
+    entry = torch.arange(like.numel(), device=like.device).reshape(like.shape) & 0xFFFFFFFF
+    return _hash(_hash(entry ^ key) ^ (seed & 0xFFFFFFFF))
+
+
+def _fraction(word: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A number of [0, 1) from a word, with as many digits as the dtype holds."""
+    digits = {torch.float16: 11, torch.bfloat16: 8}.get(dtype, 24)
+    return (word >> (32 - digits)).to(torch.float32) * 2.0**-digits
+
+
+# A draw has two words: a normal number needs both.
+def _uniform(seed: torch.Tensor, index: torch.Tensor, draw: int, like: torch.Tensor) -> torch.Tensor:
+    return _fraction(_word(seed, index, 2 * draw, like), like.dtype).to(like.dtype)
+
+
+def _normal(seed: torch.Tensor, index: torch.Tensor, draw: int, like: torch.Tensor) -> torch.Tensor:
+    """Box and Muller's transform, doi 10.1214/aoms/1177706645."""
+    first, second = (_fraction(_word(seed, index, 2 * draw + i, like), torch.float32) for i in range(2))
+    return (torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * math.pi * second)).to(like.dtype)
+
+
+def _bernoulli(seed: torch.Tensor, index: torch.Tensor, draw: int, like: torch.Tensor, p: float) -> torch.Tensor:
+    return (_fraction(_word(seed, index, 2 * draw, like), torch.float32) < p).to(like.dtype)
 
 
 def _record_sweep(overflow: torch.Tensor, attempt: torch.Tensor, attempts: int, loop: str) -> torch.Tensor:
@@ -53,5 +102,15 @@ torch.library.register_autograd(
 library.impl("record_sweep", _record_sweep, "CPU")
 torch.library.register_fake("rampde_fx::record_sweep", lambda overflow, *_: torch.empty_like(overflow), lib=library)
 
-DECOMPOSITIONS = {torch.ops.rampde_fx.narrow.default: _narrow}
+DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {torch.ops.rampde_fx.narrow.default: _narrow}
+_distributions: dict[str, Callable[..., torch.Tensor]] = {
+    "uniform": _uniform,
+    "normal": _normal,
+    "bernoulli": _bernoulli,
+}
+for _name, _function in _distributions.items():
+    _operator = getattr(torch.ops.rampde_fx, _name)
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, torch_private.below_autograd(_operator), "Autograd")
+    DECOMPOSITIONS[_operator.default] = _function
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end

@@ -55,6 +55,34 @@ _UPDATES[aten.split.Tensor] = _split
 _UPDATES[aten.unsafe_split.Tensor] = _split
 _UPDATES[aten.unsafe_split_with_sizes.default] = _split_with_sizes
 _UPDATES[aten.unbind.int] = lambda x, dim=0: [aten.select.int(x, dim, i) for i in range(x.shape[dim])]
+
+
+def _batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    stop = torch.ops.rampde_fx.stop_gradient
+    dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+    count = x.numel() // x.shape[1]
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    out = (x - mean) * rstd
+    out = out if weight is None else out * weight.reshape(shape)
+    out = out if bias is None else out + bias.reshape(shape)
+    mean, var = mean.flatten(), var.flatten()
+    new_mean = (1 - momentum) * running_mean + momentum * stop(mean)
+    new_var = (1 - momentum) * running_var + momentum * stop(var * (count / (count - 1)))
+    return out, mean, rstd.flatten(), new_mean, new_var
+
+
+# As a single operation the running statistics would be part of a velocity, and low.
+_UPDATES[aten._native_batch_norm_legit_functional.default] = _batch_norm
 # What tracing leaves behind and a functional graph does not need.
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
 _STRICT_VIEWS = {aten.view.default, aten._unsafe_view.default}

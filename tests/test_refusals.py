@@ -23,24 +23,6 @@ def refused(model, kind, *, line, y=Y, t=T):
         rampde_fx.explain(model, y, t)
 
 
-class Dropout(Flow):
-    def forward(self, y, t):
-        for t_i, dt in rampde_fx.steps(t):
-            y = y + dt * nn.functional.dropout(self.velocity(t_i, y), 0.5)
-        return y
-
-
-class BatchNorm(Flow):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(5)
-
-    def forward(self, y, t):
-        for t_i, dt in rampde_fx.steps(t):
-            y = y + dt * self.norm(self.velocity(t_i, y))
-        return y
-
-
 class Widening(Flow):
     def forward(self, y, t):
         for t_i, dt in rampde_fx.steps(t):
@@ -80,24 +62,6 @@ class Nested(Flow):
             for t_i, h in rampde_fx.steps(t):
                 y = y + dt * h * self.velocity(t_i, y)
         return y
-
-
-def test_random_numbers():
-    refused(Dropout(), errors.RandomVelocityError, line="dropout(self.velocity(t_i, y), 0.5)")
-
-
-def test_dropout_in_eval_is_fine():
-    model = BatchNorm().eval()
-    assert torch.allclose(compiled(model, torch.float32)(Y, T), model(Y, T), rtol=1e-6)
-
-
-def test_batch_norm_in_training():
-    model = BatchNorm()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with pytest.raises(errors.MutationError, match="in place") as raised:
-        compiled(model, torch.float16)(Y, T)
-    assert "self.norm(self.velocity(t_i, y))" in str(raised.value) or "batchnorm" in str(raised.value)
-    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
 def test_state_that_changes_dtype():
