@@ -21,9 +21,10 @@ from rampde_fx.policy import PrecisionPolicy
 
 T = TypeVar("T")
 NO_POLICY = ""
-GRAPH_BREAK = (
+UNCOMPILED = (
     "a loop over rampde_fx.steps(t) in a compiled model runs uncompiled, without mixed precision: there is a graph "
-    "break in the loop. torch.compile(..., fullgraph=True) says where"
+    "break in the loop, or Dynamo has compiled the model torch._dynamo.config.recompile_limit times already. "
+    "torch.compile(..., fullgraph=True) raises an error that says which"
 )
 
 
@@ -63,7 +64,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         )
     if not torch.compiler.is_compiling():
         if _under_way.policy and torch_private.inside_compiled_region():
-            warnings.warn(GRAPH_BREAK, stacklevel=2)
+            warnings.warn(UNCOMPILED, stacklevel=2)
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
@@ -84,7 +85,7 @@ def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _under_way.policy = outer
 
-    return marked
+    return torch_private.with_own_code(marked)
 
 
 def _mark_class(module_class: type[nn.Module], policy: str) -> None:

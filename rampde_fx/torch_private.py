@@ -228,8 +228,17 @@ def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def inside_compiled_region() -> bool:
-    """Whether the code runs uncompiled inside of a call that torch.compile was asked to compile."""
-    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+    """Whether the code runs uncompiled inside of a call that torch.compile was asked to compile.
+
+    The callback is None outside of such calls, and False where Dynamo has given up on compiling once more.
+    """
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: Dynamo keeps its compilations, and their limit, by code object."""
+    function.__code__ = function.__code__.replace()
+    return function
 
 
 def storage_of(value: Any) -> int | None:
