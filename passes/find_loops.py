@@ -3,10 +3,13 @@
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
 After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
 
+A loop inside a checkpointed function stands in the body of a tag_activation_checkpoint node, a graph of its own.
+
 Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
-Ensures:  loops in graph order; iteration k holds the nodes between marker k and the next one.
+Ensures:  loops in graph order, those of checkpointed bodies included; iteration k holds the nodes between marker k
+          and the next one.
 Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a loop, a loop inside a torch.func
-          transform or under autocast, and a loop outside mixed_precision.
+          transform, under autocast or inside another higher-order operation, and a loop outside mixed_precision.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from rampde_fx import torch_private
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.graphs import user_line
 from rampde_fx.loop import MarkedLoop
@@ -30,8 +34,12 @@ FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(
 
 def has_loop(graph_module: fx.GraphModule) -> bool:
     """Whether the graph, or one inside it, holds any marker."""
+    return _first_marker(graph_module) is not None
+
+
+def _first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
     inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
-    return any(node.target in STEP for module in inner for node in module.graph.nodes)
+    return next((node for module in inner for node in module.graph.nodes if node.target in STEP), None)
 
 
 def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:
@@ -49,7 +57,18 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             open_loop.iterations.append([])
         elif node.target in END and open_loop is not None:
             loops.append(replace(open_loop, end=node))
+            for nodes in open_loop.iterations:
+                _check_iteration(nodes, open_loop.differentiated)
             open_loop = None
+        elif (body := _body_with_loop(node)) is not None:
+            marker = _first_marker(body)
+            assert marker is not None
+            _check_surroundings(marker, open_loop, transforms, regions)
+            if node.target is not torch_private.tag_activation_checkpoint:
+                _refuse(
+                    marker, f"a marked loop runs inside the higher-order operation {node.target}", "call it plainly"
+                )
+            loops += find_loops(body, gradients=gradients, autocast=False)
         elif open_loop is not None and node.op != "output":
             open_loop.iterations[-1].append(node)
         elif open_loop is None:
@@ -58,11 +77,20 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
     if open_loop is not None:
         raise _left_early(open_loop)
-    for loop in loops:
-        for nodes in loop.iterations:
-            _check_iteration(nodes, loop.differentiated)
-    _check_subgraphs(graph_module)
     return loops
+
+
+def _body_with_loop(node: fx.Node) -> fx.GraphModule | None:
+    """The body of a higher-order operation, if it holds a marked loop."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    owner = node.graph.owning_module
+    bodies = (
+        owner.get_submodule(operand.target)
+        for operand in node.all_input_nodes
+        if operand.op == "get_attr" and isinstance(getattr(owner, operand.target, None), fx.GraphModule)
+    )
+    return next((body for body in bodies if has_loop(body)), None)
 
 
 def _opens(node: fx.Node, suffix: str) -> int:
@@ -121,13 +149,6 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
             _refuse(
                 node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch"
             )
-
-
-def _check_subgraphs(graph_module: fx.GraphModule) -> None:
-    inner = (m for m in graph_module.modules() if isinstance(m, fx.GraphModule) and m is not graph_module)
-    for node in (node for module in inner for node in module.graph.nodes):
-        if node.target in STEP:
-            _refuse(node, "a marked loop runs inside a higher-order operation (checkpoint, cond)", "call it plainly")
 
 
 def _refuse(node: fx.Node, found: str, fix: str) -> None:

@@ -70,18 +70,21 @@ def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
 
 def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
-    rolled = [(name, notes) for marked in found for name, notes in _roll(graph_module, marked)]
+    rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
     loops: list[Loop] = []
-    for name, notes in rolled:
-        (call,) = [node for node in graph_module.graph.nodes if node.target == name]
-        loop = replace(graph_module.get_submodule(name).loop, notes=notes)
+    for holder, name, notes in rolled:
+        (call,) = [node for node in holder.graph.nodes if node.target == name]
+        loop = replace(holder.get_submodule(name).loop, notes=notes)
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)
-        emit_loop(graph_module, call, loop)
-        graph_module.delete_submodule(name)
+        emit_loop(holder, call, loop)
+        holder.delete_submodule(name)
         loops.append(loop)
-    graph_module.graph.lint()
-    graph_module.recompile()
+    for holder in dict.fromkeys(holder for holder, *_ in rolled):
+        if holder is not graph_module:
+            torch_private.recompute_loops(holder)
+        holder.graph.lint()
+        holder.recompile()
     return loops
 
 

@@ -120,8 +120,12 @@ def named(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
 
 
 def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A module with a graph of its own, equal to the given one; submodules are shared."""
-    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    """A module with a graph of its own, and own graphs inside, equal to the given one; other modules are shared."""
+    twin = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for name, inner in twin.named_children():
+        if isinstance(inner, fx.GraphModule):
+            setattr(twin, name, copied(inner))
+    return twin
 
 
 def stops_gradient(node: fx.Node) -> bool:

@@ -27,6 +27,10 @@ class MarkedLoop:
     iterations: list[list[fx.Node]]
     differentiated: bool
 
+    def holder(self) -> fx.GraphModule:
+        """The module in whose graph the loop stands: the captured one, or a checkpointed body inside it."""
+        return self.end.graph.owning_module
+
 
 @dataclass(frozen=True)
 class Source:

@@ -132,6 +132,10 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
         if position and int(position[1]) < len(names):
             name = f"l_{names[int(position[1])]}_"
         node.name = name
+    for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
+        inner = graphs.placeholders(graph_module.get_submodule(call.args[0].target))
+        for node, operand in zip(inner, call.args[1:], strict=True):
+            node.name = operand.name
     return graph_module
 
 

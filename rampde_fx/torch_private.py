@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
@@ -22,14 +23,16 @@ from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.while_loop import while_loop_op
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from rampde_fx.errors import UnsupportedLoopError
 
-__all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "while_loop_op"]
+__all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "tag_activation_checkpoint", "while_loop_op"]
 
 aten = torch.ops.aten
 
@@ -246,6 +249,18 @@ def storage_of(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def recompute_loops(body: fx.GraphModule) -> None:
+    """Have the emitted loops of a checkpointed body recomputed by the backward, and not what they store saved.
+
+    Torch tags the nodes of a checkpointed body, but up to 2.11 not those inside an autograd_function_apply.
+    """
+    selective = "_checkpoint_context_fn" in body.meta  # the user's own policy decides, node by node
+    for apply in body.graph.find_nodes(op="call_function", target=autograd_function_apply):
+        for node in body.get_submodule(apply.args[0].target).graph.nodes:
+            if node.op == "call_function":
+                node.meta["recompute"] = None if selective else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 @contextlib.contextmanager
 def compile_settings() -> Iterator[None]:
     """The settings of torch under which a graph with rewritten loops compiles correctly, and caches.
@@ -253,6 +268,7 @@ def compile_settings() -> Iterator[None]:
     Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
     overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960).
     Caches: a graph with scan or with a custom backward is cached only where it is marked as cacheable.
+    Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so.
     """
     cacheable = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
     with (
@@ -260,6 +276,8 @@ def compile_settings() -> Iterator[None]:
         inductor_config.patch(
             unsafe_marked_cacheable_functions={**inductor_config.unsafe_marked_cacheable_functions, **cacheable}
         ),
+        mock.patch.object(_CachingTorchDispatchMode, "supports_higher_order_operators", True),
+        mock.patch.object(_CachedTorchDispatchMode, "supports_higher_order_operators", True),
     ):
         yield
 

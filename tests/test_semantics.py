@@ -166,6 +166,25 @@ def checkpointed_velocity(f, y, t):
     return y
 
 
+def checkpointed_loop(f, y, t):
+    def flow(y):
+        for t_i, dt in steps(t):
+            y = y + dt * f(t_i, y)
+        return y
+
+    return checkpoint(flow, y, use_reentrant=False)
+
+
+def checkpointed_twice(f, y, t):
+    for _ in range(2):
+        y = checkpointed_loop(f, torch.relu(y), t)
+    return y
+
+
+def checkpointed_in_a_checkpoint(f, y, t):
+    return checkpoint(lambda y: torch.sin(checkpointed_loop(f, y, t)), y, use_reentrant=False)
+
+
 def rectified(f, y, t):
     for t_i, dt in steps(t):
         y = torch.relu(y + dt * f(t_i, y))
@@ -203,7 +222,8 @@ CASES = [
     detached_state, detached_argument, straight_through, part_without_gradients, written_through_a_view,
     indexed_after_a_write_through_a_view, first_iteration_without_a_velocity, fixed_step, grid_read_inside,
     split_and_joined, transposed, tableau_made_inside, collected_then_updated, written_into_a_buffer, growing_history,
-    masked, attention_without_dropout, counter, checkpointed_velocity, *STATES,
+    masked, attention_without_dropout, counter, checkpointed_velocity,
+    checkpointed_loop, checkpointed_twice, checkpointed_in_a_checkpoint, *STATES,
 ]  # fmt: skip
 
 
@@ -289,13 +309,24 @@ def autocast_inside(f, y, t):
     return y
 
 
-def checkpointed_loop(f, y, t):
+def loop_in_a_branch(f, y, t):
     def flow(y):
         for t_i, dt in steps(t):
             y = y + dt * f(t_i, y)
         return y
 
-    return checkpoint(flow, y, use_reentrant=False)
+    return torch.cond(y.sum() > 0, flow, torch.clone, (y,))
+
+
+def loop_checkpointed_inside_a_loop(f, y, t):
+    for _, dt in steps(t):
+        y = y + dt * checkpointed_loop(f, y, t)
+    return y
+
+
+def loop_checkpointed_under_autocast(f, y, t):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return checkpointed_loop(f, y, t)
 
 
 def complex_state(f, y, t):
@@ -335,7 +366,9 @@ def own_derivative(f, y, t):
         (collected_views, errors.MutationError),
         (changed_grid, errors.MutationError),
         (autocast_inside, errors.UnsupportedLoopError),
-        (checkpointed_loop, errors.UnsupportedLoopError),
+        (loop_in_a_branch, errors.UnsupportedLoopError),
+        (loop_checkpointed_inside_a_loop, errors.UnsupportedLoopError),
+        (loop_checkpointed_under_autocast, errors.UnsupportedLoopError),
         (complex_state, errors.UnsupportedLoopError),
         (large_constant, errors.UnsupportedLoopError),
         (own_derivative, errors.UnsupportedLoopError),
