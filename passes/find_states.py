@@ -7,8 +7,9 @@ A tensor that the iterations update in place is a carry. In a run of one iterati
 there a state is an invariant from which a result, or what is written into a collecting tensor, follows by sums.
 
 Requires: a CapturedStep.
-Ensures:  every carry enters and leaves the step in one shape, dtype and device; no input is read by a second name
-          after it was changed; CapturedStep.written maps carries to the outside tensors that they were updated in.
+Ensures:  every carry enters and leaves the step in one shape, dtype and device; no state is in half precision; no
+          input is read by a second name after it was changed; CapturedStep.written maps carries to the outside tensors
+          that they were updated in.
 Raises:   MutationError, StateChangeError, UnsupportedLoopError.
 """
 
@@ -23,6 +24,7 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
 from rampde_fx.loop import CapturedStep, MarkedLoop, Source
+from rampde_fx.passes.partition_velocity import HEAVY
 
 aten = torch.ops.aten
 # A state keeps its identity through these, whatever it is scaled by and whatever is added.
@@ -180,6 +182,24 @@ def _check_states(captured: CapturedStep, where: str) -> None:
                 fix="bring the state to its final shape and dtype before the loop",
                 where=graphs.user_line(after) or where,
             )
+        if a.is_floating_point() and a.dtype.itemsize < 4 and _accumulates(before, after):
+            raise StateChangeError(
+                f"the state '{before.name}' is {str(a.dtype).removeprefix('torch.')}, in which its sums would round",
+                required="a float32 or float64 state",
+                fix=f"write {before.name} = {before.name}.float() before the loop",
+                where=graphs.user_line(after) or where,
+            )
+
+
+def _accumulates(before: fx.Node, after: fx.Node) -> bool:
+    """Whether a carry follows from itself without a matrix product: a multistep method's velocity does not."""
+    open_nodes, seen = [after], {after}
+    while open_nodes:
+        node = open_nodes.pop()
+        parents = [] if graphs.operator_name(node.target) in HEAVY else node.all_input_nodes
+        open_nodes += [parent for parent in parents if parent not in seen]
+        seen.update(parents)
+    return before in seen
 
 
 def _first_line(step: fx.GraphModule) -> str:

@@ -38,6 +38,26 @@ class Growing(Flow):
         return y
 
 
+class Half(Flow):
+    def forward(self, y, t):
+        y = y.half()
+        for t_i, dt in rampde_fx.steps(t):
+            y = (y + dt * self.velocity(t_i, y.float())).relu().half()
+        return y
+
+
+class HalfVelocityCarried(Flow):
+    """A two-step method whose velocity of the step before is fp16: not a state."""
+
+    def forward(self, y, t):
+        before = self.velocity(t[0], y).half()
+        for t_i, dt in rampde_fx.steps(t):
+            k = self.velocity(t_i, y).half()
+            y = y + dt * (1.5 * k.float() - 0.5 * before.float())
+            before = k
+        return y
+
+
 class CollectedInPlace(Flow):
     def forward(self, y, t):
         states, y = [], y.clone()
@@ -70,6 +90,17 @@ def test_state_that_changes_dtype():
 
 def test_state_that_changes_shape():
     refused(Growing(), errors.StateChangeError, line="+ torch.zeros(4, 5)")
+
+
+@pytest.mark.parametrize("points", [2, 4])
+def test_state_in_half_precision(points):
+    t = torch.linspace(0, 1, points)
+    refused(Half(), errors.StateChangeError, line=".relu().half()", t=t)
+
+
+def test_carried_velocity_in_half_precision_is_fine():
+    model = HalfVelocityCarried()
+    assert torch.allclose(compiled(model, torch.float32)(Y, T), model(Y, T), rtol=1e-5)
 
 
 def test_in_place_updated_states_collected_without_clone():
