@@ -110,6 +110,13 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
+    if torch_private.cut_by_ddp(loop.markers[0].graph.owning_module):
+        return UnsupportedLoopError(
+            "torch.compile cuts a DistributedDataParallel module at its gradient buckets, here inside a marked loop",
+            required="a graph that holds the whole loop",
+            fix="compile inside: DDP(torch.compile(model)); or set torch._dynamo.config.optimize_ddp = False",
+            where=user_line(loop.markers[-1]),
+        )
     return UnsupportedLoopError(
         f"a loop over steps(t) was left in iteration {len(loop.markers)}, or steps(t) was not asked for its end",
         required="a loop that runs over all of its steps",

@@ -189,6 +189,11 @@ def _no_saved_tensors_hooks() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
+def cut_by_ddp(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph is one of the parts into which Dynamo cuts a DistributedDataParallel module, bucket by bucket."""
+    return "DDPOptimizer" in getattr(getattr(graph_module, "compile_subgraph_reason", None), "reason", "")
+
+
 def autocast_enabled() -> bool:
     """Whether torch.autocast is on, for any device, where the backend was called."""
     return torch._C._is_any_autocast_enabled()

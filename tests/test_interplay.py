@@ -3,14 +3,19 @@
 import copy
 import pickle
 import threading
+import time
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
+from rampde_fx import errors
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import RK4, Euler, Flow, Midpoint
 from tests.test_storage import saved_bytes
@@ -275,3 +280,63 @@ def test_a_loop_beyond_the_recompile_limit_is_said():
         for steps in (1, 2):
             function(Y, T[: steps + 1])
     assert any("recompile_limit" in str(warning.message) for warning in caught)
+
+
+class Distributed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.flow, self.head = nn.Linear(5, 5), Midpoint(), nn.Linear(5, 2)
+
+    def forward(self, y, t):
+        return self.head(self.flow(torch.tanh(self.stem(y)), t))
+
+
+def seeded():
+    torch.manual_seed(0)
+    return Distributed(), torch.randn(8, 5)
+
+
+def train_distributed(function, model, y):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        function(y, T).square().mean().backward()
+        found += [g.clone() for g in of(model)]
+        optimizer.step()
+    return [*found, *(p.detach() for p in model.parameters())]
+
+
+def one_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name in ("compiled inside", "compiled outside"):
+        model, y = seeded()
+        if name == "compiled inside":
+            function = DistributedDataParallel(compiled(model, torch.float16))
+        else:
+            marked = rampde_fx.mixed_precision(model)
+            wrapped = DistributedDataParallel(marked)
+            function = torch.compile(wrapped, backend="rampde_fx", options={"compiler": "aot_eager"})
+        torch.save(train_distributed(function, model, y.chunk(2)[rank]), f"{folder}/{name} {rank}")
+    torch._dynamo.reset()
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1  # every use of a parameter counts: real models reach the default, 1 MiB
+    wrapped = DistributedDataParallel(rampde_fx.mixed_precision(seeded()[0]), bucket_cap_mb=1e-5)
+    cut = torch.compile(wrapped, backend="rampde_fx", options={"compiler": "aot_eager"})
+    with pytest.raises(errors.UnsupportedLoopError, match="optimize_ddp"):
+        cut(seeded()[1], T)
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes do what one does on the whole batch, and stay bitwise equal."""
+    ranks = mp.spawn(one_rank, (str(tmp_path),), 2, join=False)
+    model, y = seeded()
+    wanted = train_distributed(compiled(model, torch.float16), model, y)
+    deadline = time.monotonic() + 240
+    while not ranks.join(timeout=5):
+        assert time.monotonic() < deadline
+    for name in ("compiled inside", "compiled outside"):
+        first, second = (torch.load(tmp_path / f"{name} {rank}") for rank in (0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert max(relative_errors(first, wanted)) < FP16
