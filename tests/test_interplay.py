@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import rampde_fx
 from rampde_fx import errors
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import RK4, Euler, Flow, Midpoint
+from tests.models import Euler, Flow, Midpoint
 from tests.test_storage import saved_bytes
 
 Y, T = torch.randn(8, 5), torch.linspace(0, 1, 4)
@@ -90,7 +90,7 @@ def test_checkpoint_round_a_compiled_model():
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.flow, self.head = nn.Linear(16, 16), RK4(dim=16, width=32), nn.Linear(16, 3)
+        self.stem, self.flow, self.head = nn.Linear(16, 16), Euler(dim=16, width=32), nn.Linear(16, 3)
 
     def forward(self, y, t):
         y = torch.tanh(self.stem(y))
@@ -99,7 +99,7 @@ class Checkpointed(nn.Module):
 
 def test_checkpoint_inside_a_compiled_model():
     """The numbers are those without a checkpoint, and no state of the loop is saved."""
-    y, t = torch.randn(64, 16), torch.linspace(0, 1, 9)
+    y, t = torch.randn(64, 16), torch.linspace(0, 1, 5)
     plain, found, saved = None, {}, {}
     for wanted in (True, False):
         torch._dynamo.reset()
@@ -112,7 +112,7 @@ def test_checkpoint_inside_a_compiled_model():
         saved[wanted] = saved_bytes(function, y.clone().requires_grad_(), t)
         assert max(relative_errors(found[wanted], gradients(plain, plain, y, t))) < FP16
     assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
-    assert saved[False] - saved[True] >= 8 * 64 * 16 * 2
+    assert saved[False] - saved[True] >= 4 * 64 * 16 * 2
 
 
 class UnderAutocast(nn.Module):
@@ -260,15 +260,15 @@ def test_threads_with_policies_of_their_own():
 
 
 def test_more_marked_models_than_the_recompile_limit():
-    limit = torch._dynamo.config.recompile_limit
-    for i in range(limit + 1):
+    """The limit holds for each marked model by itself: every one of them is rewritten."""
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(4):
 
-        class Shifted(Euler):
-            def forward(self, y, t, i=i):
-                return i + super().forward(y, t)
+            class Shifted(Euler):
+                def forward(self, y, t, i=i):
+                    return i + super().forward(y, t)
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
             function, _, plain = pair(Shifted)
             assert max(relative_errors([function(Y, T[:2])], [plain(Y, T[:2])])) < FP16
 
