@@ -38,7 +38,7 @@ WRITES = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_pu
 def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> CapturedStep:
     """Add the states of a captured step that its carries lack; single says that the run has one iteration."""
     where = graphs.user_line(marked.markers[0])
-    found = _carry_mutated(captured, marked)
+    found = _carry_mutated(captured, marked, single)
     if single:
         found = _carry_single_step(found)
     _check_operands(found.inputs, where)
@@ -47,23 +47,40 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
     return found
 
 
-def _carry_mutated(captured: CapturedStep, marked: MarkedLoop) -> CapturedStep:
+def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> CapturedStep:
     """Make carries of what the step changes in place; say which outside tensors the final carries are written to."""
-    inputs, step, after, carries = captured.inputs, captured.step, captured.after, captured.carries()
+    inputs, step, after, carries = list(captured.inputs), captured.step, captured.after, captured.carries()
     results = graphs.results(step)[: carries + len(captured.outputs)]
     changed = [i for i, (node, now) in enumerate(zip(graphs.placeholders(step), after, strict=True)) if node is not now]
+    returned: set[int] = set()  # outputs that are the changed tensors themselves
     for i in changed:
         own = i < carries and results[i] is after[i]
-        others = [graphs.base_of_view(result) for j, result in enumerate(results) if not (own and j == i)]
+        same = [j for j in range(carries, len(results)) if results[j] is after[i]]
+        if single and not own and len(same) == 1:  # no later iteration of the run changes what is read outside
+            own = True
+            inputs[i] = replace(inputs[i], key=captured.outputs[same[0] - carries])
+            returned.update(same)
+        others = [
+            graphs.base_of_view(result)
+            for j, result in enumerate(results)
+            if j not in returned and not (own and j == i < carries)
+        ]
         kind_allows = own or (inputs[i].kind == "invariant" and not graphs.value(inputs[i].values[0]).requires_grad)
         if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
             raise _mutation(inputs[i], after[i])
     promoted = [i for i in changed if inputs[i].kind == "invariant"]
     order = [*range(carries), *promoted, *(i for i in range(carries, len(inputs)) if i not in promoted)]
-    results = [*results[:carries], *(after[i] for i in promoted), *results[carries:]]
+    rest = [j for j in range(carries, len(results)) if j not in returned]
+    results = [*results[:carries], *(after[i] for i in promoted), *(results[j] for j in rest)]
     sources = [replace(inputs[i], kind="carry") if i in promoted else inputs[i] for i in order]
     written = {j: inputs[i].values[0] for j, i in enumerate(order) if i in changed}
-    return replace(captured, inputs=sources, step=_rebuilt(step, order, results), written=written)
+    return replace(
+        captured,
+        inputs=sources,
+        outputs=[captured.outputs[j - carries] for j in rest],
+        step=_rebuilt(step, order, results),
+        written=written,
+    )
 
 
 def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:

@@ -97,9 +97,10 @@ def test_loss_scaled_by_1e_8_gives_the_same_relative_gradients():
     assert all(g.count_nonzero() == 0 for g in unscaled[3:])  # what happens without: underflow
 
 
-def test_argument_updated_in_place_holds_the_final_state():
+@pytest.mark.parametrize("steps", [1, 4])
+def test_argument_updated_in_place_holds_the_final_state(steps):
     model = MutatedArgument()
-    y, t = torch.randn(16, 5), torch.linspace(0, 1, 5)
+    y, t = torch.randn(16, 5), torch.linspace(0, 1, steps + 1)
     wanted, got = y.clone(), y.clone()
     result = model(wanted, t)
     assert torch.allclose(compiled(model, torch.float32)(got, t), result, rtol=1e-6)

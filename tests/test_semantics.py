@@ -210,6 +210,16 @@ def propagated(f, y, t):
     return y
 
 
+def in_place_with_unequal_iterations(f, y, t):
+    y, collected = y.clone(), []
+    first = y
+    for i, (t_i, dt) in enumerate(steps(t)):
+        k = f(t_i, y)
+        y += dt * (torch.sin(k) if i % 2 else k)
+        collected.append(y)
+    return torch.stack(collected), first * 2
+
+
 def added_by_index(f, y, t):
     index = torch.arange(5)
     for t_i, dt in steps(t):
@@ -222,7 +232,7 @@ CASES = [
     detached_state, detached_argument, straight_through, part_without_gradients, written_through_a_view,
     indexed_after_a_write_through_a_view, first_iteration_without_a_velocity, fixed_step, grid_read_inside,
     split_and_joined, transposed, tableau_made_inside, collected_then_updated, written_into_a_buffer, growing_history,
-    masked, attention_without_dropout, counter, checkpointed_velocity,
+    masked, attention_without_dropout, counter, checkpointed_velocity, in_place_with_unequal_iterations,
     checkpointed_loop, checkpointed_twice, checkpointed_in_a_checkpoint, *STATES,
 ]  # fmt: skip
 
