@@ -1,0 +1,372 @@
+"""Random neural ODEs: the rewritten model agrees with eager, within the roundings that its dtypes make, or refuses.
+
+The bound is not a fixed number of unit roundoffs, for a random problem may be badly conditioned. Each is run in fp64
+as well, and again with every operation of the velocity, forward and backward, perturbed by a relative error of one
+unit roundoff of the velocity dtype and of random sign, and every other operation by one of the state's dtype. What the
+results change by is what rounding in the right places costs. A state accumulated in low precision, a gradient dropped,
+or a wrong value is far beyond it.
+
+    python -m tests.test_properties --cases 2000 --seed 1      # the long run; prints the failures, minimised
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import math
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rampde_fx.errors import RampdeError
+from tests.comparison import compiled
+from tests.random_models import DTYPES, Problem, RandomODE, data, random_problem
+
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+# Half the distance of subnormal numbers, where it matters.
+SMALLEST = {torch.float16: 2.0**-25}
+# How many times the largest deviation of the perturbed runs an error may reach; the runs on a second, closer look.
+FACTOR, DRAWS, MORE_DRAWS = 4.0, 8, 128
+
+
+class Disagreement(AssertionError):
+    """Outputs or gradients of a rewritten model that rounding does not explain."""
+
+
+class Perturbation(TorchDispatchMode):
+    """Gives the result of every operation a relative error of random sign, larger inside of the velocity."""
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        super().__init__()
+        policy = problem.policy()
+        self.state = UNIT[DTYPES[problem.state_dtype]]
+        self.velocity = max(self.state, UNIT[policy.velocity])
+        self.storage = max(self.state, UNIT[policy.storage_dtype])
+        self.smallest, self.stored_smallest = (
+            SMALLEST.get(policy.velocity, 0.0),
+            SMALLEST.get(policy.storage_dtype, 0.0),
+        )
+        self.scaling = policy.adjoint_scaling
+        self.generator = torch.Generator().manual_seed(seed)
+        self.inside, self.scale = False, 1.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not views:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    tensor.copy_(self.perturbed(tensor))
+        return result
+
+    def perturbed(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor with the roundings of where the computation is."""
+        if not self.inside:
+            return x * (1 + self.state * self._signs(x))
+        return x * (1 + self.velocity * self._signs(x)) + self.smallest / self.scale * self._signs(x)
+
+    def rounded_for_storage(self, x: torch.Tensor) -> torch.Tensor:
+        """A state as it is stored for the backward."""
+        return x * (1 + self.storage * self._signs(x)) + self.stored_smallest * self._signs(x)
+
+    def _signs(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 2, x.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
+
+
+class Border(torch.autograd.Function):
+    """Tells a Perturbation that the computation enters or leaves the velocity, in the backward the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: Perturbation, entering: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.mode, ctx.entering = mode, entering
+        mode.inside, mode.scale = True, 1.0  # the casts round, at the entry and at the exit
+        copies = tuple(tensor.clone() for tensor in tensors)
+        mode.inside = entering
+        return copies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        mode = ctx.mode
+        if not ctx.entering:
+            largest = max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
+            scaled = mode.scaling is not None and largest > 0
+            mode.scale = mode.scaling.target / largest if scaled else 1.0
+        mode.inside = True
+        copies = tuple(g.clone() for g in gradients)
+        mode.inside = not ctx.entering
+        return None, None, *copies
+
+
+class Perturbed(nn.Module):
+    """A random model whose evaluations stand between borders, and whose velocity's parameters are rounded once."""
+
+    def __init__(self, model: RandomODE, mode: Perturbation, *, stored: bool) -> None:
+        super().__init__()
+        self.model, self.mode = model, mode
+        plain = model.evaluate
+
+        def evaluate(net: int, context: tuple[torch.Tensor, ...], y: torch.Tensor, *extra: torch.Tensor) -> Any:
+            entered = Border.apply(mode, True, y, *context, *extra)
+            count = 1 + len(context)
+            results = plain(net, entered[1:count], entered[0], *entered[count:])
+            return Border.apply(mode, False, *results)
+
+        def store(y: torch.Tensor, second: Any) -> Any:
+            return tuple(None if x is None else mode.rounded_for_storage(x) for x in (y, second))
+
+        model.evaluate = evaluate
+        if stored:
+            model.stored = store
+
+    def forward(self, y: torch.Tensor, t: torch.Tensor) -> Any:
+        self.mode.inside, self.mode.scale = True, 1.0
+        low = {n: p.clone() for n, p in self.model.named_parameters() if n.startswith(("nets.", "join."))}
+        self.mode.inside = False
+        return torch.func.functional_call(self.model, low, (y, t))
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run left: outputs, gradients (None included), and the state that it was given, afterwards."""
+
+    outputs: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
+    given: list[torch.Tensor]
+
+    def values(self) -> list[torch.Tensor | None]:
+        """All that is compared."""
+        return [*self.outputs, *self.gradients]
+
+
+def run(problem: Problem, function: Callable[..., Any], model: nn.Module, y: torch.Tensor, t: torch.Tensor) -> Outcome:
+    """Outputs and gradients of a loss that is a fixed random functional of all outputs."""
+    wanted = problem.wanted
+    y, t = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) if _dense(x) else x for x in (y, t))
+    y = y.detach().requires_grad_(wanted in ("all", "state"))
+    t = t.detach().requires_grad_(wanted in ("all", "time"))
+    for i, parameter in enumerate(model.parameters()):
+        frozen = wanted in ("state", "time", "nothing") or (wanted == "some_parameters" and i % 2 == 0)
+        parameter.requires_grad_(not frozen)
+        parameter.grad = None
+    with torch.no_grad() if wanted == "no_grad" else contextlib.nullcontext():
+        outputs = tree_leaves(function(y, t))
+        outputs = [output for output in outputs if isinstance(output, torch.Tensor)]
+        generator = torch.Generator().manual_seed(problem.seed + 1)
+        weights = [torch.randn(o.shape, generator=generator, dtype=torch.float32).to(o.dtype) for o in outputs]
+        loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    if loss.requires_grad:
+        (loss * problem.loss_scale).backward()
+    inputs = [y, t, *model.parameters()]
+    return Outcome([o.detach() for o in outputs], [x.grad for x in inputs], [x.detach() for x in inputs])
+
+
+def _dense(x: torch.Tensor) -> bool:
+    return 0 not in x.stride()
+
+
+def reference(problem: Problem, model: nn.Module, y: torch.Tensor, t: torch.Tensor) -> Outcome:
+    """The same in fp64."""
+    wide = copy.deepcopy(model).double()
+    return run(problem, wide, wide, y.double(), t.double())
+
+
+def deviations(
+    problem: Problem, model: nn.Module, y: torch.Tensor, t: torch.Tensor, exact: Outcome, draws: int
+) -> list[float]:
+    """The largest deviation of each value over runs with random roundings."""
+    largest = [0.0] * len(exact.values())
+    stored = problem.policy().storage_dtype is not torch.float64
+    for draw in range(2 * draws if stored else draws):
+        mode = Perturbation(problem, draw)
+        wide = copy.deepcopy(model).double()
+        perturbed = Perturbed(wide, mode, stored=bool(draw % 2 and stored))
+        with mode:
+            outcome = run(problem, perturbed, wide, y.double(), t.double())
+        for j, (got, wanted) in enumerate(zip(outcome.values(), exact.values(), strict=True)):
+            output_of_stored = draw % 2 and stored and j < len(exact.outputs)
+            if got is not None and not output_of_stored:
+                largest[j] = max(largest[j], _norm(got, wanted))
+    return largest
+
+
+def _norm(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return (got.double() - wanted.double()).norm().item()
+
+
+class Invalid(Exception):
+    """A problem that eager cannot run either."""
+
+
+def ratios(problem: Problem) -> list[float]:
+    """The error of every output and gradient of the rewritten model, over the deviation that rounding explains.
+
+    Raises:
+        Disagreement: for a dtype, shape or missing gradient unlike eager's, and for a changed argument.
+        RampdeError: where the loop is refused.
+        Invalid: where eager fails too.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(problem.seed)
+    try:
+        model = RandomODE(problem).to(DTYPES[problem.state_dtype])
+        y, t = data(problem)
+        eager = run(problem, model, model, y, t)
+    except Exception as error:
+        raise Invalid(str(error)) from error
+    exact = reference(problem, model, y, t)
+    if not all(v is None or v.isfinite().all() for v in exact.values()):
+        raise Invalid("the fp64 reference is not finite")
+    mine = copy.deepcopy(model)
+    function = compiled(mine, problem.policy().velocity, **policy_fields(problem))
+    got = run(problem, function, mine, y, t)
+    _check_kinds(got, eager)
+    unit = UNIT[DTYPES[problem.state_dtype]]
+    found: list[float] = []
+    # Eager has its share: an operation may cancel inside.
+    own = [0.0 if e is None else _norm(e, x) for e, x in zip(eager.values(), exact.values(), strict=True)]
+    for draws in (DRAWS, MORE_DRAWS):
+        spread = list(map(max, own, deviations(problem, model, y, t, exact, draws)))
+        found = [
+            _ratio(value, wanted, deviation, unit)
+            for value, wanted, deviation in zip(got.values(), exact.values(), spread, strict=True)
+        ]
+        if max(found) <= FACTOR:
+            break
+    return found
+
+
+def policy_fields(problem: Problem) -> dict[str, Any]:
+    """The policy's fields but the velocity dtype."""
+    policy = problem.policy()
+    return {"storage": policy.storage, "scaling": policy.scaling, "loop": policy.loop}
+
+
+def _ratio(got: Any, wanted: Any, deviation: float, unit: float) -> float:
+    if got is None or wanted is None:  # no gradient and a gradient of zero are the same
+        value = got if wanted is None else wanted
+        return 0.0 if value is None or value.count_nonzero() == 0 else float("inf")
+    error = _norm(got, wanted)
+    bound = deviation + unit * wanted.double().norm().item() + torch.finfo(torch.float32).tiny
+    return error / bound if math.isfinite(error) else float("inf")
+
+
+def _check_kinds(got: Outcome, eager: Outcome) -> None:
+    kinds = [[(x.dtype, x.shape) for x in outcome.outputs] for outcome in (got, eager)]
+    if kinds[0] != kinds[1]:
+        raise Disagreement(f"outputs are {kinds[0]}, in eager {kinds[1]}")
+    if not all(torch.equal(a, b) for a, b in zip(got.given, eager.given, strict=True)):
+        raise Disagreement("an argument or a parameter was changed")
+
+
+def check(problem: Problem) -> float:
+    """The rewritten model agrees with eager; how much of the bound's deviation its errors come to."""
+    found = ratios(problem)
+    if max(found) > FACTOR:
+        shown = ", ".join(f"{ratio:.3g}" for ratio in found)
+        raise Disagreement(f"errors over roundings: {shown} (outputs, then gradients of y, t and parameters)")
+    return max(found)
+
+
+@hypothesis.settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(st.data())
+def test_random_models_agree_with_eager(given):
+    problem = random_problem(lambda options: given.draw(st.sampled_from(options)))
+    hypothesis.note(repr(problem))
+    try:
+        check(problem)
+    except Invalid:
+        hypothesis.reject()
+
+
+def cases(count: int, seed: int, first: int = 0) -> Iterator[tuple[int, Problem]]:
+    """Numbered random problems; each follows from the seed and its number alone."""
+    for number in range(first, first + count):
+        yield number, random_problem(random.Random(f"{seed}/{number}").choice)
+
+
+def verdict(problem: Problem) -> tuple[str, str]:
+    """'agrees', 'invalid', 'refused ...' or 'FAILS ...', and what there is to say."""
+    try:
+        return "agrees", f"{check(problem):.3g}"
+    except Invalid as error:
+        return "invalid", str(error)
+    except RampdeError as error:
+        kind = type(error).__name__
+        return f"{'FAILS' if kind == 'RewriteError' else 'refused'} {kind}", str(error)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error)[-4:])
+        return f"FAILS {type(error).__name__}", text if not isinstance(error, Disagreement) else str(error)
+
+
+def minimised(problem: Problem, kind: str) -> Problem:
+    """A simpler problem with the same verdict: one field after the other at its default, or shorter."""
+    again = True
+    while again:
+        again = False
+        for candidate in _simpler(problem):
+            if verdict(candidate)[0] == kind:
+                problem, again = candidate, True
+                break
+    return problem
+
+
+def _simpler(problem: Problem) -> Iterator[Problem]:
+    plain = Problem()
+    if problem.a != plain.a:
+        yield dataclasses.replace(problem, a=plain.a, b=plain.b, c=plain.c)
+        yield dataclasses.replace(problem, a=problem.a[:-1], b=problem.b[1:], c=problem.c[:-1])
+    for field in dataclasses.fields(problem):
+        if field.name not in ("a", "b", "c", "layers", "space") and getattr(problem, field.name) != field.default:
+            yield dataclasses.replace(problem, **{field.name: field.default})
+    if problem.steps > 1:
+        yield dataclasses.replace(problem, steps=problem.steps - 1)
+    if len(problem.layers) > 1:
+        for i in range(len(problem.layers)):
+            yield dataclasses.replace(problem, layers=problem.layers[:i] + problem.layers[i + 1 :])
+    if problem.space != plain.space:
+        yield dataclasses.replace(problem, space=plain.space, layers=plain.layers)
+
+
+def main() -> None:
+    """The long run."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--minimise", action="store_true", help="simplify every failure")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    counts: collections.Counter[str] = collections.Counter()
+    largest = 0.0
+    begin = time.perf_counter()
+    for number, problem in cases(arguments.cases, arguments.seed, arguments.first):
+        kind, text = verdict(problem)
+        counts[kind] += 1
+        largest = max(largest, float(text)) if kind == "agrees" else largest
+        if kind != "agrees":
+            print(f"case {number}: {kind}\n  {problem}\n  {text}", flush=True)
+            if arguments.minimise and kind.startswith("FAILS"):
+                print(f"  simplest: {minimised(problem, kind)}", flush=True)
+        if sum(counts.values()) % 20 == 0:
+            seconds = (time.perf_counter() - begin) / sum(counts.values())
+            share = f"largest error {largest:.2g} of {FACTOR}"
+            print(f"{sum(counts.values())} cases, {seconds:.2f} s each: {dict(counts)}, {share}", flush=True)
+    raise SystemExit(any(kind.startswith("FAILS") for kind in counts))
+
+
+if __name__ == "__main__":
+    main()
