@@ -124,7 +124,7 @@ ALONG_LAST: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "flip": lambda x: x.flip(-1),
     "roll": lambda x: x.roll(1, -1),
     "unit": lambda x: F.normalize(x, dim=-1, eps=0.1),
-    "variance": lambda x: x * x.var(-1, keepdim=True, correction=0),
+    "moment": lambda x: x * x.square().mean(-1, keepdim=True),
 }
 
 
@@ -541,6 +541,9 @@ def random_problem(choose: Choose[Any]) -> Problem:
     takes_wide_time = time in ("none", "add", "scale", "phase") and space != "scalar" and carries != "energy"
     velocity = choose(("float16", "float16", "bfloat16", "float32", "float64"))
     storages = ["float16", "bfloat16", "float32"]
+    update = choose("sum sum terms reversed subtracted addcmul alpha stacked divided lerp in_place".split())
+    # A state that is updated in place and then replaced by another tensor is refused.
+    decays = ["learned", "number"] if update == "in_place" else ["learned", "number", "rectified"]
     return Problem(
         seed=choose(range(1000)),
         space=space,
@@ -552,8 +555,8 @@ def random_problem(choose: Choose[Any]) -> Problem:
         a=a,
         b=b,
         c=c,
-        update=choose("sum sum terms reversed subtracted addcmul alpha stacked divided lerp in_place".split()),
-        decay=mostly("none", "learned", "number", "rectified"),
+        update=update,
+        decay=mostly("none", *decays),
         carries=carries,
         outside=mostly("none", "initial", "context"),
         gradient=mostly("whole", mostly("argument_detached", "state_detached", "straight_through"), "whole"),

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -38,7 +39,7 @@ UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-2
 # Half the distance of subnormal numbers, where it matters.
 SMALLEST = {torch.float16: 2.0**-25}
 # How many times the largest deviation of the perturbed runs an error may reach; the runs on a second, closer look.
-FACTOR, DRAWS, MORE_DRAWS = 4.0, 8, 128
+FACTOR, DRAWS, MORE_DRAWS = 2.0, 3, 64
 
 
 class Disagreement(AssertionError):
@@ -279,11 +280,24 @@ def check(problem: Problem) -> float:
     return max(found)
 
 
+# What random problems found, each once a fault.
+FOUND = {
+    "in-place updates in a loop of one step were refused": Problem(update="in_place", steps=1, velocity="float16"),
+}
+
+
+@pytest.mark.parametrize("problem", FOUND.values(), ids=FOUND)
+def test_what_random_problems_found(problem):
+    check(problem)
+
+
+@pytest.mark.slow
 @hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=14, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(st.data())
 def test_random_models_agree_with_eager(given):
+    """None of these models is refused either: random_problem makes what must work alone."""
     problem = random_problem(lambda options: given.draw(st.sampled_from(options)))
     hypothesis.note(repr(problem))
     try:
