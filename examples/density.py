@@ -23,13 +23,13 @@ from pathlib import Path
 import density_data
 import density_plots
 import torch
+from common import DTYPES, positive
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from tqdm import tqdm
 
 import rampde_fx
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 2**20
 
 
@@ -359,12 +359,6 @@ def print_results(results: dict[str, Result]) -> None:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-        return value
 
     def device(text: str) -> str:
         try:

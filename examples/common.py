@@ -1,0 +1,90 @@
+"""What the examples share: methods, dtypes, the command line's types, tables and pictures."""
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import rampde_fx
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def euler(velocity: Velocity, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
+    """One step of the explicit Euler method."""
+    return y + dt * velocity(t, y)
+
+
+def midpoint(velocity: Velocity, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
+    """One step of the explicit midpoint rule."""
+    k1 = velocity(t, y)
+    return y + dt * velocity(t + dt / 2, y + dt / 2 * k1)
+
+
+def rk4(velocity: Velocity, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
+    """One step of the classical Runge-Kutta method."""
+    k1 = velocity(t, y)
+    k2 = velocity(t + dt / 2, y + dt / 2 * k1)
+    k3 = velocity(t + dt / 2, y + dt / 2 * k2)
+    k4 = velocity(t + dt, y + dt * k3)
+    return y + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+METHODS = {"Euler": euler, "midpoint": midpoint, "RK4": rk4}
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """u, the largest relative error of rounding to the nearest: 2^-11 in float16, 2^-8 in bfloat16."""
+    return torch.finfo(dtype).eps / 2
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """The distance to exact in the 2-norm, divided by the norm of exact."""
+    return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def compiled(model: nn.Module, policy: rampde_fx.PrecisionPolicy, compiler: str) -> Callable[..., Tensor]:
+    """The model, marked with the policy and compiled by the rampde_fx backend."""
+    torch.compiler.reset()  # else the graphs of all earlier models count against Dynamo's limit of recompilations
+    marked = rampde_fx.mixed_precision(model, policy=policy)
+    return torch.compile(marked, backend="rampde_fx", options={"compiler": compiler}, fullgraph=True)
+
+
+def positive(text: str) -> int:
+    """A command line's number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; all but the first are set to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a table."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture, and says so."""
+    figure.savefig(path, dpi=120)
+    print(f"picture {path}")
