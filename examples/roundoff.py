@@ -83,7 +83,8 @@ class Problem:
     ) -> list[Tensor]:
         """y(T), dL/dy0 and dL/dw of L = sum(cotangent y(T)), by a model that is the network or made of it."""
         y0, cotangent = (x.to(dtype) for x in self.data())
-        y = model(y0.requires_grad_(), torch.linspace(0, END, steps + 1))
+        t = torch.linspace(0, END, steps + 1, dtype=torch.promote_types(dtype, torch.float32))  # never low
+        y = model(y0.requires_grad_(), t)
         gradients = torch.autograd.grad(y, [y0, *network.parameters()], cotangent)
         return [y.detach(), gradients[0], torch.cat([g.flatten() for g in gradients[1:]])]
 
@@ -223,7 +224,7 @@ def table(rows: list[Row], methods: list[str], curves: list[Arithmetic]) -> str:
                 cells += [f"{errors[-1]:.1e}", f"{slope([row.steps for row in points], errors):+.2f}"]
             lines.append([method, arithmetic.name, str(points[-1].steps), *cells])
     header = ["method", "arithmetic", "N", *(h for name in QUANTITIES.values() for h in (name, "slope"))]
-    return markdown(header, lines)
+    return markdown(header, lines, texts=2)
 
 
 def draw(rows: list[Row], methods: list[str], curves: list[Arithmetic], path: Path) -> None:
@@ -245,23 +246,17 @@ def draw(rows: list[Row], methods: list[str], curves: list[Arithmetic], path: Pa
                     linewidth=1.2,
                     label=arithmetic.name,
                 )
-            ends = torch.tensor([min(steps), max(steps)])
-            for low, name in ((torch.float16, "u of float16"), (torch.bfloat16, "u of bfloat16")):
-                axes.axhline(unit_roundoff(low), color="gray", linewidth=0.6)
-                axes.annotate(
-                    name, (steps[0], unit_roundoff(low)), (0, 2), textcoords="offset points", fontsize=7, color="gray"
-                )
-            for power, name in ((1, "N u of float32"), (0.5, "sqrt(N) u of float32")):
-                axes.plot(ends, ends**power * u, color="gray", linewidth=0.6)
-                axes.annotate(
-                    name,
-                    (steps[-1], steps[-1] ** power * u),
-                    (-2, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color="gray",
-                    ha="right",
-                )
+            n = torch.tensor([min(steps), max(steps)])
+            for values, name in (
+                (unit_roundoff(torch.bfloat16) * n**0, "u of bfloat16"),
+                (unit_roundoff(torch.float16) * n**0, "u of float16"),
+                (u * n, "N u of float32"),
+                (u * n**0.5, "sqrt(N) u of float32"),
+            ):
+                axes.plot(n, values, color="gray", linewidth=0.6)
+                place = {"xytext": (-2, 3), "textcoords": "offset points", "ha": "right"}
+                axes.annotate(name, (n[1], values[1]), fontsize=7, color="gray", **place)
+            axes.set_ylim(bottom=1e-8)
             axes.grid(alpha=0.2)
             if quantity == "solution":
                 axes.set_title(method)

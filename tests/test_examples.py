@@ -1,4 +1,4 @@
-"""The parts of examples/density.py that need no compiler."""
+"""The parts of the examples that need no compiler."""
 
 import importlib
 import signal
@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import rampde_fx
+
 for name in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(name)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
+adjoint_scaling = importlib.import_module("adjoint_scaling")
+common = importlib.import_module("common")
 density = importlib.import_module("density")
 density_data = importlib.import_module("density_data")
 density_plots = importlib.import_module("density_plots")
+roundoff = importlib.import_module("roundoff")
 
 
 def random_flow(dim: int, width: int) -> torch.nn.Module:
@@ -164,9 +169,76 @@ def test_compare_needs_a_low_precision(capsys):
     assert "float16" in capsys.readouterr().err
 
 
-def test_help():
+@pytest.mark.parametrize(
+    ("name", "option"), [("density", "--compare"), ("adjoint_scaling", "--points"), ("roundoff", "--quick")]
+)
+def test_help(name, option):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "density.py", "--help"], capture_output=True, text=True, check=False
+        [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--compare" in done.stdout
+    assert option in done.stdout
+
+
+def test_markdown_table_is_aligned():
+    table = common.markdown(["name", "y"], [["a", "1.5"], ["longer", "20"]])
+    assert table.splitlines() == ["| name   |   y |", "|--------|----:|", "| a      | 1.5 |", "| longer |  20 |"]
+
+
+def test_closed_form_holds_for_rk4_in_float64():
+    decay = adjoint_scaling.Decay().double()
+    y0 = adjoint_scaling.initial_values().double()
+    t = torch.linspace(0, adjoint_scaling.END, 400, dtype=torch.float64)
+    measured = adjoint_scaling.measure(decay, list(decay.parameters()), y0, t)
+    exact = adjoint_scaling.closed_form(y0)
+    torch.testing.assert_close(measured.values, exact[:, 0], rtol=5e-4, atol=0)
+    torch.testing.assert_close(torch.stack([measured.final, measured.gradient]), exact[:2], rtol=5e-4, atol=0)
+
+
+def test_expected_error_of_a_rounded_velocity():
+    y0, t = adjoint_scaling.initial_values(), torch.linspace(0, adjoint_scaling.END, 400)
+    plain = adjoint_scaling.rounded(y0, t, torch.bfloat16, cast=False, product=False)
+    both = adjoint_scaling.rounded(y0, t, torch.bfloat16, cast=True, product=True)
+    error = both / plain - 1
+    worst, mean = adjoint_scaling.bounds(t, torch.bfloat16)
+    assert error.abs().max() < worst
+    assert error.square().mean().sqrt().item() == pytest.approx(mean, rel=0.3)
+
+
+def test_trajectory_is_that_of_the_compiled_loop():
+    policy = rampde_fx.PrecisionPolicy()
+    t = torch.linspace(0, 1, 6)
+    replayed = adjoint_scaling.trajectory(policy, t)
+    model = adjoint_scaling.Decay()
+    function = common.compiled(model, policy, "aot_eager")
+    measured = adjoint_scaling.measure(function, list(model.parameters()), adjoint_scaling.initial_values(), t)
+    assert measured.values[0] == replayed.states[-1]
+    assert measured.values[1] == replayed.adjoints[0]
+    assert replayed.scales.shape == (5, 4)
+    assert torch.equal(replayed.scales.log2(), replayed.scales.log2().round())
+
+
+def test_roundoff_of_a_low_state_grows_and_that_of_a_low_velocity_does_not():
+    problem = roundoff.Problem("Euler", seed=0)
+    low = roundoff.Arithmetic("low", torch.float16, None, "C0", "-")
+    velocity = roundoff.Arithmetic("velocity", torch.float16, rampde_fx.PrecisionPolicy(), "C0", "-")
+    state_errors = [roundoff.run(problem, low, steps, "aot_eager", 32).solution for steps in (4, 64)]
+    assert state_errors[1] > 4 * state_errors[0]
+    error = roundoff.run(problem, velocity, 16, "aot_eager", 32).solution
+    assert error < 2 * common.unit_roundoff(torch.float16)
+
+
+@pytest.mark.parametrize(("method", "order"), [("Euler", 1), ("midpoint", 2), ("RK4", 4)])
+def test_methods_have_their_order(method, order):
+    problem, steps = roundoff.Problem(method, seed=0), (16, 32)
+    errors = [roundoff.run(problem, roundoff.DISCRETISATION, n, "aot_eager", 128).solution for n in steps]
+    assert -roundoff.slope(steps, errors) == pytest.approx(order, abs=0.2)
+
+
+def test_rows_of_roundoff_are_read_back(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [roundoff.Row("Euler", "float16 state", n, 0, 1e-3 / n, 2e-3, float("nan"), 0.5) for n in (4, 8)]
+    for row in rows:
+        roundoff.append_row(path, row)
+    assert [repr(row) for row in roundoff.read_rows(path)] == [repr(row) for row in rows]
+    assert roundoff.read_rows(tmp_path / "none.csv") == []
