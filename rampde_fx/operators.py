@@ -14,6 +14,7 @@ import torch
 
 from rampde_fx import counts, torch_private
 
+_Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
 library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
 library.define("end(Tensor t) -> Tensor")
@@ -100,6 +101,15 @@ torch.library.register_autograd(
     lib=library,
 )
 library.impl("record_sweep", _record_sweep, "CPU")
+# Without these a kernel runs on fake tensors, and fixes symbolic sizes.
+_fakes: dict[str, _Function] = {
+    "stop_gradient": torch.empty_like,
+    "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
+    "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
+    **dict.fromkeys(("uniform", "normal", "bernoulli"), lambda seed, index, draw, like, *_: torch.empty_like(like)),
+}
+for _name, _fake in _fakes.items():
+    torch.library.register_fake(f"rampde_fx::{_name}", _fake, lib=library)
 torch.library.register_fake("rampde_fx::record_sweep", lambda overflow, *_: torch.empty_like(overflow), lib=library)
 
 DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {torch.ops.rampde_fx.narrow.default: _narrow}
