@@ -65,7 +65,7 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> 
             for j, result in enumerate(results)
             if j not in returned and not (own and j == i < carries)
         ]
-        kind_allows = own or (inputs[i].kind == "invariant" and not graphs.value(inputs[i].values[0]).requires_grad)
+        kind_allows = own or (inputs[i].kind == "invariant" and not _is_leaf(inputs[i].values[0]))
         if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
             raise _mutation(inputs[i], after[i])
     promoted = [i for i in changed if inputs[i].kind == "invariant"]
@@ -81,6 +81,11 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> 
         step=_rebuilt(step, order, results),
         written=written,
     )
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    """Whether a node is a parameter, or an argument that requires a gradient."""
+    return node.op in ("placeholder", "get_attr") and graphs.value(node).requires_grad
 
 
 def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:

@@ -86,7 +86,8 @@ class _Transposition:
         self.graph = self.adjoint.graph
         self.env: dict[fx.Node, fx.Node] = {}
         self.residuals: dict[fx.Node, list[fx.Node]] = {}
-        self.cotangents: dict[Slot, fx.Node] = {}
+        self.cotangents: dict[Slot, fx.Node | None] = {}
+        self.incoming: dict[int, fx.Node | None] = {}
         self.pullbacks: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Pullback] = {}
         self.used: dict[fx.Node, Pullback] = {}
 
@@ -147,11 +148,18 @@ class _Transposition:
         return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
 
     def _add(self, slot: Slot, cotangent: fx.Node) -> None:
-        before = self.cotangents.get(slot)
-        with_sum = before is not None
-        self.cotangents[slot] = (
-            self.graph.call_function(aten.add.Tensor, (before, cotangent)) if with_sum else cotangent
-        )
+        """Add to a cotangent; an adjoint that passes through the step is added last, to the sum of the increments."""
+        carries = graphs.placeholders(self.loop.step)[: self.loop.carries]
+        if slot[0] in carries and cotangent.op == "placeholder":
+            i = carries.index(slot[0])
+            self.incoming[i] = self._sum(self.incoming.get(i), cotangent)
+        else:
+            self.cotangents[slot] = self._sum(self.cotangents.get(slot), cotangent)
+
+    def _sum(self, before: fx.Node | None, cotangent: fx.Node | None) -> fx.Node | None:
+        if before is None or cotangent is None:
+            return cotangent if before is None else before
+        return self.graph.call_function(aten.add.Tensor, (before, cotangent))
 
     def _copy_forward(self, node: fx.Node) -> None:
         if node.op != "call_module":
@@ -221,6 +229,7 @@ class _Transposition:
         per_step = range(self.loop.carries, self.loop.first_invariant())
         for i in (*range(self.loop.carries), *totals, *per_step):
             gradient = self.cotangents.get((nodes[i], 0)) if nodes[i] in self.active else None
+            gradient = self._sum(self.incoming.get(i), gradient)
             if gradient is None and nodes[i] in self.active and i < self.loop.carries:
                 gradient = self.graph.call_function(aten.zeros_like.default, (self.env[nodes[i]],))
             if gradient is not None and i in totals:

@@ -49,6 +49,7 @@ WIDE = set(
     cudnn_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward _cdist_forward _cdist_backward _pdist_forward
     _fft_r2c _fft_c2c _fft_c2r upsample_bilinear2d upsample_nearest2d upsample_bicubic2d""".split()
 )
+COMMUTATIVE = {"mul", "add"}
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -180,6 +181,12 @@ class _Lowering(fx.Interpreter):
             self.wide[name, f"a constant beyond the range of {self.dtype}"] += 1
         else:
             to = _widest([t for t in tensors if t.ndim > 0])
+        back = None
+        if to is None and _rounds_first(args, tensors):  # torch rounds a 0-d first operand to the other's dtype
+            if name in COMMUTATIVE and not kwargs:
+                args = (args[1], args[0])
+            else:
+                to, back = torch.float32, self.dtype
         if to is not None and target is not operator.getitem:
             keep_scalars = to != torch.float32 and name not in LOW
 
@@ -188,7 +195,8 @@ class _Lowering(fx.Interpreter):
 
             args, kwargs = torch.utils._pytree.tree_map(cast, (args, kwargs))
         try:
-            return super().call_function(target, args, kwargs)
+            result = super().call_function(target, args, kwargs)
+            return result if back is None else _cast(result, back)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise UnsupportedVelocityError(
                 f"the operation {target} of the velocity does not run in {self.dtype}: {error}",
@@ -202,6 +210,13 @@ class _Lowering(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         return super().run_node(n)
+
+
+def _rounds_first(args: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether a wide 0-d value, such as a time, is the first operand of an operation on low tensors."""
+    others = {tensor.dtype for tensor in tensors if tensor.ndim > 0}
+    first = args[0] if args and _is_float_tensor(args[0]) and args[0].ndim == 0 else None
+    return first is not None and first.dtype not in HALF and len(others) == 1 and others <= set(HALF)
 
 
 def _beyond(dtype: torch.dtype, args: Any, kwargs: Any) -> bool:

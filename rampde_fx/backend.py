@@ -28,7 +28,7 @@ from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.widen_gradients import widen_gradients
 
-COMPILERS = ("inductor", "aot_eager")
+COMPILERS = ("inductor", "aot_eager", "eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method.
 STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
     hoist_invariants,
@@ -112,12 +112,13 @@ def rampde_fx(
     options: dict[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The torch.compile backend: rewrite the marked loops, then compile with Inductor or AOTAutograd alone.
+    """The torch.compile backend: rewrite the marked loops, then compile with Inductor, or with less.
 
     Args:
         graph_module: The captured graph.
         example_inputs: Its inputs, as Dynamo gives them.
-        options: "compiler" is "inductor" (the default) or "aot_eager"; all others go to Inductor.
+        options: "compiler" is "inductor" (the default), "aot_eager" (AOTAutograd alone) or "eager" (the rewritten graph as
+            it is); all others go to Inductor.
         mode: A mode of torch.compile, for Inductor.
 
     Returns:
@@ -130,7 +131,7 @@ def rampde_fx(
         if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
             raise PolicyError(
                 f'options={{"compiler": {compiler!r}}} with {options}, mode={mode!r}',
-                required='a compiler of "inductor" or "aot_eager"; further options and modes are for Inductor',
+                required='a compiler of "inductor", "aot_eager" or "eager"; further options and modes are for Inductor',
                 fix='leave "compiler" out for Inductor',
             )
         loops = rewrite(graph_module) if has_loop(graph_module) else []

@@ -427,3 +427,27 @@ def test_a_graph_break_in_the_loop_is_said():
     assert any(
         "graph break" in str(warning.message) and "mixed precision" in str(warning.message) for warning in caught
     )
+
+
+class TimeFirst(nn.Module):
+    """Times as first operands: torch rounds a 0-d first operand to the dtype of the other one."""
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            k = t_i * torch.sin(y) + (t_i - torch.sin(y)) * 1.0 + t_i / torch.exp2(y)
+            y = y + dt * k
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_time_is_not_rounded_as_a_first_operand(dtype):
+    grid = torch.linspace(0, 1, 4)
+    step = rampde_fx.explain(rampde_fx.mixed_precision(TimeFirst(), dtype=dtype), torch.randn(3, 5), grid).loops[0].step
+    seen = 0
+    for node in step.velocity_0.graph.nodes:
+        operands = [n for n in node.all_input_nodes if n.meta["val"].is_floating_point()]
+        if len(operands) > 1:
+            seen += 1
+            dtypes = {n.meta["val"].dtype for n in operands}
+            assert node.args[0].meta["val"].ndim > 0 or dtypes == {torch.float32}, node
+    assert seen >= 4
