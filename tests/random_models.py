@@ -18,7 +18,8 @@ import rampde_fx
 T = TypeVar("T")
 Choose = Callable[[Sequence[T]], T]
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+NAMES = ("float8_e4m3fn", "float16", "bfloat16", "float32", "float64")
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 SHAPES = {
     "vector": lambda b, d: (b, d),
     "scalar": lambda b, d: (),
@@ -62,7 +63,9 @@ class Problem:
     velocity: str = "float32"
     storage: str = "same"
     scaling: str | float = "default"
+    accumulation: str = "plain"
     loop: str = "auto"
+    compiler: str = "aot_eager"
 
     def __repr__(self) -> str:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
@@ -79,8 +82,10 @@ class Problem:
             scaling = rampde_fx.AdjointScaling(target=scaling)
         return rampde_fx.PrecisionPolicy(
             velocity=DTYPES[self.velocity],
-            storage=None if self.storage == "same" else DTYPES[self.storage],
+            storage=None if self.storage == "same" else DTYPES[self.storage.removeprefix("scaled ")],
+            storage_scaling="dynamic" if self.storage.startswith("scaled ") else None,
             scaling=None if scaling == "default" else scaling,
+            accumulation=self.accumulation,
             loop=self.loop,
         )
 
@@ -540,10 +545,13 @@ def random_problem(choose: Choose[Any]) -> Problem:
     # A 0-d state and a 0-d fp64 time make an fp64 state; a layer takes one dtype.
     takes_wide_time = time in ("none", "add", "scale", "phase") and space != "scalar" and carries != "energy"
     velocity = choose(("float16", "float16", "bfloat16", "float32", "float64"))
-    storages = ["float16", "bfloat16", "float32"]
+    storages = ["float16", "bfloat16", "float32", "float8_e4m3fn", "scaled float16"]
     update = choose("sum sum terms reversed subtracted addcmul alpha stacked divided lerp in_place".split())
     # A state that is updated in place and then replaced by another tensor is refused.
     decays = ["learned", "number"] if update == "in_place" else ["learned", "number", "rectified"]
+    decay = mostly("none", *decays)
+    # Compensation is for updates of the form y = y + increment.
+    compensable = decay == "none" and update in ("sum", "terms", "alpha") and carries in ("state", "energy")
     return Problem(
         seed=choose(range(1000)),
         space=space,
@@ -556,7 +564,7 @@ def random_problem(choose: Choose[Any]) -> Problem:
         b=b,
         c=c,
         update=update,
-        decay=mostly("none", *decays),
+        decay=decay,
         carries=carries,
         outside=mostly("none", "initial", "context"),
         gradient=mostly("whole", mostly("argument_detached", "state_detached", "straight_through"), "whole"),
@@ -574,5 +582,7 @@ def random_problem(choose: Choose[Any]) -> Problem:
         velocity=velocity,
         storage=mostly("same", *storages),
         scaling=mostly("default", "dynamic", "none", 2.0**-6, 2.0**6),
+        accumulation=mostly("plain", "compensated") if compensable else "plain",
         loop=mostly("auto", "scan", "unroll"),
+        compiler=choose(["eager"] * 5 + ["aot_eager"]),
     )

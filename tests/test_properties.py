@@ -32,12 +32,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rampde_fx.errors import RampdeError
+from rampde_fx.passes.store_states import TARGETS
 from tests.comparison import compiled
 from tests.random_models import DTYPES, Problem, RandomODE, data, random_problem
 
-UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+UNIT = {
+    torch.float8_e4m3fn: 2.0**-4,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
 # Half the distance of subnormal numbers, where it matters.
-SMALLEST = {torch.float16: 2.0**-25}
+SMALLEST = {torch.float16: 2.0**-25, torch.float8_e4m3fn: 2.0**-10}
 # How many times the largest deviation of the perturbed runs an error may reach; the runs on a second, closer look.
 FACTOR, DRAWS, MORE_DRAWS = 2.0, 3, 64
 
@@ -59,6 +66,7 @@ class Perturbation(TorchDispatchMode):
             SMALLEST.get(policy.velocity, 0.0),
             SMALLEST.get(policy.storage_dtype, 0.0),
         )
+        self.scaled_storage = TARGETS.get(policy.storage_dtype) if policy.scales_storage else None
         self.scaling = policy.adjoint_scaling
         self.generator = torch.Generator().manual_seed(seed)
         self.inside, self.scale = False, 1.0
@@ -80,7 +88,10 @@ class Perturbation(TorchDispatchMode):
 
     def rounded_for_storage(self, x: torch.Tensor) -> torch.Tensor:
         """A state as it is stored for the backward."""
-        return x * (1 + self.storage * self._signs(x)) + self.stored_smallest * self._signs(x)
+        smallest = self.stored_smallest
+        if self.scaled_storage is not None and x.numel():
+            smallest *= x.abs().max() / self.scaled_storage
+        return x * (1 + self.storage * self._signs(x)) + smallest * self._signs(x)
 
     def _signs(self, x: torch.Tensor) -> torch.Tensor:
         return torch.randint(0, 2, x.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
@@ -103,7 +114,7 @@ class Border(torch.autograd.Function):
         if not ctx.entering:
             largest = max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
             scaled = mode.scaling is not None and largest > 0
-            mode.scale = mode.scaling.target / largest if scaled else 1.0
+            mode.scale = (mode.scaling.target or 1.0) / largest if scaled else 1.0
         mode.inside = True
         copies = tuple(g.clone() for g in gradients)
         mode.inside = not ctx.entering
@@ -249,9 +260,10 @@ def ratios(problem: Problem) -> list[float]:
 
 
 def policy_fields(problem: Problem) -> dict[str, Any]:
-    """The policy's fields but the velocity dtype."""
+    """The policy's fields but the velocity dtype, and the compiler."""
     policy = problem.policy()
-    return {"storage": policy.storage, "scaling": policy.scaling, "loop": policy.loop}
+    fields = ("storage", "storage_scaling", "scaling", "accumulation", "loop")
+    return {**{field: getattr(policy, field) for field in fields}, "compiler": problem.compiler}
 
 
 def _ratio(got: Any, wanted: Any, deviation: float, unit: float) -> float:
