@@ -117,8 +117,8 @@ def rampde_fx(
     Args:
         graph_module: The captured graph.
         example_inputs: Its inputs, as Dynamo gives them.
-        options: "compiler" is "inductor" (the default), "aot_eager" (AOTAutograd alone) or "eager" (the rewritten graph as
-            it is); all others go to Inductor.
+        options: "compiler" is "inductor" (the default), "aot_eager" (AOTAutograd alone) or "eager" (the rewritten graph
+            as it is); all others go to Inductor.
         mode: A mode of torch.compile, for Inductor.
 
     Returns:
