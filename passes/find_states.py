@@ -30,7 +30,7 @@ aten = torch.ops.aten
 # A state keeps its identity through these, whatever it is scaled by and whatever is added.
 CHAIN = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default,
-    aten.expand.default,
+    aten.expand.default, torch.ops.rampde_fx.stop_gradient.default,
 }  # fmt: skip
 WRITES = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default}
 

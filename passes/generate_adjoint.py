@@ -130,12 +130,12 @@ class _Transposition:
         for j in range(carries, len(results)):
             if results[j] in self.active:
                 made.append((self._placeholder(f"cotangent_{j - carries}", results[j]), ("cotangent", j)))
-        for cotangent, (kind, j) in made:
-            if kind == "cotangent" and results[j] in self.active:
-                self._add(self._slot(results[j]), cotangent)
         for i, node in enumerate(nodes):
             self.env[node] = self._placeholder(node.name, node)
             made.append((self.env[node], ("operand", i)))
+        for cotangent, (kind, j) in made:
+            if kind == "cotangent" and results[j] in self.active:
+                self._add(self._slot(results[j]), cotangent)
         return made
 
     def _placeholder(self, name: str, like: fx.Node) -> fx.Node:

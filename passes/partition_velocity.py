@@ -20,6 +20,7 @@ Ensures:  every placeholder and call has a role; every velocity call has an eval
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Set
 from dataclasses import replace
 from typing import Any
@@ -87,7 +88,9 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
     """Roles by forward dataflow; known states are states."""
     roles: Roles = {}
     for i, node in enumerate(nodes):
-        if node in known or i < carries:
+        if node.target is operator.getitem:  # an output of an operation is what the operation is
+            roles[node] = roles[node.args[0]]
+        elif node in known or i < carries:
             roles[node] = "state"
         elif all(roles[parent] == "time" for parent in node.all_input_nodes):
             roles[node] = "time"
@@ -120,8 +123,14 @@ def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_pro
         follow = varying if through_products and len(varying) == 1 else []
     else:
         follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
-        through_products = through_products or (node.target in SUM and len(follow) < len(varying))
-    found = [_promote(operand, roles, promoted, through_products=through_products) for operand in follow]
+    if node.target in SUM:
+        # Beside a state, or what comes from one without a product, the other summand is an increment.
+        follow = [v for v in follow if roles[v] == "state"] or follow
+        through_products = through_products or len(follow) < len(varying)
+    several = node.target in SUM and len(follow) > 1
+    found = [_promote(v, roles, promoted, through_products=through_products and not several) for v in follow]
+    if several and through_products and not any(found):
+        found = [_promote(v, roles, promoted, through_products=True) for v in follow]
     if any(found):
         promoted.add(node)
     return any(found)

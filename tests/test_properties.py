@@ -90,7 +90,7 @@ class Perturbation(TorchDispatchMode):
         """A state as it is stored for the backward."""
         smallest = self.stored_smallest
         if self.scaled_storage is not None and x.numel():
-            smallest *= x.abs().max() / self.scaled_storage
+            smallest *= x.detach().abs().max().item() / self.scaled_storage
         return x * (1 + self.storage * self._signs(x)) + smallest * self._signs(x)
 
     def _signs(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,9 @@ def deviations(
         for j, (got, wanted) in enumerate(zip(outcome.values(), exact.values(), strict=True)):
             output_of_stored = draw % 2 and stored and j < len(exact.outputs)
             if got is not None and not output_of_stored:
-                largest[j] = max(largest[j], _norm(got, wanted))
+                deviation = _norm(got, wanted)
+                assert math.isfinite(deviation), "a perturbed run is finite"
+                largest[j] = max(largest[j], deviation)
     return largest
 
 
@@ -295,6 +297,26 @@ def check(problem: Problem) -> float:
 # What random problems found, each once a fault.
 FOUND = {
     "in-place updates in a loop of one step were refused": Problem(update="in_place", steps=1, velocity="float16"),
+    "a detached state in a loop of one step was refused": Problem(
+        update="subtracted", gradient="state_detached", steps=1, velocity="bfloat16", compiler="eager"
+    ),
+    "cotangents of a trajectory stood before a correction that they use": Problem(
+        output="trajectory", accumulation="compensated", compiler="eager"
+    ),
+    "outputs of a normalisation were taken for another kind of node than the normalisation": Problem(
+        space="sequence",
+        width=1,
+        layers=("mlp", "layer_norm", "linear", "mish"),
+        weights="per_step",
+        a=((), (0.0,)),
+        b=(-0.5, 0.25),
+        c=(0.0, 0.0),
+        update="lerp",
+        carries="density",
+        outside="initial",
+        velocity="bfloat16",
+        compiler="eager",
+    ),
 }
 
 
