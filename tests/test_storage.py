@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rampde_fx
-from tests.comparison import compiled
+from tests.comparison import compiled, gradients, relative_errors
 from tests.models import FORMS, RK4, Midpoint, Uneven
 
 
@@ -102,3 +102,69 @@ def with_aot_eager(counter):
         return backend(graph_module, inputs, options={"compiler": "aot_eager"})
 
     return compile_and_count
+
+
+class Linear(torch.nn.Module):
+    """y' = w y, of which the velocity is a matrix product."""
+
+    def __init__(self, weight=-0.5):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight * torch.eye(4))
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * (torch.sin(1e-5 * y) @ self.weight)
+        return y
+
+
+def test_scaled_storage_has_the_range_of_the_state():
+    y, t = 7e4 * (1 + torch.rand(8, 4)), torch.linspace(0, 1, 5)
+    wanted = gradients(plain := Linear(), plain, y, t)
+    found = {}
+    for scaling in ("none", "dynamic"):
+        torch._dynamo.reset()
+        model = Linear()
+        policy = {"storage": torch.float16, "storage_scaling": scaling, "compiler": "eager"}
+        found[scaling] = gradients(compiled(model, torch.float32, **policy), model, y, t)
+    assert not found["none"][1].isfinite().any()  # loud, not wrong
+    assert max(relative_errors(found["dynamic"], wanted)) < 2e-3
+
+
+@pytest.mark.parametrize("velocity", [torch.float16, torch.float32], ids=str)
+def test_float8_storage(velocity):
+    model = RK4(dim=16, width=32)
+    y = torch.randn(64, 16)
+    wanted = gradients(model, model, y, torch.linspace(0, 1, 8))
+    policy = {"storage": torch.float8_e4m3fn}
+    errors = relative_errors(gradients(compiled(model, velocity, **policy), model, y, torch.linspace(0, 1, 8)), wanted)
+    assert errors[0] < 1e-3 and max(errors[1:2] + errors[3:]) < 2.0**-4  # the solution does not see the storage
+    measured = []
+    for steps in (3, 7):
+        torch._dynamo.reset()
+        fresh = RK4(dim=16, width=32)
+        measured.append(saved_bytes(compiled(fresh, velocity, **policy), y, torch.linspace(0, 1, steps + 1)))
+    assert measured[1] - measured[0] == 4 * (64 * 16 * 1 + 4 + 8)  # the state, its scale, t and dt
+    (loop,) = rampde_fx.explain(fresh, y, torch.linspace(0, 1, 8)).loops
+    assert loop.stored == ("y: float8_e4m3fn[64, 16]", "scale of y: float32[]")
+    assert loop.stored_bytes == 7 * (64 * 16 + 4) and loop.stored_bytes_fp32 == 7 * 64 * 16 * 4
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_state_beyond_float16_is_loud_where_the_velocity_would_hide_it(compiler):
+    class Saturating(Linear):
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * torch.tanh((1e-5 * y) @ self.weight)
+            return y
+
+    class SaturatingLater(Linear):
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * torch.tanh(y @ (1e-5 * self.weight))
+            return y
+
+    y, t = torch.full((2, 4), 7e4), torch.linspace(0, 1, 3)
+    inside = Saturating()
+    assert relative_errors([compiled(inside, torch.float16, compiler=compiler)(y, t)], [inside(y, t)])[0] < 1e-6
+    torch._dynamo.reset()
+    assert compiled(SaturatingLater(), torch.float16, compiler=compiler)(y, t).isnan().all()
