@@ -26,7 +26,6 @@ from tests.comparison import compiled, relative_errors
 
 steps = rampde_fx.steps
 aten = torch.ops.aten
-Patch = pytest.MonkeyPatch
 U16, U32 = 2.0**-11, 2.0**-24  # unit roundoffs of float16 and float32
 FP16 = 5 * U16  # the bound of README on gradients
 T = torch.linspace(0, 1, 5)
@@ -63,13 +62,11 @@ def leaves(*shapes):
 
 def assert_gradients_agree(function, loss, inputs, bound=FP16, dtype=torch.float16, **policy):
     """The mixed-precision gradients of a loss agree with eager's: those of the inputs and of a module's parameters."""
-    found = []
-    for run, owner in ((compiled(twin := copy.deepcopy(function), dtype, "eager", **policy), twin), (function,) * 2):
+    twin, found = copy.deepcopy(function), []
+    for run, owner in ((compiled(twin, dtype, "eager", **policy), twin), (function, function)):
         parameters = owner.parameters() if isinstance(owner, nn.Module) else []
         wanted = [x for x in (*inputs, *parameters) if x.requires_grad]
-        outputs = run(*inputs)
-        assert any(out.requires_grad for out in torch.utils._pytree.tree_leaves(outputs))
-        found.append(torch.autograd.grad(loss(outputs), wanted, allow_unused=True, materialize_grads=True))
+        found.append(torch.autograd.grad(loss(run(*inputs)), wanted, allow_unused=True, materialize_grads=True))
     assert max(relative_errors(*found)) < bound, relative_errors(*found)
 
 
@@ -239,13 +236,13 @@ class Watching(fx.Interpreter):
 
 
 def check_scale_follows_the_adjoint():
-    model, y, t = Layer(), torch.randn(4, 3), torch.linspace(0, 1, 21)
+    model, y, t = Layer(), torch.randn(4, 3), torch.linspace(0, 1, 21)  # 2^20 is beyond float16
     function = compiled(model, torch.float16, "eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     counts.backward_counts(reset=True)
     for _ in range(10):
         optimizer.zero_grad()
-        function(y, t).square().mean().backward()
+        function(y, t).square().sum().backward()
         optimizer.step()
     (count,) = counts.backward_counts(reset=True).values()
     assert (count.passes, count.repeated) == (10, 0)
@@ -644,7 +641,7 @@ class Fault:
 
     number: str
     check: Callable[[], None]
-    variant: Callable[[Patch], None]
+    variant: Callable[[pytest.MonkeyPatch], None]
     fails_by: type[Exception] = AssertionError
 
 
@@ -658,16 +655,16 @@ FAULTS = [
     Fault("5", check_scale_follows_the_adjoint, scale_doubles_every_step),
     Fault("6", check_host_reads, scales_and_flags_are_read_on_the_host),
     Fault("7", check_callers_gradient_is_untouched, adjoints_are_added_in_place),
-    Fault("8", check_gradient_of_t, gradient_of_t_keeps_the_batch, errors.RampdeError),
-    Fault("8", check_frozen_parameter, frozen_parameters_are_differentiated, errors.RampdeError),
+    Fault("8", check_gradient_of_t, gradient_of_t_keeps_the_batch, errors.RewriteError),
+    Fault("8", check_frozen_parameter, frozen_parameters_are_differentiated, errors.RewriteError),
     Fault("8", check_plain_function_as_velocity, gradients_of_modules_alone),
-    Fault("8", check_scalar_state, scale_expects_a_batch, errors.RampdeError),
+    Fault("8", check_scalar_state, scale_expects_a_batch, errors.RewriteError),
     Fault("9", check_second_derivative, second_derivatives_are_not_refused),
     Fault("10", check_dropout, masks_are_drawn_again),
     Fault("10", check_batch_norm, statistics_are_updated_twice),
     Fault("11", check_interrupted_backward, parameters_are_narrow_during_the_backward),
     Fault("11", check_replicas_stay_equal, scaling_remembers),
-    Fault("12", check_states_of_different_shapes, components_are_stacked, errors.RampdeError),
+    Fault("12", check_states_of_different_shapes, components_are_stacked, errors.RewriteError),
     Fault("12", check_small_beside_large_component, one_scale_covers_all_components),
     Fault("12", check_parameters_outside_of_the_velocity, gradients_of_modules_alone),
 ]
