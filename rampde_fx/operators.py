@@ -110,7 +110,6 @@ _fakes: dict[str, _Function] = {
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"rampde_fx::{_name}", _fake, lib=library)
-torch.library.register_fake("rampde_fx::record_sweep", lambda overflow, *_: torch.empty_like(overflow), lib=library)
 
 DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {torch.ops.rampde_fx.narrow.default: _narrow}
 _distributions: dict[str, Callable[..., torch.Tensor]] = {
