@@ -24,7 +24,6 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
 from rampde_fx.loop import CapturedStep, MarkedLoop, Source
-from rampde_fx.passes.partition_velocity import HEAVY
 
 aten = torch.ops.aten
 # A state keeps its identity through these, whatever it is scaled by and whatever is added.
@@ -218,7 +217,7 @@ def _accumulates(before: fx.Node, after: fx.Node) -> bool:
     open_nodes, seen = [after], {after}
     while open_nodes:
         node = open_nodes.pop()
-        parents = [] if graphs.operator_name(node.target) in HEAVY else node.all_input_nodes
+        parents = [] if graphs.is_product(node) else node.all_input_nodes
         open_nodes += [parent for parent in parents if parent not in seen]
         seen.update(parents)
     return before in seen

@@ -37,12 +37,6 @@ SCALE = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 CONTRACT = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
 MOVE = {aten.cat.default, aten.stack.default, aten.clone.default, aten.where.self, aten._to_copy.default}
 SCATTER = {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
-# Products of whole tensors, the cost of a velocity: operator names up to their variants.
-HEAVY = set(
-    """mm addmm bmm baddbmm addbmm mv addmv convolution convolution_backward linalg_solve
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
-)
 FUSED_SUM = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 Roles = dict[fx.Node, str]
 
@@ -119,7 +113,7 @@ def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_pro
     if roles[node] != "velocity" or node in promoted:
         return roles[node] == "state" or node in promoted
     varying = _varying(node, roles)
-    if graphs.operator_name(node.target) in HEAVY:
+    if graphs.is_product(node):
         follow = varying if through_products and len(varying) == 1 else []
     else:
         follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying

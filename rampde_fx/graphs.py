@@ -13,6 +13,13 @@ from torch import fx
 
 from rampde_fx import torch_private
 
+# Products of whole tensors, the cost of a velocity: operator names up to their variants.
+PRODUCTS = set(
+    """mm addmm bmm baddbmm addbmm mv addmv convolution convolution_backward linalg_solve
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
+)
+
 
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The module's placeholders, in order."""
@@ -45,6 +52,11 @@ def function_name(node: fx.Node) -> str:
 def operator_name(target: Any) -> str:
     """The name of an ATen operator up to its overload."""
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a product of whole tensors, the cost of a velocity."""
+    return operator_name(node.target) in PRODUCTS
 
 
 def is_float(node: Any) -> bool:

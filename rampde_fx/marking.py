@@ -103,6 +103,7 @@ def _marked_subclass(module_class: Any, policy: str) -> Any:
         "forward": _under(policy, module_class.forward),
         "__reduce_ex__": reduce,
         "__module__": module_class.__module__,
+        "_unmarked_class": module_class,
     }
     return type(module_class.__name__, (module_class,), namespace)
 
@@ -128,8 +129,8 @@ def mixed_precision(
 
     Args:
         target: A Module class, a Module instance or a function. A class and an instance are marked in place and
-            returned (their parameters, state_dict keys and isinstance relations stay); for a function a marked one is
-            returned. Without a target, a decorator is returned.
+            returned (their parameters, state_dict keys and isinstance relations stay; an instance that is marked again
+            takes the new policy); for a function a marked one is returned. Without a target, a decorator is returned.
         dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype).
         policy: The whole policy, instead of dtype.
 
@@ -155,7 +156,7 @@ def mixed_precision(
         _mark_class(target, encoded)
         return target
     if isinstance(target, nn.Module):
-        module_class: Any = type(target)
+        module_class: Any = getattr(type(target), "_unmarked_class", type(target))  # marked again: the new policy
         target.__class__ = _marked_subclass(module_class, encoded)
         return target
     if callable(target) and not isinstance(target, type):

@@ -228,7 +228,7 @@ SIGNAL: dict[str, Callable[[int], nn.Module]] = {
     "conv": lambda d: nn.Conv1d(d, d, 3, padding=1),
     "circular": lambda d: nn.Conv1d(d, d, 3, padding=1, padding_mode="circular"),
     "depthwise": lambda d: nn.Conv1d(d, d, 3, padding="same", groups=d, bias=False),
-    "transposed_conv": lambda d: nn.ConvTranspose1d(d, d, 3, padding=1),
+    # No transposed convolution: torch's CPU kernel sums its terms in the dtype of the operands.
     "group_norm": lambda d: nn.GroupNorm(1, d),
     "instance_norm": lambda d: nn.InstanceNorm1d(d, affine=True),
     "pool": lambda d: Pool(True),

@@ -451,3 +451,11 @@ def test_time_is_not_rounded_as_a_first_operand(dtype):
             dtypes = {n.meta["val"].dtype for n in operands}
             assert node.args[0].meta["val"].ndim > 0 or dtypes == {torch.float32}, node
     assert seen >= 4
+
+
+def test_an_instance_that_is_marked_again_takes_the_new_policy():
+    model = TimeFirst()
+    for dtype in (torch.float16, torch.bfloat16):
+        marked = rampde_fx.mixed_precision(model, dtype=dtype)
+        (loop,) = rampde_fx.explain(marked, torch.randn(3, 5), torch.linspace(0, 1, 4)).loops
+        assert marked is model and loop.policy.velocity is dtype
