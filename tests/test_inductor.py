@@ -7,8 +7,8 @@ import torch
 
 import rampde_fx
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import Flow, LogDensity, ThreeStep, Trajectory, TwoLoops
-from tests.test_scaling import Wide
+from tests.models import Euler, Flow, LogDensity, ThreeStep, Trajectory, TwoLoops
+from tests.test_scaling import Steep
 
 pytestmark = [pytest.mark.inductor, pytest.mark.slow]
 
@@ -37,7 +37,10 @@ def test_buffers_of_the_outer_graph_are_not_donated_to_the_bodies_of_loops():
 
 
 def test_a_backward_that_is_repeated():
-    agree(Wide(), torch.randn(4096, 4), torch.linspace(0, 1, 4), 2e-3)
+    rampde_fx.backward_counts(reset=True)
+    agree(Steep(64), 1e-3 * (1 + torch.rand(16, 64)), torch.linspace(0, 1e-6, 4), 2.5e-3)
+    (count,) = rampde_fx.backward_counts().values()
+    assert count.passes == count.repeated == 2 and count.overflowed == 0
 
 
 def test_equal_batch_sums_without_fullgraph():
@@ -88,3 +91,36 @@ def test_the_name_of_the_backend_is_enough_and_inductor_is_the_default():
     assert "rampde_fx" in torch._dynamo.list_backends()
     y, t = torch.ones(3), torch.linspace(0, 1, 2)
     assert torch.equal(torch.compile(double, backend="rampde_fx")(y, t), 2 * y)
+
+
+class Growth(torch.nn.Module):
+    """Linear in y: entry by entry the derivative is y(T) / y0, if the backward draws the forward's masks."""
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.nn.functional.dropout(y, 0.5)
+        return y
+
+
+def test_random_numbers_are_drawn_again():
+    y, t = 1 + torch.rand(64, 5), torch.linspace(0, 1, 9)
+    end, gradient, _ = gradients(compiled(Growth(), torch.float32, "inductor"), Growth(), y, t)
+    ratio = end / y
+    assert len(ratio.round(decimals=3).unique()) > 5  # masks that differ from entry to entry
+    torch.testing.assert_close(gradient, 2 * end * ratio / end.numel(), rtol=1e-5, atol=0)
+
+
+def test_compensated_sums_and_states_of_one_byte():
+    policy = {"storage": torch.float8_e4m3fn, "accumulation": "compensated"}
+    agree(Euler(), torch.randn(16, 5), torch.linspace(0, 1, 6), 2e-2, **policy)
+
+
+def test_compensation_survives_the_optimiser():
+    @rampde_fx.mixed_precision(policy=rampde_fx.PrecisionPolicy(torch.float16, accumulation="compensated", loop="scan"))
+    def drift(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.cos(0.0 * y)
+        return y
+
+    y, t = torch.full((2, 3), 4096.0), torch.linspace(0, 2.0**-6, 65)  # increments of 2^-12, digits of 2^-11
+    assert torch.equal(torch.compile(drift, backend="rampde_fx")(y, t), y + 2.0**-6)
