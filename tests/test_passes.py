@@ -15,6 +15,7 @@ from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
+from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.widen_gradients import find_sums, widen_gradients, widened
@@ -33,7 +34,14 @@ def flow(y, w, g, t):
 ARGUMENTS = (torch.zeros(3, 5, requires_grad=True), torch.ones(5, 5), torch.ones(5), torch.linspace(0, 1, 4))
 
 
-def through(function, arguments=ARGUMENTS):
+@rampde_fx.mixed_precision(dtype=torch.float16)
+def diffusion(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y + dt * torch.nn.functional.dropout(y, 0.4) + torch.rand(5)
+    return y
+
+
+def through(function, arguments=ARGUMENTS, model=flow):
     """What the function returns for the captured graph, under its fake mode."""
     found = []
 
@@ -42,7 +50,7 @@ def through(function, arguments=ARGUMENTS):
             found.append(function(graphs.copied(graph_module)))
         return graph_module.forward
 
-    torch.compile(flow, backend=backend, fullgraph=True)(*arguments)
+    torch.compile(model, backend=backend, fullgraph=True)(*arguments)
     return found[0]
 
 
@@ -125,6 +133,29 @@ class GraphModule(torch.nn.Module):
         return (add_1,)
 """,
         )
+
+    def test_replay_random(self):
+        def run(graph_module):
+            loop = marked(graph_module)
+            captured = replay_random(capture_step(graph_module, loop, match_iterations(loop)))
+            again = replay_random(captured)
+            assert again is captured and [source.kind for source in captured.inputs][-2:] == ["index", "seed"]
+            return printed(captured.step)
+
+        self.assertExpectedInline(through(run, (ARGUMENTS[0], ARGUMENTS[3]), diffusion), """\
+class GraphModule(torch.nn.Module):
+    def forward(self, args_0: "f32[3, 5]", dt: "f32[]", index: "i64[]", seed: "i64[]"):
+        empty_like: "f32[3, 5]" = aten.empty_like.default(args_0)
+        bernoulli: "f32[3, 5]" = rampde_fx.bernoulli.default(seed, index, 0, empty_like, 0.6)
+        div: "f32[3, 5]" = aten.div.Scalar(bernoulli, 0.6)
+        mul: "f32[3, 5]" = aten.mul.Tensor(args_0, div)
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, mul)
+        add: "f32[3, 5]" = aten.add.Tensor(args_0, mul_1)
+        empty: "f32[5]" = aten.empty.memory_format([5], device = device(type='cpu'), pin_memory = False)
+        uniform: "f32[5]" = rampde_fx.uniform.default(seed, index, 1, empty)
+        add_1: "f32[3, 5]" = aten.add.Tensor(add, uniform)
+        return (add_1, args_0, dt)
+""")
 
     def test_hoist_invariants(self):
         loop = after(hoist_invariants)
