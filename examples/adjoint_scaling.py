@@ -52,7 +52,7 @@ class Decay(nn.Module):
 
     def velocity(self, t: Tensor, y: Tensor) -> Tensor:
         """The right-hand side."""
-        return -y * (self.a * t**2 + self.b * t + self.c)
+        return -(self.a * t**2 + self.b * t + self.c) * y
 
     def forward(self, y: Tensor, t: Tensor) -> Tensor:
         """Integrates y (starts,) over the time points t."""
