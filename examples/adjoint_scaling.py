@@ -163,8 +163,9 @@ def trajectory(policy: PrecisionPolicy, t: Tensor) -> Trajectory:
     y = torch.full((1,), START)
     with torch.enable_grad():  # else there is no adjoint
         loop = rampde_fx.explain(decay, y.clone().requires_grad_(), t[:4]).loops[0]
-    scaling = loop.policy.adjoint_scaling
-    known = {"a": decay.a, "b": decay.b, "c": decay.c, "target": torch.tensor(scaling.target if scaling else 1.0)}
+    target = torch.tensor(1.0 if loop.target is None else loop.target)
+    known = {"a": decay.a, "b": decay.b, "c": decay.c, "target": target}
+    known |= {f"total_{name}": torch.zeros(()) for name in "abc"}  # of the parameters' gradients, not drawn
 
     def inputs(graph: fx.GraphModule, i: int, **values: Tensor) -> list[Tensor]:
         values = {**known, "t": t[i], "dt": t[i + 1] - t[i], **values}
