@@ -290,6 +290,8 @@ class Result:
             discretisation error; more steps or a lower learning rate mend that.
         stored: Bytes that the integration loop stores for the backward.
         stored_autograd: Bytes that plain autograd would store.
+        backward: Backward passes of this process, and how many overflowed and were repeated; all zero where the adjoint
+            is not scaled.
     """
 
     history: History
@@ -297,6 +299,7 @@ class Result:
     held_out_fine: float
     stored: int
     stored_autograd: int
+    backward: rampde_fx.BackwardCount
 
 
 def run(settings: Settings, out: Path, resume: bool) -> Result | None:
@@ -307,10 +310,13 @@ def run(settings: Settings, out: Path, resume: bool) -> Result | None:
     flow = rampde_fx.mixed_precision(flow, dtype=DTYPES[settings.dtype])
     model = torch.compile(flow, backend="rampde_fx", options={"compiler": settings.compiler}, fullgraph=True)
     checkpoint = settings.checkpoint(out)
+    rampde_fx.backward_counts(reset=True)
     history, interrupted = train(settings, data, flow, model, checkpoint, resume)
     if interrupted:
         print(f"interrupted after {len(history.losses)} iterations; continue with --resume from {checkpoint}")
         return None
+
+    (backward,) = rampde_fx.backward_counts().values() or [rampde_fx.BackwardCount()]  # one loop; none unscaled
 
     t = settings.time_grid()
     held_out_points = data.held_out.to(settings.device)
@@ -334,7 +340,7 @@ def run(settings: Settings, out: Path, resume: bool) -> Result | None:
             log_p = torch.cat([log_density(flow, chunk, t) for chunk in grid.split(8192)])
         density_plots.planar(real, samples, log_p.exp().cpu(), picture)
     print(f"{checkpoint.stem}: held-out loss {held_out:.4f} nats, picture {picture}")
-    return Result(history, held_out, held_out_fine, loop.stored_bytes, loop.stored_bytes_autograd)
+    return Result(history, held_out, held_out_fine, loop.stored_bytes, loop.stored_bytes_autograd, backward)
 
 
 def print_results(results: dict[str, Result]) -> None:
@@ -351,6 +357,8 @@ def print_results(results: dict[str, Result]) -> None:
         ("other iterations, median (ms)", median_ms, ".1f"),
         ("stored for the backward (MiB)", lambda r: r.stored / MIB, ".3f"),
         ("  by plain autograd (MiB)", lambda r: r.stored_autograd / MIB, ".3f"),
+        ("backward passes counted", lambda r: r.backward.passes, "d"),
+        ("  repeated (%)", lambda r: 100 * r.backward.repeated / max(r.backward.passes, 1), ".1f"),
     ]
     print(f"\n{'':32}" + "".join(f"{dtype:>12}" for dtype in results))
     for label, value, form in rows:
