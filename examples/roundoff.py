@@ -234,9 +234,13 @@ def table(rows: list[Row], methods: list[str], curves: list[Arithmetic]) -> str:
 
 
 def draw(rows: list[Row], methods: list[str], curves: list[Arithmetic], path: Path) -> None:
-    """Draws all errors against N, a column for each method and a row for each quantity."""
-    figure = Figure(figsize=(4.4 * len(methods), 11), layout="constrained")
-    panels = figure.subplots(len(QUANTITIES), len(methods), sharex=True, sharey="row", squeeze=False)
+    """Draws all errors against N: a column for each method and a row for each quantity, one row for one method."""
+    if len(methods) == 1:
+        figure = Figure(figsize=(13, 4.8), layout="constrained")
+        panels = figure.subplots(1, len(QUANTITIES), sharey=True, squeeze=False).T
+    else:
+        figure = Figure(figsize=(4.4 * len(methods), 11), layout="constrained")
+        panels = figure.subplots(len(QUANTITIES), len(methods), sharex=True, sharey="row", squeeze=False)
     u = unit_roundoff(torch.float32)
     for line, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
         for axes, method in zip(line, methods, strict=True):
@@ -267,7 +271,7 @@ def draw(rows: list[Row], methods: list[str], curves: list[Arithmetic], path: Pa
             if quantity == "solution":
                 axes.set_title(method)
         line[0].set_ylabel(f"relative error of {label}")
-    for axes in panels[-1]:
+    for axes in panels.flat if len(methods) == 1 else panels[-1]:
         axes.set_xlabel("steps N")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
