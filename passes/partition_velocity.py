@@ -117,10 +117,8 @@ def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_pro
         follow = varying if through_products and len(varying) == 1 else []
     else:
         follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
-    if node.target in SUM:
-        # Beside a state, or what comes from one without a product, the other summand is an increment.
-        follow = [v for v in follow if roles[v] == "state"] or follow
-        through_products = through_products or len(follow) < len(varying)
+    through_products = through_products or (node.target in SUM and len(follow) < len(varying))
+    # Beside a summand that comes from a state without a product, one that comes through a product is an increment.
     several = node.target in SUM and len(follow) > 1
     found = [_promote(v, roles, promoted, through_products=through_products and not several) for v in follow]
     if several and through_products and not any(found):

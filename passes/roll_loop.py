@@ -118,7 +118,7 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: int) ->
     if source.kind == "index":
         return graph.call_function(torch.arange, (first, first + count), {"device": torch.device(source.key)})
     if source.kind == "seed":
-        return graph.call_function(torch.randint, (2**62, ()), {"device": torch.device(source.key)})
+        return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(source.key)})
     if source.kind == "time":
         t = marked.markers[0].args[0]
         starts = _getitem(graph, t, slice(first, first + count))

@@ -27,6 +27,7 @@ class BackwardCount:
 
 _lock = threading.Lock()
 _counts: dict[str, BackwardCount] = {}
+_warned: set[str] = set()
 
 
 def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
@@ -65,7 +66,10 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool) -> None:
         count = _counts[loop] = BackwardCount(
             count.passes + (attempt == 0), count.repeated + (attempt == 1), count.overflowed + (overflow and last)
         )
-    if attempt == 1 and count.passes == WARN_AFTER and count.repeated >= WARN_SHARE * count.passes:
+        often = count.passes >= WARN_AFTER and count.repeated >= WARN_SHARE * count.passes
+        warn = attempt == 1 and often and loop not in _warned
+        _warned.update([loop] if warn else [])
+    if warn:
         warnings.warn(
             f"{count.repeated} of {count.passes} backward passes of the loop at {loop} overflowed and were computed "
             "twice; a lower target avoids this: PrecisionPolicy(scaling=AdjointScaling(target=2.0**-8))",

@@ -55,7 +55,7 @@ class UnsupportedVelocityError(RampdeError):
 
 
 class RandomVelocityError(UnsupportedVelocityError):
-    """A step that draws random numbers, which the backward's recomputation would not repeat."""
+    """A step that draws random numbers of a distribution that the backward's recomputation cannot draw again."""
 
 
 class SecondDerivativeError(RampdeError):

@@ -142,7 +142,9 @@ class GraphModule(torch.nn.Module):
             assert again is captured and [source.kind for source in captured.inputs][-2:] == ["index", "seed"]
             return printed(captured.step)
 
-        self.assertExpectedInline(through(run, (ARGUMENTS[0], ARGUMENTS[3]), diffusion), """\
+        self.assertExpectedInline(
+            through(run, (ARGUMENTS[0], ARGUMENTS[3]), diffusion),
+            """\
 class GraphModule(torch.nn.Module):
     def forward(self, args_0: "f32[3, 5]", dt: "f32[]", index: "i64[]", seed: "i64[]"):
         empty_like: "f32[3, 5]" = aten.empty_like.default(args_0)
@@ -155,7 +157,8 @@ class GraphModule(torch.nn.Module):
         uniform: "f32[5]" = rampde_fx.uniform.default(seed, index, 1, empty)
         add_1: "f32[3, 5]" = aten.add.Tensor(add, uniform)
         return (add_1, args_0, dt)
-""")
+""",
+        )
 
     def test_hoist_invariants(self):
         loop = after(hoist_invariants)

@@ -303,6 +303,9 @@ FOUND = {
     "cotangents of a trajectory stood before a correction that they use": Problem(
         output="trajectory", accumulation="compensated", compiler="eager"
     ),
+    "a rectified state was taken for an increment of the state that it is added to": Problem(
+        decay="rectified", velocity="float16", compiler="eager"
+    ),
     "outputs of a normalisation were taken for another kind of node than the normalisation": Problem(
         space="sequence",
         width=1,
