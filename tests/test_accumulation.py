@@ -37,14 +37,19 @@ def test_roundoff_of_states_and_gradients_does_not_grow_with_the_steps():
         assert after < 3 * u and after < before / 2, (plain, better)
 
 
-def test_increments_below_the_last_digit_are_not_lost():
-    @rampde_fx.mixed_precision(policy=rampde_fx.PrecisionPolicy(torch.float16, accumulation="compensated", loop="scan"))
-    def drift(y, t):
-        for _, dt in rampde_fx.steps(t):
-            y = y + dt * torch.cos(0.0 * y)
-        return y
+@rampde_fx.mixed_precision(policy=rampde_fx.PrecisionPolicy(torch.float16, accumulation="compensated", loop="scan"))
+def drift(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y + dt * torch.cos(0.0 * y)
+    return y
 
-    y, t = torch.full((2, 3), 4096.0), torch.linspace(0, 2.0**-6, 65)  # increments of 2^-12, digits of 2^-11
+
+# Increments of 2^-12 to states whose last digit is 2^-11.
+DRIFT = (torch.full((2, 3), 4096.0), torch.linspace(0, 2.0**-6, 65))
+
+
+def test_increments_below_the_last_digit_are_not_lost():
+    y, t = DRIFT
     function = torch.compile(drift, backend="rampde_fx", options={"compiler": "eager"})
     assert torch.equal(function(y, t), y + 2.0**-6)
     assert torch.equal(drift(y, t), y)  # eager stands still

@@ -8,6 +8,7 @@ import torch
 import rampde_fx
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Euler, Flow, LogDensity, ThreeStep, Trajectory, TwoLoops
+from tests.test_accumulation import DRIFT, drift
 from tests.test_scaling import Steep
 
 pytestmark = [pytest.mark.inductor, pytest.mark.slow]
@@ -116,11 +117,5 @@ def test_compensated_sums_and_states_of_one_byte():
 
 
 def test_compensation_survives_the_optimiser():
-    @rampde_fx.mixed_precision(policy=rampde_fx.PrecisionPolicy(torch.float16, accumulation="compensated", loop="scan"))
-    def drift(y, t):
-        for _, dt in rampde_fx.steps(t):
-            y = y + dt * torch.cos(0.0 * y)
-        return y
-
-    y, t = torch.full((2, 3), 4096.0), torch.linspace(0, 2.0**-6, 65)  # increments of 2^-12, digits of 2^-11
+    y, t = DRIFT
     assert torch.equal(torch.compile(drift, backend="rampde_fx")(y, t), y + 2.0**-6)
