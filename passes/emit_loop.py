@@ -72,10 +72,7 @@ class _Emission:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self.inputs = graphs.placeholders(loop.step)[: len(loop.needs_grad)]
-        results = graphs.results(loop.step)
-        own = len(results) - len(loop.corrections)
-        self.stored = results[own - len(loop.stored) : own]
-        self.outputs = results[loop.carries : own - len(loop.stored)]
+        self.outputs, self.stored = loop.step_outputs()
         self.step = Body(
             loop.step, range(len(self.inputs)), loop.first_invariant(), loop.carries, corrections=loop.corrections
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from rampde_fx import graphs
 from rampde_fx.policy import PrecisionPolicy
 
 
@@ -163,6 +164,12 @@ class Loop:
     def first_invariant(self) -> int:
         """Index of the first invariant among the step's placeholders."""
         return self.carries + self.per_step
+
+    def step_outputs(self) -> tuple[list[fx.Node], list[fx.Node]]:
+        """What the step returns beside its carries and corrections: per-step outputs, and stored values."""
+        results = graphs.results(self.step)[self.carries :]
+        first_stored = len(results) - len(self.corrections) - len(self.stored)
+        return results[:first_stored], results[first_stored : first_stored + len(self.stored)]
 
 
 class LoopNode(nn.Module):

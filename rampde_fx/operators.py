@@ -101,22 +101,18 @@ torch.library.register_autograd(
     lib=library,
 )
 library.impl("record_sweep", _record_sweep, "CPU")
+_distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, "bernoulli": _bernoulli}
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
 _fakes: dict[str, _Function] = {
     "stop_gradient": torch.empty_like,
     "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
     "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
-    **dict.fromkeys(("uniform", "normal", "bernoulli"), lambda seed, index, draw, like, *_: torch.empty_like(like)),
+    **dict.fromkeys(_distributions, lambda seed, index, draw, like, *_: torch.empty_like(like)),
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"rampde_fx::{_name}", _fake, lib=library)
 
-DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {torch.ops.rampde_fx.narrow.default: _narrow}
-_distributions: dict[str, Callable[..., torch.Tensor]] = {
-    "uniform": _uniform,
-    "normal": _normal,
-    "bernoulli": _bernoulli,
-}
+DECOMPOSITIONS: dict[Any, _Function] = {torch.ops.rampde_fx.narrow.default: _narrow}
 for _name, _function in _distributions.items():
     _operator = getattr(torch.ops.rampde_fx, _name)
     library.impl(_name, _function, "CompositeExplicitAutograd")

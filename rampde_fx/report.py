@@ -140,9 +140,8 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
 
 
 def _report(loop: Loop) -> LoopReport:
-    inputs, results = graphs.placeholders(loop.step), graphs.results(loop.step)
-    own = len(results) - len(loop.corrections)
-    stored = list(zip((inputs[i] for i in loop.stored), results[own - len(loop.stored) : own], strict=True))
+    inputs = graphs.placeholders(loop.step)
+    stored = list(zip((inputs[i] for i in loop.stored), loop.step_outputs()[1], strict=True))
     return LoopReport(
         where=loop.where,
         steps=loop.steps,
