@@ -278,11 +278,16 @@ def _trace_vjp(
     value = graphs.value(node)
     like = list(value) if isinstance(value, (tuple, list)) else [value]
     cotangents = [torch_private.detached(like[i]) for i in outputs]
+    return _traced(vjp, [*values, *cotangents], f"the operation {node.target}", node)
+
+
+def _traced(derivative: Callable[..., Any], values: list[Any], of: str, node: fx.Node) -> fx.GraphModule:
+    """The trace of a derivative of what stands at the node."""
     try:
-        return torch_private.trace(vjp, [*values, *cotangents])
+        return torch_private.trace(derivative, values)
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedVelocityError(
-            f"the operation {node.target} has no derivative that can be traced: {error}",
+            f"{of} has no derivative that can be traced: {error}",
             required="a step that torch can differentiate",
             fix="detach what needs no gradient, or write the operation by others",
             where=graphs.user_line(node),
@@ -305,7 +310,7 @@ def split_pullback(
         present[:] = [i for i, gradient in zip(wanted, gradients, strict=True) if gradient is not None]
         return [*flat, *(gradient for gradient in gradients if gradient is not None)]
 
-    traced = torch_private.trace(joint, [*values, *tangents])
+    traced = _traced(joint, [*values, *tangents], "a velocity evaluation", graphs.body(velocity)[-1])
     names = [node.name for node in inputs] + [f"cotangent_{i}" for i in range(len(outputs))]
     traced = graphs.named(traced, names)
     nodes, found = graphs.placeholders(traced), graphs.results(traced)

@@ -193,7 +193,9 @@ class _Lowering(fx.Interpreter):
             def cast(value: Any) -> Any:
                 return value if not _is_float_tensor(value) or (keep_scalars and value.ndim == 0) else _cast(value, to)
 
-            args, kwargs = torch.utils._pytree.tree_map(cast, (args, kwargs))
+            kept = _statistics(target)
+            args = tuple(a if i in kept else torch.utils._pytree.tree_map(cast, a) for i, a in enumerate(args))
+            kwargs = torch.utils._pytree.tree_map(cast, kwargs)
         try:
             result = super().call_function(target, args, kwargs)
             return result if back is None else _cast(result, back)
@@ -217,6 +219,12 @@ def _rounds_first(args: Any, tensors: list[torch.Tensor]) -> bool:
     others = {tensor.dtype for tensor in tensors if tensor.ndim > 0}
     first = args[0] if args and _is_float_tensor(args[0]) and args[0].ndim == 0 else None
     return first is not None and first.dtype not in HALF and len(others) == 1 and others <= set(HALF)
+
+
+def _statistics(target: Any) -> set[int]:
+    """The arguments of an operation that are fp32 whatever the dtype: an attention's, for its backward."""
+    schema = getattr(target, "_schema", None)
+    return {i for i, argument in enumerate(schema.arguments) if argument.name == "logsumexp"} if schema else set()
 
 
 def _beyond(dtype: torch.dtype, args: Any, kwargs: Any) -> bool:

@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rampde_fx import errors
 from rampde_fx.errors import RampdeError
 from rampde_fx.passes.store_states import TARGETS
 from tests.comparison import compiled
@@ -320,12 +321,50 @@ FOUND = {
         velocity="bfloat16",
         compiler="eager",
     ),
+    "the fp32 log-sum-exp of an attention was cast down for its backward": Problem(
+        space="sequence",
+        layers=("sdpa",),
+        carries="density",
+        gradient="argument_detached",
+        wanted="state",
+        velocity="float16",
+        compiler="eager",
+    ),
 }
 
 
 @pytest.mark.parametrize("problem", FOUND.values(), ids=FOUND)
 def test_what_random_problems_found(problem):
     check(problem)
+
+
+def test_a_velocity_without_a_second_derivative_is_refused():
+    """The divergence of an attention, which eager differentiates no further than asked, was an unforeseen error."""
+    problem = Problem(
+        seed=660,
+        space="sequence",
+        batch=3,
+        width=5,
+        layers=("sdpa", "mish", "plain_layer_norm", "roll"),
+        weights="schedule",
+        update="lerp",
+        decay="number",
+        carries="density",
+        gradient="argument_detached",
+        outside="initial",
+        output="trajectory",
+        layout="transposed",
+        grid="repeated",
+        start=1.0,
+        steps=5,
+        wanted="state",
+        velocity="float16",
+        loop="scan",
+        compiler="eager",
+    )
+    with pytest.raises(errors.UnsupportedVelocityError, match="has no derivative") as caught:
+        check(problem)
+    assert "random_models.py" in caught.value.where
 
 
 @pytest.mark.slow
