@@ -60,3 +60,11 @@ class RandomVelocityError(UnsupportedVelocityError):
 
 class SecondDerivativeError(RampdeError):
     """A second derivative asked for through a rewritten loop."""
+
+
+class TableauError(RampdeError, ValueError):
+    """A Butcher tableau that is not that of an explicit method of the order it claims."""
+
+
+class MethodError(RampdeError, ValueError):
+    """A method that is neither a known name nor a tableau."""
