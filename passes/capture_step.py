@@ -46,9 +46,7 @@ def _torch_step(graph_module: fx.GraphModule, run: Run) -> tuple[list[Source], f
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _, operands=operands: place[next(operands)])
         place[position] = graph.create_node(node.op, node.target, args, kwargs, node.name)
         place[position].meta = dict(node.meta)
-    last = len(run.iterations) - 1
-    finals = {source.key for source in carries if len(source.values) == 1}
-    outputs = [key for key, ks in run.outputs.items() if ks != [last] or key not in finals]
+    outputs = run.stacked()
     nexts = [place[_next(source)] for source in carries]
     graph.output((*nexts, *(place[key] for key in outputs)))
     return inputs, fx.GraphModule(graph_module, graph), outputs

@@ -1,6 +1,7 @@
 """Find the marked integration loops of a captured graph.
 
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
+         or enter(t, dt, states), nodes of one iteration, leave(states, nexts), which odeint leaves
 After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
 
 A loop inside a checkpointed function stands in the body of a tag_activation_checkpoint node, a graph of its own.
@@ -19,14 +20,14 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
-from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx import operators, torch_private
+from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.graphs import user_line
 from rampde_fx.loop import MarkedLoop
 from rampde_fx.policy import PrecisionPolicy
 
 STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
-END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default}
+END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave}
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
@@ -39,7 +40,11 @@ def has_loop(graph_module: fx.GraphModule) -> bool:
 
 def _first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
     inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
-    return next((node for module in inner for node in module.graph.nodes if node.target in STEP), None)
+    return next((node for module in inner for node in module.graph.nodes if _is_marker(node)), None)
+
+
+def _is_marker(node: fx.Node) -> bool:
+    return node.target in STEP or node.target is operators.enter
 
 
 def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:
@@ -48,8 +53,8 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     open_loop: MarkedLoop | None = None
     transforms, regions = 0, int(autocast)
     for node in graph_module.graph.nodes:
-        if node.target in STEP:
-            if node.args[1] == 0:
+        if _is_marker(node):
+            if node.target is operators.enter or node.args[1] == 0:
                 _check_surroundings(node, open_loop, transforms, regions)
                 open_loop = _opened(node, gradients)
             assert open_loop is not None, "iteration 0 comes first"
@@ -57,6 +62,8 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             open_loop.iterations.append([])
         elif node.target in END and open_loop is not None:
             loops.append(replace(open_loop, end=node))
+            if open_loop.once and node.args[-1]:
+                raise velocity_error(str(node.args[-1]), user_line(open_loop.markers[0]))
             for nodes in open_loop.iterations:
                 _check_iteration(nodes, open_loop.differentiated)
             open_loop = None
@@ -98,10 +105,10 @@ def _opens(node: fx.Node, suffix: str) -> int:
 
 
 def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
-    policy = marker.args[2]
+    policy = marker.args[-1]
     if not policy:
         raise UnsupportedLoopError(
-            "a loop over rampde_fx.steps(t) runs outside of any mixed_precision target",
+            "a loop over rampde_fx.steps(t), or an odeint without a policy, runs outside of any mixed_precision target",
             required="a policy for every loop that the rampde_fx backend compiles",
             fix="decorate the Module or the function that holds the loop with @rampde_fx.mixed_precision",
             where=user_line(marker),
@@ -115,6 +122,13 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
             "torch.compile cuts a DistributedDataParallel module at its gradient buckets, here inside a marked loop",
             required="a graph that holds the whole loop",
             fix="compile inside: DDP(torch.compile(model)); or set torch._dynamo.config.optimize_ddp = False",
+            where=user_line(loop.markers[-1]),
+        )
+    if loop.once:
+        return UnsupportedLoopError(
+            "there is a graph break in the velocity of an odeint",
+            required="a velocity that Dynamo captures as a whole",
+            fix="torch.compile(..., fullgraph=True) says where it breaks",
             where=user_line(loop.markers[-1]),
         )
     return UnsupportedLoopError(

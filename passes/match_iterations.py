@@ -8,6 +8,8 @@ value that iteration k takes from iteration k - d, and the first d iterations ta
 multistep methods). What differs but comes from outside is a per-step input; an operation whose constant differs but
 whose operands all come from outside (weights[i]) is moved before the loop and becomes one.
 
+The one iteration of a loop that was captured once is a run as it stands: its markers name the carries.
+
 Requires: a MarkedLoop.
 Ensures:  every iteration belongs to one run; iterations that differ from their neighbours are runs of one.
 """
@@ -21,8 +23,9 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
+from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.graphs import value
-from rampde_fx.loop import MarkedLoop, Run, Source
+from rampde_fx.loop import MarkedLoop, Run, Source, reads_end
 
 Key = int | str
 Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a value from outside
@@ -31,6 +34,8 @@ IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itrued
 
 def match_iterations(marked: MarkedLoop) -> Run:
     """The longest run of equal iterations at the beginning of the loop."""
+    if marked.once:
+        return _captured_once(marked)
     iterations = [_without_time(nodes) for nodes in marked.iterations]
     times = {
         user: ("t", "dt")[user.args[1]]
@@ -50,6 +55,36 @@ def match_iterations(marked: MarkedLoop) -> Run:
         for p, row in enumerate(places)
     ]
     return Run(run, sources, _outputs(run, owner, marked))
+
+
+def _captured_once(marked: MarkedLoop) -> Run:
+    """The one iteration that stands for all: enter names its states, leave what they become."""
+    (enter,), leave = marked.markers, marked.end
+    _, _, states, _ = enter.args
+    nexts = leave.args[1]
+    nodes = [n for n in marked.iterations[0] if not (n.target is operator.getitem and n.args[0] is enter)]
+    position = {node: i for i, node in enumerate(nodes)}
+    keys = [position[node] for node in nexts]
+    entered: list[Source] = [Source("time", (), "t"), Source("time", (), "dt")]
+    entered += [Source("carry", (state,), key) for state, key in zip(states, keys, strict=True)]
+
+    def source(operand: fx.Node) -> Source | Key:
+        if operand in position:
+            return position[operand]
+        inside = operand.target is operator.getitem and operand.args[0] is enter
+        return entered[operand.args[1]] if inside else Source("invariant", (operand,))
+
+    for node in nodes:
+        if any(user not in position and user is not leave for user in node.users):
+            raise UnsupportedLoopError(
+                "a value of a step of odeint is read outside of it",
+                required="a velocity that returns what it computes, and keeps nothing",
+                fix="integrate the value as a state, or collect it in a loop over steps(t)",
+                where=graphs.user_line(node),
+            )
+    read = {user.args[1] for user in leave.users if not all(map(reads_end, user.users))}
+    sources = [[source(operand) for operand in graphs.operands(node)] for node in nodes]
+    return Run([nodes], sources, {key: [] for j, key in enumerate(keys) if j in read}, once=True)
 
 
 def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:

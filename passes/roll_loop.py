@@ -19,25 +19,25 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source
+from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source, reads_end
 
 
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captured: CapturedStep, name: str) -> Loop:
     """Replace the first iterations of a marked loop, a Run, by a call of a LoopNode of the given name."""
-    loop = _loop(marked, captured, len(run.iterations))
+    starts = graphs.value(marked.markers[0].args[0])
+    loop = _loop(marked, captured, starts.shape[0] if run.once else len(run.iterations))
     _replace(graph_module, marked, run, captured, name, loop)
     return loop
 
 
-def _loop(marked: MarkedLoop, captured: CapturedStep, steps: int) -> Loop:
+def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
     inputs, step = captured.inputs, captured.step
-    t = graphs.value(marked.markers[0].args[0])
 
     def needs_grad(source: Source) -> bool:
         if not marked.differentiated:
             return False
         if source.kind == "time":
-            return t.requires_grad
+            return graphs.value(_times(marked, source.key)).requires_grad
         return any(getattr(graphs.value(node), "requires_grad", False) for node in source.values)
 
     kinds = [source.kind for source in inputs]
@@ -56,6 +56,11 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: int) -> Loop:
     )
 
 
+def _times(marked: MarkedLoop, key: Any) -> fx.Node:
+    """The tensor behind a time: the grid t, or of a loop captured once its starts or its step sizes."""
+    return marked.markers[0].args[marked.once and key == "dt"]
+
+
 def _replace(
     graph_module: fx.GraphModule,
     marked: MarkedLoop,
@@ -70,13 +75,16 @@ def _replace(
     following = [*marked.markers, marked.end][count]
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
-        operands = _distinct_memory(graph, [_operand(graph, source, marked, count) for source in inputs])
+        operands = _distinct_memory(graph, [_operand(graph, source, marked, loop.steps) for source in inputs])
         call = graph.call_module(name, tuple(operands))
         results = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
         for i, target in captured.written.items():
             if target.op == "placeholder" or _shared(graph, target, run):
                 results[i] = graph.call_method("copy_", (target, results[i]))
-        _rewire(graph, marked, run, inputs, outputs, results)
+        if run.once:
+            _replace_trajectories(graph, marked, run, captured, results)
+        else:
+            _rewire(graph, marked, run, inputs, outputs, results)
     for nodes in reversed(run.iterations):
         for node in reversed(nodes):
             graph.erase_node(node)
@@ -113,12 +121,14 @@ def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
     return made
 
 
-def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: int) -> fx.Node:
-    first = marked.markers[0].args[1]
+def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) -> fx.Node:
+    first = 0 if marked.once else marked.markers[0].args[1]
     if source.kind == "index":
         return graph.call_function(torch.arange, (first, first + count), {"device": torch.device(source.key)})
     if source.kind == "seed":
         return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(source.key)})
+    if source.kind == "time" and marked.once:
+        return graph.call_method("clone", (_times(marked, source.key),))
     if source.kind == "time":
         t = marked.markers[0].args[0]
         starts = _getitem(graph, t, slice(first, first + count))
@@ -151,6 +161,36 @@ def _rewire(
                 read.meta.setdefault("example_value", graphs.value(node))
             for user in readers:
                 user.replace_input_with(node, read)
+
+
+def _replace_trajectories(
+    graph: fx.Graph, marked: MarkedLoop, run: Run, captured: CapturedStep, results: list[fx.Node]
+) -> None:
+    """Let the readers of leave read the loop's results."""
+    leave, (states, nexts, _, every, _) = marked.end, marked.end.args
+    carries = captured.carries()
+    stacked = dict(zip(captured.outputs, results[carries:], strict=True))
+    keys = [run.iterations[0].index(node) for node in nexts]
+    finals = {(s.values, s.key): results[i] for i, s in enumerate(captured.inputs[:carries])}
+    for trajectory in list(leave.users):
+        j = trajectory.args[1]
+        for user in [user for user in trajectory.users if reads_end(user)]:
+            index = user.args[1]
+            last = finals[(states[j],), keys[j]]
+            last = _getitem(graph, last, index[1:]) if isinstance(index, tuple) else last
+            last.meta.setdefault("example_value", graphs.value(user))
+            user.replace_all_uses_with(last)
+            graph.erase_node(user)
+        if trajectory.users:
+            afterwards = stacked[keys[j]]
+            if every != 1:
+                afterwards = _getitem(graph, afterwards, slice(every - 1, None, every))
+            start = graph.call_method("unsqueeze", (states[j], 0))
+            whole = graph.call_function(torch.cat, ([start, afterwards],))
+            whole.meta = dict(trajectory.meta)
+            trajectory.replace_all_uses_with(whole)
+        graph.erase_node(trajectory)
+    leave.args = ()  # what it reads goes away with the iteration
 
 
 def _value_of(run: Run, marked: MarkedLoop, k: int, key: Any) -> fx.Node | None:

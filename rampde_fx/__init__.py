@@ -2,6 +2,7 @@
 
 from rampde_fx import errors
 from rampde_fx.counts import BackwardCount, backward_counts
+from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, steps
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.report import explain
@@ -14,6 +15,7 @@ __all__ = [
     "errors",
     "explain",
     "mixed_precision",
+    "odeint",
     "steps",
 ]
 __version__ = "0.1.0"

@@ -95,7 +95,7 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
     while marked.iterations:
         run = match_iterations(marked)
         captured = replay_random(capture_step(graph_module, marked, run))
-        captured = find_states(marked, captured, single=len(run.iterations) == 1)
+        captured = find_states(marked, captured, single=len(run.iterations) == 1 and not run.once)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, captured, names[-1])
         sizes.append(len(run.iterations))
@@ -136,13 +136,15 @@ def rampde_fx(
             )
         loops = rewrite(graph_module) if has_loop(graph_module) else []
     except RampdeError as error:
-        return _raising(error)
+        return raising(error)
     with torch_private.compile_settings():
         compiled = torch_private.compile_graph(compiler, graph_module, example_inputs, options, mode)
     return _refusing_second_derivatives(compiled, loops) if any(loop.adjoint for loop in loops) else compiled
 
 
-def _raising(error: RampdeError) -> Callable[..., Any]:
+def raising(error: RampdeError) -> Callable[..., Any]:
+    """What to give Dynamo instead of a compiled graph, so that the error reaches the user as it is."""
+
     @torch.compiler.disable
     def refuse(*_: Any) -> Any:
         raise error.with_traceback(None) from error.__cause__

@@ -31,7 +31,25 @@ class PolicyError(RampdeError, ValueError):
 
 
 class TimeGridError(RampdeError, ValueError):
-    """Time points that are not a floating 1-D tensor of at least two points."""
+    """Time points that are not a floating 1-D tensor of at least two points, or not monotone."""
+
+
+class StateError(RampdeError, TypeError):
+    """An initial state that is not of real floating tensors, or a derivative that does not look like its state."""
+
+
+def velocity_error(found: str, where: str = "") -> StateError:
+    """What to raise where odeint's func returns something else than a derivative of y0."""
+    return StateError(
+        found,
+        required="a derivative of the structure, shapes and dtypes of y0",
+        fix="return one derivative for each tensor of y, nested as y is, expanded and converted to its shape and dtype",
+        where=where,
+    )
+
+
+class OptionError(RampdeError, ValueError):
+    """An option of odeint that does not exist or means nothing."""
 
 
 class UnsupportedLoopError(RampdeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import fx
 
 from rampde_fx import torch_private
 
+PACKAGE = os.path.dirname(__file__)
 # Products of whole tensors, the cost of a velocity: operator names up to their variants.
 PRODUCTS = set(
     """mm addmm bmm baddbmm addbmm mv addmv convolution convolution_backward linalg_solve
@@ -77,7 +79,7 @@ def refresh(graph_module: fx.GraphModule, args: Sequence[Any] | None = None) -> 
 def user_line(node: fx.Node) -> str:
     """The user's source line that made a node, as 'file:line, in function: code', or an empty string."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    users = [frame for frame in frames if "/torch/" not in frame[0] and "/rampde_fx/marking.py" not in frame[0]]
+    users = [frame for frame in frames if "/torch/" not in frame[0] and os.path.dirname(frame[0]) != PACKAGE]
     if not users:
         return ""
     file, line, function, code = users[-1]

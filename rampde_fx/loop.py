@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from rampde_fx import graphs
+from rampde_fx import graphs, operators
 from rampde_fx.policy import PrecisionPolicy
 
 
@@ -16,8 +17,8 @@ class MarkedLoop:
 
     Attributes:
         policy: The policy that the markers carry.
-        markers: The step markers, one per iteration.
-        end: The end marker.
+        markers: The step markers, one per iteration; or the one enter marker of a loop that was captured once.
+        end: The end marker, or leave.
         iterations: The nodes between two markers, one list per iteration, in graph order.
         differentiated: Whether gradients are on where the loop stands.
     """
@@ -27,6 +28,11 @@ class MarkedLoop:
     end: fx.Node
     iterations: list[list[fx.Node]]
     differentiated: bool
+
+    @property
+    def once(self) -> bool:
+        """Whether the one iteration stands for all, its states named by enter and leave."""
+        return self.markers[0].target is operators.enter
 
     def holder(self) -> fx.GraphModule:
         """The module in whose graph the loop stands: the captured one, or a checkpointed body inside it."""
@@ -50,6 +56,10 @@ class Source:
     values: tuple[fx.Node, ...]
     key: int | str = ""
 
+    def is_latest_carry(self) -> bool:
+        """Whether it is a carry from the iteration just before."""
+        return self.kind == "carry" and len(self.values) == 1
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,11 +72,19 @@ class Run:
         sources: For every position, the source of each node argument, in order; an int or str is a key of the same
             iteration.
         outputs: For every key that is read outside of the run, by which iterations' values.
+        once: Whether the one iteration stands for all; its outputs are those whose every value is read.
     """
 
     iterations: list[list[fx.Node]]
     sources: list[list[Source | int | str]]
     outputs: dict[int | str, list[int]]
+    once: bool = False
+
+    def stacked(self) -> list[int | str]:
+        """Keys of the outputs that are not final carries alone."""
+        last = len(self.iterations) - 1
+        finals = {s.key for row in self.sources for s in row if isinstance(s, Source) and s.is_latest_carry()}
+        return [key for key, ks in self.outputs.items() if self.once or ks != [last] or key not in finals]
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,12 @@ class CapturedStep:
     def carries(self) -> int:
         """Number of carried states."""
         return sum(source.kind == "carry" for source in self.inputs)
+
+
+def reads_end(user: fx.Node) -> bool:
+    """Whether a reader of a trajectory reads its last entry alone."""
+    index = user.args[1] if user.target is operator.getitem else None
+    return index == -1 or (isinstance(index, tuple) and len(index) > 1 and index[0] == -1)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
     if not torch.compiler.is_compiling():
-        if _under_way.policy and torch_private.inside_compiled_region():
-            warnings.warn(UNCOMPILED, stacklevel=2)
+        warn_if_uncompiled()
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
@@ -72,6 +71,17 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for i in range(t.shape[0] - 1):
         yield operators.step(t, i, policy)
     operators.end(t)
+
+
+def policy_under_way() -> str:
+    """The policy of the innermost mixed_precision call that is under way, encoded, or an empty string."""
+    return _under_way.policy
+
+
+def warn_if_uncompiled() -> None:
+    """Warn where a marked loop runs uncompiled inside of a call that torch.compile was asked to compile."""
+    if _under_way.policy and torch_private.inside_compiled_region():
+        warnings.warn(UNCOMPILED, stacklevel=3)
 
 
 def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,7 +161,7 @@ def mixed_precision(
     policy = policy or PrecisionPolicy(velocity=dtype)
     if target is None:
         return lambda target: mixed_precision(target, policy=policy)
-    encoded = policy.encode()
+    encoded = policy.encoded
     if isinstance(target, type) and issubclass(target, nn.Module):
         _mark_class(target, encoded)
         return target

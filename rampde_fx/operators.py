@@ -1,7 +1,7 @@
 """The operators that rampde_fx adds to torch: markers, and what a rewritten graph shows as one node.
 
-Any other backend decomposes the markers to plain slices of t, gradients included. The rest appears in rewritten graphs
-only; DECOMPOSITIONS spells out at emission what Inductor is to fuse.
+Any other backend decomposes the markers step and end to plain slices of t, gradients included; enter and leave are for
+this one. The rest appears in rewritten graphs only; DECOMPOSITIONS spells out at emission what Inductor is to fuse.
 """
 
 from __future__ import annotations
@@ -13,11 +13,19 @@ from typing import Any
 import torch
 
 from rampde_fx import counts, torch_private
+from rampde_fx.errors import TimeGridError, UnsupportedLoopError
 
 _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
 library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
 library.define("end(Tensor t) -> Tensor")
+# A loop of which one step is captured: enter gives that step's (t, dt, *states), leave the trajectories of the states,
+# the initial ones included, at the end of every few steps; and what is wrong with the velocity, if anything.
+library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tensor[]")
+library.define("leave(Tensor[] states, Tensor[] nexts, SymInt outputs, SymInt every, str problem) -> Tensor[]")
+library.define("needs_backend(Tensor x) -> Tensor")
+# The time points of odeint, checked where they are known.
+library.define("monotone(Tensor t) -> Tensor")
 # The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
 library.define("stop_gradient(Tensor x) -> Tensor")
 # A state as float16; what lies beyond its range becomes NaN, for a velocity may saturate at inf and hide it.
@@ -36,6 +44,49 @@ def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Ten
 
 def _end(t: torch.Tensor) -> torch.Tensor:
     return t[-1]
+
+
+def first_step(t: torch.Tensor, dt: torch.Tensor, states: list[torch.Tensor], policy: str) -> list[torch.Tensor]:
+    """What enter gives the first step."""
+    return [t[0], dt[0], *states]
+
+
+def _enter(t: torch.Tensor, dt: torch.Tensor, states: list[torch.Tensor], policy: str) -> list[torch.Tensor]:
+    return [torch.ops.rampde_fx.needs_backend(x) for x in first_step(t, dt, states, policy)]
+
+
+def _leave(
+    states: list[torch.Tensor], nexts: list[torch.Tensor], outputs: int, every: int, problem: str
+) -> list[torch.Tensor]:
+    return [
+        torch.cat([state[None], after.expand(outputs - 1, *after.shape)])
+        for state, after in zip(states, nexts, strict=True)
+    ]
+
+
+def _needs_backend(x: torch.Tensor) -> torch.Tensor:
+    raise UnsupportedLoopError(
+        "odeint was compiled for the rampde_fx backend, which one step of it stands for, and runs under another one",
+        required="the backend that the model was captured for",
+        fix='compile by torch.compile(model, backend="rampde_fx")',
+    )
+
+
+def _monotone(t: torch.Tensor) -> torch.Tensor:
+    sizes = t[1:] - t[:-1]
+    ordered = (sizes > 0).all() | (sizes < 0).all()
+    if t.device.type == "cpu" and not ordered:
+        raise TimeGridError(
+            f"t = {_shortened(t)} is not strictly monotone",
+            required="times that rise, or fall, from each to the next",
+            fix="sort t and drop repeated times: torch.unique(t)",
+        )
+    return torch.where(ordered, t, math.nan)  # elsewhere without waiting for the device
+
+
+def _shortened(t: torch.Tensor) -> str:
+    numbers = [f"{number:g}" for number in t.tolist()]
+    return f"[{', '.join(numbers if len(numbers) <= 6 else [*numbers[:5], '...'])}]"
 
 
 def _narrow(x: torch.Tensor) -> torch.Tensor:
@@ -91,6 +142,12 @@ def _record_sweep(overflow: torch.Tensor, attempt: torch.Tensor, attempts: int, 
 
 library.impl("step", _step, "CompositeImplicitAutograd")
 library.impl("end", _end, "CompositeImplicitAutograd")
+library.impl("enter", _enter, "CompositeImplicitAutograd")
+library.impl("leave", _leave, "CompositeImplicitAutograd")
+library.impl("needs_backend", _needs_backend, "CompositeExplicitAutograd")
+library.impl("monotone", _monotone, "CompositeExplicitAutograd")
+for _name in ("needs_backend", "monotone"):
+    torch.library.register_autograd(f"rampde_fx::{_name}", lambda ctx, gradient: gradient, lib=library)
 library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
 library.impl("stop_gradient", torch_private.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
 library.impl("narrow", _narrow, "CompositeExplicitAutograd")
@@ -105,6 +162,8 @@ _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, 
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
 _fakes: dict[str, _Function] = {
     "stop_gradient": torch.empty_like,
+    "needs_backend": torch.empty_like,
+    "monotone": torch.empty_like,
     "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
     "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
     **dict.fromkeys(_distributions, lambda seed, index, draw, like, *_: torch.empty_like(like)),
@@ -119,3 +178,5 @@ for _name, _function in _distributions.items():
     library.impl(_name, torch_private.below_autograd(_operator), "Autograd")
     DECOMPOSITIONS[_operator.default] = _function
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end
+enter, leave = torch.ops.rampde_fx.enter, torch.ops.rampde_fx.leave
+monotone = torch.ops.rampde_fx.monotone

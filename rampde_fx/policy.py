@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -94,14 +94,16 @@ class PrecisionPolicy:
     scaling: str | AdjointScaling | None = None
     accumulation: str = "plain"
     loop: str = "auto"
+    # The policy as one string, the form in which it travels through a captured graph; made here, where Dynamo is not.
+    encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("velocity", "storage"):
-            dtype = getattr(self, field)
-            allowed = DTYPES if field == "velocity" else STORAGE_DTYPES
-            if dtype not in allowed.values() and not (field == "storage" and dtype is None):
+        for name in ("velocity", "storage"):
+            dtype = getattr(self, name)
+            allowed = DTYPES if name == "velocity" else STORAGE_DTYPES
+            if dtype not in allowed.values() and not (name == "storage" and dtype is None):
                 raise PolicyError(
-                    f"PrecisionPolicy({field}={dtype!r})",
+                    f"PrecisionPolicy({name}={dtype!r})",
                     required="one of " + ", ".join(map(str, allowed.values())),
                     fix="use torch.float16 or torch.bfloat16",
                 )
@@ -118,13 +120,14 @@ class PrecisionPolicy:
                 fix="leave storage_scaling out",
             )
         choices = {"storage_scaling": STORAGE_SCALINGS, "accumulation": ACCUMULATIONS, "loop": LOOPS}
-        for field, names in choices.items():
-            if getattr(self, field) not in names:
+        for name, options in choices.items():
+            if getattr(self, name) not in options:
                 raise PolicyError(
-                    f"PrecisionPolicy({field}={getattr(self, field)!r})",
-                    required=f"one of {names}",
-                    fix=f"use the default, {names[0]!r}",
+                    f"PrecisionPolicy({name}={getattr(self, name)!r})",
+                    required=f"one of {options}",
+                    fix=f"use the default, {options[0]!r}",
                 )
+        object.__setattr__(self, "encoded", self._encode())
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -145,12 +148,11 @@ class PrecisionPolicy:
             return AdjointScaling()
         return None
 
-    def unrolls(self, steps: int) -> bool:
+    def unrolls(self, steps: int | torch.SymInt) -> bool:
         """Whether a loop of this many equal steps is emitted step by step rather than as a scan."""
-        return self.loop == "unroll" or (self.loop == "auto" and steps <= 2)
+        return self.loop == "unroll" or (self.loop == "auto" and isinstance(steps, int) and steps <= 2)
 
-    def encode(self) -> str:
-        """The policy as one string, the form in which it travels through a captured graph."""
+    def _encode(self) -> str:
         scaling = self.adjoint_scaling
         fields = {
             "velocity": str(self.velocity).removeprefix("torch."),
@@ -164,7 +166,7 @@ class PrecisionPolicy:
 
     @classmethod
     def decode(cls, text: str) -> PrecisionPolicy:
-        """The policy that encode() wrote, with its defaults filled in."""
+        """The policy that was encoded, with its defaults filled in."""
         fields = json.loads(text)
         scaling = fields["scaling"]
         return cls(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
-from rampde_fx.backend import rewrite
+from rampde_fx import graphs, operators, torch_private
+from rampde_fx.backend import raising, rewrite
 from rampde_fx.errors import RampdeError
 from rampde_fx.loop import Fallback, Loop
 from rampde_fx.passes.find_loops import has_loop
@@ -84,13 +84,14 @@ class Report:
     loops: tuple[LoopReport, ...]
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self.loops)) or "no loop over rampde_fx.steps(t): nothing is rewritten"
+        return "\n\n".join(map(str, self.loops)) or "no loop over rampde_fx.steps(t), no odeint: nothing is rewritten"
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Rewrite a model's marked loops without compiling them, and report.
 
-    fn is run once, uncompiled, on the arguments. Gradient mode counts: under torch.no_grad no adjoint is generated.
+    fn is run once, uncompiled, on the arguments (of an odeint one step: a run that only looks does not integrate).
+    Gradient mode counts: under torch.no_grad no adjoint is generated.
 
     Args:
         fn: A Module or function with marked loops, compiled or not.
@@ -106,22 +107,31 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     fn = torch_private.uncompiled(fn)
     names = list(signature(getattr(fn, "forward", fn)).parameters)
     loops: list[LoopReport] = []
-    errors: list[RampdeError] = []
 
     def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        if not has_loop(graph_module):
+            return graph_module.forward
         try:
-            if has_loop(graph_module):
-                rewritten = rewrite(_with_names(graphs.copied(graph_module), names))
-                with torch_private.fake_mode_of(graph_module):
-                    loops.extend(map(_report, rewritten))
+            rewritten = rewrite(_with_names(graphs.copied(graph_module), names))
         except RampdeError as error:
-            errors.append(error)
-        return graph_module.forward
+            return raising(error)
+        with torch_private.fake_mode_of(graph_module):
+            loops.extend(map(_report, rewritten))
+        return _without_odeint(graph_module).forward
 
     torch_private.capture(fn, inspect, args, kwargs)
-    if errors:
-        raise errors[0]
     return Report(tuple(loops))
+
+
+def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a captured graph that runs, with one step for every odeint."""
+    copy = graphs.copied(graph_module)
+    for module in copy.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=operators.enter):
+                node.target = operators.first_step
+            module.recompile()
+    return copy
 
 
 def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModule:

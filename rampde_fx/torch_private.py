@@ -243,6 +243,20 @@ def inside_compiled_region() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
+@torch.compiler.assume_constant_result
+def rewritten_later() -> bool:
+    """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own."""
+    backend: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.compiler_fn
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "compiler_fn", None))) is not None:
+        backend = inner
+    return not str(getattr(backend, "__module__", "")).startswith("torch.")
+
+
+def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
+    """Let Dynamo capture a number that is read from a tensor."""
+    return torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True)
+
+
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own: Dynamo keeps its compilations, and their limit, by code object."""
     function.__code__ = function.__code__.replace()

@@ -211,7 +211,8 @@ def deviations(
             output_of_stored = draw % 2 and stored and j < len(exact.outputs)
             if got is not None and not output_of_stored:
                 deviation = _norm(got, wanted)
-                assert math.isfinite(deviation), "a perturbed run is finite"
+                if not math.isfinite(deviation):
+                    raise Invalid("a run with roundings to the dtype is not finite")
                 largest[j] = max(largest[j], deviation)
     return largest
 

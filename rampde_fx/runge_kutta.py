@@ -1,0 +1,89 @@
+"""One step of an explicit Runge-Kutta method on a state of several tensors, as plain torch code.
+
+It runs uncompiled as it stands, and it is what odeint lets be captured once for the backend: state and increments in
+the dtype of the state, the velocity wherever it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rampde_fx.tableau import ButcherTableau
+
+State = list[torch.Tensor]
+Velocity = Callable[[torch.Tensor, State], State]
+
+
+def advance(tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: torch.Tensor, y: State) -> State:
+    """The state after one step: y + dt * sum_i b_i k_i with k_i = f(t + c_i dt, y + dt * sum_j a_ij k_j).
+
+    Stages that the result does not need, such as the last one of a method whose last stage is the first one of the
+    next step, are not evaluated.
+
+    Args:
+        tableau: The method.
+        velocity: Maps a time and a state to the state's derivative, tensor by tensor.
+        t: Start of the step, 0-d.
+        dt: Step size, 0-d, of either sign, in t's dtype.
+        y: The state.
+
+    Returns:
+        The next state.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.1.
+    """
+    return combine(y, dt, tableau.b, stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b)))
+
+
+def needed(tableau: ButcherTableau, *weights: Sequence[float]) -> list[bool]:
+    """Which stages sums with these weights depend on."""
+    found = [any(row[i] != 0 for row in weights) for i in range(tableau.stages)]
+    for i in reversed(range(tableau.stages)):
+        for j in range(i):
+            found[j] = found[j] or (found[i] and tableau.a[i][j] != 0)
+    return found
+
+
+def stages(
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    t: torch.Tensor,
+    dt: torch.Tensor,
+    y: State,
+    wanted: Sequence[bool],
+    first: State | None = None,
+) -> list[State]:
+    """The velocities k_i of the wanted stages, empty states for the others; first is k_1 where it is known."""
+    k: list[State] = []
+    for i in range(tableau.stages):
+        if i == 0 and first is not None:
+            k.append(first)
+        elif not wanted[i]:
+            k.append([])
+        else:
+            k.append(velocity(_stage_time(t, dt, tableau.c[i]), combine(y, dt, tableau.a[i], k)))
+    return k
+
+
+def combine(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]) -> State:
+    """y + dt * sum_i w_i k_i."""
+    used = [(w, rate) for w, rate in zip(weights, k, strict=False) if w != 0]
+    if not used:
+        return y
+    return [value + dt.to(value.dtype) * _sum(used, leaf) for leaf, value in enumerate(y)]
+
+
+def _sum(used: list[tuple[float, State]], leaf: int) -> torch.Tensor:
+    terms = [rate[leaf] if w == 1 else w * rate[leaf] for w, rate in used]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _stage_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
+    if c == 0:
+        return t
+    return t + dt if c == 1 else t + c * dt
