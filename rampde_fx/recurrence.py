@@ -126,10 +126,11 @@ def owned(value: torch.Tensor) -> torch.Tensor:
 
 
 def symbols(values: list[Any]) -> list[torch.SymInt]:
-    """Every symbolic size: Inductor looks for them among a scan's operands only."""
+    """The symbol of every symbolic size: Inductor looks for them among a scan's operands only."""
     sizes = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
     found: dict[str, torch.SymInt] = {}
     for size in sizes:
         if isinstance(size, torch.SymInt):
-            found.setdefault(str(size), size)
+            symbol = torch_private.symbol_of(size)
+            found.setdefault(str(symbol), symbol)
     return list(found.values())

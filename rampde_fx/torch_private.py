@@ -215,6 +215,15 @@ def size_hint(size: Any) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else int(size)
 
 
+def symbol_of(size: torch.SymInt) -> torch.SymInt:
+    """The symbol s of a size a s + b with numbers a and b, computed from the size; any other size as it is."""
+    polynomial = size.node.expr.as_poly()
+    if polynomial is None or len(polynomial.gens) != 1 or polynomial.degree() != 1:
+        return size
+    factor, constant = map(int, polynomial.all_coeffs())
+    return (size - constant) // factor
+
+
 def draws_random_numbers(node: fx.Node) -> bool:
     """Whether a node's result depends on the random number generator: not that of an attention without dropout."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
