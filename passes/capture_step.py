@@ -59,7 +59,7 @@ def _next(carry: Source) -> Any:
 
 def _ordered_inputs(run: Run) -> list[Source]:
     """The distinct inputs of an iteration: carries, times, per-step inputs, invariants."""
-    found: dict[Source, None] = {}
+    found: dict[Source, None] = dict.fromkeys(run.entered)
     for source in (s for row in run.sources for s in row if isinstance(s, Source)):
         found[source] = None
         younger = source

@@ -28,7 +28,7 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.loop import Loop
 from rampde_fx.policy import AdjointScaling
-from rampde_fx.recurrence import Body, iterate, symbols
+from rampde_fx.recurrence import Body, emit_preamble, iterate, symbols
 from rampde_fx.torch_private import autograd_function_apply, while_loop_op
 
 aten = torch.ops.aten
@@ -37,10 +37,8 @@ RETRY = 2.0**-8  # by which the target falls after an overflow
 
 def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
     """Replace the call of a LoopNode by the rewritten loop."""
-    name, operands = str(call.target), list(call.args)
+    name, operands = str(call.target), emit_preamble(graph_module, call, loop)
     with graph_module.graph.inserting_before(call):
-        if loop.preamble is not None:
-            operands = _emit_preamble(graph_module, f"{name}_preamble", operands, loop)
         emitted = _Emission(loop)
         graph_module.add_submodule(f"{name}_forward", emitted.forward)
         if emitted.backward is None:
@@ -56,14 +54,6 @@ def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
             new = graph_module.graph.call_function(autograd_function_apply, (*bodies, *operands), settings)
     call.replace_all_uses_with(new)
     graph_module.graph.erase_node(call)
-
-
-def _emit_preamble(graph_module: fx.GraphModule, name: str, operands: list[Any], loop: Loop) -> list[Any]:
-    varying, invariants = operands[: loop.first_invariant()], operands[loop.first_invariant() :]
-    graph_module.add_submodule(name, loop.preamble)
-    call = graph_module.graph.call_module(name, tuple(invariants))
-    count = len(graphs.results(loop.preamble))
-    return [*varying, *(graph_module.graph.call_function(operator.getitem, (call, i)) for i in range(count))]
 
 
 class _Emission:

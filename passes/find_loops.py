@@ -27,7 +27,7 @@ from rampde_fx.loop import MarkedLoop
 from rampde_fx.policy import PrecisionPolicy
 
 STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
-END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave}
+END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"

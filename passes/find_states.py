@@ -43,7 +43,23 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
     _check_operands(found.inputs, where)
     found = replace(found, step=graphs.refresh(torch_private.deduplicated(found.step)))
     _check_states(found, where)
+    if marked.searches:
+        _check_search(found)
     return found
+
+
+def _check_search(captured: CapturedStep) -> None:
+    """A search evaluates the velocity more often than the steps that count, and again: it must be a function."""
+    drawing = [node for node in captured.step.graph.nodes if torch_private.draws_random_numbers(node)]
+    changed = [graphs.results(captured.step)[i] for i in captured.written]
+    for node in (*drawing, *changed):
+        raise UnsupportedLoopError(
+            "the velocity of an adaptive odeint "
+            + ("draws random numbers" if drawing else "changes a buffer, as BatchNorm in training does"),
+            required="the same velocity whenever it is evaluated, for the estimate of the error compares evaluations",
+            fix='take fixed steps, options={"num_steps": n}, or put such layers into eval()',
+            where=graphs.user_line(node),
+        )
 
 
 def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> CapturedStep:

@@ -60,8 +60,7 @@ def match_iterations(marked: MarkedLoop) -> Run:
 def _captured_once(marked: MarkedLoop) -> Run:
     """The one iteration that stands for all: enter names its states, leave what they become."""
     (enter,), leave = marked.markers, marked.end
-    _, _, states, _ = enter.args
-    nexts = leave.args[1]
+    states, nexts = leave.args[:2]
     nodes = [n for n in marked.iterations[0] if not (n.target is operator.getitem and n.args[0] is enter)]
     position = {node: i for i, node in enumerate(nodes)}
     keys = [position[node] for node in nexts]
@@ -82,9 +81,17 @@ def _captured_once(marked: MarkedLoop) -> Run:
                 fix="integrate the value as a state, or collect it in a loop over steps(t)",
                 where=graphs.user_line(node),
             )
-    read = {user.args[1] for user in leave.users if not all(map(reads_end, user.users))}
     sources = [[source(operand) for operand in graphs.operands(node)] for node in nodes]
-    return Run([nodes], sources, {key: [] for j, key in enumerate(keys) if j in read}, once=True)
+    return Run([nodes], sources, {key: [] for key in _stacked(marked, position, keys)}, tuple(entered))
+
+
+def _stacked(marked: MarkedLoop, position: dict[fx.Node, int], keys: list[int]) -> list[int]:
+    """Keys of what is wanted of every step: errors of a search; states whose trajectory is read, not its end alone."""
+    leave = marked.end
+    if marked.searches:
+        return [position[node] for node in leave.args[2]]
+    read = {user.args[1] for user in leave.users if not all(map(reads_end, user.users))}
+    return [key for j, key in enumerate(keys) if j in read]
 
 
 def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
+from rampde_fx.adaptive import Controller
 from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source, reads_end
 
 
@@ -43,7 +45,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
     kinds = [source.kind for source in inputs]
     wanted = tuple(map(needs_grad, inputs))
     return Loop(
-        policy=marked.policy,
+        policy=replace(marked.policy, accumulation="plain") if marked.searches else marked.policy,
         steps=steps,
         where=graphs.user_line(marked.markers[0]),
         step=step,
@@ -53,6 +55,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         plain_needs_grad=wanted,
         needs_grad=wanted,
         differentiated=any(wanted),
+        controller=Controller.of(marked.end.args[4]) if marked.searches else None,
     )
 
 
@@ -81,7 +84,9 @@ def _replace(
         for i, target in captured.written.items():
             if target.op == "placeholder" or _shared(graph, target, run):
                 results[i] = graph.call_method("copy_", (target, results[i]))
-        if run.once:
+        if marked.searches:
+            _replace_findings(graph, marked, call)
+        elif run.once:
             _replace_trajectories(graph, marked, run, captured, results)
         else:
             _rewire(graph, marked, run, inputs, outputs, results)
@@ -128,7 +133,10 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) ->
     if source.kind == "seed":
         return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(source.key)})
     if source.kind == "time" and marked.once:
-        return graph.call_method("clone", (_times(marked, source.key),))
+        times = _times(marked, source.key)
+        clone = graph.call_method("clone", (times,))
+        clone.meta["example_value"] = graphs.value(times)
+        return clone
     if source.kind == "time":
         t = marked.markers[0].args[0]
         starts = _getitem(graph, t, slice(first, first + count))
@@ -161,6 +169,15 @@ def _rewire(
                 read.meta.setdefault("example_value", graphs.value(node))
             for user in readers:
                 user.replace_input_with(node, read)
+
+
+def _replace_findings(graph: fx.Graph, marked: MarkedLoop, call: fx.Node) -> None:
+    """Let the readers of leave_search read what the search gives."""
+    leave = marked.end
+    for finding in list(leave.users):
+        finding.replace_all_uses_with(_getitem(graph, call, finding.args[1]))
+        graph.erase_node(finding)
+    leave.args = ()  # what it reads goes away with the iteration
 
 
 def _replace_trajectories(

@@ -15,6 +15,7 @@ from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.emit_loop import emit_loop
+from rampde_fx.passes.emit_search import emit_search
 from rampde_fx.passes.find_loops import find_loops, has_loop
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
@@ -77,7 +78,7 @@ def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
         loop = replace(holder.get_submodule(name).loop, notes=notes)
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)
-        emit_loop(holder, call, loop)
+        (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
         loops.append(loop)
     for holder in dict.fromkeys(holder for holder, *_ in rolled):
@@ -94,7 +95,8 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
     sizes: list[int] = []
     while marked.iterations:
         run = match_iterations(marked)
-        captured = replay_random(capture_step(graph_module, marked, run))
+        captured = capture_step(graph_module, marked, run)
+        captured = captured if marked.searches else replay_random(captured)
         captured = find_states(marked, captured, single=len(run.iterations) == 1 and not run.once)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, captured, names[-1])

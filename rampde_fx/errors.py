@@ -52,6 +52,30 @@ class OptionError(RampdeError, ValueError):
     """An option of odeint that does not exist or means nothing."""
 
 
+class StepSizeError(RampdeError, ArithmeticError):
+    """Adaptive steps that did not reach the last output time."""
+
+
+def _too_many_steps(count: int, reached: float) -> StepSizeError:
+    return StepSizeError(
+        f"the adaptive steps of odeint ended at t = {reached:g} with {count} steps, or four times max_steps tried",
+        required="a problem that max_steps steps solve to rtol and atol",
+        fix='raise rtol and atol, above all in a low-precision velocity, or options={"max_steps": ...}',
+    )
+
+
+def _step_too_small(count: int, reached: float) -> StepSizeError:
+    return StepSizeError(
+        f"the step size of odeint fell below the resolution of t at t = {reached:g}, after {count} steps",
+        required="a velocity that is finite and smooth enough for rtol and atol",
+        fix="raise rtol and atol, give t in float64, or look for a singularity of the velocity at this time",
+    )
+
+
+# By the status of a search: adaptive.TOO_MANY_STEPS and adaptive.STEP_TOO_SMALL.
+FAILURES = {2: _too_many_steps, 3: _step_too_small}
+
+
 class UnsupportedLoopError(RampdeError):
     """A marked loop that cannot be rolled up or rewritten."""
 

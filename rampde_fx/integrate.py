@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from rampde_fx import marking, operators, torch_private
+from rampde_fx import adaptive, marking, operators, torch_private
 from rampde_fx.errors import OptionError, StateError, TimeGridError, velocity_error
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.runge_kutta import State, Velocity, advance
+from rampde_fx.runge_kutta import State, Velocity, advance, attempt, combine
 from rampde_fx.tableau import ButcherTableau, tableau_of
 
 CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]
 FIXED_OPTIONS = ("step_size", "num_steps")
+ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor")
+MAX_STEPS = 4096
 
 
 def odeint(
@@ -67,8 +70,16 @@ def odeint(
     leaves, structure = _flat_state(y0)
     tableau = tableau_of(method)
     t = _times(t, leaves)
-    step_size, count = _fixed_options(options, tableau)
+    given = dict(options or {})
+    steps_adapt = tableau.adaptive and not any(name in given for name in FIXED_OPTIONS)
     velocity = _velocity(func, leaves, structure)
+    if steps_adapt:
+        controller, first_size = _controller(given, tableau, rtol, atol)
+        trajectories = _adaptive_steps(tableau, velocity, leaves, t, controller, first_size, policy)
+        return pytree.tree_unflatten(trajectories, structure)
+    if (rtol, atol) != (1e-7, 1e-9) and not torch.compiler.is_compiling():
+        warnings.warn("rtol and atol mean nothing to fixed steps", stacklevel=2)
+    step_size, count = _fixed_options(given)
     if step_size is not None:
         trajectories = _equal_steps(tableau, velocity, leaves, t, step_size, policy)
     else:
@@ -113,7 +124,18 @@ def _captured_once(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """One step between markers, which stands for all of them."""
-    encoded = marking.policy_under_way() if policy is None else policy.encoded
+    checked, problems = _noting(velocity)
+    t, dt, *entered = operators.enter(starts, sizes, y, _encoded(policy))
+    nexts = advance(tableau, checked, t, dt, entered)
+    return list(operators.leave(y, nexts, outputs, every, max(problems)))
+
+
+def _encoded(policy: PrecisionPolicy | None) -> str:
+    return marking.policy_under_way() if policy is None else policy.encoded
+
+
+def _noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
+    """A velocity that notes what is wrong; an exception would be a graph break in the loop, and lost."""
     problems: list[str] = []
 
     def checked(t: torch.Tensor, state: State) -> State:
@@ -121,10 +143,122 @@ def _captured_once(
         problems.append(problem)
         return state if problem else rates
 
-    t, dt, *entered = operators.enter(starts, sizes, y, encoded)
-    nexts = advance(tableau, checked, t, dt, entered)
-    # An exception here would be a graph break in the loop, and lost.
-    return list(operators.leave(y, nexts, outputs, every, max(problems)))
+    return checked, problems
+
+
+def _adaptive_steps(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    controller: adaptive.Controller,
+    first_size: float | None,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The states at every t, by steps that end at each of them."""
+    with torch.no_grad():
+        start, times = [leaf.detach() for leaf in y], t.detach()
+        rate = _raising(velocity)(times[0], start)
+        size = _first_size(_raising(velocity), start, rate, times, controller, first_size)
+    if not (torch.compiler.is_compiling() and torch_private.rewritten_later()):
+        marking.warn_if_uncompiled()
+        return _adapt_now(tableau, _raising(velocity), y, t, controller, size)
+    with torch.no_grad():
+        checked, problems = _noting(velocity)
+        states = [*start, *rate] if tableau.fsal else start
+        t_i, dt, *entered = operators.enter(times, size[None], states, _encoded(policy))
+        first = entered[len(y) :] if tableau.fsal else None
+        nexts, last, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+        results = [*nexts, *last] if tableau.fsal else nexts
+        intervals, positions, fractions, count, status, reached = operators.leave_search(
+            states, results, errors, times, controller.numbers(), max(problems)
+        )
+        count = operators.found(count, status, reached)
+    with torch_private.capturing_scalars():
+        steps = int(count.item())
+    torch._check(steps >= 1)
+    torch._check(steps <= controller.max_steps)
+    intervals, positions, fractions = (found.narrow(0, 0, steps) for found in (intervals, positions, fractions))
+    starts, sizes = adaptive.place(t, intervals, positions, fractions)
+    on_grid = _captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy)
+    if t.shape[0] == 2:
+        return [torch.stack([value, values[-1]]) for value, values in zip(y, on_grid, strict=True)]
+    ends = torch.searchsorted(intervals, torch.arange(t.shape[0] - 1, device=t.device), right=True)
+    return [torch.cat([value[None], values[ends]]) for value, values in zip(y, on_grid, strict=True)]
+
+
+def _adapt_now(
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    y: State,
+    t: torch.Tensor,
+    controller: adaptive.Controller,
+    size: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Uncompiled: step by step."""
+    search, found, first = adaptive.begin(t.detach(), size, controller.max_steps), [y], None
+    while int(search.status) == adaptive.RUNNING:
+        trial = adaptive.propose(t, search)
+        nexts, last, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
+        with torch.no_grad():
+            norm = adaptive.error_norm(errors, y, nexts, controller)
+            counts, search = adaptive.judge(t, search, trial, norm, controller)
+        if counts:
+            y, first = nexts, last if tableau.fsal else None
+            if trial.ends_interval:
+                found.append(y)
+    (reached, _) = adaptive.place(t.detach(), search.interval.clamp(max=t.shape[0] - 2), search.position, search.size)
+    operators.found(search.count, search.status, reached)
+    return [torch.stack(values) for values in zip(*found, strict=True)]
+
+
+def _first_size(
+    velocity: Velocity,
+    y: State,
+    rate: State,
+    t: torch.Tensor,
+    controller: adaptive.Controller,
+    given: float | None,
+) -> torch.Tensor:
+    if given is not None:
+        return torch.full((), given, dtype=t.dtype, device=t.device)
+    trial = adaptive.trial_size(y, rate, controller)
+    step = trial * torch.sign(t[1] - t[0]).to(trial.dtype)
+    second = velocity(t[0] + step.to(t.dtype), combine(y, step, [1.0], [rate]))
+    return adaptive.first_step(y, rate, second, trial, controller).to(t.dtype)
+
+
+def _controller(
+    given: dict[str, Any], tableau: ButcherTableau, rtol: float, atol: float
+) -> tuple[adaptive.Controller, float | None]:
+    """The controller, and the size of the first step if it is given."""
+    rest = {name: value for name, value in given.items() if name != "first_step"}
+    unknown = [name for name in given if name not in ADAPTIVE_OPTIONS]
+    if unknown:
+        raise OptionError(
+            f"options={given}",
+            required=f"options of {', '.join(ADAPTIVE_OPTIONS)}, or for fixed steps one of {', '.join(FIXED_OPTIONS)}",
+            fix=f"leave {unknown[0]!r} out",
+        )
+    for name, value in {"rtol": rtol, "atol": atol}.items():
+        if not (isinstance(value, (int, float)) and 0 <= value < float("inf")) or rtol == atol == 0:
+            raise OptionError(
+                f"{name}={value!r}",
+                required="tolerances that are finite numbers of at least 0, not both 0",
+                fix="write rtol=1e-3, atol=1e-6, or leave both out",
+            )
+    limits = {"first_step": 0.0, "max_steps": 0, "safety": 0.0, "ifactor": 1.0, "dfactor": 0.0}
+    for name, value in given.items():
+        number = isinstance(value, int) if name == "max_steps" else isinstance(value, (int, float))
+        if not number or not limits[name] < value < float("inf") or (name in ("safety", "dfactor") and value >= 1):
+            raise OptionError(
+                f"options={{{name!r}: {value!r}}}",
+                required="positive numbers: max_steps an int, ifactor above 1, safety and dfactor below",
+                fix=f"leave {name!r} out",
+            )
+    assert tableau.order_error is not None, "adaptive methods only"
+    order = min(tableau.order, tableau.order_error) + 1
+    return adaptive.Controller(order, rtol, atol, **{"max_steps": MAX_STEPS, **rest}), given.get("first_step")
 
 
 def _equal_steps(
@@ -144,7 +278,7 @@ def _equal_steps(
     grid = torch.cat([inner, t[-1:]])
     on_grid = _steps_between(tableau, velocity, y, grid, 1, policy)
     if t.shape[0] == 2:
-        return [torch.stack([values[0], values[-1]]) for values in on_grid]
+        return [torch.stack([start, values[-1]]) for start, values in zip(y, on_grid, strict=True)]
     forward = torch.sign(span)
     last = torch.searchsorted(grid * forward, (t * forward).contiguous()).clamp(min=1)
     share = (t - grid[last - 1]) / (grid[last] - grid[last - 1])
@@ -212,9 +346,8 @@ def _times(t: torch.Tensor, y: State) -> torch.Tensor:
     return operators.monotone(t.to(y[0].device))
 
 
-def _fixed_options(options: Mapping[str, Any] | None, tableau: ButcherTableau) -> tuple[float | None, int]:
+def _fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:
     """The step size, and the number of steps between two times."""
-    given = dict(options or {})
     unknown = [name for name in given if name not in FIXED_OPTIONS]
     if unknown or len(given) > 1:
         raise OptionError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from rampde_fx import graphs, operators
+from rampde_fx.adaptive import Controller
 from rampde_fx.policy import PrecisionPolicy
 
 
@@ -33,6 +34,11 @@ class MarkedLoop:
     def once(self) -> bool:
         """Whether the one iteration stands for all, its states named by enter and leave."""
         return self.markers[0].target is operators.enter
+
+    @property
+    def searches(self) -> bool:
+        """Whether the one iteration is tried by a search for adaptive steps."""
+        return self.end.target is operators.leave_search
 
     def holder(self) -> fx.GraphModule:
         """The module in whose graph the loop stands: the captured one, or a checkpointed body inside it."""
@@ -72,13 +78,19 @@ class Run:
         sources: For every position, the source of each node argument, in order; an int or str is a key of the same
             iteration.
         outputs: For every key that is read outside of the run, by which iterations' values.
-        once: Whether the one iteration stands for all; its outputs are those whose every value is read.
+        entered: Times and carries in the order in which a loop that was captured once names them. Its one iteration
+            stands for all, and its outputs are those whose every value is read.
     """
 
     iterations: list[list[fx.Node]]
     sources: list[list[Source | int | str]]
     outputs: dict[int | str, list[int]]
-    once: bool = False
+    entered: tuple[Source, ...] = ()
+
+    @property
+    def once(self) -> bool:
+        """Whether the one iteration stands for all."""
+        return bool(self.entered)
 
     def stacked(self) -> list[int | str]:
         """Keys of the outputs that are not final carries alone."""
@@ -146,6 +158,8 @@ class Loop:
         needs_grad: For each placeholder of the step, whether its gradient is wanted.
         preamble: What depends on invariants alone: maps the captured invariants to those of the step, or None.
         differentiated: Whether a backward can be asked for.
+        controller: That of a search for adaptive steps: the loop is one step that is tried until it has found them,
+            with an estimate of its error for each output. None otherwise.
         adjoint: The transpose of the step, or None before generate_adjoint or without a backward. Its placeholders
             and results are named by adjoint_inputs and adjoint_results.
         adjoint_inputs: One (kind, index) per placeholder of the adjoint, corrections left out. Kinds: "cotangent" of
@@ -172,6 +186,7 @@ class Loop:
     plain_needs_grad: tuple[bool, ...]
     needs_grad: tuple[bool, ...]
     differentiated: bool
+    controller: Controller | None = None
     preamble: fx.GraphModule | None = None
     adjoint: fx.GraphModule | None = None
     adjoint_inputs: tuple[tuple[str, int], ...] = ()

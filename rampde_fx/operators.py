@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rampde_fx import counts, torch_private
-from rampde_fx.errors import TimeGridError, UnsupportedLoopError
+from rampde_fx import adaptive, counts, torch_private
+from rampde_fx.errors import FAILURES, TimeGridError, UnsupportedLoopError
 
 _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
@@ -24,6 +24,14 @@ library.define("end(Tensor t) -> Tensor")
 library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tensor[]")
 library.define("leave(Tensor[] states, Tensor[] nexts, SymInt outputs, SymInt every, str problem) -> Tensor[]")
 library.define("needs_backend(Tensor x) -> Tensor")
+# The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
+# count, their number, the status and the time that was reached. The numbers are those of an adaptive.Controller.
+library.define(
+    "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, float[] controller, str problem)"
+    " -> Tensor[]"
+)
+# The number of steps that a search found, once the host has seen that it found them all.
+library.define("found(Tensor count, Tensor status, Tensor reached) -> Tensor")
 # The time points of odeint, checked where they are known.
 library.define("monotone(Tensor t) -> Tensor")
 # The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
@@ -62,6 +70,25 @@ def _leave(
         torch.cat([state[None], after.expand(outputs - 1, *after.shape)])
         for state, after in zip(states, nexts, strict=True)
     ]
+
+
+def _leave_search(
+    states: list[torch.Tensor],
+    nexts: list[torch.Tensor],
+    errors: list[torch.Tensor],
+    t: torch.Tensor,
+    controller: list[float],
+    problem: str,
+) -> list[torch.Tensor]:
+    search = adaptive.begin(t, t[0], adaptive.Controller.of(controller).max_steps)
+    count, status = search.count + 1, search.status + adaptive.DONE
+    return [search.intervals, search.positions, search.fractions, count, status, t[0].clone()]
+
+
+def _found(count: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+    if (outcome := int(status)) in FAILURES:
+        raise FAILURES[outcome](int(count), float(reached))
+    return count.clone()
 
 
 def _needs_backend(x: torch.Tensor) -> torch.Tensor:
@@ -145,6 +172,8 @@ library.impl("end", _end, "CompositeImplicitAutograd")
 library.impl("enter", _enter, "CompositeImplicitAutograd")
 library.impl("leave", _leave, "CompositeImplicitAutograd")
 library.impl("needs_backend", _needs_backend, "CompositeExplicitAutograd")
+library.impl("leave_search", _leave_search, "CompositeImplicitAutograd")
+library.impl("found", _found, "CompositeExplicitAutograd")
 library.impl("monotone", _monotone, "CompositeExplicitAutograd")
 for _name in ("needs_backend", "monotone"):
     torch.library.register_autograd(f"rampde_fx::{_name}", lambda ctx, gradient: gradient, lib=library)
@@ -163,6 +192,7 @@ _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, 
 _fakes: dict[str, _Function] = {
     "stop_gradient": torch.empty_like,
     "needs_backend": torch.empty_like,
+    "found": lambda count, *_: torch.empty_like(count),
     "monotone": torch.empty_like,
     "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
     "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
@@ -179,4 +209,5 @@ for _name, _function in _distributions.items():
     DECOMPOSITIONS[_operator.default] = _function
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end
 enter, leave = torch.ops.rampde_fx.enter, torch.ops.rampde_fx.leave
+leave_search, found = torch.ops.rampde_fx.leave_search, torch.ops.rampde_fx.found
 monotone = torch.ops.rampde_fx.monotone

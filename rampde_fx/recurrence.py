@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, operators, torch_private
+from rampde_fx.loop import Loop
 from rampde_fx.torch_private import scan_op
 
 aten = torch.ops.aten
@@ -91,6 +93,19 @@ def _fold_casts(body: fx.GraphModule) -> None:
                 node.replace_all_uses_with(narrow)
     body.graph.eliminate_dead_code()
     body.recompile()
+
+
+def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> list[Any]:
+    """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step."""
+    varying, invariants = call.args[: loop.first_invariant()], call.args[loop.first_invariant() :]
+    if loop.preamble is None:
+        return [*varying, *invariants]
+    name, graph = f"{call.target}_preamble", graph_module.graph
+    graph_module.add_submodule(name, loop.preamble)
+    with graph.inserting_before(call):
+        made = graph.call_module(name, invariants)
+        results = [graph.call_function(operator.getitem, (made, i)) for i in range(len(graphs.results(loop.preamble)))]
+    return [*varying, *results]
 
 
 def iterate(

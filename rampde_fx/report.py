@@ -25,14 +25,14 @@ class LoopReport:
 
     Attributes:
         where: The user's source line of the loop.
-        steps: N, the number of steps.
+        steps: N, the number of steps; None where it is known at run time only.
         policy: The policy in force, its defaults filled in.
         target: Target of the adjoint scaling, None without scaling.
-        emitted: "scan" or "unroll".
+        emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
         carries: The carried states as "name: dtype[shape]".
         evaluations: Velocity evaluations per step.
         stored: What the forward stores per step for the backward, as "name: dtype[shape]".
-        stored_bytes: Bytes that the forward stores for the backward, over all steps.
+        stored_bytes: Bytes that the forward stores for the backward, over all steps, or in each where N is unknown.
         stored_bytes_fp32: The same states in the dtype of the state, as an fp32 policy stores them.
         stored_bytes_autograd: Bytes that plain autograd saves for the backward of the same loop, parameters and
             contexts left out.
@@ -43,7 +43,7 @@ class LoopReport:
     """
 
     where: str
-    steps: int
+    steps: int | None
     policy: PrecisionPolicy
     target: float | None
     emitted: str
@@ -62,13 +62,13 @@ class LoopReport:
         stored = ", ".join(self.stored) or "nothing"
         lines = [
             f"loop at {self.where or 'an unknown line'}",
-            f"  steps               {self.steps}, emitted as {self.emitted}",
+            f"  steps               {self.steps or 'known at run time'}, emitted as {self.emitted}",
             f"  carries             {', '.join(self.carries)}",
             f"  velocity            {self.evaluations} evaluations per step in {_short(self.policy.velocity)}",
             f"  adjoint scaling     {'none' if self.target is None else f'dynamic, target {self.target:g}'}",
             f"  accumulation        {self.policy.accumulation}",
             f"  stored per step     {stored}",
-            f"  stored in all       {self.stored_bytes:,} bytes"
+            f"  stored in {'all      ' if self.steps else 'each step'} {self.stored_bytes:,} bytes"
             f" ({self.stored_bytes_fp32:,} in the dtype of the state; plain autograd: {self.stored_bytes_autograd:,})",
             "  stayed wide",
             *(f"    {f.count:3d} x {f.operation:24s} {f.reason}" for f in self.fallbacks),
@@ -152,18 +152,20 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
 def _report(loop: Loop) -> LoopReport:
     inputs = graphs.placeholders(loop.step)
     stored = list(zip((inputs[i] for i in loop.stored), loop.step_outputs()[1], strict=True))
+    known = loop.steps if isinstance(loop.steps, int) and loop.controller is None else None
+    steps = known or 1
     return LoopReport(
         where=loop.where,
-        steps=loop.steps,
+        steps=known,
         policy=loop.policy,
         target=loop.target if loop.policy.adjoint_scaling else None,
-        emitted="unroll" if loop.policy.unrolls(loop.steps) else "scan",
+        emitted="search" if loop.controller else "unroll" if loop.policy.unrolls(loop.steps) else "scan",
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
         stored=tuple(_describe_stored(loop, stored)),
-        stored_bytes=sum(loop.steps * graphs.value(node).nbytes for _, node in stored),
-        stored_bytes_fp32=sum(loop.steps * graphs.value(inputs[i]).nbytes for i in set(loop.stored)),
-        stored_bytes_autograd=loop.steps * _saved_by_autograd(loop) if loop.differentiated else 0,
+        stored_bytes=sum(steps * graphs.value(node).nbytes for _, node in stored),
+        stored_bytes_fp32=sum(steps * graphs.value(inputs[i]).nbytes for i in set(loop.stored)),
+        stored_bytes_autograd=steps * _saved_by_autograd(loop) if loop.differentiated else 0,
         fallbacks=loop.fallbacks,
         notes=loop.notes,
         step=loop.step,

@@ -37,6 +37,25 @@ def advance(tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: to
     return combine(y, dt, tableau.b, stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b)))
 
 
+def attempt(
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    t: torch.Tensor,
+    dt: torch.Tensor,
+    y: State,
+    first: State | None,
+) -> tuple[State, State, State]:
+    """The state after one step of an adaptive method, the last stage's velocity, and the estimate of the error.
+
+    first is k_1 where it is known: of a method whose last stage is the first one of the next step (FSAL), after the
+    first step. The estimate is the difference from the embedded method, dt * sum_i (b_i - b^_i) k_i.
+    """
+    assert tableau.b_error is not None, "adaptive methods only"
+    difference = [b - other for b, other in zip(tableau.b, tableau.b_error, strict=True)]
+    k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, difference), first)
+    return combine(y, dt, tableau.b, k), k[-1], increment(y, dt, difference, k)
+
+
 def needed(tableau: ButcherTableau, *weights: Sequence[float]) -> list[bool]:
     """Which stages sums with these weights depend on."""
     found = [any(row[i] != 0 for row in weights) for i in range(tableau.stages)]
@@ -69,10 +88,15 @@ def stages(
 
 def combine(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]) -> State:
     """y + dt * sum_i w_i k_i."""
-    used = [(w, rate) for w, rate in zip(weights, k, strict=False) if w != 0]
-    if not used:
+    if not any(weights):
         return y
-    return [value + dt.to(value.dtype) * _sum(used, leaf) for leaf, value in enumerate(y)]
+    return [value + change for value, change in zip(y, increment(y, dt, weights, k), strict=True)]
+
+
+def increment(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]) -> State:
+    """dt * sum_i w_i k_i, in the dtypes of y."""
+    used = [(w, rate) for w, rate in zip(weights, k, strict=False) if w != 0]
+    return [dt.to(value.dtype) * _sum(used, leaf) for leaf, value in enumerate(y)]
 
 
 def _sum(used: list[tuple[float, State]], leaf: int) -> torch.Tensor:

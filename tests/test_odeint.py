@@ -101,7 +101,7 @@ def test_the_state_is_any_tree_of_tensors():
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_with_an_fp32_policy_it_is_what_it_is_uncompiled(method):
     torch.manual_seed(0)
-    model = Solved(method=method)
+    model = Solved(method=method, options={"num_steps": 1})
     y, t = torch.randn(3, 5), torch.linspace(1, 0, 4)
     wanted = gradients(model, model, y, t)
     assert max(relative_errors(gradients(compiled(model), model, y, t), wanted)) < 1e-6
@@ -124,7 +124,7 @@ def test_gradcheck_of_the_state_and_the_times():
     velocity = Velocity(dim=2, width=3).double()
     y = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64, requires_grad=True)
-    model = Solved(velocity, method="bosh3")
+    model = Solved(velocity, method="bosh3", options={"num_steps": 1})
     assert torch.autograd.gradcheck(model, (y, t))
     assert torch.autograd.gradcheck(compiled(model, torch.float64), (y, t))
 
@@ -188,7 +188,7 @@ def test_the_last_state_alone_collects_no_trajectory():
 
 
 def test_stages_share_one_velocity():
-    model = Solved(method="dopri5", policy=rampde_fx.PrecisionPolicy(velocity=torch.float16))
+    model = Solved(method="dopri5", options={"num_steps": 1}, policy=rampde_fx.PrecisionPolicy(velocity=torch.float16))
     (report,) = rampde_fx.explain(model, torch.randn(3, 5), torch.linspace(0, 1, 9)).loops
     calls = [node.target for node in report.step.graph.nodes if node.op == "call_module"]
     assert calls == ["velocity_0"] * 6  # the seventh stage is for the error alone

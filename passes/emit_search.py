@@ -1,0 +1,97 @@
+"""Emit the search of an adaptive odeint: a while loop that tries steps until the last output time is reached.
+
+Before:  intervals, positions, fractions, count, status, reached = loop(y_0, k_0, t, (first step), w)
+After:   while running:  t_i, dt = propose(t, search);  y', k', e = step(y, k, t_i, dt, w)
+                         counts, search = judge(norm(e));  y, k = (y', k') if counts else (y, k)
+
+The step is the lowered one, so that steps are chosen by the velocity that will be integrated; the norm of the error and
+all of the control are in the accumulation dtype. The search finds the steps alone: the loop behind it, which has as
+many steps as the search found, computes the solution and has the adjoint.
+
+Requires: a Loop with a controller, lowered, without adjoint.
+Ensures:  no gradient; the condition of the loop is read once per step that is tried, on the host.
+Source:   the controller's, rampde_fx/adaptive.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx import adaptive, graphs, torch_private
+from rampde_fx.loop import Loop
+from rampde_fx.recurrence import Body, emit_preamble, symbols
+from rampde_fx.torch_private import while_loop_op
+
+FIELDS = len(adaptive.Search._fields)
+
+
+def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
+    """Replace the call of a LoopNode by the search; its operands are those of the step, with t and the first step."""
+    _warn_of_tolerance(loop)
+    inputs = graphs.placeholders(loop.step)
+    values = list(map(graphs.value, inputs))
+    values[loop.carries : loop.first_invariant()] = [
+        torch_private.detached(graphs.value(node)) for node in call.args[loop.carries : loop.first_invariant()]
+    ]
+    search = torch_private.trace(_Search(loop).run, values, gradients=False)
+    graph_module.add_submodule(f"{call.target}_search", graphs.named(search, [node.name for node in inputs]))
+    operands = emit_preamble(graph_module, call, loop)
+    with graph_module.graph.inserting_before(call):
+        new = graph_module.graph.call_module(f"{call.target}_search", tuple(operands))
+    call.replace_all_uses_with(new)
+    graph_module.graph.erase_node(call)
+
+
+def _warn_of_tolerance(loop: Loop) -> None:
+    assert loop.controller is not None, "a search has a controller"
+    roundoff = torch.finfo(loop.policy.velocity).eps / 2
+    if loop.controller.rtol < roundoff:
+        warnings.warn(
+            f"odeint at {loop.where or 'an unknown line'} asks for rtol={loop.controller.rtol:g} of stages in "
+            f"{loop.policy.velocity}, whose unit roundoff is {roundoff:.1g}: their rounding counts as error, and steps "
+            f"become small without becoming better; write rtol={2 * roundoff:.1g} or more, or a wider velocity dtype",
+            stacklevel=2,
+        )
+
+
+class _Search:
+    """The while loop, as a function of the step's operands."""
+
+    def __init__(self, loop: Loop) -> None:
+        assert loop.controller is not None, "a search has a controller"
+        self.controller, self.carries, self.first = loop.controller, loop.carries, loop.first_invariant()
+        self.states = len(loop.step_outputs()[0])  # one error estimate for each
+        count = len(graphs.placeholders(loop.step))
+        self.body = Body(loop.step, range(count), self.first, self.carries)
+
+    def run(self, *operands: Any) -> tuple[torch.Tensor, ...]:
+        """What leave_search gives."""
+        starts = self.body.starts(operands[: self.carries])
+        t, first_step = operands[self.carries : self.first]
+        invariants = self.body.prepare(operands[self.first :])
+        begun = adaptive.begin(t, first_step[0], self.controller.max_steps)
+        varying, fixed = [*begun, *starts], [t, *invariants]
+
+        def running(*args: Any) -> torch.Tensor:
+            return adaptive.Search(*args[:FIELDS]).status == adaptive.RUNNING
+
+        def attempt(*args: Any) -> tuple[torch.Tensor, ...]:
+            search, carries = adaptive.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
+            t, *invariants = args[len(varying) :][: len(fixed)]
+            trial = adaptive.propose(t, search)
+            results = self.body(*carries, trial.t, trial.dt, *invariants)
+            nexts, errors = results[: self.carries], results[self.carries :]
+            norm = adaptive.error_norm(errors, carries[: self.states], nexts[: self.states], self.controller)
+            counts, search = adaptive.judge(t, search, trial, norm, self.controller)
+            kept = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
+            return *(value.clone() for value in search), *kept
+
+        results = while_loop_op(running, attempt, tuple(varying), (*fixed, *symbols([*varying, *fixed])))
+        search = adaptive.Search(*results[:FIELDS])
+        last = search.interval.clamp(max=t.shape[0] - 2)
+        reached, _ = adaptive.place(t, last, search.position, search.size)
+        return search.intervals, search.positions, search.fractions, search.count, search.status, reached

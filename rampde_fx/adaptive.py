@@ -1,0 +1,218 @@
+"""Adaptive steps: how large the next one is, and whether the last one counts. Plain torch code on 0-d tensors.
+
+It runs as it stands in an uncompiled odeint, and inside the while loop that the backend emits for a compiled one. A
+step never passes an output time: its place is a fraction of the interval between two output times, and the fractions
+are constants of the derivative. So the times' gradients are those of the steps that were taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+import torch
+
+RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL = range(4)
+# How far a step may be stretched so that no sliver is left before an output time.
+STRETCH = 1.01
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A PI controller of the step size.
+
+    A step counts if the norm of its error estimate, weighted by atol + rtol |y|, is at most 1. The next one is larger
+    by safety * r^(-0.7 / q) * r'^(0.4 / q), r and r' the norms of this step and of the one before.
+
+    Args:
+        order: q, the order of the error estimate in the step size.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        max_steps: The most steps that may count; four times as many may be tried.
+        safety: Factor below 1.
+        ifactor: The most that a step may be larger than the one before.
+        dfactor: The least that it may be of the one before.
+
+    Source: K. Gustafsson, ACM Transactions on Mathematical Software 17, 1991, 533-554, doi 10.1145/210232.210242;
+        Hairer and Wanner, Solving Ordinary Differential Equations II, 1996, section IV.2.
+    """
+
+    order: int
+    rtol: float
+    atol: float
+    max_steps: int
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+
+    def numbers(self) -> list[float]:
+        """The controller as it travels through a captured graph."""
+        return [float(value) for value in astuple(self)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Controller:
+        """The controller that numbers() gave."""
+        order, rtol, atol, max_steps, *rest = numbers
+        return cls(int(order), rtol, atol, int(max_steps), *rest)
+
+
+class Search(NamedTuple):
+    """The steps so far. All are 0-d tensors but the last three, of shape (max_steps,), which hold the steps that count.
+
+    Attributes:
+        interval: Index of the output time that the next step starts from, or has passed.
+        position: Where in the interval the next step starts, from 0 to 1.
+        size: Proposed size of the next step, positive.
+        previous: Norm of the error of the last step that counted.
+        rejected: Whether the last step did not count.
+        status: RUNNING, DONE, TOO_MANY_STEPS or STEP_TOO_SMALL.
+        count: Number of steps that count.
+        tried: Number of steps in all.
+        intervals: The interval of each step.
+        positions: Where in its interval each step starts.
+        fractions: The size of each step as a fraction of its interval.
+    """
+
+    interval: torch.Tensor
+    position: torch.Tensor
+    size: torch.Tensor
+    previous: torch.Tensor
+    rejected: torch.Tensor
+    status: torch.Tensor
+    count: torch.Tensor
+    tried: torch.Tensor
+    intervals: torch.Tensor
+    positions: torch.Tensor
+    fractions: torch.Tensor
+
+
+class Trial(NamedTuple):
+    """One step to be tried: its start and size (0-d, differentiable in t), as a fraction, and whether it ends one."""
+
+    t: torch.Tensor
+    dt: torch.Tensor
+    fraction: torch.Tensor
+    ends_interval: torch.Tensor
+
+
+def begin(t: torch.Tensor, first_step: torch.Tensor, max_steps: int) -> Search:
+    """Before the first step; first_step is a positive size."""
+    index = torch.zeros((), dtype=torch.int64, device=t.device)
+    number = torch.zeros((), dtype=t.dtype, device=t.device)
+    return Search(
+        interval=index.clone(),
+        position=number.clone(),
+        size=first_step.to(t.dtype).clone(),
+        previous=torch.ones_like(number),
+        rejected=torch.zeros_like(index, dtype=torch.bool),
+        status=torch.full_like(index, RUNNING),
+        count=index.clone(),
+        tried=index.clone(),
+        intervals=torch.zeros(max_steps, dtype=torch.int64, device=t.device),
+        positions=torch.zeros(max_steps, dtype=t.dtype, device=t.device),
+        fractions=torch.zeros(max_steps, dtype=t.dtype, device=t.device),
+    )
+
+
+def place(
+    t: torch.Tensor, interval: torch.Tensor, position: torch.Tensor, fraction: torch.Tensor
+) -> list[torch.Tensor]:
+    """Starts and sizes of steps from their fractions, differentiable in t."""
+    left = t.index_select(0, interval.reshape(-1)).reshape(interval.shape)
+    length = t.index_select(0, interval.reshape(-1) + 1).reshape(interval.shape) - left
+    return [left + position * length, fraction * length]
+
+
+def propose(t: torch.Tensor, search: Search) -> Trial:
+    """The next step to be tried: as large as proposed, or up to the next output time."""
+    left, length = place(t, search.interval, torch.zeros_like(search.position), torch.ones_like(search.position))
+    rest = 1 - search.position
+    fraction = search.size / length.detach().abs()
+    ends = fraction * STRETCH >= rest
+    fraction = torch.where(ends, rest, fraction)
+    return Trial(left + search.position * length, fraction * length, fraction, ends)
+
+
+def error_norm(
+    errors: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    controller: Controller,
+) -> torch.Tensor:
+    """The largest root mean square, over the tensors of the state, of the error over atol + rtol max(|y|, |y'|)."""
+    norms = []
+    for error, y, y_next in zip(errors, before, after, strict=True):
+        if error.numel() == 0:
+            continue
+        weight = controller.atol + controller.rtol * torch.maximum(y.abs(), y_next.abs())
+        ratio = torch.where(error == 0, 0.0, error / weight)  # atol may be 0 and the state as well
+        norms.append(ratio.square().mean().sqrt())
+    return torch.stack([norm.to(norms[0].dtype) for norm in norms]).amax()
+
+
+def judge(
+    t: torch.Tensor, search: Search, trial: Trial, norm: torch.Tensor, controller: Controller
+) -> tuple[torch.Tensor, Search]:
+    """Whether a step that was tried counts (a 0-d bool), and what follows."""
+    norm = torch.where(norm.isfinite(), norm, float("inf")).to(search.size.dtype)
+    counts = norm <= 1
+    used = trial.dt.abs()
+    size = used * _factor(norm, search, controller)
+    # A step that was cut at an output time says nothing against the size that had been proposed.
+    size = torch.where(counts & trial.ends_interval, torch.maximum(size, search.size), size)
+    here = (torch.arange(controller.max_steps, device=t.device) == search.count) & counts
+    ended = counts & trial.ends_interval
+    interval, count = search.interval + ended, search.count + counts
+    tried = search.tried + 1
+    too_small = ~counts & (trial.t + size * 2 * torch.sign(trial.dt) == trial.t)
+    too_many = (count >= controller.max_steps) | (tried >= 4 * controller.max_steps)
+    status = torch.where(too_many, TOO_MANY_STEPS, search.status)
+    status = torch.where(too_small, STEP_TOO_SMALL, status)
+    status = torch.where(interval == t.shape[0] - 1, DONE, status)
+    position = torch.where(ended, 0.0, search.position + trial.fraction)
+    return counts, Search(
+        interval=interval,
+        position=torch.where(counts, position, search.position),
+        size=size,
+        previous=torch.where(counts, norm.clamp(min=1e-4), search.previous),
+        rejected=~counts,
+        status=status,
+        count=count,
+        tried=tried,
+        intervals=torch.where(here, search.interval, search.intervals),
+        positions=torch.where(here, search.position, search.positions),
+        fractions=torch.where(here, trial.fraction, search.fractions),
+    )
+
+
+def _factor(norm: torch.Tensor, search: Search, controller: Controller) -> torch.Tensor:
+    q = controller.order
+    plain = controller.safety * norm ** (-0.7 / q) * search.previous ** (0.4 / q)
+    most = torch.where((norm > 1) | search.rejected, 1.0, controller.ifactor)
+    factor = torch.where(norm > 1, controller.safety * norm ** (-1 / q), plain)
+    return torch.minimum(factor, most.to(factor.dtype)).clamp(min=controller.dfactor)
+
+
+def first_step(
+    start: Sequence[torch.Tensor],
+    rate: Sequence[torch.Tensor],
+    second: Sequence[torch.Tensor],
+    trial: torch.Tensor,
+    controller: Controller,
+) -> torch.Tensor:
+    """A size for the first step, from the velocities at the start and after an Euler step of the trial size.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.4.
+    """
+    slope = error_norm(rate, start, start, controller)
+    change = error_norm([b - a for a, b in zip(rate, second, strict=True)], start, start, controller) / trial
+    largest = torch.maximum(slope, change)
+    size = torch.where(largest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / controller.order))
+    return torch.minimum(100 * trial, size)
+
+
+def trial_size(start: Sequence[torch.Tensor], rate: Sequence[torch.Tensor], controller: Controller) -> torch.Tensor:
+    """The size of the Euler step that first_step looks at."""
+    height, slope = (error_norm(values, start, start, controller) for values in (start, rate))
+    return torch.where((height < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * height / slope)

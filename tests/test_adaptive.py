@@ -1,0 +1,206 @@
+"""odeint with adaptive steps: tolerances, output times, gradients, what is refused; compiled against uncompiled."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rampde_fx
+from rampde_fx import adaptive, errors
+from rampde_fx.tableau import METHODS
+from tests.comparison import gradients, relative_errors
+from tests.golden import printed
+from tests.models import Velocity
+from tests.test_odeint import Solved, compiled
+
+ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
+
+
+def decay(t, y):
+    return -y * torch.cos(t)
+
+
+def exact(t):
+    return torch.exp(-torch.sin(t))
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("end", [4.0, -4.0])
+def test_the_error_follows_the_tolerance(method, end):
+    t = torch.linspace(0, end, 5, dtype=torch.float64)
+    y0 = torch.ones(2, dtype=torch.float64)
+    found = []
+    for tolerance in (1e-4, 1e-6, 1e-9):
+        y = rampde_fx.odeint(decay, y0, t, method=method, rtol=tolerance, atol=tolerance)
+        found.append((y - exact(t)[:, None]).abs().max().item())
+        assert found[-1] < 20 * tolerance
+    assert found[0] > 5 * found[1] > 25 * found[2]
+
+
+def test_dopri5_takes_six_evaluations_a_step():
+    calls, steps = [], []
+
+    def counted(t, y):
+        calls.append(t)
+        return decay(t, y)
+
+    y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
+    judge = adaptive.judge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "judge", lambda *args: steps.append(1) or judge(*args))
+        rampde_fx.odeint(counted, y0, t, method="dopri5", rtol=1e-6, atol=1e-6)
+    assert len(calls) == 6 * len(steps) + 3  # two that choose the first step, and its own first stage
+
+
+def test_steps_grow_where_the_solution_is_smooth():
+    times = []
+
+    def bump(t, y):
+        times.append(t.item())
+        return torch.exp(-100 * (t - 1) ** 2) * torch.ones_like(y)
+
+    y = rampde_fx.odeint(
+        bump, torch.zeros(1).double(), torch.tensor([0.0, 10.0]).double(), method="tsit5", options={"first_step": 0.01}
+    )
+    assert abs(y[-1].item() - math.sqrt(math.pi) / 10) < 1e-6
+    assert sum(0.5 < t < 1.5 for t in times) > 5 * sum(3 < t < 10 for t in times)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_gradcheck_of_the_state_and_the_times(method):
+    y0 = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64, requires_grad=True)
+    tolerance = 1e-8 if method == "bosh3" else 1e-11
+    options = {"max_steps": 20000}
+    assert torch.autograd.gradcheck(
+        lambda y, t: rampde_fx.odeint(decay, y, t, method=method, rtol=tolerance, atol=tolerance, options=options),
+        (y0, t),
+        atol=1e-4 if method == "bosh3" else 1e-6,
+    )
+
+
+@pytest.mark.parametrize("method", ["bosh3", "dopri5"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_compiled_it_is_what_it_is_uncompiled(method, dtype):
+    torch.manual_seed(0)
+    u = max(torch.finfo(dtype).eps / 2, 2.0**-24)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2 * u)
+    model = Solved(method=method, rtol=tolerance, atol=tolerance)
+    y, t = torch.randn(3, 5), torch.linspace(0, 2, 4)
+    if dtype == torch.float64:
+        model, y, t = model.double(), y.double(), t.double()
+    wanted = gradients(model, model, y, t)
+    got = relative_errors(gradients(compiled(model, dtype), model, y, t), wanted)
+    # Steps differ where roundings do, within the tolerance.
+    assert max(got) < (1e-10 if dtype == torch.float64 else 10 * max(u, tolerance))
+
+
+def test_one_compilation_serves_any_number_of_steps(monkeypatch):
+    torch._dynamo.reset()
+    rewritten = []
+    rewrite = rampde_fx.backend.rewrite
+    monkeypatch.setattr(rampde_fx.backend, "rewrite", lambda graph: rewritten.append(1) or rewrite(graph))
+    model = Solved(decay, method="bosh3", rtol=1e-4, atol=1e-4)
+    run = compiled(model)
+    y0 = torch.ones(2)
+    for end in (0.5, 3.0, 12.0):
+        t = torch.tensor([0.0, end])
+        torch.testing.assert_close(run(y0, t), model(y0, t), rtol=1e-4, atol=1e-4)
+    assert len(rewritten) == 1
+
+
+def test_what_is_stored_are_the_steps_that_count():
+    saved = []
+    model = Solved(Velocity(), method="bosh3", rtol=1e-3, atol=1e-3)
+    run = compiled(model, torch.float16)
+    y, t = torch.randn(64, 5, requires_grad=True), torch.tensor([0.0, 1.0])
+    run(y, t)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        run(y, t)
+    stacks = [x for x in saved if x.dtype == torch.float16 and x.shape[1:] == y.shape]
+    assert len(stacks) == 1 and 2 < len(stacks[0]) < 50
+
+
+def test_the_error_is_estimated_in_the_dtype_of_the_state():
+    model = Solved(Velocity(), method="bosh3", rtol=1e-3, atol=1e-3, policy=rampde_fx.PrecisionPolicy(torch.float16))
+    search, loop = rampde_fx.explain(model, torch.randn(3, 5), torch.tensor([0.0, 1.0])).loops
+    assert (search.emitted, search.evaluations, search.adjoint) == ("search", 3, None)
+    assert (loop.policy, loop.evaluations) == (search.policy, 3)
+    _, _, error = search.step.graph.output_node().args[0]
+    assert error.meta["val"].dtype == torch.float32 and error.meta["role"] == "state"
+    text = printed(search.step)
+    assert "f32[3, 5]" in text and text.count("self.velocity_0(") == 3
+
+
+def test_too_tight_a_tolerance_is_said():
+    model = Solved(Velocity(), method="bosh3", rtol=1e-5, atol=1e-2)
+    y, t = torch.randn(3, 5), torch.tensor([0.0, 0.1])
+    with pytest.warns(UserWarning, match=r"rtol=1e-05 of stages in torch.float16.*write rtol=0.001"):
+        compiled(model, torch.float16)(y, t)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(model, torch.float32)(y, t)
+
+
+@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+def test_a_singularity_ends_in_an_error(as_compiled):
+    model = Solved(lambda t, y: y * y, method="dopri5", rtol=1e-4, atol=1e-4)
+    run = compiled(model) if as_compiled else model
+    with pytest.raises(errors.StepSizeError, match="t = 1"):
+        run(torch.ones(1), torch.tensor([0.0, 2.0]))
+
+
+@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+def test_too_many_steps_end_in_an_error(as_compiled):
+    model = Solved(decay, method="bosh3", rtol=1e-6, atol=1e-6, options={"max_steps": 10})
+    run = compiled(model) if as_compiled else model
+    with pytest.raises(errors.StepSizeError, match="with 10 steps"):
+        run(torch.ones(1), torch.tensor([0.0, 2.0]))
+
+
+def test_a_velocity_that_is_nan_ends_in_an_error():
+    with pytest.raises(errors.StepSizeError):
+        rampde_fx.odeint(lambda t, y: y * math.nan, torch.ones(1), torch.tensor([0.0, 2.0]), method="dopri5")
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(5)], ids=["dropout", "batch_norm"])
+def test_a_velocity_that_is_no_function_is_refused(layer):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, t, y):
+            return self.layer(y)
+
+    run = compiled(Solved(Noisy(), method="bosh3"))
+    with pytest.raises(errors.UnsupportedLoopError, match="adaptive odeint") as caught:
+        run(torch.randn(8, 5), torch.tensor([0.0, 1.0]))
+    assert "self.layer(y)" in caught.value.where
+
+
+BAD = {
+    "negative": (dict(rtol=-1.0), "rtol=-1.0"),
+    "infinite": (dict(atol=math.inf), "atol=inf"),
+    "both zero": (dict(rtol=0.0, atol=0.0), "rtol=0.0"),
+    "tensor": (dict(rtol=torch.tensor(1e-3)), "rtol=tensor"),
+    "unknown": (dict(options={"jump_t": 0.5}), "jump_t"),
+    "no steps": (dict(options={"max_steps": 0}), "max_steps"),
+    "half a step": (dict(options={"max_steps": 0.5}), "max_steps"),
+    "safety above 1": (dict(options={"safety": 1.5}), "safety"),
+    "first step of 0": (dict(options={"first_step": 0.0}), "first_step"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name(case):
+    arguments, message = BAD[case]
+    with pytest.raises(errors.OptionError, match=message):
+        rampde_fx.odeint(decay, torch.ones(1), torch.tensor([0.0, 1.0]), method="dopri5", **arguments)
+
+
+def test_fixed_steps_say_that_tolerances_mean_nothing():
+    with pytest.warns(UserWarning, match="fixed steps"):
+        rampde_fx.odeint(decay, torch.ones(1), torch.tensor([0.0, 1.0]), rtol=1e-3)
