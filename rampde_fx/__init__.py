@@ -6,10 +6,13 @@ from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, steps
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.report import explain
+from rampde_fx.tableau import METHODS, ButcherTableau
 
 __all__ = [
+    "METHODS",
     "AdjointScaling",
     "BackwardCount",
+    "ButcherTableau",
     "PrecisionPolicy",
     "backward_counts",
     "errors",
