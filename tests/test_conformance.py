@@ -30,7 +30,10 @@ def tolerance(method, problem):
 
 def arguments(method, *problems):
     order = METHODS[method].order
-    return {"method": method, "options": {"num_steps": max(STEPS.get(p, {}).get(order, 1) for p in problems)}}
+    return {
+        "method": method,
+        "options": {"num_steps": max([1, *(STEPS.get(p, {}).get(order, 1) for p in problems)])},
+    }
 
 
 def largest_error(got, wanted):
@@ -50,6 +53,22 @@ def test_the_solution_is_within_the_tolerance(method, problem, backward, dtype):
     assert got.dtype == dtype and got.shape == wanted.shape
     assert torch.equal(got[0], y0)
     assert largest_error(got, wanted) < tolerance(method, problem)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("method", [name for name, tableau in METHODS.items() if tableau.adaptive])
+@DIRECTIONS
+@DTYPES
+def test_adaptive_steps_are_within_the_tolerance(method, problem, backward, dtype):
+    """At torchdiffeq's default tolerances, and those that its tests give dopri8."""
+    t = times(backward)
+    wanted = exact(PROBLEMS[problem]().double(), t)
+    velocity, y0 = PROBLEMS[problem]().to(dtype), wanted[0].to(dtype)
+    tight = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-7, "atol": 1e-7}
+    with torch.no_grad():
+        got = rampde_fx.odeint(velocity, y0, t, method=method, **(tight if method == "dopri8" else {}))
+    assert got.dtype == dtype and got.shape == wanted.shape
+    assert largest_error(got, wanted) < (4e-3 if method == "bosh3" else TOLERANCES[problem])
 
 
 class Together(nn.ModuleDict):
@@ -98,7 +117,7 @@ def test_gradcheck(method):
 
     def solve(y0, t, a, b):
         return rampde_fx.odeint(
-            lambda t, y: torch.func.functional_call(model, {"a": a, "b": b}, (t, y)), y0, t, method=method
+            lambda t, y: torch.func.functional_call(model, {"a": a, "b": b}, (t, y)), y0, t, **arguments(method)
         )
 
     assert torch.autograd.gradcheck(solve, (y0, t, *model.parameters()))
