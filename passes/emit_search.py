@@ -1,6 +1,6 @@
 """Emit the search of an adaptive odeint: a while loop that tries steps until the last output time is reached.
 
-Before:  intervals, positions, fractions, count, status, reached = loop(y_0, k_0, t, (first step), w)
+Before:  intervals, positions, fractions, count, status, reached, ended = loop(y_0, k_0, t, (first step), w)
 After:   while running:  t_i, dt = propose(t, search);  y', k', e = step(y, k, t_i, dt, w)
                          counts, search = judge(norm(e));  y, k = (y', k') if counts else (y, k)
 
@@ -10,7 +10,7 @@ many steps as the search found, computes the solution and has the adjoint.
 
 Requires: a Loop with a controller, lowered, without adjoint.
 Ensures:  no gradient; the condition of the loop is read once per step that is tried, on the host.
-Source:   the controller's, rampde_fx/adaptive.py.
+Source:   the controller's, rampde_fx/step_control.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import adaptive, graphs, torch_private
+from rampde_fx import graphs, step_control, torch_private
 from rampde_fx.loop import Loop
 from rampde_fx.recurrence import Body, emit_preamble, symbols
 from rampde_fx.torch_private import while_loop_op
 
-FIELDS = len(adaptive.Search._fields)
+FIELDS = len(step_control.Search._fields)
 
 
 def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
@@ -73,25 +73,26 @@ class _Search:
         starts = self.body.starts(operands[: self.carries])
         t, first_step = operands[self.carries : self.first]
         invariants = self.body.prepare(operands[self.first :])
-        begun = adaptive.begin(t, first_step[0], self.controller.max_steps)
+        begun = step_control.begin(t, first_step[0], self.controller.max_steps)
         varying, fixed = [*begun, *starts], [t, *invariants]
 
         def running(*args: Any) -> torch.Tensor:
-            return adaptive.Search(*args[:FIELDS]).status == adaptive.RUNNING
+            return step_control.Search(*args[:FIELDS]).status == step_control.RUNNING
 
         def attempt(*args: Any) -> tuple[torch.Tensor, ...]:
-            search, carries = adaptive.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
+            search, carries = step_control.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
             t, *invariants = args[len(varying) :][: len(fixed)]
-            trial = adaptive.propose(t, search)
+            trial = step_control.propose(t, search)
             results = self.body(*carries, trial.t, trial.dt, *invariants)
             nexts, errors = results[: self.carries], results[self.carries :]
-            norm = adaptive.error_norm(errors, carries[: self.states], nexts[: self.states], self.controller)
-            counts, search = adaptive.judge(t, search, trial, norm, self.controller)
+            norm = step_control.error_norm(errors, carries[: self.states], nexts[: self.states], self.controller)
+            counts, search = step_control.judge(t, search, trial, norm, self.controller)
             kept = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
             return *(value.clone() for value in search), *kept
 
         results = while_loop_op(running, attempt, tuple(varying), (*fixed, *symbols([*varying, *fixed])))
-        search = adaptive.Search(*results[:FIELDS])
+        search = step_control.Search(*results[:FIELDS])
         last = search.interval.clamp(max=t.shape[0] - 2)
-        reached, _ = adaptive.place(t, last, search.position, search.size)
-        return search.intervals, search.positions, search.fractions, search.count, search.status, reached
+        reached, _ = step_control.place(t, last, search.position, search.size)
+        found = (search.intervals, search.positions, search.fractions, search.count, search.status)
+        return *found, reached, search.interval

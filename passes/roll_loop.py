@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.adaptive import Controller
 from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source, reads_end
+from rampde_fx.step_control import Controller
 
 
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captured: CapturedStep, name: str) -> Loop:

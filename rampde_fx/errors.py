@@ -72,7 +72,7 @@ def _step_too_small(count: int, reached: float) -> StepSizeError:
     )
 
 
-# By the status of a search: adaptive.TOO_MANY_STEPS and adaptive.STEP_TOO_SMALL.
+# By the status of a search: step_control.TOO_MANY_STEPS and step_control.STEP_TOO_SMALL.
 FAILURES = {2: _too_many_steps, 3: _step_too_small}
 
 

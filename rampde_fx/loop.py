@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from rampde_fx import graphs, operators
-from rampde_fx.adaptive import Controller
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.step_control import Controller
 
 
 @dataclass(frozen=True)

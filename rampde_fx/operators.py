@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rampde_fx import adaptive, counts, torch_private
+from rampde_fx import counts, step_control, torch_private
 from rampde_fx.errors import FAILURES, TimeGridError, UnsupportedLoopError
 
 _Function = Callable[..., torch.Tensor]
@@ -25,7 +25,8 @@ library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tenso
 library.define("leave(Tensor[] states, Tensor[] nexts, SymInt outputs, SymInt every, str problem) -> Tensor[]")
 library.define("needs_backend(Tensor x) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
-# count, their number, the status and the time that was reached. The numbers are those of an adaptive.Controller.
+# count, their number, the status, the time that was reached and how many intervals ended. The numbers are those of a
+# step_control.Controller.
 library.define(
     "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, float[] controller, str problem)"
     " -> Tensor[]"
@@ -80,9 +81,10 @@ def _leave_search(
     controller: list[float],
     problem: str,
 ) -> list[torch.Tensor]:
-    search = adaptive.begin(t, t[0], adaptive.Controller.of(controller).max_steps)
-    count, status = search.count + 1, search.status + adaptive.DONE
-    return [search.intervals, search.positions, search.fractions, count, status, t[0].clone()]
+    search = step_control.begin(t, t[0], step_control.Controller.of(controller).max_steps)
+    count, status = search.count + 1, search.status + step_control.DONE
+    ended = search.interval + (t.shape[0] - 1)
+    return [search.intervals, search.positions, search.fractions, count, status, t[0].clone(), ended]
 
 
 def _found(count: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:

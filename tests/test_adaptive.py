@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx import adaptive, errors
+from rampde_fx import errors, step_control
 from rampde_fx.tableau import METHODS
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed
@@ -47,9 +47,9 @@ def test_dopri5_takes_six_evaluations_a_step():
         return decay(t, y)
 
     y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
-    judge = adaptive.judge
+    judge = step_control.judge
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptive, "judge", lambda *args: steps.append(1) or judge(*args))
+        patch.setattr(step_control, "judge", lambda *args: steps.append(1) or judge(*args))
         rampde_fx.odeint(counted, y0, t, method="dopri5", rtol=1e-6, atol=1e-6)
     assert len(calls) == 6 * len(steps) + 3  # two that choose the first step, and its own first stage
 
@@ -204,3 +204,15 @@ def test_bad_input_is_refused_by_name(case):
 def test_fixed_steps_say_that_tolerances_mean_nothing():
     with pytest.warns(UserWarning, match="fixed steps"):
         rampde_fx.odeint(decay, torch.ones(1), torch.tensor([0.0, 1.0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+def test_by_option_a_failure_is_a_status(as_compiled):
+    options = {"status": True, "max_steps": 100}
+    model = Solved(lambda t, y: y * y, method="dopri5", rtol=1e-4, atol=1e-4, options=options)
+    run = compiled(model) if as_compiled else model
+    for t, status, reached in (([0.0, 0.5, 0.8], 1, 3), ([0.0, 0.5, 2.0], 3, 2), ([0.0, 1.5, 2.0], 3, 1)):
+        solution, found = run(torch.ones(2), torch.tensor(t))
+        assert found == status
+        torch.testing.assert_close(solution[:reached, 0], 1 / (1 - torch.tensor(t)[:reached]), rtol=1e-3, atol=0)
+        assert solution[reached:].isnan().all()

@@ -1,0 +1,152 @@
+"""Adaptive steps: the states at every output time, by steps of a size that the error estimate allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rampde_fx import marking, operators, step_control, torch_private
+from rampde_fx.errors import OptionError
+from rampde_fx.fixed_steps import FIXED_OPTIONS, CheckedVelocity, captured_once, encoded_policy, noting, raising
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runge_kutta import State, Velocity, attempt, combine
+from rampde_fx.tableau import ButcherTableau
+
+ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor", "status")
+MAX_STEPS = 4096
+
+
+def adaptive_steps(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    controller: step_control.Controller,
+    first_size: float | None,
+    policy: PrecisionPolicy | None,
+    *,
+    raises: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The states at every t, by steps that end at each of them, and the status of the search.
+
+    Where it does not raise, the states at times that were not reached are NaN.
+    """
+    with torch.no_grad():
+        start, times = [leaf.detach() for leaf in y], t.detach()
+        rate = raising(velocity)(times[0], start)
+        size = _first_size(raising(velocity), start, rate, times, controller, first_size)
+    if not (torch.compiler.is_compiling() and torch_private.rewritten_later()):
+        marking.warn_if_uncompiled()
+        return _adapt_now(tableau, raising(velocity), y, t, controller, size, raises=raises)
+    with torch.no_grad():
+        checked, problems = noting(velocity)
+        states = [*start, *rate] if tableau.fsal else start
+        t_i, dt, *entered = operators.enter(times, size[None], states, encoded_policy(policy))
+        first = entered[len(y) :] if tableau.fsal else None
+        nexts, last, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+        results = [*nexts, *last] if tableau.fsal else nexts
+        intervals, positions, fractions, count, status, reached, ended = operators.leave_search(
+            states, results, errors, times, controller.numbers(), max(problems)
+        )
+        # Where no step counts, one of size 0 is taken.
+        count = operators.found(count, status, reached) if raises else count.clamp(min=1)
+    with torch_private.capturing_scalars():
+        steps = int(count.item())
+    torch._check(steps >= 1)
+    torch._check(steps <= controller.max_steps)
+    intervals, positions, fractions = (steps_.narrow(0, 0, steps) for steps_ in (intervals, positions, fractions))
+    starts, sizes = step_control.place(t, intervals, positions, fractions)
+    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy)
+    order = torch.arange(t.shape[0] - 1, device=t.device)
+    if t.shape[0] == 2:
+        found = [values[-1][None] for values in on_grid]
+    else:
+        ends = torch.searchsorted(intervals, order, right=True)
+        found = [values[ends] for values in on_grid]
+    if not raises:
+        found = [_where(order < ended, values) for values in found]
+    return [torch.cat([value[None], values]) for value, values in zip(y, found, strict=True)], status
+
+
+def _where(reached: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.where(reached.reshape(-1, *[1] * (values.ndim - 1)), values, torch.nan)
+
+
+def _adapt_now(
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    y: State,
+    t: torch.Tensor,
+    controller: step_control.Controller,
+    size: torch.Tensor,
+    *,
+    raises: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Uncompiled: step by step."""
+    search, found, first = step_control.begin(t.detach(), size, controller.max_steps), [y], None
+    while int(search.status) == step_control.RUNNING:
+        trial = step_control.propose(t, search)
+        nexts, last, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
+        with torch.no_grad():
+            norm = step_control.error_norm(errors, y, nexts, controller)
+            counts, search = step_control.judge(t, search, trial, norm, controller)
+        if counts:
+            y, first = nexts, last if tableau.fsal else None
+            if trial.ends_interval:
+                found.append(y)
+    if raises:
+        last = search.interval.clamp(max=t.shape[0] - 2)
+        reached, _ = step_control.place(t.detach(), last, search.position, search.size)
+        operators.found(search.count, search.status, reached)
+    found += [[torch.full_like(leaf, torch.nan) for leaf in y]] * (t.shape[0] - len(found))
+    return [torch.stack(values) for values in zip(*found, strict=True)], search.status
+
+
+def _first_size(
+    velocity: Velocity,
+    y: State,
+    rate: State,
+    t: torch.Tensor,
+    controller: step_control.Controller,
+    given: float | None,
+) -> torch.Tensor:
+    if given is not None:
+        return torch.full((), given, dtype=t.dtype, device=t.device)
+    trial = step_control.trial_size(y, rate, controller)
+    step = trial * torch.sign(t[1] - t[0]).to(trial.dtype)
+    second = velocity(t[0] + step.to(t.dtype), combine(y, step, [1.0], [rate]))
+    return step_control.first_step(y, rate, second, trial, controller).to(t.dtype)
+
+
+def controller_of(
+    given: dict[str, Any], tableau: ButcherTableau, rtol: float, atol: float
+) -> tuple[step_control.Controller, float | None]:
+    """The controller, and the size of the first step if it is given."""
+    rest = {name: value for name, value in given.items() if name != "first_step"}
+    unknown = [name for name in given if name not in ADAPTIVE_OPTIONS]
+    if unknown:
+        raise OptionError(
+            f"options={given}",
+            required=f"options of {', '.join(ADAPTIVE_OPTIONS)}, or for fixed steps one of {', '.join(FIXED_OPTIONS)}",
+            fix=f"leave {unknown[0]!r} out",
+        )
+    for name, value in {"rtol": rtol, "atol": atol}.items():
+        if not (isinstance(value, (int, float)) and 0 <= value < float("inf")) or rtol == atol == 0:
+            raise OptionError(
+                f"{name}={value!r}",
+                required="tolerances that are finite numbers of at least 0, not both 0",
+                fix="write rtol=1e-3, atol=1e-6, or leave both out",
+            )
+    limits = {"first_step": 0.0, "max_steps": 0, "safety": 0.0, "ifactor": 1.0, "dfactor": 0.0}
+    for name, value in given.items():
+        number = isinstance(value, int) if name == "max_steps" else isinstance(value, (int, float))
+        if not number or not limits[name] < value < float("inf") or (name in ("safety", "dfactor") and value >= 1):
+            raise OptionError(
+                f"options={{{name!r}: {value!r}}}",
+                required="positive numbers: max_steps an int, ifactor above 1, safety and dfactor below",
+                fix=f"leave {name!r} out",
+            )
+    assert tableau.order_error is not None, "adaptive methods only"
+    order = min(tableau.order, tableau.order_error) + 1
+    return step_control.Controller(order, rtol, atol, **{"max_steps": MAX_STEPS, **rest}), given.get("first_step")

@@ -1,0 +1,141 @@
+"""Fixed steps: the states at every output time, by steps whose number or size is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rampde_fx import marking, operators, torch_private
+from rampde_fx.errors import OptionError, velocity_error
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runge_kutta import State, Velocity, advance
+from rampde_fx.tableau import ButcherTableau
+
+# Gives a derivative, and what is wrong with it, or an empty string.
+CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]
+FIXED_OPTIONS = ("step_size", "num_steps")
+
+
+def steps_between(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    count: int,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The states at every t, by `count` equal steps from each time to the next."""
+    starts, sizes = t[:-1], t[1:] - t[:-1]
+    if count > 1:
+        sizes = sizes / count
+        offsets = torch.arange(count, dtype=t.dtype, device=t.device)
+        starts = (starts[:, None] + sizes[:, None] * offsets).flatten()
+        sizes = sizes[:, None].expand(-1, count).flatten()
+    if torch.compiler.is_compiling() and torch_private.rewritten_later():
+        return captured_once(tableau, velocity, y, starts, sizes, t.shape[0], count, policy)
+    marking.warn_if_uncompiled()
+    found = [y]
+    for i in range(starts.shape[0]):
+        y = advance(tableau, raising(velocity), starts[i], sizes[i], y)
+        if (i + 1) % count == 0:
+            found.append(y)
+    return [torch.stack(values) for values in zip(*found, strict=True)]
+
+
+def captured_once(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    outputs: int,
+    every: int,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """One step between markers, which stands for all of them."""
+    checked, problems = noting(velocity)
+    t, dt, *entered = operators.enter(starts, sizes, y, encoded_policy(policy))
+    nexts = advance(tableau, checked, t, dt, entered)
+    return list(operators.leave(y, nexts, outputs, every, max(problems)))
+
+
+def encoded_policy(policy: PrecisionPolicy | None) -> str:
+    return marking.policy_under_way() if policy is None else policy.encoded
+
+
+def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
+    """A velocity that notes what is wrong; an exception would be a graph break in the loop, and lost."""
+    problems: list[str] = []
+
+    def checked(t: torch.Tensor, state: State) -> State:
+        rates, problem = velocity(t, state)
+        problems.append(problem)
+        return state if problem else rates
+
+    return checked, problems
+
+
+def raising(velocity: CheckedVelocity) -> Velocity:
+    def checked(t: torch.Tensor, state: State) -> State:
+        rates, problem = velocity(t, state)
+        if problem:
+            raise velocity_error(problem)
+        return rates
+
+    return checked
+
+
+def equal_steps(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    step_size: float,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The states at every t, interpolated linearly between steps of one size from t[0] on."""
+    span = (t[-1] - t[0]).detach()
+    with torch_private.capturing_scalars():
+        count = int((torch.ceil(span.abs() / step_size + 1) - 1).to(torch.int64).item())
+    torch._check(count >= 1)
+    inner = t[0] + torch.arange(count, dtype=t.dtype, device=t.device) * (step_size * torch.sign(span))
+    grid = torch.cat([inner, t[-1:]])
+    on_grid = steps_between(tableau, velocity, y, grid, 1, policy)
+    if t.shape[0] == 2:
+        return [torch.stack([start, values[-1]]) for start, values in zip(y, on_grid, strict=True)]
+    forward = torch.sign(span)
+    last = torch.searchsorted(grid * forward, (t * forward).contiguous()).clamp(min=1)
+    share = (t - grid[last - 1]) / (grid[last] - grid[last - 1])
+    return [_between(values[last - 1], values[last], share) for values in on_grid]
+
+
+def _between(left: torch.Tensor, right: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    weight = share.to(left.dtype).reshape(-1, *[1] * (left.ndim - 1))
+    return left + weight * (right - left)
+
+
+def fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:
+    """The step size, and the number of steps between two times."""
+    unknown = [name for name in given if name not in FIXED_OPTIONS]
+    if unknown or len(given) > 1:
+        raise OptionError(
+            f"options={given}",
+            required=f"at most one of {', '.join(FIXED_OPTIONS)}",
+            fix='write options={"num_steps": n} for n equal steps between two output times',
+        )
+    step_size, count = given.get("step_size"), given.get("num_steps", 1)
+    if step_size is not None and not (isinstance(step_size, (int, float)) and 0 < step_size < float("inf")):
+        raise OptionError(
+            f'options={{"step_size": {step_size!r}}}',
+            required="a positive number, in the unit of t",
+            fix="give the magnitude; t says whether time runs backward",
+        )
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 1:
+        raise OptionError(
+            f'options={{"num_steps": {count!r}}}',
+            required="an int of at least 1",
+            fix='write options={"num_steps": 4} for four steps between two output times',
+        )
+    return step_size, count
