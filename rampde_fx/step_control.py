@@ -8,7 +8,6 @@ are constants of the derivative. So the times' gradients are those of the steps 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,7 @@ RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL = range(4)
 STRETCH = 1.01
 
 
-@dataclass(frozen=True)
-class Controller:
+class Controller(NamedTuple):
     """A PI controller of the step size.
 
     A step counts if the norm of its error estimate, weighted by atol + rtol |y|, is at most 1. The next one is larger
@@ -48,7 +46,7 @@ class Controller:
 
     def numbers(self) -> list[float]:
         """The controller as it travels through a captured graph."""
-        return [float(value) for value in astuple(self)]
+        return [float(value) for value in self]
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Controller:
