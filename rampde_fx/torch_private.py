@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -222,6 +223,13 @@ def symbol_of(size: torch.SymInt) -> torch.SymInt:
         return size
     factor, constant = map(int, polynomial.all_coeffs())
     return (size - constant) // factor
+
+
+def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
+    """The square root of a positive size, rounded up."""
+    if isinstance(size, torch.SymInt):
+        return torch.sym_int(torch.sym_sqrt(size - 1)) + 1
+    return math.isqrt(size - 1) + 1
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
