@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from rampde_fx import graphs, operators, torch_private
+from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.policy import PrecisionPolicy
 
 
@@ -199,6 +200,13 @@ class Loop:
             return 1
         if isinstance(wanted, int):
             return min(wanted, steps) if isinstance(steps, int) else wanted
+        if torch_private.is_data_dependent(steps):
+            raise UnsupportedLoopError(
+                'checkpoint="sqrt" with a number of steps that is computed from the times',
+                required="a number of steps that the shape of the times tells",
+                fix='use an int instead of "sqrt", or options={"num_steps": n} instead of a step size',
+                where=self.where,
+            )
         return torch_private.ceil_sqrt(steps)
 
     def step_outputs(self) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -80,8 +80,9 @@ class PrecisionPolicy:
         checkpoint: What the forward stores and the backward recomputes. "step": each step's state is stored, and the
             backward recomputes one step at a time. An int K: every K-th state is stored, and the backward recomputes
             the states between two of them from the first one, rounded as it was stored, one segment at a time;
-            "sqrt": K = ceil(sqrt(N)) for N steps, so that 2 sqrt(N) states are held at most. "none": nothing of the
-            velocity is recomputed; what its derivatives read is stored for each step, in the dtype it has.
+            "sqrt": K = ceil(sqrt(N)) for N steps, so that 2 sqrt(N) states are held at most (not for a step_size
+            of odeint, where N is not known). "none": nothing of the velocity is recomputed; what its derivatives read
+            is stored for each step, in the dtype it has.
 
     Raises:
         PolicyError: naming the field that is wrong.

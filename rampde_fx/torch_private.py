@@ -225,6 +225,11 @@ def symbol_of(size: torch.SymInt) -> torch.SymInt:
     return (size - constant) // factor
 
 
+def is_data_dependent(size: int | torch.SymInt) -> bool:
+    """Whether a size is read from a tensor, so that nothing is known of it when the graph is compiled."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
 def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
     """The square root of a positive size, rounded up."""
     if isinstance(size, torch.SymInt):

@@ -241,6 +241,12 @@ def test_odeint_with_a_step_size(mode):
     assert max(relative_errors(gradients(solver(model, checkpoint=mode), model, y, t), wanted)) < 2e-6
 
 
+def test_the_root_of_an_unknown_number_of_steps_is_refused():
+    model = Solved(options={"step_size": 0.07})
+    with pytest.raises(errors.UnsupportedLoopError, match="sqrt"):
+        solver(model, checkpoint="sqrt")(torch.randn(3, 5, requires_grad=True), torch.linspace(0, 1, 4))
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "all", None], ids=repr)
 def test_bad_values_are_refused(value):
     with pytest.raises(errors.PolicyError, match="checkpoint"):
