@@ -11,8 +11,10 @@ of invariants are accumulated in the invariants' dtype. Where no gradient is wan
 and nothing is stored. The overflow flag is read once per attempt, on the host; an incoming cotangent that is not
 finite passes through and is not tried again.
 
+Where the policy asks for segments of K steps, both scans are nested: rampde_fx/segments.py.
+
 Requires: a Loop whose adjoint, if any, has its storage dtypes.
-Ensures:  results in the user's dtypes; what is saved is the stored carries, and operands of the loop.
+Ensures:  results in the user's dtypes; what is saved is what the step stores, and operands of the loop.
 Source:   arXiv 2510.23498.
 """
 
@@ -28,10 +30,10 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.loop import Loop
 from rampde_fx.policy import AdjointScaling
-from rampde_fx.recurrence import Body, emit_preamble, iterate, symbols
+from rampde_fx.recurrence import Body, at, emit_preamble, iterate, symbols
+from rampde_fx.segments import Recomputation, Segments
 from rampde_fx.torch_private import autograd_function_apply, while_loop_op
 
-aten = torch.ops.aten
 RETRY = 2.0**-8  # by which the target falls after an overflow
 
 
@@ -63,15 +65,28 @@ class _Emission:
         self.loop = loop
         self.inputs = graphs.placeholders(loop.step)[: len(loop.needs_grad)]
         self.outputs, self.stored = loop.step_outputs()
+        self.segments, step, recomputed = self._segments(), loop.step, []
+        if self.segments is not None:
+            self.recomputation = Recomputation(loop)
+            step, recomputed = self._without_stored(step), self.recomputation.operands
         self.step = Body(
-            loop.step, range(len(self.inputs)), loop.first_invariant(), loop.carries, corrections=loop.corrections
+            step, range(len(self.inputs)), loop.first_invariant(), loop.carries, corrections=loop.corrections
         )
-        self.kept = [index for kind, index in loop.adjoint_inputs if kind == "operand"]
+        read = (index for kind, index in loop.adjoint_inputs if kind == "operand")
+        self.kept = list(dict.fromkeys([*read, *recomputed]))
         self.saved = len(self.stored) + len(self.kept)
         self.constant_results = self._constant_results()
         operands = [self._operand(i) for i in range(len(self.inputs))]
         self.forward = self._trace(self._run_forward, operands, [node.name for node in self.inputs])
         self.backward = self._trace_backward(operands) if loop.adjoint is not None else None
+
+    def _segments(self) -> Segments | None:
+        return Segments(self.loop) if self.loop.stored and self.loop.segment() != 1 else None
+
+    def _without_stored(self, step: fx.GraphModule) -> fx.GraphModule:
+        results, first = graphs.results(step), self.loop.carries + len(self.outputs)
+        wanted = [*results[:first], *results[first + len(self.stored) :]]
+        return graphs.part(step, graphs.placeholders(step), wanted)
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
         traced = torch_private.trace(function, values, gradients=False)
@@ -85,10 +100,10 @@ class _Emission:
         per_step = self.loop.carries <= i < self.loop.first_invariant()
         return self._stacked(self.inputs[i]) if per_step else graphs.value(self.inputs[i])
 
-    def _stacked(self, node: fx.Node) -> torch.Tensor:
-        value = graphs.value(node)
+    def _stacked(self, node: fx.Node, count: int | torch.SymInt | None = None) -> torch.Tensor:
+        value, count = graphs.value(node), self.loop.steps if count is None else count
         with torch_private.fake_mode(), torch.no_grad():
-            return torch.empty((self.loop.steps, *value.shape), dtype=value.dtype, device=value.device)
+            return torch.empty((count, *value.shape), dtype=value.dtype, device=value.device)
 
     def _result(self, j: int) -> torch.Tensor:
         carried = j < self.loop.carries
@@ -96,13 +111,13 @@ class _Emission:
 
     def _run_forward(self, *operands: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         carries, first = self.loop.carries, self.loop.first_invariant()
-        finals, stacks = self.iterate(
-            self.step,
-            self.step.starts(operands[:carries]),
-            list(operands[carries:first]),
-            self.step.prepare(operands[first:]),
-        )
-        outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
+        starts, invariants = self.step.starts(operands[:carries]), self.step.prepare(operands[first:])
+        per_step = list(operands[carries:first])
+        if self.segments is not None:
+            finals, outputs, stored = self.segments.advance(self.step, self.recomputation, starts, per_step, invariants)
+        else:
+            finals, stacks = self.iterate(self.step, starts, per_step, invariants)
+            outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
         return (*finals[:carries], *outputs), (*stored, *(operands[i] for i in self.kept))
 
     def iterate(
@@ -117,8 +132,11 @@ class _Emission:
         results = [self._result(j) for j in range(loop.carries + len(self.outputs))]
         names = [f"adjoint_{node.name}" for node in self.inputs[: loop.carries]]
         names += [f"cotangent_{j}" for j in range(len(self.outputs))]
-        names += [f"stored_{self.inputs[i].name}" for i in loop.stored] + [self.inputs[i].name for i in self.kept]
-        values = [*results, *map(self._stacked, self.stored), *(operands[i] for i in self.kept)]
+        names += ["kept" if i is None else f"stored_{self.inputs[i].name}" for i in loop.stored]
+        names += [self.inputs[i].name for i in self.kept]
+        count = loop.steps if self.segments is None else self.segments.count()
+        stored = [self._stacked(node, count) for node in self.stored]
+        values = [*results, *stored, *(operands[i] for i in self.kept)]
         return self._trace(_Backward(self).run, values, names)
 
 
@@ -152,19 +170,19 @@ class _Backward:
         kinds += [("stored", p) for p in range(len(emission.stored))] + [("operand", i) for i in emission.kept]
         given = dict(zip(kinds, args, strict=True))
         scaling = self.loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
-        fits = self._stored_states_fit(given)
+        fits = self._stored_states_fit([given["stored", p] for p in range(len(emission.stored))])
         gradients = self._sweep(given) if scaling is None else self._repeat(given, scaling, fits)
-        if fits is not None:  # a velocity may saturate at inf, and hide the overflow from its gradients
-            gradients = {i: torch.where(fits, gradient, torch.nan) for i, gradient in gradients.items()}
+        gradients = _usable(gradients, fits)
         return tuple(gradients.get(i) for i in range(len(emission.inputs)))
 
-    def _stored_states_fit(self, given: dict[tuple[str, int], Any]) -> torch.Tensor | None:
+    def _stored_states_fit(self, stored: list[torch.Tensor]) -> torch.Tensor | None:
         """Whether no state overflowed where it was stored, as a 0-d bool; None where the range is the state's own."""
-        stored = [(given["stored", p], i) for p, i in enumerate(self.loop.stored)]
         narrow = [
             value
-            for value, i in stored
-            if value.dtype is torch.float16 and graphs.value(self.emission.inputs[i]).dtype is not torch.float16
+            for value, i in zip(stored, self.loop.stored, strict=True)
+            if i is not None
+            and value.dtype is torch.float16
+            and graphs.value(self.emission.inputs[i]).dtype is not torch.float16
         ]
         return _finite(narrow) if narrow else None
 
@@ -173,18 +191,43 @@ class _Backward:
         fixed = self.body.prepare([given[self.kinds[p]] for p in self.fixed])
         stacks = [given[self.kinds[p]] for p in self.stepwise]
         starts = self.body.starts([self._start(*self.kinds[p], given) for p in self.carried])
+        if self.emission.segments is not None:
+            return self._sweep_segments(self.emission.segments, given, starts, fixed)
 
         def body(*args: Any) -> list[Any]:
             carries, index, rest = args[: len(starts)], args[len(starts)], args[len(starts) + 1 :]
-            slices = [_at(stack, index) for stack in rest[: len(stacks)]]
+            slices = [at(stack, index) for stack in rest[: len(stacks)]]
             return self.body(*carries, *slices, *rest[len(stacks) :][: len(fixed)])
 
         like = stacks[0] if stacks else starts[0]
         reverse = torch.arange(self.loop.steps - 1, -1, -1, device=like.device)
         finals, collected = self.emission.iterate(body, starts, [reverse], [*stacks, *fixed])
-        count = len(self.carried)
-        values = [*finals[:count], *(stack.flip(0) for stack in collected)]
-        return dict(zip(self.loop.adjoint_results, values, strict=True))
+        return self._by_operand(finals, [stack.flip(0) for stack in collected])
+
+    def _sweep_segments(
+        self, segments: Segments, given: dict[tuple[str, int], Any], starts: list[Any], fixed: list[Any]
+    ) -> dict[int, Any]:
+        """The reverse loop, one segment after the other recomputed."""
+        recomputation, first = self.emission.recomputation, self.loop.first_invariant()
+        operands = {i: given["operand", i] for i in recomputation.operands}
+        kinds = [self.kinds[p] for p in self.stepwise]
+        finals, collected, fits = segments.sweep(
+            self.body,
+            starts,
+            own=([given[kind] for kind in kinds if kind[0] != "stored"], fixed),
+            recomputed=[index if kind == "stored" else None for kind, index in kinds],
+            recomputation=recomputation,
+            stored=[given["stored", p] for p in range(len(self.emission.stored))],
+            operands=(
+                [value for i, value in operands.items() if i < first],
+                recomputation.body.prepare([value for i, value in operands.items() if i >= first]),
+            ),
+            fit=self._stored_states_fit,
+        )
+        return _usable(self._by_operand(finals, collected), fits)
+
+    def _by_operand(self, finals: list[Any], collected: list[Any]) -> dict[int, Any]:
+        return dict(zip(self.loop.adjoint_results, [*finals[: len(self.carried)], *collected], strict=True))
 
     def _start(self, kind: str, index: int, given: dict[tuple[str, int], Any]) -> torch.Tensor:
         return given[kind, index] if kind == "cotangent" else self._zeros(index, given)
@@ -229,9 +272,11 @@ class _Backward:
         return dict(zip(order, results[3:], strict=True))
 
 
-def _at(stack: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The entry of a stack at an index that is known on the device only."""
-    return aten.index.Tensor(stack, [index])
+def _usable(gradients: dict[int, Any], fits: torch.Tensor | None) -> dict[int, Any]:
+    """The gradients, or NaN where a stored state overflowed: a velocity may saturate at inf, and hide it from them."""
+    if fits is None:
+        return gradients
+    return {i: torch.where(fits, gradient, torch.nan) for i, gradient in gradients.items()}
 
 
 def _finite(tensors: list[torch.Tensor]) -> torch.Tensor:

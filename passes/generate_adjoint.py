@@ -172,6 +172,7 @@ class _Transposition:
         args = tuple(self.env[arg] for arg in node.args)
         pullback = self._pullback(str(node.target), wanted, outputs)
         call = self.graph.call_module(pullback.forward, args)
+        call.meta["recomputes"] = node.name
         self.env[node] = call
         computed = iter(range(pullback.outputs, pullback.outputs + pullback.residuals.count(None)))
         self.residuals[node] = [

@@ -45,7 +45,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
     kinds = [source.kind for source in inputs]
     wanted = tuple(map(needs_grad, inputs))
     return Loop(
-        policy=replace(marked.policy, accumulation="plain") if marked.searches else marked.policy,
+        policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
         where=graphs.user_line(marked.markers[0]),
         step=step,

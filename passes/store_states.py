@@ -5,7 +5,8 @@ After:   step(y, ...): ...; return y_next, cast(y)  adjoint(a, y: f16[B, D], ...
 Scaled:  step(y, ...): ...; y_lo, s = store_0(y);   adjoint(a, y: u8[B, D], ..., s): y_wide = load_0(y, s); ...
          return y_next, y_lo, s
 
-A carry that the adjoint does not read (a log-density, into which nothing is fed back) is not stored at all. Integers
+A carry that the adjoint does not read (a log-density, into which nothing is fed back) is not stored at all, unless
+the recomputation of several steps reads it, where the policy asks for that (checkpoint). Integers
 and states that are no wider than the storage dtype are stored as they are. Where the policy says so, each step's state
 has a power-of-two scale of its own, which brings its largest entry to the upper end of the storage dtype's range.
 
@@ -38,10 +39,23 @@ def store_states(loop: Loop) -> Loop:
     if loop.adjoint is None:
         return loop
     storing = _Storing(loop)
-    for position, (kind, index) in enumerate(loop.adjoint_inputs):
-        if kind == "operand" and index < loop.carries:
-            storing.store(position, index)
+    for carry in find_stored(loop):
+        storing.store(carry)
     return storing.finished()
+
+
+def find_stored(loop: Loop) -> list[int]:
+    """The carries that the adjoint reads, and those from which several steps of these are recomputed."""
+    read = [index for kind, index in loop.adjoint_inputs if kind == "operand" and index < loop.carries]
+    if loop.segment() == 1:
+        return read
+    nodes, nexts = graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step)
+    while True:
+        needed = graphs.ancestors([nexts[carry] for carry in read])
+        more = [carry for carry, node in enumerate(nodes) if node in needed and carry not in read]
+        if not more:
+            return read
+        read += more
 
 
 def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
@@ -56,24 +70,38 @@ class _Storing:
         self.loop = loop
         self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint)
         self.states, self.reads = graphs.placeholders(self.step), graphs.placeholders(self.adjoint)
-        self.inputs = list(loop.adjoint_inputs)
-        self.stored: list[int] = []
+        self.inputs = dict(zip(self.reads, loop.adjoint_inputs, strict=True))
+        self.stored = list(loop.stored)
         self.values: list[fx.Node] = []
+        self.wide: list[fx.Node] = []  # of each carry, what the adjoint reads
 
-    def store(self, position: int, carry: int) -> None:
-        """Store a carry, which the adjoint reads at a position."""
-        state, read = self.states[carry], self.reads[position]
+    def store(self, carry: int) -> None:
+        """Store a carry."""
+        state = self.states[carry]
+        read = next((node for node, kind in self.inputs.items() if kind == ("operand", carry)), None)
+        read = read or self._placeholder(state.name, state)
         value = graphs.value(state)
         dtype = storage_dtype(value, self.loop.policy.storage_dtype)
-        self.inputs[position] = ("stored", len(self.stored))
-        self.stored.append(carry)
+        self._take(read, carry)
         if dtype == value.dtype or value.numel() == 0:
             self.values.append(state)
+            self.wide.append(read)
         elif self.loop.policy.scales_storage and dtype in TARGETS:
             self._store_scaled(state, read, carry, dtype)
         else:
             self.values.append(self._at_end(CAST, (state,), {"dtype": dtype}))
             self._widen(read, dtype, CAST, (read,), {"dtype": value.dtype})
+
+    def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
+        with self.adjoint.graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
+            node = self.adjoint.graph.placeholder(name)
+        node.meta["val"] = graphs.value(like)
+        return node
+
+    def _take(self, read: fx.Node, carry: int) -> None:
+        """Let a placeholder of the adjoint be the next stored value, which belongs to a carry."""
+        self.inputs[read] = ("stored", len(self.stored))
+        self.stored.append(carry)
 
     def _store_scaled(self, state: fx.Node, read: fx.Node, carry: int, dtype: torch.dtype) -> None:
         own, number = graphs.value(state).dtype, len(self.stored) - 1
@@ -90,12 +118,11 @@ class _Storing:
         self.step.add_submodule(f"store_{number}", stores)
         call = self._at_end(f"store_{number}", (state,))
         self.values += [self._at_end(operator.getitem, (call, i)) for i in range(2)]
-        with self.adjoint.graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
-            scale = self.adjoint.graph.placeholder(f"scale_{read.name}")
-        narrow, scale.meta["val"] = (graphs.value(result) for result in graphs.results(stores))
-        self.adjoint.add_submodule(f"load_{number}", torch_private.trace(load, [narrow, graphs.value(scale)]))
-        self.inputs.append(("stored", len(self.stored)))
-        self.stored.append(carry)
+        narrow, own_scale = graphs.results(stores)
+        scale = self._placeholder(f"scale_{read.name}", own_scale)
+        loads = torch_private.trace(load, [graphs.value(narrow), graphs.value(scale)])
+        self.adjoint.add_submodule(f"load_{number}", loads)
+        self._take(scale, carry)
         self._widen(read, bits, f"load_{number}", (read, scale))
 
     def _at_end(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
@@ -112,17 +139,27 @@ class _Storing:
             with graph.inserting_after(first):
                 wide = graph.call_function(operator.getitem, (first, 0))
         read.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not first)
+        self.wide.append(wide)
 
     def finished(self) -> Loop:
         """The loop that stores."""
         output = self.step.graph.output_node()
         output.args = ((*output.args[0], *self.values),)
+        kept = len(self.loop.stored)
+        taken = [node for node, (kind, p) in self.inputs.items() if kind == "stored" and p >= kept]
+        load = graphs.part(self.adjoint, taken, self.wide)
+        adjoint = graphs.refresh(self.adjoint)
+        for node in [node for node in taken if not node.users]:  # read by the recomputation alone
+            adjoint.graph.erase_node(node)
+            del self.inputs[node]
+        adjoint.recompile()
         return replace(
             self.loop,
             step=graphs.refresh(self.step),
-            adjoint=graphs.refresh(self.adjoint),
-            adjoint_inputs=tuple(self.inputs),
+            adjoint=adjoint,
+            adjoint_inputs=tuple(self.inputs.values()),
             stored=tuple(self.stored),
+            load=load,
         )
 
 

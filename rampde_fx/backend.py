@@ -20,6 +20,7 @@ from rampde_fx.passes.find_loops import find_loops, has_loop
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
+from rampde_fx.passes.keep_activations import keep_activations
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
@@ -38,6 +39,7 @@ STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
     generate_adjoint,
     widen_gradients,
     scale_adjoint,
+    keep_activations,
     store_states,
     compensate_sums,
 )

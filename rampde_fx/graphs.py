@@ -181,6 +181,24 @@ def extract(
     return fx.GraphModule(graph_module, graph)
 
 
+def ancestors(outputs: Iterable[Any], inputs: Sequence[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that the outputs follow from, the outputs included, up to the inputs."""
+    found: set[fx.Node] = set()
+    open_nodes = [output for output in outputs if isinstance(output, fx.Node)]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in found and node not in inputs:
+            found.add(node)
+            open_nodes += node.all_input_nodes
+    return found
+
+
+def part(graph_module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> fx.GraphModule:
+    """The part of a module that computes the outputs from the inputs, which need not be placeholders."""
+    needed = ancestors(outputs, inputs)
+    return extract(graph_module, [node for node in body(graph_module) if node in needed], inputs, outputs)
+
+
 def body(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The nodes that compute something, in order."""
     return [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]

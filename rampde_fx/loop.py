@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
-from rampde_fx import graphs, operators
+from rampde_fx import graphs, operators, torch_private
+from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.step_control import Controller
 
@@ -168,7 +170,8 @@ class Loop:
         adjoint_results: The placeholder of the step whose gradient each result of the adjoint is.
         adjoint_carries: Number of the adjoint's carries: cotangents of carried states and totals of invariants.
         target: The target of the adjoint scaling.
-        stored: The carry behind each value that the step returns for the backward.
+        stored: The carry behind each value that the step returns for the backward, None for one of a velocity.
+        load: Maps the stored values to the carries behind them, each once, in their own dtype.
         corrections: The carries of the step whose sums are compensated, one correction each.
         adjoint_corrections: The carries of the adjoint whose sums are compensated.
         stages: Names of the velocity submodules in the order of their evaluation.
@@ -193,7 +196,8 @@ class Loop:
     adjoint_results: tuple[int, ...] = ()
     adjoint_carries: int = 0
     target: float = 1.0
-    stored: tuple[int, ...] = ()
+    stored: tuple[int | None, ...] = ()
+    load: fx.GraphModule | None = None
     corrections: tuple[int, ...] = ()
     adjoint_corrections: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
@@ -203,6 +207,22 @@ class Loop:
     def first_invariant(self) -> int:
         """Index of the first invariant among the step's placeholders."""
         return self.carries + self.per_step
+
+    def segment(self) -> int | torch.SymInt:
+        """K, the number of steps from one stored state to the next."""
+        wanted, steps = self.policy.checkpoint, self.steps
+        if wanted in ("step", "none"):
+            return 1
+        if isinstance(wanted, int):
+            return min(wanted, steps) if isinstance(steps, int) else wanted
+        if torch_private.is_data_dependent(steps):
+            raise UnsupportedLoopError(
+                'checkpoint="sqrt" with a number of steps that is computed from the times',
+                required="a number of steps that the shape of the times tells",
+                fix='use an int instead of "sqrt", or options={"num_steps": n} instead of a step size',
+                where=self.where,
+            )
+        return torch_private.ceil_sqrt(steps)
 
     def step_outputs(self) -> tuple[list[fx.Node], list[fx.Node]]:
         """What the step returns beside its carries and corrections: per-step outputs, and stored values."""

@@ -17,6 +17,7 @@ STORAGE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 LOOPS = ("auto", "scan", "unroll")
 ACCUMULATIONS = ("plain", "compensated")
 STORAGE_SCALINGS = (None, "dynamic", "none")
+CHECKPOINTS = ("step", "sqrt", "none")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class PrecisionPolicy:
             must then have the form y = y + increment.
         loop: "scan" (one compiled step, compile time constant in the number of steps), "unroll" (every step
             compiled), or "auto" (unroll loops of at most two steps).
+        checkpoint: What the forward stores and the backward recomputes. "step": each step's state is stored, and the
+            backward recomputes one step at a time. An int K: every K-th state is stored, and the backward recomputes
+            the states between two of them from the first one, rounded as it was stored, one segment at a time;
+            "sqrt": K = ceil(sqrt(N)) for N steps, so that 2 sqrt(N) states are held at most (not for a step_size
+            of odeint, where N is not known). "none": nothing of the velocity is recomputed; what its derivatives read
+            is stored for each step, in the dtype it has.
 
     Raises:
         PolicyError: naming the field that is wrong.
@@ -94,6 +101,7 @@ class PrecisionPolicy:
     scaling: str | AdjointScaling | None = None
     accumulation: str = "plain"
     loop: str = "auto"
+    checkpoint: str | int = "step"
     # The policy as one string, the form in which it travels through a captured graph; made here, where Dynamo is not.
     encoded: str = field(init=False, repr=False, compare=False)
 
@@ -118,6 +126,12 @@ class PrecisionPolicy:
                 'PrecisionPolicy(storage=torch.float8_e4m3fn, storage_scaling="none")',
                 required="scaling: float8_e4m3fn ends at 448",
                 fix="leave storage_scaling out",
+            )
+        if self.checkpoint not in CHECKPOINTS and not (type(self.checkpoint) is int and self.checkpoint >= 1):
+            raise PolicyError(
+                f"PrecisionPolicy(checkpoint={self.checkpoint!r})",
+                required=f"one of {CHECKPOINTS}, or an int of at least 1",
+                fix="use the default, 'step', or \"sqrt\" to save memory",
             )
         choices = {"storage_scaling": STORAGE_SCALINGS, "accumulation": ACCUMULATIONS, "loop": LOOPS}
         for name, options in choices.items():
@@ -161,6 +175,7 @@ class PrecisionPolicy:
             "scaling": [scaling.target, scaling.max_attempts] if scaling else "none",
             "accumulation": self.accumulation,
             "loop": self.loop,
+            "checkpoint": self.checkpoint,
         }
         return json.dumps(fields)
 
@@ -176,4 +191,5 @@ class PrecisionPolicy:
             scaling=scaling if scaling == "none" else AdjointScaling(*scaling),
             accumulation=fields["accumulation"],
             loop=fields["loop"],
+            checkpoint=fields["checkpoint"],
         )

@@ -114,7 +114,7 @@ def iterate(
     per_step: list[Any],
     invariants: list[Any],
     *,
-    steps: int,
+    steps: int | torch.SymInt,
     unrolled: bool,
 ) -> tuple[list[Any], list[Any]]:
     """Final carries and stacked outputs of a body(*carries, *slices, *invariants)."""
@@ -133,6 +133,11 @@ def iterate(
         carries = results[: len(starts)]
         collected.append(results[len(starts) :])
     return carries, [torch.stack(values) for values in zip(*collected, strict=True)]
+
+
+def at(stack: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The entry of a stack at an index that is known on the device only."""
+    return aten.index.Tensor(stack, [index])
 
 
 def owned(value: torch.Tensor) -> torch.Tensor:

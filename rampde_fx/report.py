@@ -31,8 +31,9 @@ class LoopReport:
         emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
         carries: The carried states as "name: dtype[shape]".
         evaluations: Velocity evaluations per step.
-        stored: What the forward stores per step for the backward, as "name: dtype[shape]".
-        stored_bytes: Bytes that the forward stores for the backward, over all steps, or in each where N is unknown.
+        segment: K, where every K-th step stores something for the backward.
+        stored: What such a step stores, as "name: dtype[shape]".
+        stored_bytes: Bytes that the forward stores for the backward, over all steps, or for one where N is unknown.
         stored_bytes_fp32: The same states in the dtype of the state, as an fp32 policy stores them.
         stored_bytes_autograd: Bytes that plain autograd saves for the backward of the same loop, parameters and
             contexts left out.
@@ -49,6 +50,7 @@ class LoopReport:
     emitted: str
     carries: tuple[str, ...]
     evaluations: int
+    segment: int
     stored: tuple[str, ...]
     stored_bytes: int
     stored_bytes_fp32: int
@@ -67,14 +69,22 @@ class LoopReport:
             f"  velocity            {self.evaluations} evaluations per step in {_short(self.policy.velocity)}",
             f"  adjoint scaling     {'none' if self.target is None else f'dynamic, target {self.target:g}'}",
             f"  accumulation        {self.policy.accumulation}",
-            f"  stored per step     {stored}",
-            f"  stored in {'all      ' if self.steps else 'each step'} {self.stored_bytes:,} bytes"
+            f"  checkpointing       {self._checkpointing()}",
+            f"  {'stored per step' if self.segment == 1 else 'stored per segment':20s}{stored}",
+            f"  stored in {'all      ' if self.steps else 'one step '} {self.stored_bytes:,} bytes"
             f" ({self.stored_bytes_fp32:,} in the dtype of the state; plain autograd: {self.stored_bytes_autograd:,})",
             "  stayed wide",
             *(f"    {f.count:3d} x {f.operation:24s} {f.reason}" for f in self.fallbacks),
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _checkpointing(self) -> str:
+        if self.policy.checkpoint == "none":
+            return "none: the velocity's activations are stored"
+        if self.segment == 1:
+            return "each step is recomputed from its state"
+        return f"segments of {self.segment} steps are recomputed from their first state"
 
 
 @dataclass(frozen=True)
@@ -151,9 +161,10 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
 
 def _report(loop: Loop) -> LoopReport:
     inputs = graphs.placeholders(loop.step)
-    stored = list(zip((inputs[i] for i in loop.stored), loop.step_outputs()[1], strict=True))
+    stored = list(zip(loop.stored, loop.step_outputs()[1], strict=True))
     known = loop.steps if isinstance(loop.steps, int) and loop.controller is None else None
     steps = known or 1
+    times = (steps + loop.segment() - 1) // loop.segment() if known else 1
     return LoopReport(
         where=loop.where,
         steps=known,
@@ -162,9 +173,10 @@ def _report(loop: Loop) -> LoopReport:
         emitted="search" if loop.controller else "unroll" if loop.policy.unrolls(loop.steps) else "scan",
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
+        segment=loop.segment(),
         stored=tuple(_describe_stored(loop, stored)),
-        stored_bytes=sum(steps * graphs.value(node).nbytes for _, node in stored),
-        stored_bytes_fp32=sum(steps * graphs.value(inputs[i]).nbytes for i in set(loop.stored)),
+        stored_bytes=sum(times * graphs.value(node).nbytes for _, node in stored),
+        stored_bytes_fp32=times * _bytes_in_the_dtype_of_the_state(loop, stored),
         stored_bytes_autograd=steps * _saved_by_autograd(loop) if loop.differentiated else 0,
         fallbacks=loop.fallbacks,
         notes=loop.notes,
@@ -177,8 +189,22 @@ def _describe(name: str, node: fx.Node, dtype: torch.dtype) -> str:
     return f"{name}: {_short(dtype)}{list(graphs.value(node).shape)}"
 
 
-def _describe_stored(loop: Loop, stored: list[tuple[fx.Node, fx.Node]]) -> Iterator[str]:
-    for p, (state, node) in enumerate(stored):
+def _bytes_in_the_dtype_of_the_state(loop: Loop, stored: list[tuple[int | None, fx.Node]]) -> int:
+    inputs, kept = graphs.placeholders(loop.step), [graphs.value(node) for carry, node in stored if carry is None]
+    states = [graphs.value(inputs[carry]) for carry in {carry for carry, _ in stored} if carry is not None]
+    own = max(v.dtype.itemsize for v in map(graphs.value, inputs[: loop.carries]) if v.is_floating_point())
+    sizes = [v.numel() * own if v.is_floating_point() else v.nbytes for v in kept]
+    return sum(sizes) + sum(state.nbytes for state in states)
+
+
+def _describe_stored(loop: Loop, stored: list[tuple[int | None, fx.Node]]) -> Iterator[str]:
+    for p, (carry, node) in enumerate(stored):
+        if carry is None:
+            evaluation, index = node.args
+            made = graphs.results(loop.step.get_submodule(evaluation.target))[index]
+            yield _describe(f"{evaluation.name}.{made.name}", node, graphs.value(node).dtype)
+            continue
+        state = graphs.placeholders(loop.step)[carry]
         is_scale = loop.stored.index(loop.stored[p]) < p
         is_byte = graphs.value(node).dtype is torch.uint8 and graphs.is_float(state)
         dtype = loop.policy.storage_dtype if is_byte else graphs.value(node).dtype

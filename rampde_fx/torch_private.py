@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -222,6 +223,18 @@ def symbol_of(size: torch.SymInt) -> torch.SymInt:
         return size
     factor, constant = map(int, polynomial.all_coeffs())
     return (size - constant) // factor
+
+
+def is_data_dependent(size: int | torch.SymInt) -> bool:
+    """Whether a size is read from a tensor, so that nothing is known of it when the graph is compiled."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
+def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
+    """The square root of a positive size, rounded up."""
+    if isinstance(size, torch.SymInt):
+        return torch.sym_int(torch.sym_sqrt(size - 1)) + 1
+    return math.isqrt(size - 1) + 1
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
