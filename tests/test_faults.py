@@ -656,7 +656,7 @@ FAULTS = [
     Fault("6", check_host_reads, scales_and_flags_are_read_on_the_host),
     Fault("7", check_callers_gradient_is_untouched, adjoints_are_added_in_place),
     Fault("8", check_gradient_of_t, gradient_of_t_keeps_the_batch, errors.RewriteError),
-    Fault("8", check_frozen_parameter, frozen_parameters_are_differentiated, errors.RewriteError),
+    Fault("8", check_frozen_parameter, frozen_parameters_are_differentiated, errors.UnsupportedVelocityError),
     Fault("8", check_plain_function_as_velocity, gradients_of_modules_alone),
     Fault("8", check_scalar_state, scale_expects_a_batch, errors.RewriteError),
     Fault("9", check_second_derivative, second_derivatives_are_not_refused),
