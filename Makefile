@@ -11,8 +11,11 @@ STAMP := $(VENV)/.installed-torch-$(TORCH)
 # The package as it is installed, made of links: rampde_fx/* and passes/ as rampde_fx/passes.
 TREE := build/tree
 
+# About half of the tests, by time.
+FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive checkpoint examples faults forms inductor)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv tree lint format test test-fast doctest demo clean
+.PHONY: help venv tree lint format test test-first test-rest test-fast doctest demo clean
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
@@ -41,9 +44,15 @@ format: $(STAMP) ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint, all tests (those with Inductor need a C++ compiler), doctests
-	$(BIN)/python -m pytest --durations=15
+test: lint ## lint, all tests (those with Inductor need a C++ compiler), doctests; on two cores, one thread each
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --keep-going test-first test-rest
 	$(MAKE) doctest
+
+test-first: $(STAMP)
+	$(BIN)/python -m pytest --durations=8 $(FIRST)
+
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest --durations=8 $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
 
 test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 	$(BIN)/python -m pytest -m "not inductor and not slow"

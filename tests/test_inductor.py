@@ -7,7 +7,7 @@ import torch
 
 import rampde_fx
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import Euler, Flow, LogDensity, ThreeStep, Trajectory, TwoLoops
+from tests.models import Euler, Flow, LogDensity, ThreeStep, Trajectory, TwoLoops, Velocity
 from tests.test_accumulation import DRIFT, drift
 from tests.test_scaling import Steep
 
@@ -119,3 +119,19 @@ def test_compensated_sums_and_states_of_one_byte():
 def test_compensation_survives_the_optimiser():
     y, t = DRIFT
     assert torch.equal(torch.compile(drift, backend="rampde_fx")(y, t), y + 2.0**-6)
+
+
+def test_odeint_with_another_number_of_times():
+    """The second compilation has a symbolic length; step_size has one that is computed from the times."""
+    velocity = Velocity()
+    policy = rampde_fx.PrecisionPolicy(velocity=torch.float16)
+    for options in ({"num_steps": 2}, {"step_size": 0.15}):
+
+        def solve(y, t, options=options, policy=policy):
+            return rampde_fx.odeint(velocity, y, t, method="midpoint", options=options, policy=policy)
+
+        function = torch.compile(solve, backend="rampde_fx", fullgraph=True)
+        for points in (3, 5):
+            y, t = torch.randn(16, 5), torch.linspace(0, 1, points)
+            errors = relative_errors(gradients(function, velocity, y, t), gradients(solve, velocity, y, t))
+            assert max(errors[:2] + errors[3:]) < 2.5e-3, errors
