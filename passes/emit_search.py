@@ -92,7 +92,5 @@ class _Search:
 
         results = while_loop_op(running, attempt, tuple(varying), (*fixed, *symbols([*varying, *fixed])))
         search = step_control.Search(*results[:FIELDS])
-        last = search.interval.clamp(max=t.shape[0] - 2)
-        reached, _ = step_control.place(t, last, search.position, search.size)
         found = (search.intervals, search.positions, search.fractions, search.count, search.status)
-        return *found, reached, search.interval
+        return *found, step_control.reached(t, search), search.interval

@@ -52,13 +52,13 @@ def _check_search(captured: CapturedStep) -> None:
     """A search evaluates the velocity more often than the steps that count, and again: it must be a function."""
     drawing = [node for node in captured.step.graph.nodes if torch_private.draws_random_numbers(node)]
     changed = [graphs.results(captured.step)[i] for i in captured.written]
-    for node in (*drawing, *changed):
+    if drawing or changed:
         raise UnsupportedLoopError(
             "the velocity of an adaptive odeint "
             + ("draws random numbers" if drawing else "changes a buffer, as BatchNorm in training does"),
             required="the same velocity whenever it is evaluated, for the estimate of the error compares evaluations",
             fix='take fixed steps, options={"num_steps": n}, or put such layers into eval()',
-            where=graphs.user_line(node),
+            where=graphs.user_line([*drawing, *changed][0]),
         )
 
 

@@ -8,7 +8,16 @@ import torch
 
 from rampde_fx import marking, operators, step_control, torch_private
 from rampde_fx.errors import OptionError
-from rampde_fx.fixed_steps import FIXED_OPTIONS, CheckedVelocity, captured_once, encoded_policy, noting, raising
+from rampde_fx.fixed_steps import (
+    FIXED_OPTIONS,
+    CheckedVelocity,
+    captured_once,
+    encoded_policy,
+    is_captured,
+    noting,
+    per_time,
+    raising,
+)
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runge_kutta import State, Velocity, attempt, combine
 from rampde_fx.tableau import ButcherTableau
@@ -34,11 +43,12 @@ def adaptive_steps(
     """
     with torch.no_grad():
         start, times = [leaf.detach() for leaf in y], t.detach()
-        rate = raising(velocity)(times[0], start)
-        size = _first_size(raising(velocity), start, rate, times, controller, first_size)
-    if not (torch.compiler.is_compiling() and torch_private.rewritten_later()):
+        plain = raising(velocity)
+        rate = plain(times[0], start)
+        size = _first_size(plain, start, rate, times, controller, first_size)
+    if not is_captured():
         marking.warn_if_uncompiled()
-        return _adapt_now(tableau, raising(velocity), y, t, controller, size, raises=raises)
+        return _adapt_now(tableau, plain, y, t, controller, size, raises=raises)
     with torch.no_grad():
         checked, problems = noting(velocity)
         states = [*start, *rate] if tableau.fsal else start
@@ -65,12 +75,8 @@ def adaptive_steps(
         ends = torch.searchsorted(intervals, order, right=True)
         found = [values[ends] for values in on_grid]
     if not raises:
-        found = [_where(order < ended, values) for values in found]
+        found = [torch.where(per_time(order < ended, values), values, torch.nan) for values in found]
     return [torch.cat([value[None], values]) for value, values in zip(y, found, strict=True)], status
-
-
-def _where(reached: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return torch.where(reached.reshape(-1, *[1] * (values.ndim - 1)), values, torch.nan)
 
 
 def _adapt_now(
@@ -96,9 +102,7 @@ def _adapt_now(
             if trial.ends_interval:
                 found.append(y)
     if raises:
-        last = search.interval.clamp(max=t.shape[0] - 2)
-        reached, _ = step_control.place(t.detach(), last, search.position, search.size)
-        operators.found(search.count, search.status, reached)
+        operators.found(search.count, search.status, step_control.reached(t.detach(), search))
     found += [[torch.full_like(leaf, torch.nan) for leaf in y]] * (t.shape[0] - len(found))
     return [torch.stack(values) for values in zip(*found, strict=True)], search.status
 

@@ -56,7 +56,8 @@ class StepSizeError(RampdeError, ArithmeticError):
     """Adaptive steps that did not reach the last output time."""
 
 
-def _too_many_steps(count: int, reached: float) -> StepSizeError:
+def too_many_steps(count: int, reached: float) -> StepSizeError:
+    """For adaptive steps that were used up at the time that was reached."""
     return StepSizeError(
         f"the adaptive steps of odeint ended at t = {reached:g} with {count} steps, or four times max_steps tried",
         required="a problem that max_steps steps solve to rtol and atol",
@@ -64,16 +65,13 @@ def _too_many_steps(count: int, reached: float) -> StepSizeError:
     )
 
 
-def _step_too_small(count: int, reached: float) -> StepSizeError:
+def step_too_small(count: int, reached: float) -> StepSizeError:
+    """For a step size that vanished at the time that was reached."""
     return StepSizeError(
         f"the step size of odeint fell below the resolution of t at t = {reached:g}, after {count} steps",
         required="a velocity that is finite and smooth enough for rtol and atol",
         fix="raise rtol and atol, give t in float64, or look for a singularity of the velocity at this time",
     )
-
-
-# By the status of a search: step_control.TOO_MANY_STEPS and step_control.STEP_TOO_SMALL.
-FAILURES = {2: _too_many_steps, 3: _step_too_small}
 
 
 class UnsupportedLoopError(RampdeError):

@@ -33,15 +33,20 @@ def steps_between(
         offsets = torch.arange(count, dtype=t.dtype, device=t.device)
         starts = (starts[:, None] + sizes[:, None] * offsets).flatten()
         sizes = sizes[:, None].expand(-1, count).flatten()
-    if torch.compiler.is_compiling() and torch_private.rewritten_later():
+    if is_captured():
         return captured_once(tableau, velocity, y, starts, sizes, t.shape[0], count, policy)
     marking.warn_if_uncompiled()
-    found = [y]
+    found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
-        y = advance(tableau, raising(velocity), starts[i], sizes[i], y)
+        y = advance(tableau, checked, starts[i], sizes[i], y)
         if (i + 1) % count == 0:
             found.append(y)
     return [torch.stack(values) for values in zip(*found, strict=True)]
+
+
+def is_captured() -> bool:
+    """Whether Dynamo captures the code for a backend that may rewrite it."""
+    return torch.compiler.is_compiling() and torch_private.rewritten_later()
 
 
 def captured_once(
@@ -62,6 +67,7 @@ def captured_once(
 
 
 def encoded_policy(policy: PrecisionPolicy | None) -> str:
+    """The policy, or where it is None that of the surrounding mixed_precision, in the form in which a marker has it."""
     return marking.policy_under_way() if policy is None else policy.encoded
 
 
@@ -78,6 +84,8 @@ def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
 
 
 def raising(velocity: CheckedVelocity) -> Velocity:
+    """A velocity that raises what is wrong."""
+
     def checked(t: torch.Tensor, state: State) -> State:
         rates, problem = velocity(t, state)
         if problem:
@@ -112,8 +120,12 @@ def equal_steps(
 
 
 def _between(left: torch.Tensor, right: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    weight = share.to(left.dtype).reshape(-1, *[1] * (left.ndim - 1))
-    return left + weight * (right - left)
+    return left + per_time(share.to(left.dtype), left) * (right - left)
+
+
+def per_time(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value for each time, of a shape that broadcasts over the states at these times."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:

@@ -13,6 +13,7 @@ from rampde_fx import operators
 from rampde_fx.adaptive_steps import adaptive_steps, controller_of
 from rampde_fx.errors import StateError, TimeGridError
 from rampde_fx.fixed_steps import FIXED_OPTIONS, CheckedVelocity, equal_steps, fixed_options, steps_between
+from rampde_fx.marking import is_time_grid
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runge_kutta import State
 from rampde_fx.tableau import ButcherTableau, tableau_of
@@ -130,7 +131,7 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
 
 
 def _times(t: torch.Tensor, y: State) -> torch.Tensor:
-    if not isinstance(t, torch.Tensor) or t.ndim != 1 or not t.is_floating_point() or t.shape[0] < 2:
+    if not is_time_grid(t):
         raise TimeGridError(
             f"t is {_kind(t)}",
             required="a floating 1-D tensor of at least two time points",

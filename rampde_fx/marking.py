@@ -39,6 +39,11 @@ class _UnderWay(threading.local):
 _under_way = _UnderWay()
 
 
+def is_time_grid(t: Any) -> bool:
+    """Whether t is a floating 1-D tensor of at least two points."""
+    return isinstance(t, torch.Tensor) and t.ndim == 1 and t.is_floating_point() and t.shape[0] >= 2
+
+
 def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Iterate over the steps of a time grid, and mark the loop for the rampde_fx backend.
 
@@ -55,7 +60,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     >>> [(t_i.item(), dt.item()) for t_i, dt in steps(torch.tensor([0.0, 0.5, 2.0]))]
     [(0.0, 0.5), (0.5, 1.5)]
     """
-    if not isinstance(t, torch.Tensor) or t.ndim != 1 or not t.is_floating_point() or t.shape[0] < 2:
+    if not is_time_grid(t):
         shape = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
         raise TimeGridError(
             f"steps(t) was given {shape}",

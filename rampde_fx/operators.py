@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rampde_fx import counts, step_control, torch_private
-from rampde_fx.errors import FAILURES, TimeGridError, UnsupportedLoopError
+from rampde_fx.errors import TimeGridError, UnsupportedLoopError, step_too_small, too_many_steps
 
 _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
@@ -45,6 +45,9 @@ for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")
     library.define(f"{_name}(Tensor seed, Tensor index, int draw, Tensor like{_more}) -> Tensor")
 # One run of the reverse loop, counted on the host where the loop decides whether to run again.
 library.define("record_sweep(Tensor overflow, Tensor attempt, int attempts, str loop) -> Tensor")
+
+
+FAILURES = {step_control.TOO_MANY_STEPS: too_many_steps, step_control.STEP_TOO_SMALL: step_too_small}
 
 
 def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,6 +122,12 @@ def place(
     return [left + position * length, fraction * length]
 
 
+def reached(t: torch.Tensor, search: Search) -> torch.Tensor:
+    """The time up to which the steps that count lead."""
+    last = search.interval.clamp(max=t.shape[0] - 2)
+    return place(t, last, search.position, search.size)[0]
+
+
 def propose(t: torch.Tensor, search: Search) -> Trial:
     """The next step to be tried: as large as proposed, or up to the next output time."""
     left, length = place(t, search.interval, torch.zeros_like(search.position), torch.ones_like(search.position))
