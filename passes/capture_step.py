@@ -29,7 +29,8 @@ from rampde_fx.loop import CapturedStep, MarkedLoop, Run, Source
 def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> CapturedStep:
     """The first iteration of a run of the marked loop as functional ATen."""
     inputs, step, outputs = _torch_step(graph_module, run)
-    functional, after = _functional(step, [_fake(source, marked) for source in inputs])
+    captured = _Captured(step, differentiated=marked.differentiated)
+    functional, after = _functional(captured, [_fake(source, marked) for source in inputs])
     return CapturedStep(inputs, functional, outputs, after)
 
 
@@ -83,11 +84,12 @@ def _fake(source: Source, marked: MarkedLoop) -> Any:
     return torch_private.detached(graphs.value(source.values[0]))
 
 
-def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The step as functional ATen, and for every placeholder the node that holds its value after the step."""
+    step = captured.module
 
     def results_and_inputs(*args: Any) -> tuple[Any, ...]:
-        results = _Captured(step).run(*args)
+        results = captured.run(*args)
         return *results, *(arg for arg in args if isinstance(arg, torch.Tensor))
 
     names = [node.name for node in graphs.placeholders(step)]
@@ -113,11 +115,20 @@ def _functional(step: fx.GraphModule, values: list[Any]) -> tuple[fx.GraphModule
 
 
 class _Captured(fx.Interpreter):
-    """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient."""
+    """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient.
+
+    In a loop that is under no_grad itself the mode says nothing: there is no gradient but those of torch.func
+    transforms in the velocity, which turn it on.
+    """
+
+    def __init__(self, step: fx.GraphModule, *, differentiated: bool) -> None:
+        super().__init__(step)
+        self.differentiated = differentiated
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op not in ("call_function", "call_method") or (torch.is_grad_enabled() and not _detaches(n)):
+        stopped = (self.differentiated and not torch.is_grad_enabled()) or _detaches(n)
+        if n.op not in ("call_function", "call_method") or not stopped:
             return result
         stop = torch.ops.rampde_fx.stop_gradient
         return torch.utils._pytree.tree_map_only(
@@ -126,7 +137,7 @@ class _Captured(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator):  # find_loops lets those in that run their body
-            return _Captured(args[0]).run(*args[1:])
+            return _Captured(args[0], differentiated=self.differentiated).run(*args[1:])
         return super().call_function(target, args, kwargs)
 
 

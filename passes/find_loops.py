@@ -22,7 +22,7 @@ from torch import fx
 
 from rampde_fx import operators, torch_private
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
-from rampde_fx.graphs import user_line
+from rampde_fx.graphs import user_line, value
 from rampde_fx.loop import MarkedLoop
 from rampde_fx.policy import PrecisionPolicy
 
@@ -159,11 +159,18 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
 def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
     """Refuse what changes the meaning of a step without being in its dataflow."""
     modes = [node for node in nodes if node.target is torch._C._set_grad_enabled]
-    if modes and not (differentiated and modes[-1].args[0] is True):
-        _refuse(
-            modes[-1], "a step leaves gradients off, or turns them on in a loop under no_grad", "move the switch out"
-        )
+    if modes and modes[-1].args[0] is not differentiated:
+        _refuse(modes[-1], "a step leaves gradients off, or on in a loop under no_grad", "move the switch out")
+    transforms, gradients = 0, differentiated
     for node in nodes:
+        transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
+        gradients = node.args[0] if node in modes else gradients
+        if transforms and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
+            _refuse(
+                node,
+                "a torch.func transform turns gradients off inside, in a loop under no_grad",
+                "detach() what is constant instead",
+            )
         if _opens(node, "_enter_autocast"):
             _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
         if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:

@@ -7,7 +7,7 @@ import torch
 
 import rampde_fx
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import FORMS, RK4, Euler, Flow, Midpoint, MutatedArgument, Velocity
+from tests.models import FORMS, RK4, Euler, Flow, LogDensity, Midpoint, MutatedArgument, Symplectic, Velocity
 
 # Relative errors in the norm, in unit roundoffs: 5 for everything but t, whose gradient is a sum over batch and state
 # in which terms of both signs cancel.
@@ -164,6 +164,20 @@ def test_nothing_is_stored_without_gradients():
         report = rampde_fx.explain(rampde_fx.mixed_precision(model), y, t)
         assert report.loops[0].stored_bytes == 0 and report.loops[0].adjoint is None
         assert torch.allclose(compiled(model, torch.float16)(y, t), model(y, t), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [LogDensity, Symplectic], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_a_velocity_that_differentiates_is_evaluated_without_gradients(form, grad):
+    """A density is evaluated under no_grad; what torch.func makes in the velocity is no less wanted there."""
+    model = form()
+    y, t = torch.randn(16, 5), torch.linspace(0, 1, 5)
+    with grad():
+        wanted = model(y, t)
+        for dtype, bound in ((torch.float32, 1e-6), (torch.float16, BOUNDS[torch.float16][0])):
+            torch._dynamo.reset()
+            got = compiled(model, dtype)(y, t)
+            assert max(relative_errors(list(got), list(wanted))) < bound
 
 
 def test_states_come_back_in_the_users_dtype_beyond_the_range_of_fp16():

@@ -142,6 +142,24 @@ def test_loop_inside_a_functional_transform():
         torch.compile(divergence, backend="rampde_fx", options={"compiler": "aot_eager"})(Y, T)
 
 
+def test_gradients_turned_off_inside_a_transform_under_no_grad():
+    """The surrounding mode and the transform's are then hard to tell apart; detach() says the same."""
+
+    class Partial(Flow):
+        def forward(self, y, t):
+            def potential(z):
+                with torch.no_grad():
+                    weight = torch.sin(z)
+                return (weight * z.square()).sum()
+
+            for _, dt in rampde_fx.steps(t):
+                y = y - dt * torch.func.grad(potential)(y)
+            return y
+
+    with torch.no_grad():
+        refused(Partial(), errors.UnsupportedLoopError, line="weight = torch.sin(z)")
+
+
 @pytest.mark.parametrize("form", [Euler, Midpoint])
 def test_second_derivative(form):
     function = compiled(form(), torch.float16)
