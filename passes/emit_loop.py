@@ -260,10 +260,12 @@ class _Backward:
             return overflow & (attempt < scaling.max_attempts)
 
         def sweep(attempt: torch.Tensor, overflow: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
-            operands = dict(zip(keys, rest[len(order) : len(order) + len(keys)], strict=True))
+            before, operands = rest[: len(order)], rest[len(order) : len(order) + len(keys)]
             usable = rest[len(order) + len(keys)]
-            gradients = self._sweep({**operands, ("target", 0): target.clone()})
-            found = [gradients[i] for i in order]
+            gradients = self._sweep({**dict(zip(keys, operands, strict=True)), ("target", 0): target.clone()})
+            # A choice between two tensors has the strides of the first: those of what is carried, though Inductor
+            # may lay the cotangents of a convolution's output out anew.
+            found = [torch.where(target < 0, old, gradients[i]) for old, i in zip(before, order, strict=True)]
             overflow = (usable & ~_finite(found)).to("cpu")
             overflow = torch.ops.rampde_fx.record_sweep(overflow, attempt, scaling.max_attempts, self.name)
             return attempt + 1, overflow, target * RETRY, *found

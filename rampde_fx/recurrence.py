@@ -120,13 +120,17 @@ def iterate(
     """Final carries and stacked outputs of a body(*carries, *slices, *invariants)."""
     if not unrolled:
         count = [] if per_step else [torch.arange(steps, device=starts[0].device)]  # scan asks for one
-        results = scan_op(
-            lambda *args: body(*args[: len(starts)], *args[len(starts) + len(count) :]),
-            starts,
-            [*per_step, *count],
-            additional_inputs=(*invariants, *symbols([*starts, *per_step, *invariants])),
-        )
-        return list(results[: len(starts)]), list(results[len(starts) :])
+        padding: list[torch.Tensor] = []
+
+        def step(*args: Any) -> list[Any]:
+            results = body(*args[: len(starts)], *args[len(starts) + len(count) :])
+            # Inductor takes the list of a scan's results for the result where there is one alone.
+            padding[:] = [torch.zeros((), dtype=torch.bool)] if len(results) == 1 else []
+            return [*results, *padding]
+
+        more = (*invariants, *symbols([*starts, *per_step, *invariants]))
+        results = scan_op(step, starts, [*per_step, *count], additional_inputs=more)
+        return list(results[: len(starts)]), list(results[len(starts) : len(results) - len(padding)])
     carries, collected = starts, []
     for k in range(steps):
         results = body(*carries, *(values[k] for values in per_step), *invariants)

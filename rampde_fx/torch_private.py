@@ -6,6 +6,7 @@ Checked on torch 2.11.0, 2.13.0 and 2.15.0.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
+from torch._higher_order_ops.utils import validate_subgraph_args_types
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -91,6 +93,9 @@ _UPDATES[aten._native_batch_norm_legit_functional.default] = _batch_norm
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
 _STRICT_VIEWS = {aten.view.default, aten._unsafe_view.default}
 MAX_CONSTANT = 64
+# By its name: in the package, scan is the function.
+_scan_module = importlib.import_module("torch._higher_order_ops.scan")
+CACHEABLE = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
 
 
 _mode: ContextVar[FakeTensorMode] = ContextVar("fake mode of the graph that is being rewritten")
@@ -308,19 +313,23 @@ def compile_settings() -> Iterator[None]:
 
     Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
     overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960).
-    Caches: a graph with scan or with a custom backward is cached only where it is marked as cacheable.
+    Caches: a graph with a custom backward is cached only where that is allowed; one with scan, see compile_graph. What
+    is cached holds the backward's graph, and traces it again when it is loaded: a scan inside a while loop then takes
+    the tracer's proxies for operands of a wrong type.
     Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so.
     """
-    cacheable = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
     with (
         functorch_config.patch(donated_buffer=False, autograd_cache_allow_custom_autograd_functions=True),
-        inductor_config.patch(
-            unsafe_marked_cacheable_functions={**inductor_config.unsafe_marked_cacheable_functions, **cacheable}
-        ),
+        mock.patch.object(_scan_module, "validate_subgraph_args_types", _validate_operands),
         mock.patch.object(_CachingTorchDispatchMode, "supports_higher_order_operators", True),
         mock.patch.object(_CachedTorchDispatchMode, "supports_higher_order_operators", True),
     ):
         yield
+
+
+def _validate_operands(operands: Sequence[Any]) -> None:
+    if not any(isinstance(operand, fx.Proxy) for operand in operands):
+        validate_subgraph_args_types(operands)
 
 
 def compile_graph(
@@ -333,13 +342,18 @@ def compile_graph(
     """Compile a graph with one of torch's backends.
 
     Inductor turns a scan into a while loop that reads its index from a tensor; Dynamo allows that to graphs under
-    fullgraph=True only.
+    fullgraph=True only. Its cache takes graphs with scan where they are marked as cacheable: in a patch of its own,
+    which holds where the backward is compiled as well, at the first backward pass.
     """
     torch._guards.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
-    return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches or None)
+    patches = {
+        "unsafe_marked_cacheable_functions": {**inductor_config.unsafe_marked_cacheable_functions, **CACHEABLE},
+        **(torch._inductor.list_mode_options(mode) if mode else {}),
+        **options,
+    }
+    return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

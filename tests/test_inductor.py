@@ -1,6 +1,10 @@
 """Compiled by Inductor: the same numbers as the rewritten graph run by aot_eager."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +39,23 @@ def test_buffers_of_the_outer_graph_are_not_donated_to_the_bodies_of_loops():
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
     got = gradients(compiled(model, torch.float32, "inductor"), model, y, t)
     assert max(relative_errors(got, gradients(plain, plain, y, t))) < 1e-6
+
+
+class Pooled(torch.nn.Module):
+    """A loop whose cotangent comes from a convolution: Inductor lays it out channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.velocity, self.after = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(self.velocity(y))
+        return self.after(torch.nn.functional.avg_pool2d(y, 2))
+
+
+def test_a_loop_before_a_convolution():
+    agree(Pooled(), torch.randn(2, 3, 8, 8), torch.linspace(0, 1, 4), 2e-3)
 
 
 def test_a_backward_that_is_repeated():
@@ -94,6 +115,23 @@ def test_the_name_of_the_backend_is_enough_and_inductor_is_the_default():
     assert torch.equal(torch.compile(double, backend="rampde_fx")(y, t), 2 * y)
 
 
+def test_a_loop_with_one_result():
+    """One state, nothing stored: Inductor mistakes the list of a scan's results for the result where it is alone."""
+
+    def solve(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.sin(y)
+        return y
+
+    y, t = torch.randn(4, 5, requires_grad=True), torch.linspace(0, 1, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(solve, torch.float32, "inductor")(y, t), solve(y, t))
+    got, wanted = (
+        torch.autograd.grad(f(y, t).sum(), y)[0] for f in (compiled(solve, torch.float16, "inductor"), solve)
+    )
+    assert max(relative_errors([got], [wanted])) < 2e-3
+
+
 class Growth(torch.nn.Module):
     """Linear in y: entry by entry the derivative is y(T) / y0, if the backward draws the forward's masks."""
 
@@ -135,3 +173,45 @@ def test_odeint_with_another_number_of_times():
             y, t = torch.randn(16, 5), torch.linspace(0, 1, points)
             errors = relative_errors(gradients(function, velocity, y, t), gradients(solve, velocity, y, t))
             assert max(errors[:2] + errors[3:]) < 2.5e-3, errors
+
+
+# Prints what the caches did, and a gradient; its argument is a constant of the velocity.
+CACHED = """
+import json, sys, torch, rampde_fx
+from torch._dynamo.utils import counters
+
+factor = float(sys.argv[1])
+
+@rampde_fx.mixed_precision(dtype=torch.float16)
+def solve(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y + dt * torch.sin(factor * y)
+    return y
+
+y = torch.linspace(-1, 1, 16).requires_grad_()
+torch.compile(solve, backend="rampde_fx")(y, torch.linspace(0, 1, 5)).sum().backward()
+print(json.dumps([counters["aot_autograd"], counters["inductor"], y.grad.tolist()]))
+"""
+
+
+def run_cached(folder, factor):
+    """What CACHED prints in a process of its own, with its caches in a folder."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", CACHED, str(factor)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_second_process_takes_the_compiled_loop_from_the_caches(tmp_path):
+    first, second, other = (run_cached(tmp_path, factor) for factor in (2.0, 2.0, 3.0))
+    assert first[0]["autograd_cache_miss"] == first[0]["autograd_cache_saved"] == 1
+    assert second[0]["autograd_cache_hit"] == 1 and "fxgraph_cache_miss" not in second[1]
+    assert second[2] == first[2]
+    # A constant deep inside the loop is part of the key.
+    assert other[0]["autograd_cache_miss"] == 1
+    y = torch.linspace(-1, 1, 16).requires_grad_()
+    z = y
+    for _ in range(4):
+        z = z + 0.25 * torch.sin(3.0 * z)
+    z.sum().backward()
+    assert max(relative_errors([torch.tensor(other[2])], [y.grad])) < 2e-3

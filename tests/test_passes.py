@@ -449,9 +449,11 @@ class GraphModule(torch.nn.Module):
                 scan_combine_graph_0 = self.scan_combine_graph_0
                 scan = higher_order.scan(scan_combine_graph_0, [clone_1], [arange], (arg5_1, arg6_1, arg7_1, clone, _to_copy, _to_copy_1))
                 getitem: "f32[3, 5]" = scan[0]
-                abs_1: "f32[3, 5]" = aten.abs.default(getitem)
+                lt: "b8[]" = aten.lt.Scalar(arg2_1, 0)
+                where: "f32[3, 5]" = aten.where.self(lt, arg3_1, getitem)
+                abs_1: "f32[3, 5]" = aten.abs.default(where)
                 ne: "b8[3, 5]" = aten.ne.Scalar(abs_1, inf)
-                eq: "b8[3, 5]" = aten.eq.Tensor(getitem, getitem)
+                eq: "b8[3, 5]" = aten.eq.Tensor(where, where)
                 mul: "b8[3, 5]" = aten.mul.Tensor(eq, ne)
                 all_1: "b8[]" = aten.all.default(mul)
                 stack: "b8[1]" = aten.stack.default([all_1])
@@ -461,7 +463,7 @@ class GraphModule(torch.nn.Module):
                 record_sweep: "b8[]" = rampde_fx.record_sweep.default(bitwise_and, arg0_1, 3, 'test_passes.py')
                 add: "i64[]" = aten.add.Tensor(arg0_1, 1)
                 mul_1: "f32[]" = aten.mul.Tensor(arg2_1, 0.00390625)
-                return (add, record_sweep, mul_1, getitem)
+                return (add, record_sweep, mul_1, where)
             class scan_combine_graph_0(torch.nn.Module):
                 def forward(self, arg0_1: "f32[3, 5]", arg1_1: "i64[]", arg2_1: "f16[3, 3, 5]", arg3_1: "f32[3]", arg4_1: "f32[3]", arg5_1: "f32[]", arg6_1: "f16[5, 5]", arg7_1: "f32[5, 5]"):
                     index: "f16[3, 5]" = aten.index.Tensor(arg2_1, [arg1_1])
@@ -499,6 +501,7 @@ class GraphModule(torch.nn.Module):
                     div_1: "f32[3, 5]" = aten.div.Tensor(mm_1, where_1)
                     add_1: "f32[3, 5]" = aten.add.Tensor(arg0_1, div_1)
                     clone: "f32[3, 5]" = aten.clone.default(add_1, memory_format = torch.contiguous_format)
-                    return [clone]
+                    zeros: "b8[]" = aten.zeros.default([], dtype = torch.bool, device = device(type='cpu'), pin_memory = False)
+                    return [clone, zeros]
 """,
         )
