@@ -96,7 +96,11 @@ def _fold_casts(body: fx.GraphModule) -> None:
 
 
 def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> list[Any]:
-    """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step."""
+    """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step.
+
+    It runs once per call, and once more in the backward rather than that its results are stored for it, where it reads
+    inputs of the graph alone.
+    """
     varying, invariants = call.args[: loop.first_invariant()], call.args[loop.first_invariant() :]
     if loop.preamble is None:
         return [*varying, *invariants]
@@ -104,6 +108,8 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> li
     graph_module.add_submodule(name, loop.preamble)
     with graph.inserting_before(call):
         made = graph.call_module(name, invariants)
+        if all(node.op == "placeholder" for node in made.all_input_nodes):  # what lives on anyhow, such as parameters
+            torch_private.recompute_in_backward(made)
         results = [graph.call_function(operator.getitem, (made, i)) for i in range(len(graphs.results(loop.preamble)))]
     return [*varying, *results]
 

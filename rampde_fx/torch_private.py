@@ -295,6 +295,11 @@ def storage_of(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def recompute_in_backward(node: fx.Node) -> None:
+    """Have the backward compute a node again, instead of that the forward saves it: activation checkpointing's tag."""
+    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def recompute_loops(body: fx.GraphModule) -> None:
     """Have the emitted loops of a checkpointed body recomputed by the backward, and not what they store saved.
 
@@ -303,8 +308,10 @@ def recompute_loops(body: fx.GraphModule) -> None:
     selective = "_checkpoint_context_fn" in body.meta  # the user's own policy decides, node by node
     for apply in body.graph.find_nodes(op="call_function", target=autograd_function_apply):
         for node in body.get_submodule(apply.args[0].target).graph.nodes:
-            if node.op == "call_function":
-                node.meta["recompute"] = None if selective else CheckpointPolicy.PREFER_RECOMPUTE
+            if node.op == "call_function" and selective:
+                node.meta["recompute"] = None
+            elif node.op == "call_function":
+                recompute_in_backward(node)
 
 
 @contextlib.contextmanager
