@@ -25,6 +25,7 @@ from tqdm import tqdm
 import rampde_fx
 from rampde_fx import PrecisionPolicy
 from tests.benchmarks.gradient_error import Flow, eight_gaussians
+from tests.benchmarks.measure import saved_bytes
 
 MODES = ("step", "sqrt", 8, "none")
 DTYPES = (torch.float16, torch.float32)
@@ -41,23 +42,6 @@ class Solved(nn.Module):
         """Integrates y (batch, dim + 1) over the time points t, to the last one."""
         end: torch.Tensor = rampde_fx.odeint(self.flow.velocity, y, t, policy=self.policy)[-1]
         return end
-
-
-def saved_bytes(run: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """Bytes of the distinct tensors, other than parameters, that a forward leaves for the backward."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()  # the tensors stay alive, so that no address is used twice
-    del kept
-    return sum(saved.values())
 
 
 def medians(runs: list[Callable[[], torch.Tensor]], repetitions: int) -> list[float]:

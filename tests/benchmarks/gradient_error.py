@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 import rampde_fx
 from rampde_fx import PrecisionPolicy
+from tests.benchmarks.cases import DensityVelocity
+from tests.benchmarks.contenders import solve_by_loop
 
 HALF, BRAIN, SINGLE, BYTE = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 POLICIES = {
@@ -41,28 +43,13 @@ REPORTED = 2  # steps that are enough to report on
 class Flow(nn.Module):
     """z and the integral of the divergence of its velocity, by RK4."""
 
-    def __init__(self, width: int, dim: int = 2) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(dim + 1, width), nn.Linear(width, width), nn.Linear(width, dim)
-
-    def velocity(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """dz/dt and tr(dv/dz) = d2^T (W2 * (W1 W3)^T) d1, d = 1 - h^2 the derivatives of the tanh layers."""
-        z = torch.cat([y[:, :-1], t.expand(y.shape[0], 1)], dim=1)
-        h1 = torch.tanh(self.first(z))
-        h2 = torch.tanh(self.second(h1))
-        middle = self.second.weight * (self.first.weight[:, :-1] @ self.last.weight).T
-        trace = (nn.functional.linear(1 - h1 * h1, middle) * (1 - h2 * h2)).sum(dim=1, keepdim=True)
-        return torch.cat([self.last(h2), trace], dim=1)
+        self.velocity = DensityVelocity(width)
 
     def forward(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Integrates y (batch, dim + 1) over the time points t."""
-        for t_i, dt in rampde_fx.steps(t):
-            k1 = self.velocity(t_i, y)
-            k2 = self.velocity(t_i + dt / 2, y + dt / 2 * k1)
-            k3 = self.velocity(t_i + dt / 2, y + dt / 2 * k2)
-            k4 = self.velocity(t_i + dt, y + dt * k3)
-            y = y + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return y
+        return solve_by_loop(self.velocity, y, t)
 
 
 def eight_gaussians(count: int) -> torch.Tensor:

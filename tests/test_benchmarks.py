@@ -1,0 +1,74 @@
+"""The benchmark command, on the smallest cases and contenders that do not compile."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.benchmarks import cases, contenders, measure
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "tests.benchmarks",
+    "--quick",
+    "--contenders",
+    "eager float32",
+    "torch.compile float32",
+]
+
+
+def run(folder, *arguments):
+    """The results that the command writes, with the time per turn and all else at the least."""
+    settings = ["--out", str(folder), "--rounds", "2", "--turn", "0.01", "--threads", "1", "--longest-unrolled", "1"]
+    subprocess.run([*COMMAND, *settings, *arguments], check=True, capture_output=True)
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text()), file.with_suffix(".md").read_text()
+
+
+def test_a_case_is_measured_and_what_does_not_run_is_named(tmp_path):
+    report, text = run(tmp_path, "--cases", "attention")
+    (case,) = report["cases"]
+    result = case["results"]["eager float32"]
+    assert result["steps"] >= 2 and 0 < result["quartiles"][0] <= result["seconds"] <= result["quartiles"][1]
+    assert result["saved_bytes"] > 0 and result["gradient_difference"] == 0
+    assert "more than 1 unrolled steps" in case["skipped"]["torch.compile float32"]
+    assert "Not run:" in text and "torch 2." in text and "| eager float32 |" in text
+
+
+def test_a_sweep_is_measured_and_drawn(tmp_path):
+    report, text = run(tmp_path, "--scaling", "--cases", "cnf")
+    sizes = {(point["sweep"], point["value"]) for point in report["points"]}
+    assert sizes == {("steps", 8), ("steps", 32), ("batch", 16), ("batch", 64)}
+    assert "of the roofline" in text and (tmp_path / "cpu-quick-scaling.png").stat().st_size > 10_000
+
+
+def test_an_unknown_case_is_refused():
+    found = subprocess.run([*COMMAND, "--cases", "nothing"], check=False, capture_output=True, text=True)
+    assert found.returncode == 2 and "no nothing; there are cnf" in found.stderr
+
+
+@pytest.mark.parametrize("case", cases.QUICK, ids=lambda case: case.name)
+def test_solvers_agree(case):
+    """What the benchmarks compare is one model: the marked loop and odeint make the same loss."""
+    losses = []
+    for solve in (contenders.solve_by_loop, contenders.solve_by_odeint):
+        model, x, t = case.build(solve, torch.device("cpu"))
+        losses.append(model(x, t))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_the_divergence_of_the_potential_flow_is_that_of_its_velocity():
+    velocity = cases.PotentialVelocity(dim=4, width=6).double()
+    y, t = torch.randn(3, 7, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z: velocity(t, z[None])[0, :4]))(y)[:, :, :4]
+    torch.testing.assert_close(velocity(t, y)[:, 4], jacobian.diagonal(dim1=1, dim2=2).sum(dim=1))
+
+
+def test_operations_of_the_scheme():
+    """A product of (8, 4) with (4, 4): forward, recomputation, and two products of the backward."""
+    layer = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(8, 4, requires_grad=True)
+    assert measure.scheme_flops(lambda: layer(x).sum(), layer) == 4 * 2 * 8 * 4 * 4
