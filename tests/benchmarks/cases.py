@@ -224,7 +224,7 @@ FULL = (
     _attention("attention", width=512, heads=8, length=256, batch=8, steps=16),
 )
 QUICK = (
-    _density("cnf", width=64, batch=128, steps=32),
+    _density("cnf", width=64, batch=128, steps=16),
     _potential("otflow", dim=8, width=64, batch=64, steps=8),
     _convolutional("conv", width=8, size=16, batch=4),
     _attention("attention", width=32, heads=4, length=32, batch=4, steps=8),
