@@ -51,6 +51,8 @@ def find_sums(result: fx.Node, carry: fx.Node) -> list[tuple[fx.Node, int]] | No
     None if anything else is on the way."""
     if result is carry:
         return []
+    if graphs.stops_gradient(result):  # the same value
+        return find_sums(result.args[0], carry)
     if result.target not in SUM or graphs.value(result).shape != graphs.value(carry).shape:
         return None
     commutes = result.target is aten.add.Tensor and not result.kwargs

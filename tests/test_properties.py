@@ -322,6 +322,12 @@ FOUND = {
         velocity="bfloat16",
         compiler="eager",
     ),
+    "a detached state was refused compensated sums": Problem(
+        update="terms", gradient="state_detached", accumulation="compensated", velocity="bfloat16", compiler="eager"
+    ),
+    "a velocity that differentiates was refused under no_grad": Problem(
+        layers=("linear", "own_gradient"), wanted="no_grad", velocity="float16", compiler="eager"
+    ),
     "the fp32 log-sum-exp of an attention was cast down for its backward": Problem(
         space="sequence",
         layers=("sdpa",),

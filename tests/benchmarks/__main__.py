@@ -85,7 +85,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.jobs = options.jobs or (2 if options.quick else 1)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
-    known = [case.name for case in (QUICK_CASES if options.quick else FULL)]
+    # Sweeps on a CPU begin at the sizes of the small cases.
+    options.known = QUICK_CASES if options.quick or (options.scaling and options.device == "cpu") else FULL
+    known = [case.name for case in options.known]
     names = [contender.name for contender in ALL]
     for option, given, allowed in (("cases", options.cases, known), ("contenders", options.contenders, names)):
         if wrong := [name for name in given or [] if name not in allowed]:
@@ -96,7 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run, print and write."""
     options = parse()
-    cases = [c for c in (QUICK_CASES if options.quick else FULL) if c.name in (options.cases or c.name)]
+    cases = [case for case in options.known if case.name in (options.cases or case.name)]
     if options.list:
         print("\n".join([*(f"case {c.name}: {c.what()}" for c in cases), *(f"contender {c.name}" for c in ALL)]))
         return

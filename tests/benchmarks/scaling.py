@@ -111,19 +111,22 @@ def draw(report: dict[str, Any], path: Path) -> None:
         points = [point for point in report["points"] if point["sweep"] == what]
         for i, name in enumerate(names):
             own = [point for point in points if name in point["results"]]
-            style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "label": name, "color": f"C{i}"}
+            # Lines that coincide show all of their markers.
+            style: dict[str, Any] = {"marker": "o", "markersize": 4 + 3 * (len(names) - 1 - i), "fillstyle": "none"}
+            style |= {"linewidth": 1.2, "label": name, "color": f"C{i}"}
             values = [point["value"] for point in own]
             upper.loglog(values, [1e3 * point["results"][name]["seconds"] for point in own], **style)
             saved = [point["results"][name]["saved_bytes"] / measure.MIB for point in own]
             lower.loglog(values, saved, **style)
+        values = [point["value"] for point in points]
         for dtype, dash in zip(report["rates"], ("--", "-.", ":"), strict=False):
             bound = [1e3 * roofline(point, dtype, report) for point in points]
-            values = [point["value"] for point in points]
             upper.loglog(values, bound, dash, color="black", linewidth=1, label=f"roofline, {dtype}")
-        upper.set_title(f"{what} grows")
         lower.set_xlabel(what)
         for axes in (upper, lower):
             axes.grid(alpha=0.2)
+            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.minorticks_off()
     panels[0][0].set_ylabel("training step (ms)")
     panels[1][0].set_ylabel("saved for the backward (MiB)")
     handles, labels = panels[0][0].get_legend_handles_labels()

@@ -75,9 +75,11 @@ class Worker:
 
     def stop(self) -> None:
         """End the process."""
-        self._connection.close()
-        self._process.terminate()
-        self._process.join()
+        self._connection.close()  # it ends where it waits for what to do
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
 
     def _answer(self) -> Any:
         if not self._connection.poll(AT_MOST):
