@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from tests.benchmarks import scaling, tables
-from tests.benchmarks.cases import FULL
+from tests.benchmarks.cases import FULL, resized
 from tests.benchmarks.cases import QUICK as QUICK_CASES
 from tests.benchmarks.contenders import ALL, BASELINE, taking_part
 from tests.benchmarks.turns import run_case
@@ -72,6 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scaling", action="store_true", help="sweep steps, batch and width instead")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="by name; default all")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="by name; default all, or the quick ones")
+    parser.add_argument("--batch", type=int, help="another batch than that of the cases")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender, default %(default)s")
     parser.add_argument("--turn", type=float, metavar="S", help="seconds of a turn, default 0.5, quick 0.2")
     parser.add_argument("--jobs", type=int, help="how many contenders compile at a time, default 1, quick 2")
@@ -98,7 +99,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run, print and write."""
     options = parse()
-    cases = [case for case in options.known if case.name in (options.cases or case.name)]
+    cases = [resized(c, batch=options.batch) for c in options.known if c.name in (options.cases or c.name)]
     if options.list:
         print("\n".join([*(f"case {c.name}: {c.what()}" for c in cases), *(f"contender {c.name}" for c in ALL)]))
         return

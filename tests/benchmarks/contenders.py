@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -64,6 +64,7 @@ class Contender:
         autocast: The dtype of an autocast region round the model, None without.
         package: What must be importable.
         unrolled: Whether the time to compile grows with the number of steps.
+        cpp_wrapper: Whether Inductor writes what calls its kernels in C++ instead of Python.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Contender:
     autocast: torch.dtype | None = None
     package: str = "torch"
     unrolled: bool = False
+    cpp_wrapper: bool = False
 
     def absent(self, case: Case, device: str, longest_unrolled: int) -> str:
         """Why it does not take part, or an empty string."""
@@ -92,7 +94,8 @@ class Contender:
         if self.policy is not None:
             function = rampde_fx.mixed_precision(model, policy=self.policy)
         if self.backend is not None:
-            function = torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False)
+            options = {"cpp_wrapper": True} if self.cpp_wrapper else None
+            function = torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, options=options)
 
         def loss() -> torch.Tensor:
             region = torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -122,8 +125,10 @@ ALL = (
     *(_rampde_fx(dtype, "scan") for dtype in LOW),
     *(_kept(dtype) for dtype in (torch.float32, *LOW)),
     *(_rampde_fx(dtype, "unroll") for dtype in (torch.float32, *LOW)),
+    replace(_rampde_fx(torch.float32, "scan"), name=f"{BASELINE}, cpp_wrapper", cpp_wrapper=True),
     Contender("eager float32", solve_by_loop),
     Contender("torch.compile float32", solve_by_loop, "inductor", unrolled=True),
+    Contender("torch.compile float32, cpp_wrapper", solve_by_loop, "inductor", unrolled=True, cpp_wrapper=True),
     *(
         Contender(f"torch.compile autocast {SHORT[d]}", solve_by_loop, "inductor", autocast=d, unrolled=True)
         for d in LOW
