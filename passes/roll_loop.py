@@ -27,7 +27,8 @@ from rampde_fx.step_control import Controller
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captured: CapturedStep, name: str) -> Loop:
     """Replace the first iterations of a marked loop, a Run, by a call of a LoopNode of the given name."""
     starts = graphs.value(marked.markers[0].args[0])
-    loop = _loop(marked, captured, starts.shape[0] if run.once else len(run.iterations))
+    steps = torch_private.number_of(starts.shape[0]) if run.once else len(run.iterations)
+    loop = _loop(marked, captured, steps)
     _replace(graph_module, marked, run, captured, name, loop)
     return loop
 

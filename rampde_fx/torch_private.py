@@ -221,6 +221,12 @@ def size_hint(size: Any) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else int(size)
 
 
+def number_of(size: int | torch.SymInt) -> int | torch.SymInt:
+    """The size, as an int where the guards of a symbolic one leave a single number: tracing knows no proxy for it."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return size if known is None else known
+
+
 def symbol_of(size: torch.SymInt) -> torch.SymInt:
     """The symbol s of a size a s + b with numbers a and b, computed from the size; any other size as it is."""
     polynomial = size.node.expr.as_poly()

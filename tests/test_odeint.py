@@ -129,12 +129,17 @@ def test_gradcheck_of_the_state_and_the_times():
     assert torch.autograd.gradcheck(compiled(model, torch.float64), (y, t))
 
 
-def test_another_number_of_times_recompiles_once(monkeypatch):
-    torch._dynamo.reset()
-    rewritten = []
+@pytest.fixture
+def rewritten(monkeypatch):
+    """How many nodes each graph has that was rewritten."""
+    nodes = []
     monkeypatch.setattr(
-        rampde_fx.backend, "rewrite", lambda graph: rewritten.append(len(graph.graph.nodes)) or rewrite(graph)
+        rampde_fx.backend, "rewrite", lambda graph: nodes.append(len(graph.graph.nodes)) or rewrite(graph)
     )
+    return nodes
+
+
+def test_another_number_of_times_recompiles_once(rewritten):
     model = Solved(method="midpoint")
     run = compiled(model)
     y = torch.randn(3, 5)
@@ -143,6 +148,23 @@ def test_another_number_of_times_recompiles_once(monkeypatch):
         torch.testing.assert_close(run(y, t), model(y, t))
     assert len(rewritten) == 2
     assert rewritten[1] < rewritten[0] + 5  # the sizes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-3}],
+    ids=str,
+)
+def test_two_times_after_another_number(arguments, rewritten):
+    """Two times are a program of their own: one step is no loop, and no state but the last is kept."""
+    model = Solved(**arguments)
+    run = compiled(model, compiler="eager")
+    y = torch.randn(3, 5)
+    for points in (5, 2, 9, 4, 2):
+        t = torch.linspace(0, 1, points)
+        wanted = gradients(model, model, y, t)
+        assert max(relative_errors(gradients(run, model, y, t), wanted)) < 2e-6
+    assert len(rewritten) == 3
 
 
 def test_times_of_another_dtype_than_the_state():
