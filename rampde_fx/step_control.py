@@ -134,7 +134,8 @@ def propose(t: torch.Tensor, search: Search) -> Trial:
     rest = 1 - search.position
     fraction = search.size / length.detach().abs()
     ends = fraction * STRETCH >= rest
-    fraction = torch.where(ends, rest, fraction)
+    # As the positions are rounded, so that the steps add up to the interval.
+    fraction = torch.where(ends, rest, (search.position + fraction) - search.position)
     return Trial(left + search.position * length, fraction * length, fraction, ends)
 
 
