@@ -41,21 +41,19 @@ def adaptive_steps(
 
     Where it does not raise, the states at times that were not reached are NaN.
     """
-    with torch.no_grad():
-        start, times = [leaf.detach() for leaf in y], t.detach()
-        plain = raising(velocity)
-        rate = plain(times[0], start)
-        size = _first_size(plain, start, rate, times, controller, first_size)
     if not is_captured():
         marking.warn_if_uncompiled()
-        return _adapt_now(tableau, plain, y, t, controller, size, raises=raises)
+        return _adapt_now(tableau, raising(velocity), y, t, controller, first_size, raises=raises)
+    checked, problems = noting(velocity)
     with torch.no_grad():
-        checked, problems = noting(velocity)
+        start, times = [leaf.detach() for leaf in y], t.detach()
+        rate = checked(times[0], start)
+        size = _first_size(checked, start, rate, times, controller, first_size)
         states = [*start, *rate] if tableau.fsal else start
         t_i, dt, *entered = operators.enter(times, size[None], states, encoded_policy(policy))
         first = entered[len(y) :] if tableau.fsal else None
-        nexts, last, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
-        results = [*nexts, *last] if tableau.fsal else nexts
+        nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+        results = [*nexts, *k[-1]] if tableau.fsal else nexts
         intervals, positions, fractions, count, status, reached, ended = operators.leave_search(
             states, results, errors, times, controller.numbers(), max(problems)
         )
@@ -85,28 +83,38 @@ def _adapt_now(
     y: State,
     t: torch.Tensor,
     controller: step_control.Controller,
-    size: torch.Tensor,
+    first_size: float | None,
     *,
     raises: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Uncompiled: step by step."""
-    search, found, first = step_control.begin(t.detach(), size, controller.max_steps), [y], None
+    """Uncompiled: step by step. k_1 is not evaluated again where it is known."""
+    times, found = t.detach(), [y]
+    first: State | None = velocity(t[0], y)
+    size = _first_size(velocity, _detached(y), _detached(first), times, controller, first_size).detach()
+    search = step_control.begin(times, size, controller.max_steps)
     while int(search.status) == step_control.RUNNING:
         trial = step_control.propose(t, search)
-        nexts, last, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
-        with torch.no_grad():
-            norm = step_control.error_norm(errors, y, nexts, controller)
-            counts, search = step_control.judge(t, search, trial, norm, controller)
+        nexts, k, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
+        norm = step_control.error_norm(_detached(errors), _detached(y), _detached(nexts), controller)
+        tried = step_control.Trial(*(value.detach() for value in trial))
+        counts, search = step_control.judge(times, search, tried, norm, controller)
+        first = k[0]
         if counts:
-            y, first = nexts, last if tableau.fsal else None
+            y, first = nexts, k[-1] if tableau.fsal else None
             if trial.ends_interval:
                 found.append(y)
     if raises:
-        operators.found(search.count, search.status, step_control.reached(t.detach(), search))
+        operators.found(search.count, search.status, step_control.reached(times, search))
     found += [[torch.full_like(leaf, torch.nan) for leaf in y]] * (t.shape[0] - len(found))
     return [torch.stack(values) for values in zip(*found, strict=True)], search.status
 
 
+def _detached(state: State) -> State:
+    """Without gradients, and without the tangents of forward mode, which no_grad lets through."""
+    return [leaf.detach() for leaf in state]
+
+
+@torch.no_grad()
 def _first_size(
     velocity: Velocity,
     y: State,
@@ -115,12 +123,15 @@ def _first_size(
     controller: step_control.Controller,
     given: float | None,
 ) -> torch.Tensor:
+    """The size of the first step, NaN if the state or its velocity is not finite."""
+    finite = torch.stack([leaf.isfinite().all() for leaf in (*y, *rate)]).all()
     if given is not None:
-        return torch.full((), given, dtype=t.dtype, device=t.device)
+        return torch.where(finite, torch.full_like(t[0], given), torch.nan)
     trial = step_control.trial_size(y, rate, controller)
     step = trial * torch.sign(t[1] - t[0]).to(trial.dtype)
     second = velocity(t[0] + step.to(t.dtype), combine(y, step, [1.0], [rate]))
-    return step_control.first_step(y, rate, second, trial, controller).to(t.dtype)
+    size = step_control.first_step(y, rate, second, trial, controller).to(t.dtype)
+    return torch.where(finite, size, torch.nan)
 
 
 def controller_of(

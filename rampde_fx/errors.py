@@ -74,6 +74,15 @@ def step_too_small(count: int, reached: float) -> StepSizeError:
     )
 
 
+def not_finite(count: int, reached: float) -> StepSizeError:
+    """For a start from which no step can be tried."""
+    return StepSizeError(
+        f"y0, or the velocity at it, is not finite at t = {reached:g}, where the adaptive steps of odeint begin",
+        required="a finite state with a finite velocity",
+        fix="look for NaN and inf in y0, and for a singularity of the velocity",
+    )
+
+
 class UnsupportedLoopError(RampdeError):
     """A marked loop that cannot be rolled up or rewritten."""
 

@@ -54,7 +54,8 @@ def odeint(
     Returns:
         The solution, of the structure and dtypes of y0, each tensor with a first dimension of M more; y0 comes first.
         With options={"status": True} a pair of it and a 0-d int64 tensor: 1 if the last time was reached, 2 after too
-        many steps, 3 if the step size fell below the resolution of t; times that were not reached are NaN then.
+        many steps, 3 if a step that t resolves no smaller was rejected, 4 if y0 or its velocity is not finite; times
+        that were not reached are NaN then.
 
     Raises:
         StateError: if y0 is not of real floating tensors, or func returns another structure, shape or dtype.

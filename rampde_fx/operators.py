@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rampde_fx import counts, step_control, torch_private
-from rampde_fx.errors import TimeGridError, UnsupportedLoopError, step_too_small, too_many_steps
+from rampde_fx.errors import TimeGridError, UnsupportedLoopError, not_finite, step_too_small, too_many_steps
 
 _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
@@ -47,7 +47,11 @@ for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")
 library.define("record_sweep(Tensor overflow, Tensor attempt, int attempts, str loop) -> Tensor")
 
 
-FAILURES = {step_control.TOO_MANY_STEPS: too_many_steps, step_control.STEP_TOO_SMALL: step_too_small}
+FAILURES = {
+    step_control.TOO_MANY_STEPS: too_many_steps,
+    step_control.STEP_TOO_SMALL: step_too_small,
+    step_control.NOT_FINITE: not_finite,
+}
 
 
 def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,16 +44,17 @@ def attempt(
     dt: torch.Tensor,
     y: State,
     first: State | None,
-) -> tuple[State, State, State]:
-    """The state after one step of an adaptive method, the last stage's velocity, and the estimate of the error.
+) -> tuple[State, list[State], State]:
+    """The state after one step of an adaptive method, the velocities of its stages, and the estimate of the error.
 
-    first is k_1 where it is known: of a method whose last stage is the first one of the next step (FSAL), after the
-    first step. The estimate is the difference from the embedded method, dt * sum_i (b_i - b^_i) k_i.
+    first is k_1 where it is known: at the start, after a step that did not count, and of a method whose last stage is
+    the first one of the next step (FSAL). The estimate is the difference from the embedded method,
+    dt * sum_i (b_i - b^_i) k_i.
     """
     assert tableau.b_error is not None, "adaptive methods only"
     difference = [b - other for b, other in zip(tableau.b, tableau.b_error, strict=True)]
     k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, difference), first)
-    return combine(y, dt, tableau.b, k), k[-1], increment(y, dt, difference, k)
+    return combine(y, dt, tableau.b, k), k, increment(y, dt, difference, k)
 
 
 def needed(tableau: ButcherTableau, *weights: Sequence[float]) -> list[bool]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL = range(4)
+RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL, NOT_FINITE = range(5)
 # How far a step may be stretched so that no sliver is left before an output time.
 STRETCH = 1.01
 
@@ -64,7 +64,7 @@ class Search(NamedTuple):
         size: Proposed size of the next step, positive.
         previous: Norm of the error of the last step that counted.
         rejected: Whether the last step did not count.
-        status: RUNNING, DONE, TOO_MANY_STEPS or STEP_TOO_SMALL.
+        status: RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL or NOT_FINITE.
         count: Number of steps that count.
         tried: Number of steps in all.
         intervals: The interval of each step.
@@ -86,16 +86,26 @@ class Search(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One step to be tried: its start and size (0-d, differentiable in t), as a fraction, and whether it ends one."""
+    """One step to be tried; all are 0-d tensors.
+
+    Attributes:
+        t: Its start, differentiable in the times.
+        dt: Its size, differentiable in the times.
+        fraction: Its size as a fraction of its interval.
+        ends_interval: Whether it ends at an output time.
+        smallest: Whether t resolves no smaller one.
+    """
 
     t: torch.Tensor
     dt: torch.Tensor
     fraction: torch.Tensor
     ends_interval: torch.Tensor
+    smallest: torch.Tensor
 
 
 def begin(t: torch.Tensor, first_step: torch.Tensor, max_steps: int) -> Search:
-    """Before the first step; first_step is a positive size."""
+    """Before the first step; first_step is a positive size, or NaN where there is no finite velocity to start with."""
+    usable = first_step.isfinite() & t.isfinite().all()
     index = torch.zeros((), dtype=torch.int64, device=t.device)
     number = torch.zeros((), dtype=t.dtype, device=t.device)
     return Search(
@@ -104,7 +114,7 @@ def begin(t: torch.Tensor, first_step: torch.Tensor, max_steps: int) -> Search:
         size=first_step.to(t.dtype).clone(),
         previous=torch.ones_like(number),
         rejected=torch.zeros_like(index, dtype=torch.bool),
-        status=torch.full_like(index, RUNNING),
+        status=torch.where(usable, RUNNING, torch.full_like(index, NOT_FINITE)),
         count=index.clone(),
         tried=index.clone(),
         intervals=torch.zeros(max_steps, dtype=torch.int64, device=t.device),
@@ -129,14 +139,21 @@ def reached(t: torch.Tensor, search: Search) -> torch.Tensor:
 
 
 def propose(t: torch.Tensor, search: Search) -> Trial:
-    """The next step to be tried: as large as proposed, or up to the next output time."""
+    """The next step to be tried: as large as proposed and as t resolves, or up to the next output time."""
     left, length = place(t, search.interval, torch.zeros_like(search.position), torch.ones_like(search.position))
-    rest = 1 - search.position
-    fraction = search.size / length.detach().abs()
+    start, rest = left + search.position * length, 1 - search.position
+    least = _resolution(start.detach(), search.position * length.detach())
+    fraction = torch.maximum(search.size, least) / length.detach().abs()
     ends = fraction * STRETCH >= rest
     # As the positions are rounded, so that the steps add up to the interval.
     fraction = torch.where(ends, rest, (search.position + fraction) - search.position)
-    return Trial(left + search.position * length, fraction * length, fraction, ends)
+    return Trial(start, fraction * length, fraction, ends, search.size <= least)
+
+
+def _resolution(t: torch.Tensor, passed: torch.Tensor) -> torch.Tensor:
+    """The least step that moves both t and the position in the interval, of which so much has passed."""
+    number = torch.finfo(t.dtype)
+    return (number.eps * torch.maximum(t.abs(), passed.abs())).clamp(min=number.tiny / number.eps)
 
 
 def error_norm(
@@ -146,14 +163,25 @@ def error_norm(
     controller: Controller,
 ) -> torch.Tensor:
     """The largest root mean square, over the tensors of the state, of the error over atol + rtol max(|y|, |y'|)."""
-    norms = []
-    for error, y, y_next in zip(errors, before, after, strict=True):
-        if error.numel() == 0:
-            continue
-        weight = controller.atol + controller.rtol * torch.maximum(y.abs(), y_next.abs())
-        ratio = torch.where(error == 0, 0.0, error / weight)  # atol may be 0 and the state as well
-        norms.append(ratio.square().mean().sqrt())
+    norms = [
+        _norm(error, torch.maximum(y.abs(), y_next.abs()), controller)
+        for error, y, y_next in zip(errors, before, after, strict=True)
+        if error.numel()
+    ]
+    if not norms:
+        return torch.zeros((), device=errors[0].device)  # no entry, no error
     return torch.stack([norm.to(norms[0].dtype) for norm in norms]).amax()
+
+
+def _norm(error: torch.Tensor, height: torch.Tensor, controller: Controller) -> torch.Tensor:
+    """The root mean square of the error over atol + rtol height, in float32 at least, without an overflow."""
+    dtype = torch.promote_types(error.dtype, torch.float32)
+    weight = controller.atol + controller.rtol * height.to(dtype)
+    ratio = torch.where(error == 0, 0.0, error.to(dtype) / weight)  # atol may be 0 and the state as well
+    ratio = torch.where(weight.isfinite(), ratio, torch.inf)
+    largest = ratio.abs().amax()
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return unit * (ratio / unit).square().mean().sqrt()
 
 
 def judge(
@@ -162,7 +190,8 @@ def judge(
     """Whether a step that was tried counts (a 0-d bool), and what follows."""
     norm = torch.where(norm.isfinite(), norm, float("inf")).to(search.size.dtype)
     counts = norm <= 1
-    used = trial.dt.abs()
+    # A step that is rounded up must not be proposed again when it does not count.
+    used = torch.where(counts, trial.dt.abs(), torch.minimum(trial.dt.abs(), search.size))
     size = used * _factor(norm, search, controller)
     # A step that was cut at an output time says nothing against the size that had been proposed.
     size = torch.where(counts & trial.ends_interval, torch.maximum(size, search.size), size)
@@ -170,7 +199,7 @@ def judge(
     ended = counts & trial.ends_interval
     interval, count = search.interval + ended, search.count + counts
     tried = search.tried + 1
-    too_small = ~counts & (trial.t + size * 2 * torch.sign(trial.dt) == trial.t)
+    too_small = ~counts & trial.smallest
     too_many = (count >= controller.max_steps) | (tried >= 4 * controller.max_steps)
     status = torch.where(too_many, TOO_MANY_STEPS, search.status)
     status = torch.where(too_small, STEP_TOO_SMALL, status)
@@ -214,7 +243,8 @@ def first_step(
     change = error_norm([b - a for a, b in zip(rate, second, strict=True)], start, start, controller) / trial
     largest = torch.maximum(slope, change)
     size = torch.where(largest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / controller.order))
-    return torch.minimum(100 * trial, size)
+    # The Euler step may leave what the velocity is defined on, or be lost in the resolution of the state.
+    return torch.where(change.isfinite(), torch.minimum(100 * trial, size), trial * 1e-3)
 
 
 def trial_size(start: Sequence[torch.Tensor], rate: Sequence[torch.Tensor], controller: Controller) -> torch.Tensor:

@@ -53,19 +53,24 @@ def test_steps_add_up_to_the_interval_in_float32_times():
     assert (y[-1] - wanted).abs().max() < 1e-6
 
 
-def test_dopri5_takes_six_evaluations_a_step():
-    calls, steps = [], []
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_no_stage_is_evaluated_twice(method):
+    """A step shares its first stage with the one before (FSAL), or with itself after a rejection."""
+    calls, counted = [], []
 
-    def counted(t, y):
+    def velocity(t, y):
         calls.append(t)
         return decay(t, y)
 
     y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
     judge = step_control.judge
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_control, "judge", lambda *args: steps.append(1) or judge(*args))
-        rampde_fx.odeint(counted, y0, t, method="dopri5", rtol=1e-6, atol=1e-6)
-    assert len(calls) == 6 * len(steps) + 3  # two that choose the first step, and its own first stage
+        patch.setattr(step_control, "judge", lambda *args: counted.append(judge(*args)) or counted[-1])
+        rampde_fx.odeint(velocity, y0, t, method=method, rtol=1e-6, atol=1e-6, options={"first_step": 2.0})
+    assert not counted[0][0]  # the first step is rejected
+    tableau, accepted = METHODS[method], sum(bool(counts) for counts, _ in counted)
+    own_first_stages = 1 if tableau.fsal else accepted
+    assert len(calls) == own_first_stages + (tableau.stages - 1) * len(counted)
 
 
 def test_steps_grow_where_the_solution_is_smooth():
@@ -174,9 +179,68 @@ def test_too_many_steps_end_in_an_error(as_compiled):
         run(torch.ones(1), torch.tensor([0.0, 2.0]))
 
 
-def test_a_velocity_that_is_nan_ends_in_an_error():
-    with pytest.raises(errors.StepSizeError):
-        rampde_fx.odeint(lambda t, y: y * math.nan, torch.ones(1), torch.tensor([0.0, 2.0]), method="dopri5")
+NOT_FINITE = {
+    "velocity": (lambda t, y: y * math.nan, 1.0, {}),
+    "velocity, at a given first step": (lambda t, y: 1 / t + y, 1.0, {"first_step": 0.1}),
+    "state": (decay, math.nan, {}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_a_start_that_is_not_finite_is_no_search(case, monkeypatch):
+    velocity, start, options = NOT_FINITE[case]
+    y0, t = torch.full((1,), start), torch.tensor([0.0, 2.0])
+    monkeypatch.delattr(step_control, "propose")  # no step is tried
+    with pytest.raises(errors.StepSizeError, match="not finite at t = 0"):
+        rampde_fx.odeint(velocity, y0, t, method="dopri5", options=options)
+    solution, status = rampde_fx.odeint(velocity, y0, t, method="dopri5", options={**options, "status": True})
+    assert status == step_control.NOT_FINITE and solution[1:].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"status": True}], ids=str)
+def test_compiled_a_start_that_is_not_finite_is_no_search(options):
+    run = compiled(Solved(lambda t, y: y * math.nan, method="bosh3", options=options), compiler="eager")
+    if options:
+        solution, status = run(torch.ones(1), torch.tensor([0.0, 2.0]))
+        assert status == step_control.NOT_FINITE and solution[1:].isnan().all()
+    else:
+        with pytest.raises(errors.StepSizeError, match="not finite at t = 0"):
+            run(torch.ones(1), torch.tensor([0.0, 2.0]))
+
+
+def test_a_half_precision_state_is_judged_in_float32():
+    """Its velocity over the tolerance is 500, and the square of that is inf in float16."""
+    y0, t = torch.ones(2, dtype=torch.float16), torch.tensor([0.0, 4.0])
+    y = rampde_fx.odeint(decay, y0, t, method="dopri5", rtol=1e-3, atol=1e-3)
+    assert y.dtype == torch.float16
+    assert (y[-1] - exact(t[-1])).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("speed", [1e11, 1e33])
+def test_a_norm_beyond_the_range_of_float32(speed):
+    """The velocity over atol is 1e20 or inf; a first step of size 0 would stay one."""
+    y = rampde_fx.odeint(
+        lambda t, y: torch.full_like(y, speed), torch.zeros(3), torch.tensor([0.0, 1.0]), method="dopri5"
+    )
+    torch.testing.assert_close(y[-1], torch.full((3,), speed))
+
+
+def test_no_step_is_below_the_resolution_of_the_times():
+    """Beside 1e7, float32 times are whole numbers."""
+    calls = []
+
+    def velocity(t, y):
+        calls.append(t)
+        return -y
+
+    with pytest.raises(errors.StepSizeError, match="resolution of t at t = 1e"):
+        rampde_fx.odeint(velocity, torch.ones(3), torch.tensor([1e7, 1e7 + 8]), method="bosh3")
+    assert len(calls) < 20
+
+
+def test_a_state_without_entries():
+    y = rampde_fx.odeint(decay, torch.ones(0, 3), torch.tensor([0.0, 1.0, 2.0]), method="dopri5")
+    assert y.shape == (3, 0, 3)
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(5)], ids=["dropout", "batch_norm"])
