@@ -59,7 +59,7 @@ def odeint(
 
     Raises:
         StateError: if y0 is not of real floating tensors, or func returns another structure, shape or dtype.
-        TimeGridError: if t is not a floating, strictly monotone 1-D tensor of at least two points.
+        TimeGridError: if t is not a floating, finite, strictly monotone 1-D tensor of at least two points.
         MethodError: if there is no such method.
         OptionError: naming an option or a tolerance that does not exist or means nothing.
         StepSizeError: if adaptive steps do not reach the last time.
@@ -138,4 +138,5 @@ def _times(t: torch.Tensor, y: State) -> torch.Tensor:
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_times), or torch.tensor([t0, t1])",
         )
-    return operators.monotone(t.to(y[0].device))
+    t = t.to(y[0].device)
+    return t + operators.monotone(t.detach())

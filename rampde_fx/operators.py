@@ -33,7 +33,8 @@ library.define(
 )
 # The number of steps that a search found, once the host has seen that it found them all.
 library.define("found(Tensor count, Tensor status, Tensor reached) -> Tensor")
-# The time points of odeint, checked where they are known.
+# What to add to the time points of odeint: 0, once they are checked where they are known. A sum, so that it has every
+# derivative.
 library.define("monotone(Tensor t) -> Tensor")
 # The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
 library.define("stop_gradient(Tensor x) -> Tensor")
@@ -110,14 +111,14 @@ def _needs_backend(x: torch.Tensor) -> torch.Tensor:
 
 def _monotone(t: torch.Tensor) -> torch.Tensor:
     sizes = t[1:] - t[:-1]
-    ordered = (sizes > 0).all() | (sizes < 0).all()
+    ordered = t.isfinite().all() & ((sizes > 0).all() | (sizes < 0).all())
     if t.device.type == "cpu" and not ordered:
         raise TimeGridError(
-            f"t = {_shortened(t)} is not strictly monotone",
-            required="times that rise, or fall, from each to the next",
+            f"t = {_shortened(t)} is {'not strictly monotone' if t.isfinite().all() else 'not finite'}",
+            required="finite times that rise, or fall, from each to the next",
             fix="sort t and drop repeated times: torch.unique(t)",
         )
-    return torch.where(ordered, t, math.nan)  # elsewhere without waiting for the device
+    return torch.where(ordered, torch.zeros_like(t[0]), math.nan)  # elsewhere without waiting for the device
 
 
 def _shortened(t: torch.Tensor) -> str:
@@ -184,8 +185,7 @@ library.impl("needs_backend", _needs_backend, "CompositeExplicitAutograd")
 library.impl("leave_search", _leave_search, "CompositeImplicitAutograd")
 library.impl("found", _found, "CompositeExplicitAutograd")
 library.impl("monotone", _monotone, "CompositeExplicitAutograd")
-for _name in ("needs_backend", "monotone"):
-    torch.library.register_autograd(f"rampde_fx::{_name}", lambda ctx, gradient: gradient, lib=library)
+torch.library.register_autograd("rampde_fx::needs_backend", lambda ctx, gradient: gradient, lib=library)
 library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
 library.impl("stop_gradient", torch_private.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
 library.impl("narrow", _narrow, "CompositeExplicitAutograd")
@@ -202,7 +202,7 @@ _fakes: dict[str, _Function] = {
     "stop_gradient": torch.empty_like,
     "needs_backend": torch.empty_like,
     "found": lambda count, *_: torch.empty_like(count),
-    "monotone": torch.empty_like,
+    "monotone": lambda t: t.new_empty(()),
     "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
     "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
     **dict.fromkeys(_distributions, lambda seed, index, draw, like, *_: torch.empty_like(like)),

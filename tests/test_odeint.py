@@ -139,6 +139,22 @@ def rewritten(monkeypatch):
     return nodes
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4}],
+    ids=str,
+)
+def test_forward_mode_derivatives_are_those_of_backpropagation(arguments):
+    def solve(y0, t):
+        return rampde_fx.odeint(lambda t, y: -y * torch.cos(t), y0, t, **arguments)
+
+    point = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 0.4, 1.0]).double()
+    along = torch.tensor([0.3, -0.7]).double(), torch.tensor([0.1, 0.2, 0.3]).double()
+    _, found = torch.func.jvp(solve, point, along)
+    by_y0, by_t = torch.autograd.functional.jacobian(solve, point)
+    torch.testing.assert_close(found, by_y0 @ along[0] + by_t @ along[1])
+
+
 def test_another_number_of_times_recompiles_once(rewritten):
     model = Solved(method="midpoint")
     run = compiled(model)
@@ -264,6 +280,7 @@ BAD = {
     "a list of times": (errors.TimeGridError, "t is a list", dict(t=[0.0, 1.0])),
     "times not monotone": (errors.TimeGridError, "not strictly monotone", dict(t=torch.tensor([0.0, 1.0, 0.5]))),
     "repeated times": (errors.TimeGridError, "not strictly monotone", dict(t=torch.tensor([0.0, 0.0, 0.5]))),
+    "an infinite time": (errors.TimeGridError, "inf. is not finite", dict(t=torch.tensor([0.0, math.inf]))),
     "no such method": (errors.MethodError, "dopri8", dict(method="rk5")),
     "no such option": (errors.OptionError, "stepsize", dict(options={"stepsize": 0.1})),
     "step size of 0": (errors.OptionError, "step_size", dict(options={"step_size": 0.0})),
