@@ -124,8 +124,7 @@ class _Emission:
         self, body: Callable[..., list[Any]], starts: list[Any], per_step: list[Any], invariants: list[Any]
     ) -> tuple[list[Any], list[Any]]:
         """All steps of a body(*carries, *slices, *invariants), as the policy says."""
-        unrolled = self.loop.policy.unrolls(self.loop.steps)
-        return iterate(body, starts, per_step, invariants, steps=self.loop.steps, unrolled=unrolled)
+        return iterate(body, starts, per_step, invariants, steps=self.loop.steps, unrolled=self.loop.unrolled)
 
     def _trace_backward(self, operands: list[Any]) -> fx.GraphModule:
         loop = self.loop

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from rampde_fx import marking, operators, step_control, torch_private
-from rampde_fx.errors import OptionError
+from rampde_fx.errors import OptionError, refuse
 from rampde_fx.fixed_steps import (
     FIXED_OPTIONS,
     CheckedVelocity,
     captured_once,
     encoded_policy,
     is_captured,
+    is_number,
     noting,
     per_time,
     raising,
@@ -88,10 +89,10 @@ def _adapt_now(
     raises: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Uncompiled: step by step. k_1 is not evaluated again where it is known."""
-    times, found = t.detach(), [y]
-    first: State | None = velocity(t[0], y)
-    size = _first_size(velocity, _detached(y), _detached(first), times, controller, first_size).detach()
+    times, found, rate = t.detach(), [y], velocity(t[0], y)
+    size = _first_size(velocity, _detached(y), _detached(rate), times, controller, first_size).detach()
     search = step_control.begin(times, size, controller.max_steps)
+    first: State | None = rate
     while int(search.status) == step_control.RUNNING:
         trial = step_control.propose(t, search)
         nexts, k, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
@@ -141,23 +142,25 @@ def controller_of(
     rest = {name: value for name, value in given.items() if name != "first_step"}
     unknown = [name for name in given if name not in ADAPTIVE_OPTIONS]
     if unknown:
-        raise OptionError(
+        refuse(
+            OptionError,
             f"options={given}",
             required=f"options of {', '.join(ADAPTIVE_OPTIONS)}, or for fixed steps one of {', '.join(FIXED_OPTIONS)}",
             fix=f"leave {unknown[0]!r} out",
         )
-    for name, value in {"rtol": rtol, "atol": atol}.items():
-        if not (isinstance(value, (int, float)) and 0 <= value < float("inf")) or rtol == atol == 0:
-            raise OptionError(
-                f"{name}={value!r}",
-                required="tolerances that are finite numbers of at least 0, not both 0",
-                fix="write rtol=1e-3, atol=1e-6, or leave both out",
-            )
+    if rtol == atol == 0:
+        refuse(
+            OptionError,
+            f"rtol={rtol!r} and atol={atol!r}",
+            required="a tolerance above 0",
+            fix="write rtol=1e-3, atol=1e-6, or leave both out",
+        )
     limits = {"first_step": 0.0, "max_steps": 0, "safety": 0.0, "ifactor": 1.0, "dfactor": 0.0}
     for name, value in given.items():
-        number = isinstance(value, int) if name == "max_steps" else isinstance(value, (int, float))
+        number = is_number(value) and (name != "max_steps" or isinstance(value, int))
         if not number or not limits[name] < value < float("inf") or (name in ("safety", "dfactor") and value >= 1):
-            raise OptionError(
+            refuse(
+                OptionError,
                 f"options={{{name!r}: {value!r}}}",
                 required="positive numbers: max_steps an int, ifactor above 1, safety and dfactor below",
                 fix=f"leave {name!r} out",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
+import torch
+
 
 class RampdeError(RuntimeError):
     """Base class of every error that rampde_fx raises on purpose.
@@ -26,16 +30,27 @@ def _rebuild(kind: type[RampdeError], found: str, required: str, fix: str, where
     return kind(found, required=required, fix=fix, where=where)
 
 
+def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> NoReturn:
+    """Raise an error in code that Dynamo may capture.
+
+    Of an exception that it meets Dynamo shows the type and the arguments, and it knows those of built-in types alone.
+    With fullgraph=True it raises its own error with this text in it; without, the code runs again, uncompiled.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{kind.__name__}: {found}. required: {required}. fix: {fix}.")
+    raise kind(found, required=required, fix=fix)
+
+
 class PolicyError(RampdeError, ValueError):
     """A precision policy, or an option of the backend, that means nothing."""
 
 
 class TimeGridError(RampdeError, ValueError):
-    """Time points that are not a floating 1-D tensor of at least two points, or not monotone."""
+    """Time points that are not a floating 1-D tensor of at least two points, or not finite, or not monotone."""
 
 
 class StateError(RampdeError, TypeError):
-    """An initial state that is not of real floating tensors, or a derivative that does not look like its state."""
+    """An initial state that is not of real floating tensors, or a velocity that gives no derivative of it."""
 
 
 def velocity_error(found: str, where: str = "") -> StateError:

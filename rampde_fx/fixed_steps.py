@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rampde_fx import marking, operators, torch_private
-from rampde_fx.errors import OptionError, velocity_error
+from rampde_fx.errors import OptionError, refuse, velocity_error
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runge_kutta import State, Velocity, advance
 from rampde_fx.tableau import ButcherTableau
@@ -106,7 +106,7 @@ def equal_steps(
     """The states at every t, interpolated linearly between steps of one size from t[0] on."""
     span = (t[-1] - t[0]).detach()
     with torch_private.capturing_scalars():
-        count = int((torch.ceil(span.abs() / step_size + 1) - 1).to(torch.int64).item())
+        count = int(operators.count_steps(t.detach(), step_size).item())
     torch._check(count >= 1)
     inner = t[0] + torch.arange(count, dtype=t.dtype, device=t.device) * (step_size * torch.sign(span))
     grid = torch.cat([inner, t[-1:]])
@@ -132,22 +132,30 @@ def fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:
     """The step size, and the number of steps between two times."""
     unknown = [name for name in given if name not in FIXED_OPTIONS]
     if unknown or len(given) > 1:
-        raise OptionError(
+        refuse(
+            OptionError,
             f"options={given}",
             required=f"at most one of {', '.join(FIXED_OPTIONS)}",
             fix='write options={"num_steps": n} for n equal steps between two output times',
         )
     step_size, count = given.get("step_size"), given.get("num_steps", 1)
-    if step_size is not None and not (isinstance(step_size, (int, float)) and 0 < step_size < float("inf")):
-        raise OptionError(
+    if step_size is not None and not (is_number(step_size) and 0 < step_size < float("inf")):
+        refuse(
+            OptionError,
             f'options={{"step_size": {step_size!r}}}',
             required="a positive number, in the unit of t",
             fix="give the magnitude; t says whether time runs backward",
         )
     if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 1:
-        raise OptionError(
+        refuse(
+            OptionError,
             f'options={{"num_steps": {count!r}}}',
             required="an int of at least 1",
             fix='write options={"num_steps": 4} for four steps between two output times',
         )
     return step_size, count
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float; a bool is an int to Python alone."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

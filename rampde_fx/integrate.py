@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from rampde_fx import operators
 from rampde_fx.adaptive_steps import adaptive_steps, controller_of
-from rampde_fx.errors import StateError, TimeGridError
-from rampde_fx.fixed_steps import FIXED_OPTIONS, CheckedVelocity, equal_steps, fixed_options, steps_between
-from rampde_fx.marking import is_time_grid
+from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError, refuse
+from rampde_fx.fixed_steps import FIXED_OPTIONS, CheckedVelocity, equal_steps, fixed_options, is_number, steps_between
+from rampde_fx.marking import is_real, is_time_grid
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runge_kutta import State
 from rampde_fx.tableau import ButcherTableau, tableau_of
@@ -58,10 +58,12 @@ def odeint(
         that were not reached are NaN then.
 
     Raises:
-        StateError: if y0 is not of real floating tensors, or func returns another structure, shape or dtype.
+        StateError: if y0 is not of real floating tensors, or func is no function or returns another structure, shape or
+            dtype.
         TimeGridError: if t is not a floating, finite, strictly monotone 1-D tensor of at least two points.
         MethodError: if there is no such method.
         OptionError: naming an option or a tolerance that does not exist or means nothing.
+        PolicyError: if policy is no PrecisionPolicy.
         StepSizeError: if adaptive steps do not reach the last time.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.1.
@@ -74,11 +76,13 @@ def odeint(
     leaves, structure = _flat_state(y0)
     tableau = tableau_of(method)
     t = _times(t, leaves)
-    given = dict(options or {})
+    _check_policy(policy)
+    _check_tolerances(rtol, atol)
+    given = _given(options)
     steps_adapt = tableau.adaptive and not any(name in given for name in FIXED_OPTIONS)
     velocity = _velocity(func, leaves, structure)
     if steps_adapt:
-        asks_status = given.pop("status", False) is True
+        asks_status = _asks_status(given)
         controller, first_size = controller_of(given, tableau, rtol, atol)
         trajectories, status = adaptive_steps(
             tableau, velocity, leaves, t, controller, first_size, policy, raises=not asks_status
@@ -97,12 +101,13 @@ def odeint(
 
 def _flat_state(y0: Any) -> tuple[State, pytree.TreeSpec]:
     leaves, structure = pytree.tree_flatten(y0)
-    wrong = [leaf for leaf in leaves if not (isinstance(leaf, torch.Tensor) and leaf.is_floating_point())]
+    wrong = [leaf for leaf in leaves if not is_real(leaf)]
     if wrong or not leaves:
-        raise StateError(
+        refuse(
+            StateError,
             f"y0 holds {_kind(wrong[0])}" if wrong else "y0 holds no tensor",
             required="a real floating tensor, or a nested tuple, list or dict of such",
-            fix="convert integers by .float(); view complex tensors by torch.view_as_real",
+            fix="convert integers and float8 by .float(); view complex tensors by torch.view_as_real",
         )
     return list(leaves), structure
 
@@ -115,6 +120,13 @@ def _kind(value: Any) -> str:
 
 def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pytree.TreeSpec) -> CheckedVelocity:
     """The user's function on flat states; with what it returns, what is wrong with it."""
+    if not callable(func):
+        refuse(
+            StateError,
+            f"func is {_kind(func)}",
+            required="a function of t and y that returns dy/dt",
+            fix="write odeint(func, y0, t), in this order",
+        )
     dtype = y[0].dtype
     for leaf in y[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
@@ -131,9 +143,55 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
     return velocity
 
 
+def _check_policy(policy: PrecisionPolicy | None) -> None:
+    if policy is not None and not isinstance(policy, PrecisionPolicy):
+        refuse(
+            PolicyError,
+            f"policy={policy!r}",
+            required="a PrecisionPolicy, or None for that of the surrounding mixed_precision",
+            fix="write policy=rampde_fx.PrecisionPolicy(torch.float16)",
+        )
+
+
+def _check_tolerances(rtol: float, atol: float) -> None:
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (is_number(value) and 0 <= value < float("inf")):
+            refuse(
+                OptionError,
+                f"{name}={value!r}",
+                required="tolerances that are finite numbers of at least 0",
+                fix="write rtol=1e-3, atol=1e-6, or leave both out",
+            )
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        refuse(
+            OptionError,
+            f"options={options!r}",
+            required="a dict of options by their names",
+            fix='write options={"num_steps": 4}',
+        )
+    return {} if options is None else dict(options)
+
+
+def _asks_status(given: dict[str, Any]) -> bool:
+    """Whether a status is asked for; takes the option out of those that are given."""
+    status = given.pop("status", False)
+    if not isinstance(status, bool):
+        refuse(
+            OptionError,
+            f'options={{"status": {status!r}}}',
+            required="True, for a pair of the solution and a status, or False",
+            fix='write options={"status": True}',
+        )
+    return status
+
+
 def _times(t: torch.Tensor, y: State) -> torch.Tensor:
     if not is_time_grid(t):
-        raise TimeGridError(
+        refuse(
+            TimeGridError,
             f"t is {_kind(t)}",
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_times), or torch.tensor([t0, t1])",

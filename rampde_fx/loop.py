@@ -224,6 +224,18 @@ class Loop:
             )
         return torch_private.ceil_sqrt(steps)
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether it is emitted step by step rather than as a scan."""
+        if self.policy.loop == "unroll" and torch_private.is_data_dependent(self.steps):
+            raise UnsupportedLoopError(
+                'loop="unroll" with a number of steps that is computed from the times',
+                required="a number of steps that the shape of the times tells",
+                fix='leave loop out, or use options={"num_steps": n} instead of a step size or adaptive steps',
+                where=self.where,
+            )
+        return self.policy.unrolls(self.steps)
+
     def step_outputs(self) -> tuple[list[fx.Node], list[fx.Node]]:
         """What the step returns beside its carries and corrections: per-step outputs, and stored values."""
         results = graphs.results(self.step)[self.carries :]

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from rampde_fx import operators, torch_private
-from rampde_fx.errors import PolicyError, TimeGridError
-from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.errors import PolicyError, TimeGridError, refuse
+from rampde_fx.policy import DTYPES, PrecisionPolicy
 
 T = TypeVar("T")
 NO_POLICY = ""
@@ -41,7 +41,12 @@ _under_way = _UnderWay()
 
 def is_time_grid(t: Any) -> bool:
     """Whether t is a floating 1-D tensor of at least two points."""
-    return isinstance(t, torch.Tensor) and t.ndim == 1 and t.is_floating_point() and t.shape[0] >= 2
+    return is_real(t) and t.ndim == 1 and t.shape[0] >= 2
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a tensor of a floating dtype in which torch computes: those of eight bits only store."""
+    return isinstance(value, torch.Tensor) and value.dtype in DTYPES.values()
 
 
 def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -62,7 +67,8 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
     if not is_time_grid(t):
         shape = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
-        raise TimeGridError(
+        refuse(
+            TimeGridError,
             f"steps(t) was given {shape}",
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",

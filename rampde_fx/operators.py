@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from rampde_fx import counts, step_control, torch_private
-from rampde_fx.errors import TimeGridError, UnsupportedLoopError, not_finite, step_too_small, too_many_steps
+from rampde_fx.errors import (
+    OptionError,
+    TimeGridError,
+    UnsupportedLoopError,
+    not_finite,
+    step_too_small,
+    too_many_steps,
+)
 
 _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
@@ -31,6 +38,8 @@ library.define(
     "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, float[] controller, str problem)"
     " -> Tensor[]"
 )
+# How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
+library.define("count_steps(Tensor t, float step_size) -> Tensor")
 # The number of steps that a search found, once the host has seen that it found them all.
 library.define("found(Tensor count, Tensor status, Tensor reached) -> Tensor")
 # What to add to the time points of odeint: 0, once they are checked where they are known. A sum, so that it has every
@@ -93,6 +102,18 @@ def _leave_search(
     count, status = search.count + 1, search.status + step_control.DONE
     ended = search.interval + (t.shape[0] - 1)
     return [search.intervals, search.positions, search.fractions, count, status, t[0].clone(), ended]
+
+
+def _count_steps(t: torch.Tensor, step_size: float) -> torch.Tensor:
+    ends = t[[0, -1]].cpu()
+    least = torch.finfo(t.dtype).eps * float(ends.abs().amax())
+    if step_size < least:
+        raise OptionError(
+            f'options={{"step_size": {step_size!r}}} with times up to {float(ends.abs().amax()):g} in {t.dtype}',
+            required=f"steps that these times resolve, of {least:.2g} or more",
+            fix="take larger steps, or give t in float64",
+        )
+    return (torch.ceil((ends[1] - ends[0]).abs() / step_size + 1) - 1).to(torch.int64)
 
 
 def _found(count: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
@@ -183,6 +204,7 @@ library.impl("enter", _enter, "CompositeImplicitAutograd")
 library.impl("leave", _leave, "CompositeImplicitAutograd")
 library.impl("needs_backend", _needs_backend, "CompositeExplicitAutograd")
 library.impl("leave_search", _leave_search, "CompositeImplicitAutograd")
+library.impl("count_steps", _count_steps, "CompositeExplicitAutograd")
 library.impl("found", _found, "CompositeExplicitAutograd")
 library.impl("monotone", _monotone, "CompositeExplicitAutograd")
 torch.library.register_autograd("rampde_fx::needs_backend", lambda ctx, gradient: gradient, lib=library)
@@ -201,6 +223,7 @@ _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, 
 _fakes: dict[str, _Function] = {
     "stop_gradient": torch.empty_like,
     "needs_backend": torch.empty_like,
+    "count_steps": lambda *_: torch.empty((), dtype=torch.int64),
     "found": lambda count, *_: torch.empty_like(count),
     "monotone": lambda t: t.new_empty(()),
     "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
@@ -219,4 +242,4 @@ for _name, _function in _distributions.items():
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end
 enter, leave = torch.ops.rampde_fx.enter, torch.ops.rampde_fx.leave
 leave_search, found = torch.ops.rampde_fx.leave_search, torch.ops.rampde_fx.found
-monotone = torch.ops.rampde_fx.monotone
+monotone, count_steps = torch.ops.rampde_fx.monotone, torch.ops.rampde_fx.count_steps

@@ -170,7 +170,7 @@ def _report(loop: Loop) -> LoopReport:
         steps=known,
         policy=loop.policy,
         target=loop.target if loop.policy.adjoint_scaling else None,
-        emitted="search" if loop.controller else "unroll" if loop.policy.unrolls(loop.steps) else "scan",
+        emitted="search" if loop.controller else "unroll" if loop.unrolled else "scan",
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
         segment=loop.segment(),

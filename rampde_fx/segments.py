@@ -80,7 +80,7 @@ class Segments:
     """The N steps of a loop as segments of K, where K is at least 2."""
 
     def __init__(self, loop: Loop) -> None:
-        self._loop, self._unrolled = loop, loop.policy.unrolls(loop.steps)
+        self._loop, self._unrolled = loop, loop.unrolled
         numbers = isinstance(loop.steps, int) and isinstance(loop.segment(), int)
         self.padded = not (numbers and loop.steps % loop.segment() == 0)
 

@@ -11,7 +11,7 @@ from operator import mul
 from types import MappingProxyType
 from typing import TypeAlias
 
-from rampde_fx.errors import MethodError, TableauError
+from rampde_fx.errors import MethodError, TableauError, refuse
 
 Row: TypeAlias = tuple[float, ...]
 Tree: TypeAlias = "tuple[Tree, ...]"  # the sorted branches of the root; () is the single vertex
@@ -42,8 +42,8 @@ class ButcherTableau:
         source: Where the coefficients were published.
 
     Raises:
-        TableauError: if the lengths do not fit, a number is not finite, the method is implicit, a row sum of a is not
-            its node, or a condition up to an order that is claimed is not met.
+        TableauError: if the lengths do not fit, a number is not finite, the method is implicit, the embedded method is
+            the method itself, a row sum of a is not its node, or a condition up to an order that is claimed is not met.
 
     Source: E. Hairer, S. P. Norsett, G. Wanner, Solving Ordinary Differential Equations I, 2nd edition, 1993, section
         II.2, theorem 2.13; doi 10.1007/978-3-540-78862-1.
@@ -64,7 +64,7 @@ class ButcherTableau:
 
     def __post_init__(self) -> None:
         self._to_floats()
-        self._check_orders_are_ints()
+        self._check_embedded_and_orders()
         self._check_shapes()
         self._check_finite()
         self._check_explicit()
@@ -99,12 +99,18 @@ class ButcherTableau:
                 fix="give tuples of floats",
             ) from error
 
-    def _check_orders_are_ints(self) -> None:
+    def _check_embedded_and_orders(self) -> None:
         if (self.b_error is None) != (self.order_error is None):
             raise TableauError(
                 f"{self._label} has b_error={self.b_error} and order_error={self.order_error}",
                 required="the weights of the embedded method and its order, or neither",
                 fix="give both",
+            )
+        if self.b_error == self.b:
+            raise TableauError(
+                f"{self._label} has b_error = b",
+                required="an embedded method of its own: the difference estimates the error of a step",
+                fix="leave b_error and order_error out, for fixed steps",
             )
         for field in ("order", "order_error"):
             order = getattr(self, field)
@@ -255,7 +261,8 @@ def tableau_of(method: str | ButcherTableau) -> ButcherTableau:
     if isinstance(method, ButcherTableau):
         return method
     if not isinstance(method, str) or method not in METHODS:
-        raise MethodError(
+        refuse(
+            MethodError,
             f"method={method!r} is not known",
             required="a ButcherTableau, or one of " + ", ".join(METHODS),
             fix='use "rk4" for fixed steps, "dopri5" for adaptive ones',

@@ -262,7 +262,7 @@ def test_a_velocity_that_is_no_function_is_refused(layer):
 BAD = {
     "negative": (dict(rtol=-1.0), "rtol=-1.0"),
     "infinite": (dict(atol=math.inf), "atol=inf"),
-    "both zero": (dict(rtol=0.0, atol=0.0), "rtol=0.0"),
+    "both zero": (dict(rtol=0.0, atol=0.0), "rtol=0.0 and atol=0.0"),
     "tensor": (dict(rtol=torch.tensor(1e-3)), "rtol=tensor"),
     "unknown": (dict(options={"jump_t": 0.5}), "jump_t"),
     "no steps": (dict(options={"max_steps": 0}), "max_steps"),

@@ -270,32 +270,50 @@ def test_a_velocity_may_draw_random_numbers_and_keep_statistics():
 
 
 Y, T = torch.ones(3), torch.linspace(0, 1, 3)
+ADAPTIVE = {"method": "bosh3", "rtol": 1e-3}
+FLOAT8 = torch.float8_e4m3fn
 BAD = {
     "integers": (errors.StateError, "y0 holds a int64", dict(y0=torch.ones(3, dtype=torch.int64))),
     "complex": (errors.StateError, "y0 holds a complex64", dict(y0=torch.ones(3, dtype=torch.complex64))),
+    "float8": (errors.StateError, "y0 holds a float8", dict(y0=Y.to(FLOAT8))),
     "a number": (errors.StateError, "y0 holds a float", dict(y0=(Y, 1.0))),
     "nothing": (errors.StateError, "y0 holds no tensor", dict(y0=())),
     "one time": (errors.TimeGridError, "t is a float32 tensor of shape", dict(t=T[:1])),
     "times of ints": (errors.TimeGridError, "t is a int64 tensor", dict(t=torch.arange(3))),
+    "times in float8": (errors.TimeGridError, "t is a float8", dict(t=T.to(FLOAT8))),
     "a list of times": (errors.TimeGridError, "t is a list", dict(t=[0.0, 1.0])),
     "times not monotone": (errors.TimeGridError, "not strictly monotone", dict(t=torch.tensor([0.0, 1.0, 0.5]))),
     "repeated times": (errors.TimeGridError, "not strictly monotone", dict(t=torch.tensor([0.0, 0.0, 0.5]))),
     "an infinite time": (errors.TimeGridError, "inf. is not finite", dict(t=torch.tensor([0.0, math.inf]))),
     "no such method": (errors.MethodError, "dopri8", dict(method="rk5")),
     "no such option": (errors.OptionError, "stepsize", dict(options={"stepsize": 0.1})),
+    "options in a list": (errors.OptionError, "options=.*num_steps", dict(options=["num_steps"])),
     "step size of 0": (errors.OptionError, "step_size", dict(options={"step_size": 0.0})),
+    "step size of True": (errors.OptionError, "step_size", dict(options={"step_size": True})),
+    "steps too small for t": (errors.OptionError, "1e-20.* with times up to 1", dict(options={"step_size": 1e-20})),
     "half a step": (errors.OptionError, "num_steps", dict(options={"num_steps": 0.5})),
     "two options": (errors.OptionError, "at most one", dict(options={"num_steps": 2, "step_size": 0.1})),
+    "a tolerance of fixed steps": (errors.OptionError, "rtol=nan", dict(rtol=math.nan)),
+    "a negative one": (errors.OptionError, "atol=-1", dict(atol=-1.0)),
+    "a tolerance of True": (errors.OptionError, "rtol=True", dict(rtol=True)),
+    "a dtype as policy": (errors.PolicyError, "policy='float16'", dict(policy="float16")),
+    "no function": (errors.StateError, "func is a float32 tensor", dict(func=Y)),
     "another shape": (errors.StateError, "func returns", dict(func=lambda t, y: y.sum())),
     "another dtype": (errors.StateError, "func returns", dict(func=lambda t, y: y.double())),
     "another structure": (errors.StateError, "func returns", dict(func=lambda t, y: (y,))),
     "a number as velocity": (errors.StateError, "func returns a int", dict(func=lambda t, y: 0)),
+    "a number as velocity, adaptive": (errors.StateError, "func returns a int", dict(func=lambda t, y: 0, **ADAPTIVE)),
+    "another shape, adaptive": (errors.StateError, "func returns", dict(func=lambda t, y: y.sum(), **ADAPTIVE)),
+    "a status of 1": (errors.OptionError, "status.: 1", dict(options={"status": 1}, **ADAPTIVE)),
+    "True steps": (errors.OptionError, "max_steps.: True", dict(options={"max_steps": True}, **ADAPTIVE)),
+    "a first step of True": (errors.OptionError, "first_step.: True", dict(options={"first_step": True}, **ADAPTIVE)),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+@pytest.mark.parametrize("as_compiled", ["uncompiled", "compiled", "fullgraph"])
 def test_bad_input_is_refused_by_name(case, as_compiled):
+    """What Dynamo meets before there is a graph has, under fullgraph, its text inside of Dynamo's own error."""
     kind, message, changed = BAD[case]
     arguments = {"func": lambda t, y: -y, "y0": Y, "t": T, "policy": rampde_fx.PrecisionPolicy(), **changed}
 
@@ -303,10 +321,20 @@ def test_bad_input_is_refused_by_name(case, as_compiled):
         return rampde_fx.odeint(arguments["func"], arguments["y0"], arguments["t"], **rest)
 
     rest = {name: value for name, value in arguments.items() if name not in ("func", "y0", "t")}
-    run = torch.compile(solve, backend="rampde_fx", options={"compiler": "aot_eager"}) if as_compiled else solve
-    with pytest.raises(kind, match=message) as caught:
+    fullgraph, run = as_compiled == "fullgraph", solve
+    if as_compiled != "uncompiled":
+        run = torch.compile(solve, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=fullgraph)
+    with pytest.raises((kind, torch._dynamo.exc.Unsupported) if fullgraph else kind, match=message) as caught:
         run()
+    assert isinstance(caught.value, kind) or f"{kind.__name__}: " in str(caught.value)
     assert "required:" in str(caught.value) and "fix:" in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"options": {"step_size": 0.3}}, ADAPTIVE], ids=str)
+def test_steps_counted_from_the_times_are_not_unrolled(arguments):
+    run = compiled(Solved(lambda t, y: -y, **arguments), compiler="eager", loop="unroll")
+    with pytest.raises(errors.UnsupportedLoopError, match='loop="unroll" with a number of steps'):
+        run(Y, T)
 
 
 def test_an_implicit_tableau_is_refused():

@@ -177,6 +177,11 @@ def test_time_grid(t):
         next(rampde_fx.steps(t))
 
 
+def test_time_grid_under_fullgraph():
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"TimeGridError: steps.t. was given.*floating 1-D tensor"):
+        compiled(Euler(), torch.float32)(Y, T[:1])
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [

@@ -232,6 +232,7 @@ def test_embedded_method():
     refused("has weights b_error that sum to 0.0", b_error=(-1, 1, 0, 0), order_error=2)
     refused("b_error=None and order_error=2", order_error=2)
     refused("order_error=None", b_error=(0, 1, 0, 0))
+    refused("has b_error = b", b_error=RK4["b"], order_error=4)
 
 
 @every_method
