@@ -15,6 +15,7 @@ Source:   the controller's, rampde_fx/step_control.py.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -47,15 +48,24 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None
 
 
 def _warn_of_tolerance(loop: Loop) -> None:
+    """Warn of a tolerance that stages of the velocity dtype miss by their rounding where the state is of order 1."""
     assert loop.controller is not None, "a search has a controller"
+    rtol, atol = loop.controller.rtol, loop.controller.atol
     roundoff = torch.finfo(loop.policy.velocity).eps / 2
-    if loop.controller.rtol < roundoff:
-        warnings.warn(
-            f"odeint at {loop.where or 'an unknown line'} asks for rtol={loop.controller.rtol:g} of stages in "
-            f"{loop.policy.velocity}, whose unit roundoff is {roundoff:.1g}: their rounding counts as error, and steps "
-            f"become small without becoming better; write rtol={2 * roundoff:.1g} or more, or a wider velocity dtype",
-            stacklevel=2,
+    if rtol + atol < roundoff:
+        reached = atol / (roundoff - rtol)
+        _warn_once(
+            f"odeint at {loop.where or 'an unknown line'} asks for rtol={rtol:g} and atol={atol:g} of stages in "
+            f"{loop.policy.velocity}, whose unit roundoff is {roundoff:.1g}: for states above {reached:.1g} their "
+            "rounding counts as error, and steps become small without becoming better; "
+            f"write rtol={2 * roundoff:.1g} or more, or a wider velocity dtype"
         )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Once in a process, whatever the number of compilations; Python's own record is lost where filters change."""
+    warnings.warn(message, stacklevel=2)
 
 
 class _Search:

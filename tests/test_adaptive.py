@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import rampde_fx
 from rampde_fx import errors, step_control
-from rampde_fx.tableau import METHODS
+from rampde_fx.passes import emit_search
+from rampde_fx.tableau import METHODS, ButcherTableau
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed
 from tests.models import Velocity
@@ -116,6 +118,49 @@ def test_compiled_it_is_what_it_is_uncompiled(method, dtype):
     assert max(got) < (1e-10 if dtype == torch.float64 else 10 * max(u, tolerance))
 
 
+HEUN_EULER = ButcherTableau(a=[[], [1]], b=[0.5, 0.5], c=[0, 1], order=2, b_error=[1, 0], order_error=1)
+FURTHER = {
+    "tsit5": dict(method="tsit5"),
+    "dopri8": dict(method="dopri8"),
+    "a tableau of one's own": dict(method=HEUN_EULER),
+    "segments of three steps": dict(method="bosh3", checkpoint=3),
+    "kept activations": dict(method="bosh3", checkpoint="none"),
+}
+
+
+@pytest.mark.parametrize("case", FURTHER)
+def test_further_methods_and_policies(case):
+    arguments = dict(FURTHER[case])
+    policy = {"checkpoint": arguments.pop("checkpoint", "step")}
+    model = Solved(Velocity().double(), rtol=1e-5, atol=1e-5, **arguments)
+    y, t = torch.randn(3, 5).double(), torch.tensor([0.0, 0.5, 2.0]).double()
+    wanted = gradients(model, model, y, t)
+    assert max(relative_errors(gradients(compiled(model, torch.float64, **policy), model, y, t), wanted)) < 1e-10
+
+
+def test_a_nested_state_and_a_parameter_outside_of_the_velocity():
+    rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    y0 = {"a": torch.randn(3).double().requires_grad_(), "b": (torch.tensor(0.5).double().requires_grad_(),)}
+    t = torch.tensor([0.0, 1.0]).double()
+
+    def velocity(t, y):
+        return {"a": -rate * y["a"] * y["b"][0], "b": (rate * torch.cos(t),)}
+
+    @rampde_fx.mixed_precision(dtype=torch.float64)
+    def solve(y0, t):
+        return rampde_fx.odeint(velocity, y0, t, method="bosh3", rtol=1e-5, atol=1e-5)
+
+    run = torch.compile(solve, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
+    got, wanted = run(y0, t), solve(y0, t)
+    assert got["b"][0].shape == (2,)
+    torch.testing.assert_close(got, wanted)
+    leaves = (*pytree.tree_leaves(y0), rate)
+    found = [
+        torch.autograd.grad(sum(y.sum() for y in pytree.tree_leaves(solution)), leaves) for solution in (got, wanted)
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_one_compilation_serves_any_number_of_steps(monkeypatch):
     torch._dynamo.reset()
     rewritten = []
@@ -153,14 +198,36 @@ def test_the_error_is_estimated_in_the_dtype_of_the_state():
     assert "f32[3, 5]" in text and text.count("self.velocity_0(") == 3
 
 
-def test_too_tight_a_tolerance_is_said():
-    model = Solved(Velocity(), method="bosh3", rtol=1e-5, atol=1e-2)
-    y, t = torch.randn(3, 5), torch.tensor([0.0, 0.1])
-    with pytest.warns(UserWarning, match=r"rtol=1e-05 of stages in torch.float16.*write rtol=0.001"):
-        compiled(model, torch.float16)(y, t)
+@pytest.fixture
+def unwarned():
+    """No tolerance has been warned of."""
+    emit_search._warn_once.cache_clear()
+
+
+def explained(dtype, **arguments):
+    """Rewrites an adaptive odeint, without compiling it."""
+    model = Solved(lambda t, y: -y, method="bosh3", policy=rampde_fx.PrecisionPolicy(dtype), **arguments)
+    return rampde_fx.explain(model, torch.randn(3, 5), torch.tensor([0.0, 0.1]))
+
+
+def test_too_tight_a_tolerance_is_said_once(unwarned):
+    said = r"rtol=1e-05 and atol=1e-05 of stages in torch.float16.*for states above 0.02.*write rtol=0.001"
+    with pytest.warns(UserWarning, match=said):
+        explained(torch.float16, rtol=1e-5, atol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled(model, torch.float32)(y, t)
+        explained(torch.float16, rtol=1e-5, atol=1e-5)
+    with pytest.warns(UserWarning, match="rtol=2e-05"):
+        explained(torch.float16, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, rtol, atol", [(torch.float32, 1e-5, 1e-5), (torch.float16, 0.0, 1e-2), (torch.float16, 1e-3, 0.0)], ids=str
+)
+def test_a_tolerance_that_the_velocity_reaches_is_not_warned_of(dtype, rtol, atol, unwarned):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explained(dtype, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
@@ -177,6 +244,10 @@ def test_too_many_steps_end_in_an_error(as_compiled):
     run = compiled(model) if as_compiled else model
     with pytest.raises(errors.StepSizeError, match="with 10 steps"):
         run(torch.ones(1), torch.tensor([0.0, 2.0]))
+    model.arguments["options"] = {"max_steps": 10, "status": True}
+    solution, status = run(torch.ones(1), torch.tensor([0.0, 1e-3, 2.0]))
+    assert status == step_control.TOO_MANY_STEPS
+    assert solution[:2].isfinite().all() and solution[2].isnan()
 
 
 NOT_FINITE = {

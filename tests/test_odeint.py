@@ -120,6 +120,14 @@ def test_compiled_steps_between_times(options, dtype):
     assert got[2] < 8 * bound  # of t: a sum in which terms cancel
 
 
+def test_compiled_steps_of_a_tableau_of_ones_own():
+    kutta = ButcherTableau(a=[[], [0.5], [-1, 2]], b=[1 / 6, 2 / 3, 1 / 6], c=[0, 0.5, 1], order=3)
+    model = Solved(method=kutta)
+    y, t = torch.randn(3, 5), torch.linspace(0, 1, 4)
+    wanted = gradients(model, model, y, t)
+    assert max(relative_errors(gradients(compiled(model), model, y, t), wanted)) < 1e-6
+
+
 def test_gradcheck_of_the_state_and_the_times():
     velocity = Velocity(dim=2, width=3).double()
     y = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
@@ -223,6 +231,15 @@ def test_the_last_state_alone_collects_no_trajectory():
     assert outputs == [2, 3]  # the next state and what is stored; and the state of every step
     assert last.steps == 8 and last.evaluations == 4
     assert "rampde_fx.odeint(self.velocity" in last.where
+
+
+def test_its_own_policy_counts_and_not_the_surrounding_one():
+    model = rampde_fx.mixed_precision(Solved(policy=rampde_fx.PrecisionPolicy(torch.bfloat16)), dtype=torch.float16)
+    (own,) = rampde_fx.explain(model, torch.randn(3, 5), torch.linspace(0, 1, 4)).loops
+    assert own.policy.velocity == torch.bfloat16
+    del model.arguments["policy"]
+    (surrounding,) = rampde_fx.explain(model, torch.randn(3, 5), torch.linspace(0, 1, 4)).loops
+    assert surrounding.policy.velocity == torch.float16
 
 
 def test_stages_share_one_velocity():
