@@ -47,8 +47,9 @@ def odeint(
         options: For fixed steps {"num_steps": n}, equal steps between two output times, or {"step_size": h}, steps of
             this size from t[0] on, the last one shortened; the solution between two of them is interpolated linearly.
             Without either, one step leads from each time to the next. Of adaptive methods (bosh3, dopri5, tsit5, dopri8
-            and whatever has embedded weights), whose steps adapt unless one of these is given: "first_step", a size,
-            "max_steps" (4096), "safety" (0.9), "ifactor" (10) and "dfactor" (0.2), and "status": True.
+            and whatever has embedded weights), whose steps adapt unless one of these is given: "first_step", a size
+            (no step is smaller than t resolves), "max_steps" (4096), "safety" (0.9), "ifactor" (10), "dfactor" (0.2),
+            and "status": True.
         policy: How the backend is to rewrite it; where None, as the surrounding mixed_precision says.
 
     Returns:

@@ -76,7 +76,8 @@ class PrecisionPolicy:
             parameters) carry what rounding lost, so that their error does not grow with the number of steps. Updates
             must then have the form y = y + increment.
         loop: "scan" (one compiled step, compile time constant in the number of steps), "unroll" (every step
-            compiled), or "auto" (unroll loops of at most two steps).
+            compiled; not for a step_size or adaptive steps of odeint, whose number is not known), or "auto" (unroll
+            loops of at most two steps).
         checkpoint: What the forward stores and the backward recomputes. "step": each step's state is stored, and the
             backward recomputes one step at a time. An int K: every K-th state is stored, and the backward recomputes
             the states between two of them from the first one, rounded as it was stored, one segment at a time;
