@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rampde_fx import graphs
+from rampde_fx import graphs, torch_private
 from rampde_fx.loop import Loop
 from rampde_fx.recurrence import Body, at, iterate, owned
 
@@ -200,4 +200,8 @@ class Segments:
     def _flat(self, stack: torch.Tensor) -> torch.Tensor:
         """What segments of steps returned, as the N steps returned it."""
         whole = stack.flatten(0, 1)
-        return whole[: self._loop.steps] if self.padded else whole
+        if not self.padded:
+            return whole
+        if torch_private.is_data_dependent(self._loop.steps):  # a slice would have a size of its own, to torch 2.11
+            return whole.index_select(0, torch.arange(self._loop.steps, device=whole.device))
+        return whole[: self._loop.steps]
