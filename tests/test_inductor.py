@@ -154,6 +154,17 @@ def test_compensated_sums_and_states_of_one_byte():
     agree(Euler(), torch.randn(16, 5), torch.linspace(0, 1, 6), 2e-2, **policy)
 
 
+def test_the_cpp_wrapper_calls_the_same_kernels():
+    model, other = Euler(), Euler()
+    other.load_state_dict(model.state_dict())
+    y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
+    marked = rampde_fx.mixed_precision(other)
+    wrapped = torch.compile(marked, backend="rampde_fx", options={"cpp_wrapper": True}, fullgraph=True)
+    got = gradients(wrapped, other, y, t)
+    torch._dynamo.reset()
+    assert max(relative_errors(got, gradients(compiled(model, torch.float16, "inductor"), model, y, t))) < 1e-6
+
+
 def test_compensation_survives_the_optimiser():
     y, t = DRIFT
     assert torch.equal(torch.compile(drift, backend="rampde_fx")(y, t), y + 2.0**-6)
