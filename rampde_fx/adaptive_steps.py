@@ -58,8 +58,8 @@ def adaptive_steps(
         intervals, positions, fractions, count, status, reached, ended = operators.leave_search(
             states, results, errors, times, controller.numbers(), max(problems)
         )
-        # Where no step counts, one of size 0 is taken.
-        count = operators.found(count, status, reached) if raises else count.clamp(min=1)
+    # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
+    count = operators.found(count, status, reached) if raises else count.clamp(min=1)
     with torch_private.capturing_scalars():
         steps = int(count.item())
     torch._check(steps >= 1)
