@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
+from rampde_fx import pass_log, torch_private
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
@@ -45,11 +45,12 @@ STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
 )
 
 
-def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
+def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tell) -> list[Loop]:
     """Rewrite every marked loop of a captured graph in place.
 
     Args:
         graph_module: A graph captured by Dynamo, with its metadata.
+        watch: Called with every loop, after roll_loop and after each of STEP_PASSES.
 
     Returns:
         The loops as they were emitted, in graph order.
@@ -60,7 +61,7 @@ def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
     """
     try:
         with torch_private.fake_mode_of(graph_module):
-            return _rewrite(graph_module)
+            return _rewrite(graph_module, watch)
     except RampdeError:
         raise
     except Exception as error:
@@ -71,15 +72,18 @@ def rewrite(graph_module: fx.GraphModule) -> list[Loop]:
         ) from error
 
 
-def _rewrite(graph_module: fx.GraphModule) -> list[Loop]:
+def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop]:
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
     rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
     loops: list[Loop] = []
     for holder, name, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
         loop = replace(holder.get_submodule(name).loop, notes=notes)
+        number = len(loops)
+        watch(number, roll_loop.__name__, loop)
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)
+            watch(number, step_pass.__name__, loop)
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
         loops.append(loop)

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from rampde_fx import graphs, operators, torch_private
+from rampde_fx import graphs, operators, pass_log, report_html, torch_private
 from rampde_fx.backend import raising, rewrite
 from rampde_fx.errors import RampdeError
 from rampde_fx.loop import Fallback, Loop
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.policy import PrecisionPolicy
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """A loop after one pass. Passes change no graph in place, so that the graphs are printed only when asked for.
+
+    Attributes:
+        name: The name of the pass.
+        loop: The loop that it returned.
+    """
+
+    name: str
+    loop: Loop = field(repr=False)
+
+    @cached_property
+    def code(self) -> str:
+        """The graphs of the loop as readable code: the step, the adjoint, and what stands beside them."""
+        return pass_log.code(self.loop)
 
 
 @dataclass(frozen=True)
@@ -37,10 +59,14 @@ class LoopReport:
         stored_bytes_fp32: The same states in the dtype of the state, as an fp32 policy stores them.
         stored_bytes_autograd: Bytes that plain autograd saves for the backward of the same loop, parameters and
             contexts left out.
+        step_flops: Floating-point operations of the products in one step, as torch.utils.flop_counter counts them:
+            matrix products, convolutions and attention, nothing else.
+        adjoint_flops: Those of one step's adjoint, with the velocities that it evaluates again; 0 without an adjoint.
         fallbacks: What stayed in the accumulation dtype, and why.
         notes: What else to know, such as iterations that differ.
         step: The rewritten step: (carries, per-step inputs, invariants) to (next carries, per-step outputs).
         adjoint: The generated adjoint of the step, or None where no gradient is wanted.
+        passes: The loop after each pass, from roll_loop on.
     """
 
     where: str
@@ -55,24 +81,36 @@ class LoopReport:
     stored_bytes: int
     stored_bytes_fp32: int
     stored_bytes_autograd: int
+    step_flops: int
+    adjoint_flops: int
     fallbacks: tuple[Fallback, ...]
     notes: tuple[str, ...]
     step: fx.GraphModule
     adjoint: fx.GraphModule | None
+    passes: tuple[PassReport, ...] = field(repr=False)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What there is to say about the loop as a whole: (label, text)."""
+        return [
+            ("steps", f"{self.steps or 'known at run time'}, emitted as {self.emitted}"),
+            ("carries", ", ".join(self.carries)),
+            ("velocity", f"{self.evaluations} evaluations per step in {_short(self.policy.velocity)}"),
+            ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),
+            ("accumulation", self.policy.accumulation),
+            ("checkpointing", self._checkpointing()),
+            ("stored per step" if self.segment == 1 else "stored per segment", ", ".join(self.stored) or "nothing"),
+            (
+                "stored in all" if self.steps else "stored in one step",
+                f"{self.stored_bytes:,} bytes ({self.stored_bytes_fp32:,} in the dtype of the state;"
+                f" plain autograd: {self.stored_bytes_autograd:,})",
+            ),
+            ("products per step", f"{self.step_flops:,} FLOP, and {self.adjoint_flops:,} in the adjoint"),
+        ]
 
     def __str__(self) -> str:
-        stored = ", ".join(self.stored) or "nothing"
         lines = [
             f"loop at {self.where or 'an unknown line'}",
-            f"  steps               {self.steps or 'known at run time'}, emitted as {self.emitted}",
-            f"  carries             {', '.join(self.carries)}",
-            f"  velocity            {self.evaluations} evaluations per step in {_short(self.policy.velocity)}",
-            f"  adjoint scaling     {'none' if self.target is None else f'dynamic, target {self.target:g}'}",
-            f"  accumulation        {self.policy.accumulation}",
-            f"  checkpointing       {self._checkpointing()}",
-            f"  {'stored per step' if self.segment == 1 else 'stored per segment':20s}{stored}",
-            f"  stored in {'all      ' if self.steps else 'one step '} {self.stored_bytes:,} bytes"
-            f" ({self.stored_bytes_fp32:,} in the dtype of the state; plain autograd: {self.stored_bytes_autograd:,})",
+            *(f"  {label:19s} {text}" for label, text in self.rows()),
             "  stayed wide",
             *(f"    {f.count:3d} x {f.operation:24s} {f.reason}" for f in self.fallbacks),
             *(f"  note: {note}" for note in self.notes),
@@ -92,6 +130,17 @@ class Report:
     """What the rewrite did to a model: one LoopReport per loop, in the order of the program."""
 
     loops: tuple[LoopReport, ...]
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write the report as one page of HTML that needs nothing else.
+
+        For each loop the page has the numbers of this report, a picture of the rewritten step beside its adjoint, and
+        the graphs before and after each pass.
+
+        Args:
+            path: The file to write; one that is there is replaced.
+        """
+        Path(path).write_text(report_html.page(self), encoding="utf-8")
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.loops)) or "no loop over rampde_fx.steps(t), no odeint: nothing is rewritten"
@@ -117,16 +166,22 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     fn = torch_private.uncompiled(fn)
     names = list(signature(getattr(fn, "forward", fn)).parameters)
     loops: list[LoopReport] = []
+    passes: dict[int, list[PassReport]] = {}
+
+    def watch(number: int, pass_name: str, loop: Loop) -> None:
+        pass_log.tell(number, pass_name, loop)
+        passes.setdefault(number, []).append(PassReport(pass_name, loop))
 
     def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if not has_loop(graph_module):
             return graph_module.forward
+        passes.clear()  # the loops of each captured graph are numbered from 0
         try:
-            rewritten = rewrite(_with_names(graphs.copied(graph_module), names))
+            rewrite(_with_names(graphs.copied(graph_module), names), watch)
         except RampdeError as error:
             return raising(error)
         with torch_private.fake_mode_of(graph_module):
-            loops.extend(map(_report, rewritten))
+            loops.extend(_report(tuple(history)) for history in passes.values())
         return _without_odeint(graph_module).forward
 
     torch_private.capture(fn, inspect, args, kwargs)
@@ -159,7 +214,8 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
     return graph_module
 
 
-def _report(loop: Loop) -> LoopReport:
+def _report(passes: tuple[PassReport, ...]) -> LoopReport:
+    loop = passes[-1].loop
     inputs = graphs.placeholders(loop.step)
     stored = list(zip(loop.stored, loop.step_outputs()[1], strict=True))
     known = loop.steps if isinstance(loop.steps, int) and loop.controller is None else None
@@ -178,10 +234,13 @@ def _report(loop: Loop) -> LoopReport:
         stored_bytes=sum(times * graphs.value(node).nbytes for _, node in stored),
         stored_bytes_fp32=times * _bytes_in_the_dtype_of_the_state(loop, stored),
         stored_bytes_autograd=steps * _saved_by_autograd(loop) if loop.differentiated else 0,
+        step_flops=_flops(loop.step),
+        adjoint_flops=_flops(loop.adjoint) if loop.adjoint is not None else 0,
         fallbacks=loop.fallbacks,
         notes=loop.notes,
         step=loop.step,
         adjoint=loop.adjoint,
+        passes=passes,
     )
 
 
@@ -213,6 +272,14 @@ def _describe_stored(loop: Loop, stored: list[tuple[int | None, fx.Node]]) -> It
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _flops(graph_module: fx.GraphModule) -> int:
+    """Floating-point operations of a graph's products, counted while it runs on its fake values."""
+    values = [graphs.value(node) for node in graphs.placeholders(graph_module)]
+    with torch_private.fake_mode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fx.Interpreter(graph_module).run(*values)
+    return int(counter.get_total_flops())
 
 
 def _saved_by_autograd(loop: Loop) -> int:

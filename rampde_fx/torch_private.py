@@ -27,6 +27,7 @@ from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.utils import validate_subgraph_args_types
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -367,6 +368,11 @@ def compile_graph(
         **options,
     }
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Leave a text in torch's structured trace (TORCH_TRACE, tlparse); it is made only if somebody traces."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
