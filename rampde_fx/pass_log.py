@@ -7,6 +7,7 @@ in torch's structured trace, which tlparse shows. Without a reader no graph is p
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 
 from torch import fx
@@ -39,6 +40,6 @@ def code(loop: Loop) -> str:
 
 
 def readable(graph_module: fx.GraphModule) -> str:
-    """One graph and those inside it as readable code."""
-    text: str = graph_module.print_readable(print_output=False)
+    """One graph and those inside it as readable code, without the ends of names (x = None)."""
+    text = re.sub(r";  [\w = ]*= None", "", graph_module.print_readable(print_output=False))
     return text.strip("\n") + "\n"

@@ -37,16 +37,18 @@ svg .kind { fill: var(--faint); }
 .edge.near { stroke-width: 2.4; opacity: 1; }
 details.node { position: absolute; } details.node[open] { z-index: 1; }
 details.node > summary { box-sizing: border-box; width: 184px; height: 20px; line-height: 18px; padding: 0 6px;
-  overflow: hidden; white-space: nowrap; cursor: pointer; border: 1.5px solid var(--role); border-radius: 4px;
-  background: var(--page); background: color-mix(in srgb, var(--role) 30%, var(--page)); list-style: none; }
+  display: flex; justify-content: space-between; white-space: pre; cursor: pointer;
+  border: 1.5px solid var(--role); border-radius: 4px;
+  background: var(--page); background: color-mix(in srgb, var(--role) 30%, var(--page)); }
 details.node > summary::-webkit-details-marker { display: none; }
 details.node.scale > summary { border-width: 3px; line-height: 15px; padding: 0 5px; }
-details.node .kind { float: right; color: var(--faint); } details.node .kind::after { content: " ▸"; }
+details.node .kind { color: var(--faint); } details.node .kind::after { content: " ▸"; }
 details.node[open] .kind::after { content: " ▾"; }
 details.node > pre { position: absolute; right: 0; top: 22px; width: 640px; max-height: 420px;
   box-sizing: border-box; border: 1.5px solid var(--role); border-radius: 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.5rem; padding: 0; list-style: none; }
-.legend span { display: inline-block; width: 2rem; height: 0.9rem; margin-right: 0.5rem; vertical-align: -0.1rem;
+.legend span { box-sizing: border-box; display: inline-block; width: 2rem; height: 0.9rem; margin-right: 0.5rem;
+  vertical-align: -0.1rem;
   border: 1.5px solid var(--role); border-radius: 3px; background: color-mix(in srgb, var(--role) 12%, var(--page)); }
 .legend .cast { border-style: dashed; } .legend .scale { border-width: 3px; } .plain { --role: var(--faint); }
 .passes > details { border-top: 1px solid var(--line); padding: 0.25rem 0; }

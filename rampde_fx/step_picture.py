@@ -190,7 +190,7 @@ def _label(node: fx.Node) -> tuple[str, str]:
     name = "return" if node.op == "output" else node.name
     outputs = [user for user in node.users if user.target is operator.getitem]
     kind = _short_type(node) if not outputs else f"{len(outputs)} out" if len(outputs) > 1 else _short_type(outputs[0])
-    room = CHARACTERS - len(kind) - 1
+    room = CHARACTERS - len(kind) - (2 if node.op == "call_module" else 1)
     return name if len(name) <= room else f"…{name[len(name) - max(room, 6) + 1 :]}", kind
 
 
@@ -215,9 +215,9 @@ def _curve(start: _Place, end: _Place) -> str:
     """The path of an edge; in the gutters it bends, a lane between it crosses at the height of its start."""
     a, b = LANES.index(start.lane), LANES.index(end.lane)
     if a == b:
-        right = start.lane == LANES[-1]
-        x = start.right if right else start.left
-        reach = min(8 + (end.y - start.y) // 12, GUTTER - 6) * (4 / 3 if right else -4 / 3)
+        x, side = (start.right, 1) if start.lane == LANES[-1] else (start.left, -1)
+        room = (GUTTER if start.lane == "state" else MARGIN) - 5
+        reach = side * min(8 + (end.y - start.y) // 12, room) * 4 / 3  # of its handles a curve reaches 3/4
         return f"M{x},{start.y}C{x + reach:.0f},{start.y} {x + reach:.0f},{end.y} {x},{end.y}"
     x, to, step = (start.right, end.left, 1) if a < b else (start.left, end.right, -1)
     turn = to - step * GUTTER  # where the last gutter begins

@@ -1,0 +1,108 @@
+"""python -m rampde_fx explain MODULE:NAME: the report on a model from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import reduce
+from inspect import signature
+from typing import Any, NoReturn
+
+import torch
+
+from rampde_fx.errors import RampdeError
+from rampde_fx.report import explain
+
+EPILOG = """examples:
+  python -m rampde_fx explain flow:model --shape 256,2 --times 32
+  python -m rampde_fx explain flow:Flow --call --shape 256,2 --times 32 --html flow.html"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 1 where the rewrite refuses the model. Arguments that mean nothing exit with 2."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    model = _load(asked.target, call=asked.call, refuse=asked.refuse)
+    given = [torch.randn(shape) for shape in asked.shape]
+    given += [torch.linspace(0, 1, asked.times + 1)] if asked.times else []
+    _check_arguments(model, given, asked.refuse)
+    try:
+        with torch.set_grad_enabled(not asked.no_grad):
+            report = explain(model, *given)
+    except RampdeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        error.add_note(f"raised by {asked.target} on arguments of shapes {[tuple(value.shape) for value in given]}")
+        raise
+    print(report)
+    if asked.html:
+        report.to_html(asked.html)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rampde_fx", description="Mixed-precision neural ODEs.")
+    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "explain",
+        help="report what the rewrite does to a model",
+        description="Rewrite a model's marked loops, without compiling them, and report. The model is run once.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("target", metavar="MODULE:NAME", help="a function or a Module, imported from the current directory or sys.path")
+    add("--call", action="store_true", help="call NAME without arguments first: a Module class, or a factory")
+    add("--shape", type=_shape, action="append", default=[], help="a random float32 argument, like 256,2 (repeatable)")
+    add("--times", type=_count, metavar="N", help="a last argument: linspace(0, 1, N + 1), the times of N steps")
+    add("--no-grad", action="store_true", help="report on the model under torch.no_grad")
+    add("--html", metavar="FILE", help="write the report as a page with pictures of the graphs, too")
+    command.set_defaults(refuse=command.error)
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(",") if size.strip())
+    except ValueError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give sizes like 256,2")
+    return sizes
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: give one of at least 1")
+    return int(text)
+
+
+def _load(target: str, *, call: bool, refuse: Callable[[str], NoReturn]) -> Callable[..., Any]:
+    """What the target names, called if that is asked for."""
+    module, _, name = target.partition(":")
+    if not module or not name:
+        refuse(f"{target!r} is no MODULE:NAME")
+    try:
+        found = reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        refuse(f"{target!r} cannot be imported: {error}")
+    if isinstance(found, type) and not call:
+        refuse(f"{target!r} is a class: --call makes an instance of it")
+    made = found() if call and callable(found) else found
+    if not callable(made):
+        refuse(f"{target!r} is a {type(made).__name__}, neither a function nor a Module")
+    return made
+
+
+def _check_arguments(model: Callable[..., Any], given: Sequence[Any], refuse: Callable[[str], NoReturn]) -> None:
+    wanted = signature(getattr(model, "forward", model))
+    try:
+        wanted.bind(*given)
+    except TypeError as error:
+        refuse(f"the model takes {wanted}: {error}; --shape and --times give {len(given)} arguments")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The report beyond its text: the logs of the passes, FLOP, the page, and the command."""
+
+import logging
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+import rampde_fx
+from rampde_fx import graphs, pass_log, report_html, step_picture
+from rampde_fx.__main__ import main
+from rampde_fx.backend import STEP_PASSES
+from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory
+
+PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
+VOID = {"meta"}
+
+
+def explained(form, **policy):
+    model = rampde_fx.mixed_precision(form(), policy=rampde_fx.PrecisionPolicy(**policy))
+    return rampde_fx.explain(model, torch.zeros(3, 5), torch.linspace(0, 1, 5))
+
+
+class Page(HTMLParser):
+    """A page that is well-formed: every element is closed, in order; ids are unique and edges end at boxes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.ends, self.outside, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+        assert len(set(self.ids)) == len(self.ids) and set(self.ends) <= set(self.ids)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.open += [] if tag in VOID else [tag]
+        self.ids += [found["id"]] if "id" in found else []
+        self.ends += [found[end] for end in ("data-from", "data-to") if end in found]
+        self.outside += [name for name in ("src", "href", "xlink:href") if name in found]
+        self.text.append(found.get("title", ""))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.mark.parametrize(
+    "form, policy",
+    [
+        (RK4, {}),
+        (LogDensity, {}),
+        (Trajectory, {"velocity": torch.bfloat16, "checkpoint": 2}),
+        (Euler, {"storage": torch.float8_e4m3fn, "accumulation": "compensated"}),
+        (Midpoint, {"checkpoint": "none"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_page_holds_every_node(form, policy, tmp_path):
+    report = explained(form, **policy)
+    report.to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.outside and "http" not in text and "url(" not in text
+    assert page.tags.count("svg") == 2 * len(report.loops)
+    pictures = "\n".join(page.text)
+    for loop in report.loops:
+        for node in [*loop.step.graph.nodes, *loop.adjoint.graph.nodes]:
+            assert re.search(rf"\b{node.name}\b", pictures), node
+    for role, colours in report_html.COLOURS.items():
+        assert f"--{role}:" in text and all(colour in text for colour in colours)
+        assert f'class="node {role}' in text
+    assert "models.py" in pictures and 'class="node state cast' in text
+
+
+def test_scaling_is_marked_where_the_adjoint_is_scaled():
+    assert 'class="node velocity scale"' in report_html.page(explained(Euler))
+    assert 'class="node velocity scale"' not in report_html.page(explained(Euler, velocity=torch.bfloat16))
+
+
+def test_without_gradients_there_is_one_picture():
+    with torch.no_grad():
+        report = explained(Midpoint)
+    assert report.loops[0].adjoint_flops == 0
+    page = Page(report_html.page(report))
+    assert page.tags.count("svg") == 1 and any("no gradient" in text for text in page.text)
+
+
+def test_without_a_loop_the_page_says_so():
+    text = report_html.page(rampde_fx.explain(torch.nn.Linear(5, 5), torch.zeros(3, 5)))
+    assert "nothing is rewritten" in " ".join(Page(text).text)
+
+
+def test_hostile_names_are_escaped():
+    report = explained(Euler)
+    (loop,) = report.loops
+    hostile = '<script>alert("&")</script>'
+    for node in (graphs.placeholders(loop.step)[0], graphs.body(loop.step)[-1]):
+        node._rename(hostile)  # torch makes identifiers of names, as long as nobody goes round it
+        node.name = hostile
+        node.meta["stack_trace"] = f'File "{hostile}.py", line 1, in f\n    {hostile}'
+    object.__setattr__(loop, "where", f"{hostile}:1, in f: {hostile}")
+    text = report_html.page(report)
+    assert hostile not in text and hostile in unescape(text)
+    assert Page(text).tags.count("script") == 1
+
+
+def test_edges_turn_in_the_gutters_alone():
+    (loop,) = explained(RK4).loops
+    drawing = step_picture._Drawing(loop.passes[-1].loop, loop.adjoint, "a")
+    lefts = [step_picture._left(lane) for lane in step_picture.LANES]
+    inside = [(left + 1, left + step_picture.LANE - 1) for left in lefts]
+    for edge in drawing.edges():
+        across = re.search(r"H(\d+)", edge)
+        curve = re.findall(r"[ C](-?\d+),", edge[edge.index("C") :])
+        assert not any(a <= int(x) <= b for x in curve for a, b in inside), edge
+        if across:  # at the height of its own node
+            assert int(across[1]) in [left + step_picture.LANE for left in lefts]
+
+
+def test_flops_are_those_of_the_products():
+    (loop,) = explained(Euler).loops  # two layers, (5 + 1) to 7 to 5, on a batch of 3
+    products = 2 * 3 * (6 * 7 + 7 * 5)
+    assert loop.step_flops == products
+    assert loop.adjoint_flops == 3 * products  # evaluated again, and one product for each factor's gradient
+    (kept,) = explained(Euler, checkpoint="none").loops
+    assert kept.adjoint_flops == 2 * products
+    assert f"{products:,} FLOP" in str(loop) and f">{4 * products:,}<" in report_html.page(explained(Euler))
+
+
+def test_the_report_keeps_the_loop_after_each_pass():
+    (loop,) = explained(Euler).loops
+    assert [after.name for after in loop.passes] == PASSES
+    assert loop.passes[-1].loop.step is loop.step and loop.passes[-1].loop.adjoint is loop.adjoint
+    codes = {after.name: after.code for after in loop.passes}
+    assert "velocity_0" not in codes["partition_velocity"] and "velocity_0" in codes["lower_velocity"]
+    assert "adjoint_scale_0" not in codes["widen_gradients"] and "adjoint_scale_0" in codes["scale_adjoint"]
+
+
+def test_code_printed_late_is_what_the_pass_returned(monkeypatch):
+    printed, tell = [], pass_log.tell
+
+    def tell_and_print(number, pass_name, loop):
+        printed.append(pass_log.code(loop))
+        tell(number, pass_name, loop)
+
+    monkeypatch.setattr(pass_log, "tell", tell_and_print)
+    (loop,) = explained(Midpoint, accumulation="compensated").loops
+    assert [after.code for after in loop.passes] == printed
+
+
+def test_the_logs_name_each_pass_in_order(caplog):
+    with caplog.at_level(logging.DEBUG, logger="rampde_fx"):
+        model = torch.compile(
+            rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True
+        )
+        model(torch.zeros(3, 5), torch.linspace(0, 1, 5))
+    records = [record for record in caplog.records if record.name == "rampde_fx.pass_log"]
+    assert [record.args[1] for record in records] == PASSES
+    assert "models.py" in records[0].getMessage() and '"f16[3, 5]"' in records[-1].getMessage()
+
+
+def test_without_a_reader_no_graph_is_printed(monkeypatch, caplog):
+    monkeypatch.setattr(torch.fx.GraphModule, "print_readable", None)
+    model = torch.compile(
+        rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True
+    )
+    model(torch.zeros(3, 5), torch.linspace(0, 1, 5))
+    explained(Euler)
+    assert not [record for record in caplog.records if record.name.startswith("rampde_fx")]
+
+
+PROGRAM = """
+import torch, rampde_fx
+from tests.models import Euler
+rampde_fx.explain(rampde_fx.mixed_precision(Euler()), torch.zeros(3, 5), torch.linspace(0, 1, 5))
+"""
+
+
+def test_torch_logs_and_its_structured_trace_have_the_passes(tmp_path):
+    settings = {"TORCH_LOGS": "+rampde_fx", "TORCH_TRACE": str(tmp_path)}
+    shown = run(["-c", PROGRAM], **settings)
+    assert shown.returncode == 0, shown.stderr
+    assert re.findall(r"loop 0 after (\w+),", shown.stderr) == PASSES
+    (trace,) = tmp_path.iterdir()
+    text = trace.read_text(encoding="utf-8")
+    assert re.findall(r'"name": "rampde_fx_loop_0_(\w+)"', text) == PASSES
+    assert "velocity_0_pullback" in text
+
+
+def run(arguments, **settings):
+    import os
+
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **settings}
+    )
+
+
+def test_the_command_reports_and_writes_the_page(tmp_path):
+    target = ["tests.models:RK4", "--call", "--shape", "3,5", "--times", "4"]
+    shown = run(["-m", "rampde_fx", "explain", *target, "--html", str(tmp_path / "page.html")])
+    assert shown.returncode == 0, shown.stderr
+    assert "4 evaluations per step in float16" in shown.stdout
+    Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def test_the_command_refuses_a_bad_target():
+    shown = run(["-m", "rampde_fx", "explain", "tests.models:Nothing", "--shape", "3,5"])
+    assert shown.returncode == 2 and "Nothing" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("tests.models", "MODULE:NAME"),
+        ("no_such_module:model", "No module named"),
+        ("tests.models:Flow", "--call"),
+        ("tests.models:FORMS", "list"),
+        ("tests.models:Euler --call --shape 3,5", "missing a required argument: 't'"),
+        ("tests.models:Euler --call --shape 3,x --times 4", "no shape"),
+        ("tests.models:Euler --call --shape 3,5 --times 0", "no number of steps"),
+        ("", "MODULE:NAME"),
+    ],
+)
+def test_arguments_that_mean_nothing(arguments, reason, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *arguments.split()])
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_model_that_is_refused(capsys):
+    assert main("explain tests.test_report:changes_shape --shape 3,5 --times 4".split()) == 1
+    assert "required:" in capsys.readouterr().err
+
+
+def changes_shape(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = torch.cat([y, dt * y])
+    return y
