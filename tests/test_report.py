@@ -1,6 +1,7 @@
 """The report beyond its text: the logs of the passes, FLOP, the page, and the command."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -81,11 +82,13 @@ def test_the_page_holds_every_node(form, policy, tmp_path):
     for role, colours in report_html.COLOURS.items():
         assert f"--{role}:" in text and all(colour in text for colour in colours)
         assert f'class="node {role}' in text
-    assert "models.py" in pictures and 'class="node state cast' in text
+    assert "models.py" in pictures
 
 
-def test_scaling_is_marked_where_the_adjoint_is_scaled():
-    assert 'class="node velocity scale"' in report_html.page(explained(Euler))
+def test_casts_and_scaling_are_marked():
+    scaled = report_html.page(explained(Euler))
+    assert 'class="node velocity scale"' in scaled and 'class="node state scale"' in scaled
+    assert 'class="node state cast"' in scaled and "f32→f16" in scaled and "f16→f32" in scaled
     assert 'class="node velocity scale"' not in report_html.page(explained(Euler, velocity=torch.bfloat16))
 
 
@@ -120,13 +123,15 @@ def test_edges_turn_in_the_gutters_alone():
     (loop,) = explained(RK4).loops
     drawing = step_picture._Drawing(loop.passes[-1].loop, loop.adjoint, "a")
     lefts = [step_picture._left(lane) for lane in step_picture.LANES]
-    inside = [(left + 1, left + step_picture.LANE - 1) for left in lefts]
     for edge in drawing.edges():
-        across = re.search(r"H(\d+)", edge)
-        curve = re.findall(r"[ C](-?\d+),", edge[edge.index("C") :])
-        assert not any(a <= int(x) <= b for x in curve for a, b in inside), edge
-        if across:  # at the height of its own node
-            assert int(across[1]) in [left + step_picture.LANE for left in lefts]
+        path = re.search(r'd="M(\d+),\d+(H\d+)?C(-?\d+),\d+ -?\d+,\d+ (\d+),\d+"', edge)
+        start, across, handle, end = path.groups()
+        start, handle, end = int(across[1:] if across else start), int(handle), int(end)
+        for i in range(1, 20):
+            u = i / 20
+            x = start * ((1 - u) ** 3) + 3 * handle * u * (1 - u) + end * u**3
+            assert 0 < x < step_picture.WIDTH, edge
+            assert not any(left + 1 < x < left + step_picture.LANE - 1 for left in lefts), edge
 
 
 def test_flops_are_those_of_the_products():
@@ -172,51 +177,38 @@ def test_the_logs_name_each_pass_in_order(caplog):
 
 
 def test_without_a_reader_no_graph_is_printed(monkeypatch, caplog):
-    monkeypatch.setattr(torch.fx.GraphModule, "print_readable", None)
-    model = torch.compile(
-        rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True
-    )
-    model(torch.zeros(3, 5), torch.linspace(0, 1, 5))
+    def refuse(_):
+        raise AssertionError("a graph is printed")
+
+    monkeypatch.setattr(pass_log, "code", refuse)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # pytest's own reads everything
     explained(Euler)
     assert not [record for record in caplog.records if record.name.startswith("rampde_fx")]
 
 
-PROGRAM = """
-import torch, rampde_fx
-from tests.models import Euler
-rampde_fx.explain(rampde_fx.mixed_precision(Euler()), torch.zeros(3, 5), torch.linspace(0, 1, 5))
-"""
-
-
-def test_torch_logs_and_its_structured_trace_have_the_passes(tmp_path):
-    settings = {"TORCH_LOGS": "+rampde_fx", "TORCH_TRACE": str(tmp_path)}
-    shown = run(["-c", PROGRAM], **settings)
-    assert shown.returncode == 0, shown.stderr
-    assert re.findall(r"loop 0 after (\w+),", shown.stderr) == PASSES
-    (trace,) = tmp_path.iterdir()
-    text = trace.read_text(encoding="utf-8")
-    assert re.findall(r'"name": "rampde_fx_loop_0_(\w+)"', text) == PASSES
-    assert "velocity_0_pullback" in text
+def flow():
+    return rampde_fx.mixed_precision(Euler())
 
 
 def run(arguments, **settings):
-    import os
-
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **settings}
-    )
+    command = [sys.executable, "-m", "rampde_fx", "explain", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
 
 
-def test_the_command_reports_and_writes_the_page(tmp_path):
-    target = ["tests.models:RK4", "--call", "--shape", "3,5", "--times", "4"]
-    shown = run(["-m", "rampde_fx", "explain", *target, "--html", str(tmp_path / "page.html")])
+def test_the_command_writes_the_page_and_torch_logs_have_the_passes(tmp_path):
+    page, trace = tmp_path / "page.html", tmp_path / "trace"
+    arguments = ["tests.test_report:flow", "--call", "--shape", "3,5", "--times", "4", "--html", str(page)]
+    shown = run(arguments, TORCH_LOGS="+rampde_fx", TORCH_TRACE=str(trace))
     assert shown.returncode == 0, shown.stderr
-    assert "4 evaluations per step in float16" in shown.stdout
-    Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "1 evaluations per step in float16" in shown.stdout
+    Page(page.read_text(encoding="utf-8"))
+    assert re.findall(r"loop 0 after (\w+),", shown.stderr) == PASSES
+    traced = "".join(file.read_text(encoding="utf-8") for file in trace.iterdir())
+    assert re.findall(r'"name": "rampde_fx_loop_0_(\w+)"', traced) == PASSES and "velocity_0_pullback" in traced
 
 
 def test_the_command_refuses_a_bad_target():
-    shown = run(["-m", "rampde_fx", "explain", "tests.models:Nothing", "--shape", "3,5"])
+    shown = run(["tests.models:Nothing", "--shape", "3,5"])
     assert shown.returncode == 2 and "Nothing" in shown.stderr
 
 
