@@ -11,13 +11,15 @@ from inspect import signature
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
+from rampde_fx import torch_private
 from rampde_fx.errors import RampdeError
 from rampde_fx.report import explain
 
 EPILOG = """examples:
   python -m rampde_fx explain flow:model --shape 256,2 --times 32
-  python -m rampde_fx explain flow:Flow --call --shape 256,2 --times 32 --html flow.html"""
+  python -m rampde_fx explain flow:make_model --call --shape 256,2 --shape 256,1 --html flow.html"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,18 +92,20 @@ def _load(target: str, *, call: bool, refuse: Callable[[str], NoReturn]) -> Call
         refuse(f"{target!r} cannot be imported: {error}")
     if isinstance(found, type) and not call:
         refuse(f"{target!r} is a class: --call makes an instance of it")
-    made = found() if call and callable(found) else found
-    if not callable(made):
-        refuse(f"{target!r} is a {type(made).__name__}, neither a function nor a Module")
-    return made
+    if call and callable(found):
+        _check_arguments(found, (), refuse)
+        found = found()
+    if not callable(found):
+        refuse(f"{target!r} holds a {type(found).__name__}, neither a function nor a Module")
+    return torch_private.uncompiled(found)
 
 
-def _check_arguments(model: Callable[..., Any], given: Sequence[Any], refuse: Callable[[str], NoReturn]) -> None:
-    wanted = signature(getattr(model, "forward", model))
+def _check_arguments(function: Callable[..., Any], given: Sequence[Any], refuse: Callable[[str], NoReturn]) -> None:
+    wanted = signature(function.forward if isinstance(function, nn.Module) else function)
     try:
         wanted.bind(*given)
     except TypeError as error:
-        refuse(f"the model takes {wanted}: {error}; --shape and --times give {len(given)} arguments")
+        refuse(f"{error}: what is called takes {wanted}, and is given {len(given)} arguments")
 
 
 if __name__ == "__main__":

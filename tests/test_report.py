@@ -219,6 +219,7 @@ def test_the_command_refuses_a_bad_target():
         ("no_such_module:model", "No module named"),
         ("tests.models:Flow", "--call"),
         ("tests.models:FORMS", "list"),
+        ("tests.models:Velocity.forward --call", "missing a required argument: 'self'"),
         ("tests.models:Euler --call --shape 3,5", "missing a required argument: 't'"),
         ("tests.models:Euler --call --shape 3,x --times 4", "no shape"),
         ("tests.models:Euler --call --shape 3,5 --times 0", "no number of steps"),
