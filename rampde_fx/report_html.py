@@ -132,8 +132,8 @@ def _costs(loop: LoopReport) -> str:
     flops = [("FLOP of the products, step", loop.step_flops), ("FLOP of the products, adjoint", loop.adjoint_flops)]
     rows = [(label, count // times, count) for label, count in memory]
     rows += [(label, count, count * times) for label, count in flops]
-    head = ("cost", "per step", f"{times:,} steps")
-    return "<h3>Memory and operations</h3>" + _table(head, rows if loop.steps else [row[:2] for row in rows])
+    head, columns = ("cost", "per step", "all steps"), 3 if loop.steps else 2
+    return "<h3>Memory and operations</h3>" + _table(head[:columns], [row[:columns] for row in rows])
 
 
 def _fallbacks(loop: LoopReport) -> str:

@@ -23,7 +23,7 @@ LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
 WIDTH = 2 * MARGIN + 3 * LANE + 2 * GUTTER
 CHARACTERS = 25  # of the label's font, in a box
 CASTS = {torch.ops.aten._to_copy.default, torch.ops.rampde_fx.narrow.default}
-SCALES = ("adjoint_scale_", "store_")  # submodules that find a power of two
+SCALES = ("adjoint_scale_", "store_", "load_")  # submodules that find a power of two, or divide by one
 
 
 def find_roles(loop: Loop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
