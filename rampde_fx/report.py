@@ -210,7 +210,8 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
     for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
         inner = graphs.placeholders(graph_module.get_submodule(call.args[0].target))
         for node, operand in zip(inner, call.args[1:], strict=True):
-            node.name = operand.name
+            if operand.op == "placeholder":  # another name may be that of a node inside
+                node.name = operand.name
     return graph_module
 
 

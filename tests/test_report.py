@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import graphs, pass_log, report_html, step_picture
@@ -142,6 +143,17 @@ def test_flops_are_those_of_the_products():
     (kept,) = explained(Euler, checkpoint="none").loops
     assert kept.adjoint_flops == 2 * products
     assert f"{products:,} FLOP" in str(loop) and f">{4 * products:,}<" in report_html.page(explained(Euler))
+
+
+def test_one_checkpointed_loop_after_another():
+    """What the second one reads is no input of the model, and has no name that the user gave it."""
+    flow = rampde_fx.mixed_precision(Midpoint())
+
+    def twice(y, t):
+        return checkpoint(flow, checkpoint(flow, y, t, use_reentrant=False), t, use_reentrant=False)
+
+    report = rampde_fx.explain(twice, torch.randn(3, 5), torch.linspace(0, 1, 4))
+    assert [loop.steps for loop in report.loops] == [3, 3]
 
 
 def test_the_report_keeps_the_loop_after_each_pass():
