@@ -85,12 +85,10 @@ def host_synchronisations(run: Callable[[], object], device: torch.device) -> in
     if device.type != "cuda":
         return None
     synchronise(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]):
-        run()  # the first profile of a process waits for itself
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as profile:
-        run()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):  # the first profile of a process waits for itself
+        with torch.profiler.profile(activities=activities) as profile:
+            run()
     return sum(event.name in WAITS for event in profile.events())
 
 
