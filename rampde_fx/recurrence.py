@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from rampde_fx import graphs, operators, torch_private
 from rampde_fx.loop import Loop
@@ -99,7 +99,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> li
     """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step.
 
     It runs once per call, and once more in the backward rather than that its results are stored for it, where it reads
-    inputs of the graph alone.
+    parameters alone.
     """
     varying, invariants = call.args[: loop.first_invariant()], call.args[loop.first_invariant() :]
     if loop.preamble is None:
@@ -108,7 +108,9 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> li
     graph_module.add_submodule(name, loop.preamble)
     with graph.inserting_before(call):
         made = graph.call_module(name, invariants)
-        if all(node.op == "placeholder" for node in made.all_input_nodes):  # what lives on anyhow, such as parameters
+        if all(
+            isinstance(graphs.value(node), nn.Parameter) for node in made.all_input_nodes
+        ):  # they live on as they are
             torch_private.recompute_in_backward(made)
         results = [graph.call_function(operator.getitem, (made, i)) for i in range(len(graphs.results(loop.preamble)))]
     return [*varying, *results]

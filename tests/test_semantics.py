@@ -459,3 +459,20 @@ def test_an_instance_that_is_marked_again_takes_the_new_policy():
         marked = rampde_fx.mixed_precision(model, dtype=dtype)
         (loop,) = rampde_fx.explain(marked, torch.randn(3, 5), torch.linspace(0, 1, 4)).loops
         assert marked is model and loop.policy.velocity is dtype
+
+
+def test_what_the_loop_read_is_updated_in_place_after_it():
+    """The backward reads exp(c) of before."""
+
+    def solve(y, c, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.sin(y) * torch.exp(c)
+        c.mul_(3.0)
+        return y
+
+    found = []
+    for function in (solve, compiled(solve, torch.float32)):
+        y, c = (torch.linspace(0.1, 1, 4).requires_grad_() for _ in range(2))
+        function(y, c.clone(), torch.linspace(0, 1, 5)).square().sum().backward()
+        found.append([y.grad, c.grad])
+    assert max(relative_errors(found[1], found[0])) < 1e-6
