@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import pass_log, torch_private
+from rampde_fx import cpu_products, pass_log, torch_private
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
@@ -146,7 +146,9 @@ def rampde_fx(
     except RampdeError as error:
         return raising(error)
     with torch_private.compile_settings():
-        compiled = torch_private.compile_graph(compiler, graph_module, example_inputs, options, mode)
+        compiled = torch_private.compile_graph(
+            compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products()
+        )
     return _refusing_second_derivatives(compiled, loops) if any(loop.adjoint for loop in loops) else compiled
 
 

@@ -27,6 +27,7 @@ from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.utils import validate_subgraph_args_types
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -352,8 +353,9 @@ def compile_graph(
     example_inputs: Sequence[Any],
     options: dict[str, Any],
     mode: str | None,
+    lower: Any,
 ) -> Callable[..., Any]:
-    """Compile a graph with one of torch's backends.
+    """Compile a graph with one of torch's backends; Inductor applies lower, which has a uuid, to each graph.
 
     Inductor turns a scan into a while loop that reads its index from a tensor; Dynamo allows that to graphs under
     fullgraph=True only. Its cache takes graphs with scan where they are marked as cacheable: in a patch of its own,
@@ -362,12 +364,39 @@ def compile_graph(
     torch._guards.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
+    name = "post_grad_custom_pre_pass"
     patches = {
         "unsafe_marked_cacheable_functions": {**inductor_config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **(torch._inductor.list_mode_options(mode) if mode else {}),
         **options,
+        name: _Lowering(lower, options.get(name, getattr(inductor_config, name))),
     }
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
+
+
+class _Lowering(CustomGraphPass):
+    """A pass of ours over each graph that Inductor lowers, behind the user's own: None, one or, as of 2.13, several."""
+
+    def __init__(self, ours: Any, users: Any) -> None:
+        self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), ours]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
+        keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
+        return None if None in keys else keys
+
+
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has arithmetic for products in float16 or bfloat16."""
+    low = {
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    }
+    return torch.backends.mkldnn.is_available() and low[dtype]()
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
