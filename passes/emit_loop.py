@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import Loop
+from rampde_fx.loop import WATCHED, Loop
 from rampde_fx.policy import AdjointScaling
 from rampde_fx.recurrence import Body, at, emit_preamble, iterate, symbols
 from rampde_fx.segments import Recomputation, Segments
@@ -144,7 +144,6 @@ class _Backward:
 
     def __init__(self, emission: _Emission) -> None:
         self.emission, self.loop = emission, emission.loop
-        self.name = self.loop.where.partition(", in ")[0] or "an unknown line"  # file:line, for the counts
         self.kinds = self.loop.adjoint_inputs
         # The adjoint reads: its carries, what a step has of its own, and what is the same in all steps.
         self.carried = list(range(self.loop.adjoint_carries))
@@ -170,9 +169,17 @@ class _Backward:
         given = dict(zip(kinds, args, strict=True))
         scaling = self.loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
         fits = self._stored_states_fit([given["stored", p] for p in range(len(emission.stored))])
-        gradients = self._sweep(given) if scaling is None else self._repeat(given, scaling, fits)
+        gradients = self._once(given) if scaling is None else self._repeat(given, scaling, fits)
         gradients = _usable(gradients, fits)
         return tuple(gradients.get(i) for i in range(len(emission.inputs)))
+
+    def _once(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
+        gradients = self._sweep(given)
+        if WATCHED not in gradients:
+            return gradients
+        values, attempt = list(gradients.values())[:-1], torch.zeros((), dtype=torch.int64)
+        values = torch.ops.rampde_fx.record_adjoint(values, gradients[WATCHED], attempt, self.loop.name)
+        return dict(zip(gradients, values, strict=False))
 
     def _stored_states_fit(self, stored: list[torch.Tensor]) -> torch.Tensor | None:
         """Whether no state overflowed where it was stored, as a 0-d bool; None where the range is the state's own."""
@@ -248,7 +255,7 @@ class _Backward:
         incoming = [given[kind] for kind in self.kinds if kind[0] == "cotangent"]
         usable = _finite(incoming)
         usable = usable if fits is None else usable & fits
-        order = self.loop.adjoint_results
+        order = [i for i in self.loop.adjoint_results if i != WATCHED]
         target = torch.full((), self.loop.target, dtype=torch.float32, device=incoming[0].device)
         empty = [self._zeros(i, given) for i in order]
         # The attempt and the flag live on the host: reading the flag is the one synchronisation of the backward.
@@ -266,7 +273,10 @@ class _Backward:
             # may lay the cotangents of a convolution's output out anew.
             found = [torch.where(target < 0, old, gradients[i]) for old, i in zip(before, order, strict=True)]
             overflow = (usable & ~_finite(found)).to("cpu")
-            overflow = torch.ops.rampde_fx.record_sweep(overflow, attempt, scaling.max_attempts, self.name)
+            overflow = torch.ops.rampde_fx.record_sweep(overflow, attempt, scaling.max_attempts, self.loop.name)
+            if WATCHED in gradients:
+                watched = ([overflow], gradients[WATCHED], attempt, self.loop.name)
+                (overflow,) = torch.ops.rampde_fx.record_adjoint(*watched)
             return attempt + 1, overflow, target * RETRY, *found
 
         results = while_loop_op(again, sweep, tuple(start), (*tensors, usable, *sizes))

@@ -24,7 +24,7 @@ from rampde_fx import operators, torch_private
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.graphs import user_line, value
 from rampde_fx.loop import MarkedLoop
-from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.policy import MONITORED, PrecisionPolicy
 
 STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
 END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}
@@ -105,7 +105,7 @@ def _opens(node: fx.Node, suffix: str) -> int:
 
 
 def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
-    policy = marker.args[-1]
+    policy = str(marker.args[-1]).removeprefix(MONITORED)
     if not policy:
         raise UnsupportedLoopError(
             "a loop over rampde_fx.steps(t), or an odeint without a policy, runs outside of any mixed_precision target",
@@ -113,7 +113,8 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
             fix="decorate the Module or the function that holds the loop with @rampde_fx.mixed_precision",
             where=user_line(marker),
         )
-    return MarkedLoop(PrecisionPolicy.decode(str(policy)), [], marker, [], gradients)
+    monitored = str(marker.args[-1]).startswith(MONITORED)
+    return MarkedLoop(PrecisionPolicy.decode(policy), [], marker, [], gradients, monitored)
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:

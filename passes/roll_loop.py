@@ -49,6 +49,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
         where=graphs.user_line(marked.markers[0]),
+        name=graphs.user_line(marked.markers[0]).partition(", in ")[0] or "an unknown line",
         step=step,
         plain=step,
         carries=kinds.count("carry"),
@@ -56,6 +57,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         plain_needs_grad=wanted,
         needs_grad=wanted,
         differentiated=any(wanted),
+        monitored=marked.monitored,
         controller=Controller.of(marked.end.args[4]) if marked.searches else None,
     )
 

@@ -4,20 +4,24 @@ from rampde_fx import errors
 from rampde_fx.counts import BackwardCount, backward_counts
 from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, steps
+from rampde_fx.monitoring import AdjointRecord, Monitor, monitor
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.report import explain
 from rampde_fx.tableau import METHODS, ButcherTableau
 
 __all__ = [
     "METHODS",
+    "AdjointRecord",
     "AdjointScaling",
     "BackwardCount",
     "ButcherTableau",
+    "Monitor",
     "PrecisionPolicy",
     "backward_counts",
     "errors",
     "explain",
     "mixed_precision",
+    "monitor",
     "odeint",
     "steps",
 ]

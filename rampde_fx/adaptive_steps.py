@@ -12,7 +12,6 @@ from rampde_fx.fixed_steps import (
     FIXED_OPTIONS,
     CheckedVelocity,
     captured_once,
-    encoded_policy,
     is_captured,
     is_number,
     noting,
@@ -51,7 +50,7 @@ def adaptive_steps(
         rate = checked(times[0], start)
         size = _first_size(checked, start, rate, times, controller, first_size)
         states = [*start, *rate] if tableau.fsal else start
-        t_i, dt, *entered = operators.enter(times, size[None], states, encoded_policy(policy))
+        t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
         first = entered[len(y) :] if tableau.fsal else None
         nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
         results = [*nexts, *k[-1]] if tableau.fsal else nexts

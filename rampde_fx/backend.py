@@ -28,6 +28,7 @@ from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.store_states import store_states
+from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -39,6 +40,7 @@ STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
     generate_adjoint,
     widen_gradients,
     scale_adjoint,
+    watch_adjoint,
     keep_activations,
     store_states,
     compensate_sums,
@@ -79,7 +81,8 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop
     for holder, name, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
         loop = replace(holder.get_submodule(name).loop, notes=notes)
-        number = len(loops)
+        number, before = len(loops), sum(other.where == loop.where for other in loops)
+        loop = replace(loop, name=f"{loop.name} ({before + 1})") if before else loop
         watch(number, roll_loop.__name__, loop)
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)

@@ -40,7 +40,8 @@ def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
         reset: Whether to begin at zero again.
 
     Returns:
-        A BackwardCount for each loop, by the file and line of its head.
+        A BackwardCount for each loop, by the file and line of its head, numbered where a graph holds several loops of
+        that line.
 
     >>> sum(count.repeated for count in backward_counts().values())
     0

@@ -132,3 +132,7 @@ class TableauError(RampdeError, ValueError):
 
 class MethodError(RampdeError, ValueError):
     """A method that is neither a known name nor a tableau."""
+
+
+class MonitorError(RampdeError):
+    """A plot of a monitor that recorded nothing, or without matplotlib."""

@@ -61,14 +61,9 @@ def captured_once(
 ) -> list[torch.Tensor]:
     """One step between markers, which stands for all of them."""
     checked, problems = noting(velocity)
-    t, dt, *entered = operators.enter(starts, sizes, y, encoded_policy(policy))
+    t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)
     return list(operators.leave(y, nexts, outputs, every, max(problems)))
-
-
-def encoded_policy(policy: PrecisionPolicy | None) -> str:
-    """The policy, or where it is None that of the surrounding mixed_precision, in the form in which a marker has it."""
-    return marking.policy_under_way() if policy is None else policy.encoded
 
 
 def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:

@@ -13,6 +13,8 @@ from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.step_control import Controller
 
+WATCHED = -1  # in place of a placeholder: the adjoint's result that a monitor records
+
 
 @dataclass(frozen=True)
 class MarkedLoop:
@@ -24,6 +26,7 @@ class MarkedLoop:
         end: The end marker, or leave.
         iterations: The nodes between two markers, one list per iteration, in graph order.
         differentiated: Whether gradients are on where the loop stands.
+        monitored: Whether a monitor was open where it was captured.
     """
 
     policy: PrecisionPolicy
@@ -31,6 +34,7 @@ class MarkedLoop:
     end: fx.Node
     iterations: list[list[fx.Node]]
     differentiated: bool
+    monitored: bool
 
     @property
     def once(self) -> bool:
@@ -152,6 +156,7 @@ class Loop:
         policy: How to rewrite it.
         steps: N, the number of steps.
         where: The user's source line of the loop.
+        name: The file and line of its head, numbered where a graph holds several loops of that line.
         step: The step as a functional ATen graph with true metadata.
         plain: The step as it was captured, before any pass.
         carries: Number of carried states, the first placeholders and the first results of the step.
@@ -160,6 +165,7 @@ class Loop:
         needs_grad: For each placeholder of the step, whether its gradient is wanted.
         preamble: What depends on invariants alone: maps the captured invariants to those of the step, or None.
         differentiated: Whether a backward can be asked for.
+        monitored: Whether a monitor was open where it was captured.
         controller: That of a search for adaptive steps: the loop is one step that is tried until it has found them,
             with an estimate of its error for each output. None otherwise.
         adjoint: The transpose of the step, or None before generate_adjoint or without a backward. Its placeholders
@@ -167,7 +173,7 @@ class Loop:
         adjoint_inputs: One (kind, index) per placeholder of the adjoint, corrections left out. Kinds: "cotangent" of
             a result of the step, "total" of an operand's gradient so far, "operand" (a placeholder of the step),
             "stored" (a stored value), "target" of the scaling.
-        adjoint_results: The placeholder of the step whose gradient each result of the adjoint is.
+        adjoint_results: The placeholder of the step whose gradient each result of the adjoint is, or WATCHED.
         adjoint_carries: Number of the adjoint's carries: cotangents of carried states and totals of invariants.
         target: The target of the adjoint scaling.
         stored: The carry behind each value that the step returns for the backward, None for one of a velocity.
@@ -182,6 +188,7 @@ class Loop:
     policy: PrecisionPolicy
     steps: int
     where: str
+    name: str
     step: fx.GraphModule
     plain: fx.GraphModule
     carries: int
@@ -189,6 +196,7 @@ class Loop:
     plain_needs_grad: tuple[bool, ...]
     needs_grad: tuple[bool, ...]
     differentiated: bool
+    monitored: bool = False
     controller: Controller | None = None
     preamble: fx.GraphModule | None = None
     adjoint: fx.GraphModule | None = None

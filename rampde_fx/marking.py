@@ -17,7 +17,8 @@ from torch import nn
 
 from rampde_fx import operators, torch_private
 from rampde_fx.errors import PolicyError, TimeGridError, refuse
-from rampde_fx.policy import DTYPES, PrecisionPolicy
+from rampde_fx.monitoring import open_here
+from rampde_fx.policy import DTYPES, MONITORED, PrecisionPolicy
 
 T = TypeVar("T")
 NO_POLICY = ""
@@ -78,15 +79,19 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
-    policy = _under_way.policy
+    policy = policy_in_force()
     for i in range(t.shape[0] - 1):
         yield operators.step(t, i, policy)
     operators.end(t)
 
 
-def policy_under_way() -> str:
-    """The policy of the innermost mixed_precision call that is under way, encoded, or an empty string."""
-    return _under_way.policy
+def policy_in_force(own: PrecisionPolicy | None = None) -> str:
+    """What a marker says: the policy, or where None that of the innermost mixed_precision call that is under way.
+
+    Encoded, behind MONITORED where a monitor is open; empty where there is none.
+    """
+    policy = _under_way.policy if own is None else own.encoded
+    return MONITORED + policy if policy and open_here.any else policy
 
 
 def warn_if_uncompiled() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rampde_fx import counts, step_control, torch_private
+from rampde_fx import counts, monitoring, step_control, torch_private
 from rampde_fx.errors import (
     OptionError,
     TimeGridError,
@@ -55,6 +55,8 @@ for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")
     library.define(f"{_name}(Tensor seed, Tensor index, int draw, Tensor like{_more}) -> Tensor")
 # One run of the reverse loop, counted on the host where the loop decides whether to run again.
 library.define("record_sweep(Tensor overflow, Tensor attempt, int attempts, str loop) -> Tensor")
+# The same values, once the open monitors have what a run of the reverse loop returned for them.
+library.define("record_adjoint(Tensor[] values, Tensor statistics, Tensor attempt, str loop) -> Tensor[]")
 
 
 FAILURES = {
@@ -198,6 +200,13 @@ def _record_sweep(overflow: torch.Tensor, attempt: torch.Tensor, attempts: int, 
     return overflow.clone()
 
 
+def _record_adjoint(
+    values: list[torch.Tensor], statistics: torch.Tensor, attempt: torch.Tensor, loop: str
+) -> list[torch.Tensor]:
+    monitoring.record(loop, int(attempt), statistics)
+    return [value.clone() for value in values]
+
+
 library.impl("step", _step, "CompositeImplicitAutograd")
 library.impl("end", _end, "CompositeImplicitAutograd")
 library.impl("enter", _enter, "CompositeImplicitAutograd")
@@ -218,6 +227,7 @@ torch.library.register_autograd(
     lib=library,
 )
 library.impl("record_sweep", _record_sweep, "CPU")
+library.impl("record_adjoint", _record_adjoint, "CompositeExplicitAutograd")
 _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, "bernoulli": _bernoulli}
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
 _fakes: dict[str, _Function] = {
@@ -228,6 +238,7 @@ _fakes: dict[str, _Function] = {
     "monotone": lambda t: t.new_empty(()),
     "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
     "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
+    "record_adjoint": lambda values, *_: [torch.empty_like(value) for value in values],
     **dict.fromkeys(_distributions, lambda seed, index, draw, like, *_: torch.empty_like(like)),
 }
 for _name, _fake in _fakes.items():

@@ -17,6 +17,7 @@ STORAGE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 LOOPS = ("auto", "scan", "unroll")
 ACCUMULATIONS = ("plain", "compensated")
 STORAGE_SCALINGS = (None, "dynamic", "none")
+MONITORED = "monitored "  # before a policy on a marker: a monitor is open
 CHECKPOINTS = ("step", "sqrt", "none")
 
 

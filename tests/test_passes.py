@@ -1,11 +1,14 @@
 """Every pass by itself: the graph before and after."""
 
+from dataclasses import replace
+
 import torch
 from expecttest import TestCase
 
 import rampde_fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.backend import STEP_PASSES
+from rampde_fx.loop import WATCHED
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops
@@ -18,6 +21,7 @@ from rampde_fx.passes.partition_velocity import partition_velocity
 from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
+from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import find_sums, widen_gradients, widened
 from tests.golden import printed, without_captured_inputs
 
@@ -275,6 +279,35 @@ class GraphModule(torch.nn.Module):
     """,
         )
         assert loop.adjoint_inputs[-1] == ("target", 0)
+
+    def test_watch_adjoint(self):
+        passes = hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, scale_adjoint
+        loop = after(*passes, lambda loop: watch_adjoint(replace(loop, monitored=True)))
+        calls = "\n".join(line for line in shown(loop, "adjoint").split("\n") if "class " not in line)
+        self.assertExpectedInline(
+            calls.split("    def forward(self, y")[0],
+            """\
+    def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]", target: "f32[]"):
+        velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
+        getitem: "f16[3, 5]" = velocity_0_forward[1]
+        getitem_1: "f16[5, 5]" = velocity_0_forward[2]
+        mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
+        adjoint_scale_0 = self.adjoint_scale_0(target, mul_2)
+        getitem_4: "f32[]" = adjoint_scale_0[0]
+        mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_2, getitem_4)
+        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, mul_tensor)
+        getitem_3: "f32[3, 5]" = velocity_0_pullback[0]
+        adjoint_statistics_0 = self.adjoint_statistics_0(getitem_4, mul_2, getitem_3)
+        getitem_5: "f32[5]" = adjoint_statistics_0[0]
+        div_tensor: "f32[3, 5]" = aten.div.Tensor(getitem_3, getitem_4)
+        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, div_tensor)
+        stack_default: "f32[1, 5]" = aten.stack.default([getitem_5])
+        return (add_tensor, stack_default)
+    """,
+        )
+        assert loop.adjoint_results == (0, WATCHED)
+        unwatched = after(*passes)
+        assert watch_adjoint(unwatched) is unwatched
 
     def test_widen_gradients(self):
         before = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint)

@@ -1,0 +1,125 @@
+"""Let the adjoint return what a monitor records of every velocity VJP.
+
+Before:  dy, dw = velocity_0_pullback(saved, b * s);  return ...
+After:   dy, dw = velocity_0_pullback(saved, b * s);  r = adjoint_statistics(s, b, dy, dw);  return ..., r
+
+r holds the scale, the largest and the smallest magnitude of the cotangent, how many of its entries become zero in the
+velocity dtype, and how many entries of the gradients are not finite. The entries that vanish are found by their
+magnitude, below half of the least subnormal number: a compiler may leave a rounding out.
+
+Requires: a Loop with an adjoint, scaled or not.
+Ensures:  of a loop that is monitored the adjoint has one more result, float32 (VJPs, 5), in the order in which the step
+          evaluates the velocities; other loops stay as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.loop import WATCHED, Loop
+
+aten = torch.ops.aten
+
+
+def watch_adjoint(loop: Loop) -> Loop:
+    """Return the statistics of every VJP, if a monitor is open."""
+    if loop.adjoint is None or not loop.monitored:
+        return loop
+    adjoint = graphs.copied(loop.adjoint)
+    calls = [node for node in adjoint.graph.nodes if node.op == "call_module" and node.meta.get("cotangents")]
+    if not calls:
+        return loop
+    known: dict[str, str] = {}
+    rows = [_watched(adjoint, call, loop.policy.velocity, known) for call in reversed(calls)]
+    output = adjoint.graph.output_node()
+    with adjoint.graph.inserting_before(output):
+        table = adjoint.graph.call_function(aten.stack.default, (rows,))
+    output.args = ((*output.args[0], table),)
+    return replace(loop, adjoint=graphs.refresh(adjoint), adjoint_results=(*loop.adjoint_results, WATCHED))
+
+
+def _watched(adjoint: fx.GraphModule, call: fx.Node, low: torch.dtype, known: dict[str, str]) -> fx.Node:
+    """The statistics of one VJP, float32 (5,)."""
+    scaled = [node for node in call.args[-call.meta["cotangents"] :] if graphs.value(node).numel() != 0]
+    scales = [node.args[1] for node in scaled if _is_scaled(node)]
+    cotangents = [node.args[0] if _is_scaled(node) else node for node in scaled]
+    gradients = [item for item in call.users if graphs.is_float(item)]
+    operands = [*scales[:1], *cotangents, *gradients]
+    name = _module(adjoint, operands, (len(scales[:1]), len(cotangents)), low, known)
+    last = max([call, *gradients], key=list(adjoint.graph.nodes).index)
+    with adjoint.graph.inserting_after(last):
+        made = adjoint.graph.call_module(name, tuple(operands))
+    with adjoint.graph.inserting_after(made):
+        return adjoint.graph.call_function(operator.getitem, (made, 0))
+
+
+def _is_scaled(node: fx.Node) -> bool:
+    """Whether a cotangent is one that scale_adjoint has multiplied."""
+    scale = node.args[1] if node.target is aten.mul.Tensor else None
+    made = scale.args[0] if isinstance(scale, fx.Node) and scale.target is operator.getitem else None
+    return made is not None and made.op == "call_module" and str(made.target).startswith("adjoint_scale_")
+
+
+def _module(
+    adjoint: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    counts: tuple[int, int],
+    low: torch.dtype,
+    known: dict[str, str],
+) -> str:
+    """The name of the submodule that describes a VJP of these shapes."""
+    values = [graphs.value(node) for node in operands]
+    key = str([counts, [(value.shape, value.dtype) for value in values]])
+    if key not in known:
+        scales, cotangents = counts
+
+        def describe(*args: torch.Tensor) -> list[torch.Tensor]:
+            scale = args[0] if scales else None
+            return [statistics(scale, args[scales : scales + cotangents], args[scales + cotangents :], low)]
+
+        known[key] = f"adjoint_statistics_{len(known)}"
+        names = ["scale"] * scales + ["cotangent"] * cotangents + ["gradient"] * (len(values) - scales - cotangents)
+        module = graphs.named(torch_private.trace(describe, values), names)
+        adjoint.add_submodule(known[key], graphs.refresh(module))
+    return known[key]
+
+
+def statistics(
+    scale: torch.Tensor | None,
+    cotangents: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    low: torch.dtype,
+) -> torch.Tensor:
+    """Describe one VJP.
+
+    Args:
+        scale: The factor of the cotangents, 0-d, or None where they are not scaled.
+        cotangents: The cotangents before they are scaled, of any shapes, none of them empty.
+        gradients: What the VJP returned for the scaled ones.
+        low: The dtype to which the scaled cotangents are cast.
+
+    Returns:
+        Scale, largest and smallest magnitude but zero of the cotangents (0 and inf where there is none), the number of
+        entries that become zero, and of gradients that are not finite: float32, (5,).
+    """
+    like = cotangents[0]
+    scale = torch.ones((), dtype=torch.float32, device=like.device) if scale is None else scale
+    sizes = [cotangent.abs() for cotangent in cotangents]
+    vanishing = torch.finfo(low).smallest_normal * torch.finfo(low).eps / 2
+    lost = [((size != 0) & (size * scale <= vanishing)).sum() for size in sizes]
+    beyond = [(~torch.isfinite(gradient)).sum() for gradient in gradients]
+    zero = torch.zeros((), dtype=torch.float32, device=like.device)
+    numbers = [
+        scale,
+        torch.stack([size.amax().to(torch.float32) for size in sizes]).amax(),
+        torch.stack([torch.where(size == 0, torch.inf, size).amin().to(torch.float32) for size in sizes]).amin(),
+        sum(lost, zero),
+        sum(beyond, zero),
+    ]
+    return torch.stack([number.to(torch.float32) for number in numbers])
