@@ -25,7 +25,7 @@ CHECKPOINTS = ("step", "sqrt", "none")
 class AdjointScaling:
     """Dynamic power-of-two scaling of the adjoint, one scale per velocity VJP.
 
-    Before each VJP the cotangent v is multiplied by S = 2^floor(log2(target / max|v|)) in the accumulation dtype, cast
+    Before each VJP the cotangent v is multiplied by S = 2^ceil(log2(target / max|v|)) in the accumulation dtype, cast
     down, pulled back, widened and divided by S. S is a power of two, so scaling and unscaling are exact.
 
     Args:
