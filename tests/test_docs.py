@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["adjoint"])
+@pytest.mark.parametrize("page", ["adjoint", "writing_a_pass"])
 def test_page(page, monkeypatch):
     """Its blocks run one after the other in one module; a text block is what the one before it prints."""
     module, printed = types.ModuleType(page), ""
