@@ -14,8 +14,12 @@ TREE := build/tree
 # About half of the tests, by time.
 FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive checkpoint examples faults forms inductor)
 
+# Where the wheel is tested: an environment of its own, and the source distribution without the packages.
+WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
+INSTALLED := tests/installed.py $(patsubst %,tests/test_%.py,docs examples golden passes report tableau)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv tree lint format test test-first test-rest test-fast doctest demo clean
+.PHONY: help venv tree lint format test test-first test-rest test-fast doctest dist wheel-test demo clean
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
@@ -60,6 +64,22 @@ test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 # Status 5: there is no doctest.
 doctest: $(STAMP) tree ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules $(TREE)/rampde_fx || [ $$? -eq 5 ]
+
+dist: ## build the source distribution and the wheel into dist/ (pip installs build and twine for it)
+	rm -rf dist build/dist-tools
+	$(PYTHON) -m venv build/dist-tools
+	build/dist-tools/bin/python -m pip install --quiet build twine
+	build/dist-tools/bin/python -m build
+	build/dist-tools/bin/python -m twine check --strict dist/*
+
+wheel-test: dist ## test the wheel, installed in an environment of its own, outside of the source tree
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet torch==$(TORCH)
+	$(WHEEL)/venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev,examples]"
+	tar -xzf dist/*.tar.gz -C $(WHEEL)
+	cd $(WHEEL)/rampde_fx-* && rm -r rampde_fx passes rampde_fx.egg-info
+	cd $(WHEEL)/rampde_fx-* && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -m "not inductor and not slow" $(INSTALLED)
 
 demo: export MPLBACKEND := Agg
 demo: $(STAMP) ## train the density examples in float16, beside float32
