@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -39,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         error.add_note(f"raised by {asked.target} on arguments of shapes {[tuple(value.shape) for value in given]}")
         raise
-    print(report)
     if asked.html:
         report.to_html(asked.html)
+    try:
+        print(report, flush=True)
+    except BrokenPipeError:  # whoever reads the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

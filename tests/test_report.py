@@ -219,6 +219,15 @@ def test_the_command_writes_the_page_and_torch_logs_have_the_passes(tmp_path):
     assert re.findall(r'"name": "rampde_fx_loop_0_(\w+)"', traced) == PASSES and "velocity_0_pullback" in traced
 
 
+def test_output_that_nobody_reads_to_its_end(tmp_path):
+    command = [sys.executable, "-m", "rampde_fx", "explain", "tests.test_report:flow", "--call"]
+    command += ["--shape", "3,5", "--times", "4", "--html", str(tmp_path / "page.html")]
+    shown = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown.stdout.close()
+    assert (shown.stderr.read(), shown.wait()) == ("", 0)
+    Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
 def test_the_command_refuses_a_bad_target():
     shown = run(["tests.models:Nothing", "--shape", "3,5"])
     assert shown.returncode == 2 and "Nothing" in shown.stderr
