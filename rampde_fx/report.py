@@ -205,7 +205,7 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
         name = node.name.replace("l_function_", "l_self_")
         position = re.match(r"l_args_(\d+)_", name)
         if position and int(position[1]) < len(names):
-            name = f"l_{names[int(position[1])]}_"
+            name = f"l_{names[int(position[1])]}_{name[position.end() :]}"
         node.name = name
     for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
         inner = graphs.placeholders(graph_module.get_submodule(call.args[0].target))

@@ -16,7 +16,7 @@ import rampde_fx
 from rampde_fx import graphs, pass_log, report_html, step_picture
 from rampde_fx.__main__ import main
 from rampde_fx.backend import STEP_PASSES
-from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory
+from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory, Velocity
 
 PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
 VOID = {"meta"}
@@ -262,3 +262,20 @@ def changes_shape(y, t):
     for _, dt in rampde_fx.steps(t):
         y = torch.cat([y, dt * y])
     return y
+
+
+def test_explain_takes_arguments_of_several_tensors():
+    """What a Module or a tuple among the arguments holds keeps names of its own."""
+
+    @rampde_fx.mixed_precision
+    def integrate(velocity, pair, t):
+        y, z = pair
+        for t_i, dt in rampde_fx.steps(t):
+            y, z = y + dt * velocity(t_i, z), z + dt * velocity(t_i, y)
+        return y, z
+
+    report = rampde_fx.explain(integrate, Velocity(), (torch.zeros(3, 5), torch.zeros(3, 5)), torch.linspace(0, 1, 5))
+    assert report.loops[0].evaluations == 2
+    assert len(set(report.loops[0].carries)) == 2
+    parameters = [node.name for node in graphs.placeholders(report.loops[0].step)][4:]
+    assert len(set(parameters)) == 4 and all("linear" in name for name in parameters), parameters
