@@ -19,7 +19,7 @@ WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
 INSTALLED := tests/installed.py $(patsubst %,tests/test_%.py,docs examples golden passes report tableau)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tree lint format test test-first test-rest test-fast doctest dist wheel-test demo clean
+.PHONY: help venv tree lint format test test-first test-rest test-fast doctest docs dist wheel-test demo clean
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-torch-*
 	$(BIN)/python -m pip install torch==$(TORCH)
-	$(BIN)/python -m pip install -e ".[dev,examples]"
+	$(BIN)/python -m pip install -e ".[dev,docs,examples]"
 	touch $@
 
 tree:
@@ -48,9 +48,9 @@ format: $(STAMP) ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint, all tests (those with Inductor need a C++ compiler), doctests; on two cores, one thread each
+test: lint ## lint, all tests (those with Inductor need a C++ compiler), doctests, docs; on two cores, one thread each
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --keep-going test-first test-rest
-	$(MAKE) doctest
+	$(MAKE) doctest docs
 
 test-first: $(STAMP)
 	$(BIN)/python -m pytest --durations=8 $(FIRST)
@@ -64,6 +64,9 @@ test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 # Status 5: there is no doctest.
 doctest: $(STAMP) tree ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules $(TREE)/rampde_fx || [ $$? -eq 5 ]
+
+docs: $(STAMP) ## build the documentation in build/docs; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env docs build/docs
 
 dist: ## build the source distribution and the wheel into dist/ (pip installs build and twine for it)
 	rm -rf dist build/dist-tools

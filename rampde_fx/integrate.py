@@ -42,14 +42,22 @@ def odeint(
         t: Times of the solution, shape (M,) with M >= 2, floating, strictly monotone; it may run backward. Time is
             computed in t's dtype.
         method: A name of METHODS, or a ButcherTableau of one's own.
-        rtol: Relative tolerance of adaptive steps. In a low-precision velocity at least its unit roundoff.
+        rtol: Relative tolerance of adaptive steps. It should not be below the unit roundoff of the velocity's dtype.
         atol: Absolute tolerance of adaptive steps.
-        options: For fixed steps {"num_steps": n}, equal steps between two output times, or {"step_size": h}, steps of
-            this size from t[0] on, the last one shortened; the solution between two of them is interpolated linearly.
-            Without either, one step leads from each time to the next. Of adaptive methods (bosh3, dopri5, tsit5, dopri8
-            and whatever has embedded weights), whose steps adapt unless one of these is given: "first_step", a size
-            (no step is smaller than t resolves), "max_steps" (4096), "safety" (0.9), "ifactor" (10), "dfactor" (0.2),
-            and "status": True.
+        options: For fixed steps one of these; without either, one step leads from each time to the next.
+
+            - "num_steps", an int: as many equal steps between two output times.
+            - "step_size": steps of this size from t[0] on, the last one shortened; the solution between two of them
+              is interpolated linearly.
+
+            Methods with embedded weights (bosh3, dopri5, tsit5, dopri8) adapt their steps unless one of the above is
+            given, and take these.
+
+            - "first_step": its size; no step is smaller than t resolves.
+            - "max_steps" (4096): the most that may count, over all of t.
+            - "safety" (0.9), "ifactor" (10), "dfactor" (0.2): of the step size's control.
+            - "status": True, for the pair that is described below.
+
         policy: How the backend is to rewrite it; where None, as the surrounding mixed_precision says.
 
     Returns:

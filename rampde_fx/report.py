@@ -37,7 +37,7 @@ class PassReport:
 
     @cached_property
     def code(self) -> str:
-        """The graphs of the loop as readable code: the step, the adjoint, and what stands beside them."""
+        """The step, the adjoint, and what stands beside them, as readable code."""
         return pass_log.code(self.loop)
 
 

@@ -79,7 +79,7 @@ class ButcherTableau:
 
     @property
     def fsal(self) -> bool:
-        """Whether the last stage is evaluated at the new time and state: it is then the next step's first."""
+        """Whether the last stage is evaluated at the new time and state, so that it is the next step's first."""
         return self.c[-1] == 1 and (*self.a[-1], 0.0) == self.b
 
     @property
@@ -551,5 +551,6 @@ _METHODS = (
     ),
 )
 
-# The names are those of torchdiffeq, but for its "rk4": that is the 3/8 rule, here "rk4_38".
+#: The methods that have a name. The names are those of torchdiffeq, except that its "rk4", the 3/8 rule, is "rk4_38"
+#: here.
 METHODS: Mapping[str, ButcherTableau] = MappingProxyType({tableau.name: tableau for tableau in _METHODS})

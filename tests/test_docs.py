@@ -1,34 +1,213 @@
-"""The Python of the documentation's pages runs as it is shown, and prints what is shown."""
+"""The documentation is true: its code runs, its printouts are printed, its commands exist.
+
+The python blocks of a page run in order in one namespace. One thing is substituted: where a block compiles for the
+rampde_fx backend without naming a compiler, options={"compiler": "aot_eager"} is added, so that Inductor's C++ compiler
+is not waited for. A block of text behind one that prints is what it prints. Blocks with a prompt are doctests. A block
+below an HTML comment "not run: REASON" is only parsed; the README's printouts of graphs are compared with what is
+printed.
+"""
 
 import contextlib
+import doctest
 import io
 import re
+import shlex
+import subprocess
 import sys
-import types
 import unittest
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+import rampde_fx
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
+PRINTOUT = "a printout"
+# Everything that is not run, in all pages together. It should stay few.
+MOST_NOT_RUN = 8
+COMMAND = re.compile(r"(?:python -m |python examples/|make )\S")
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("page", ["adjoint", "writing_a_pass"])
-def test_page(page, monkeypatch):
-    """Its blocks run one after the other in one module; a text block is what the one before it prints."""
-    module, printed = types.ModuleType(page), ""
-    monkeypatch.setitem(sys.modules, page, module)  # Dynamo imports the globals of a function by its module's name
-    names = module.__dict__
-    for kind, block in BLOCK.findall((DOCS / f"{page}.md").read_text()):
-        if kind == "text":
-            assert printed.strip() == block.strip()
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its lines without the fences, and the number of the first of these."""
+
+    language: str
+    text: str
+    line: int
+    not_run: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found, opened, lines, comment = [], None, [], ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if opened is not None and line.strip() == "```":
+            found.append(Block(opened[0], "\n".join(lines) + "\n", opened[1], comment))
+            opened, lines, comment = None, [], ""
+        elif opened is not None:
+            lines.append(line)
+        elif line.startswith("```"):
+            opened = (line.removeprefix("```").strip(), number + 1)
+        elif line.strip():
+            marked = NOT_RUN.match(line)
+            comment = marked[1] if marked else ""
+    assert opened is None, f"{page.name} ends inside a block"
+    return found
+
+
+def code_blocks(page: Path) -> list[Block]:
+    return [block for block in blocks(page) if block.language in ("python", "pycon")]
+
+
+def run(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Run the blocks of a page as one module; what they define."""
+    module = ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)  # Dynamo looks the globals up there
+    namespace = vars(module)
+    printed = ""
+    for block in blocks(page):
+        if block.language == "text" and printed:
+            assert block.text.strip() == printed.strip(), f"{page.name}:{block.line}"
+        printed = ""
+        if block.language == "pycon":
+            example = doctest.DocTestParser().get_doctest(block.text, namespace, page.name, str(page), block.line - 1)
+            told: list[str] = []
+            runner = doctest.DocTestRunner(optionflags=FLAGS)
+            runner.run(example, out=told.append, clear_globs=False)
+            assert runner.failures == 0, "".join(told)
+            namespace.update(example.globs)
+        if block.language != "python" or block.not_run == PRINTOUT:
             continue
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(block, f"{page}.md", "exec"), names)
-        printed = out.getvalue()
-    cases = [value for value in names.values() if isinstance(value, type) and issubclass(value, unittest.TestCase)]
-    for case in cases:
-        result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
-        problems = [text for _, text in (*result.errors, *result.failures)]
-        assert result.testsRun == 0 or not problems, problems[0]
+        # The lines before are left empty, so that tracebacks and reports name the lines of the page.
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        if not block.not_run:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, namespace)
+            printed = out.getvalue()
+    return namespace
+
+
+def run_test_cases(namespace: dict[str, object]) -> None:
+    """Run the tests that a page defines."""
+    for case in [value for value in namespace.values() if isinstance(value, type)]:
+        if issubclass(case, unittest.TestCase) and case.__module__ == namespace["__name__"]:
+            result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
+            problems = [text for _, text in (*result.errors, *result.failures)]
+            assert result.testsRun and not problems, problems
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """torch.compile(backend="rampde_fx") without a compiler in its options takes aot_eager."""
+    compile_ = torch.compile
+
+    def substituted(model=None, *, backend="inductor", options=None, **others):
+        if backend == "rampde_fx":
+            options = {"compiler": "aot_eager", **(options or {})}
+        return compile_(model, backend=backend, options=options, **others)
+
+    monkeypatch.setattr(torch, "compile", substituted)
+    rampde_fx.backward_counts(reset=True)
+
+
+PAGES_WITH_CODE = [
+    pytest.param(page, marks=[pytest.mark.slow] if page.name == "migration.md" else [], id=page.name)
+    for page in PAGES
+    if page != README and code_blocks(page)
+]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
+def test_the_code_of_a_page_runs(page, without_inductor, monkeypatch):
+    run_test_cases(run(page, monkeypatch))
+
+
+def test_little_is_not_run():
+    skipped = [(page.name, block.line) for page in PAGES for block in code_blocks(page) if block.not_run]
+    assert len(skipped) <= MOST_NOT_RUN, skipped
+    assert len(skipped) * 4 <= sum(len(code_blocks(page)) for page in PAGES)
+
+
+def test_the_api_page_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r":: (?:rampde_fx\.)?(?:\w+\.)?(\w+)(?:\(\))?$", text, flags=re.MULTILINE))
+    assert set(rampde_fx.__all__) - {"errors"} <= documented
+    assert ".. automodule:: rampde_fx.errors" in text
+
+
+def test_every_block_has_a_language():
+    known = {"python", "pycon", "sh", "text", "math", "{include}", "{toctree}", "{eval-rst}"}
+    assert {block.language.split(" ")[0] for page in PAGES for block in blocks(page)} <= known
+
+
+def test_the_readme_runs_and_its_graphs_are_printed(without_inductor, monkeypatch):
+    """Every line of the printouts, up to a cut "..." or a comment, stands in what is printed, in this order."""
+    loop = run(README, monkeypatch)["report"].loops[0]
+    printouts = [block.text for block in code_blocks(README) if block.not_run == PRINTOUT]
+    graphs = [loop.passes[0].loop.step, loop.step, loop.adjoint]
+    for text, graph in zip(printouts, graphs, strict=True):
+        printed = [line.strip() for line in graph.print_readable(print_output=False).splitlines()]
+        for line in text.splitlines():
+            shown = line.split("  #")[0].split("...")[0].strip()
+            if shown and not shown.startswith("#"):
+                at = next((i for i, candidate in enumerate(printed) if candidate.startswith(shown)), None)
+                assert at is not None, f"not printed, or not in this order: {line}"
+                printed = printed[at + 1 :]
+
+
+def commands() -> list[str]:
+    """The commands that the pages name: in blocks of sh, in indented blocks, and between backticks."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fenced = [line for block in blocks(page) if block.language == "sh" for line in block.text.splitlines()]
+        outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        indented = re.findall(r"^    (\S.*)$", outside, flags=re.MULTILINE)
+        quoted = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside)]
+        for line in (*fenced, *indented, *quoted):
+            command = line.split("  #")[0].strip()
+            if COMMAND.match(command):
+                found[command] = None
+    return list(found)
+
+
+@cache
+def help_of(*command: str) -> str:
+    line = [sys.executable, *command, "--help"]
+    asked = subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0, asked.stderr
+    return asked.stdout
+
+
+def test_the_targets_of_make_exist():
+    named = {word for line in commands() if line.startswith("make ") for word in line.split()[1:] if "=" not in word}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert named and named - {"TARGET"} <= targets
+
+
+PYTHON_COMMANDS = [line for line in commands() if line.startswith("python ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", PYTHON_COMMANDS)
+def test_the_options_of_a_command_exist(line):
+    words = shlex.split(line)[1:]
+    size = 2 if words[0] == "-m" else 1
+    size += words[:2] == ["-m", "rampde_fx"]  # its command, explain
+    text = help_of(*words[:size])
+    for option in (word.split("=")[0] for word in words[size:] if word.startswith("--")):
+        assert re.search(rf"{re.escape(option)}\b(?!-)", text), f"{option} is not an option of {' '.join(words[:size])}"
+
+
+@pytest.mark.slow
+def test_the_api_page_has_every_option_of_the_command():
+    options = set(re.findall(r"--[a-z][a-z-]*", help_of("-m", "rampde_fx", "explain"))) - {"--help"}
+    assert options == set(re.findall(r"--[a-z][a-z-]*", (ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
