@@ -49,7 +49,7 @@ class LoopReport:
         where: The user's source line of the loop.
         steps: N, the number of steps; None where it is known at run time only.
         policy: The policy in force, its defaults filled in.
-        target: Target of the adjoint scaling, None without scaling.
+        target: Target of the adjoint scaling, None without scaling or without an adjoint.
         emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
         carries: The carried states as "name: dtype[shape]".
         evaluations: Velocity evaluations per step.
@@ -226,7 +226,7 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         where=loop.where,
         steps=known,
         policy=loop.policy,
-        target=loop.target if loop.policy.adjoint_scaling else None,
+        target=loop.target if loop.policy.adjoint_scaling and loop.adjoint is not None else None,
         emitted="search" if loop.controller else "unroll" if loop.unrolled else "scan",
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),

@@ -289,7 +289,17 @@ def rewritten_later() -> bool:
 
 def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
     """Let Dynamo capture a number that is read from a tensor."""
+    if torch.compiler.is_compiling():
+        _allow_scalar_outputs()
     return torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True)
+
+
+@torch.compiler.assume_constant_result
+def _allow_scalar_outputs() -> bool:
+    """Let the capture that is under way make sizes of such numbers: without fullgraph=True it began without."""
+    output: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+    output.fake_mode.allow_scalar_outputs = True
+    return True
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

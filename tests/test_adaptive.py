@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import rampde_fx
@@ -136,6 +137,21 @@ def test_further_methods_and_policies(case):
     y, t = torch.randn(3, 5).double(), torch.tensor([0.0, 0.5, 2.0]).double()
     wanted = gradients(model, model, y, t)
     assert max(relative_errors(gradients(compiled(model, torch.float64, **policy), model, y, t), wanted)) < 1e-10
+
+
+@pytest.mark.parametrize("options", [None, {"step_size": 0.3}], ids=str)
+def test_one_graph_without_fullgraph(options):
+    """Dynamo may capture the number of steps though its capture began without scalars; explain sees both loops."""
+    model = rampde_fx.mixed_precision(Solved(method="bosh3", options=options), dtype=torch.float32)
+    run = torch.compile(model, backend="rampde_fx", options={"compiler": "eager"})
+    y, t = torch.randn(3, 5), torch.tensor([0.0, 0.5, 2.0])
+    counters.clear()
+    for times in (t, t * 1.5):
+        torch.testing.assert_close(run(y, times), model(y, times))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    loops = rampde_fx.explain(model, y, t).loops
+    assert [loop.emitted for loop in loops] == ["search", "scan"][options is not None :]
+    assert all(loop.steps is None for loop in loops)
 
 
 def test_a_nested_state_and_a_parameter_outside_of_the_velocity():
