@@ -86,8 +86,8 @@ wheel-test: dist ## test the wheel, installed in an environment of its own, outs
 
 demo: export MPLBACKEND := Agg
 demo: $(STAMP) ## train the density examples in float16, beside float32
-	$(BIN)/python examples/density.py --data 8gaussians --dtype float16 --compare --out examples/out/density
-	$(BIN)/python examples/density.py --data digits --dtype float16 --compare --out examples/out/density
+	$(BIN)/python examples/density.py --data 8gaussians --dtype float32 float16 --out examples/out/density
+	$(BIN)/python examples/density.py --data digits --dtype float32 float16 --out examples/out/density
 
 clean: ## remove the environments, caches and outputs
 	rm -rf .venv .venv-* build dist *.egg-info examples/out

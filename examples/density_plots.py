@@ -48,17 +48,3 @@ def digits(real: Tensor, samples: Tensor, path: Path) -> None:
         axes.set_title(title)
         axes.set_axis_off()
     figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)
-
-
-def losses(curves: dict[str, list[float]], path: Path, window: int = 20) -> None:
-    """Draws the training losses of each run, as moving means over up to ``window`` iterations."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for (name, values), style in zip(curves.items(), ("-", "--"), strict=False):
-        total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
-        end = torch.arange(1, len(values) + 1)
-        start = (end - window).clamp(min=0)
-        axes.plot(end, (total[end] - total[start]) / (end - start), style, label=name, linewidth=1.2)
-    axes.set(xlabel="iteration", ylabel=f"training loss (nats), mean of {window}")
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -1,6 +1,9 @@
 """The parts of the examples that need no compiler."""
 
+import argparse
+import csv
 import importlib
+import math
 import signal
 import subprocess
 import sys
@@ -22,6 +25,8 @@ density = importlib.import_module("density")
 density_data = importlib.import_module("density_data")
 density_plots = importlib.import_module("density_plots")
 roundoff = importlib.import_module("roundoff")
+training = importlib.import_module("training")
+training_results = importlib.import_module("training_results")
 
 
 def random_flow(dim: int, width: int) -> torch.nn.Module:
@@ -32,20 +37,59 @@ def random_flow(dim: int, width: int) -> torch.nn.Module:
     return flow
 
 
-def tiny_settings(**changes: object) -> object:
-    fields = {
-        "data": "8gaussians",
-        "dtype": "float32",
-        "steps": 2,
-        "iterations": 6,
-        "batch": 8,
-        "width": 4,
-        "lr": 1e-2,
-        "seed": 3,
-        "device": "cpu",
-        "compiler": "aot_eager",
-    }
-    return density.Settings(**{**fields, **changes})
+class Line(training.Workload):
+    """A scalar is fitted to seeded noise; the loss of one iteration can be made infinite, or the run interrupted."""
+
+    name = "line"
+    loss_unit = "1"
+    check_every = 2
+
+    def __init__(self, infinite_at: int = -1, interrupt_at: int = -1) -> None:
+        self.metrics = {"error": training_results.Metric("held-out error", "1", 2)}
+        self.calls = 0
+        self.infinite_at, self.interrupt_at = infinite_at, interrupt_at
+
+    def module(self) -> torch.nn.Module:
+        return Euler()
+
+    def sample(self, generator: torch.Generator) -> tuple[torch.Tensor]:
+        return (torch.randn(4, 1, generator=generator),)
+
+    def loss(self, model, points: torch.Tensor) -> torch.Tensor:
+        loss = model(points, torch.linspace(0, 1, 4)).square().mean()
+        self.calls += 1
+        if self.calls == self.interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+        return loss / 0 if self.calls == self.infinite_at else loss
+
+    def held_out(self, model) -> dict[str, float]:
+        return {"error": model(torch.ones(4, 1), torch.linspace(0, 1, 4)).detach().square().mean().item()}
+
+    def draw(self, module: torch.nn.Module, seed: int, path: Path) -> None:
+        path.write_text(str(seed))
+
+
+class Euler(torch.nn.Module):
+    """y' = w y by Euler's method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(1, 1))
+
+    def forward(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * (y @ self.weight)
+        return y
+
+
+def options(out: Path, *arguments: str) -> argparse.Namespace:
+    parser = training.parser("", str(out), iterations=6, batch=4, lr=0.1)
+    return training.parse(parser, ["--device", "cpu", "--compiler", "aot_eager", *arguments])
+
+
+def table_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "line-results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("dim", [2, 5])
@@ -114,59 +158,87 @@ def test_digits_are_whitened_and_mapped_back():
     assert 0 <= images.min() <= images[:, 0, 0].max() <= 1 / 17 + 1e-4
 
 
-def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, capsys):
-    settings = tiny_settings()
-    data = density_data.load(settings.data)
+def test_a_table_of_dtypes_and_seeds(tmp_path):
+    workload = Line()
+    assert training.run(workload, options(tmp_path, "--compare", "--seed", "3", "5")) == 0
+    rows = table_rows(tmp_path)
+    assert [(row["dtype"], row["seed"]) for row in rows] == [(d, s) for d in training.POLICIES for s in "35"]
+    # One seed, one error in every dtype, up to its roundoff; float32 and bfloat16 are not scaled.
+    for row, reference in zip(rows, rows[:2] * 4, strict=True):
+        assert float(row["error"]) == pytest.approx(float(reference["error"]), rel=2e-2)
+        assert row["backward_passes"] == ("6" if row["dtype"] == "float16" else "0")
+    assert rows[0]["error"] != rows[1]["error"]
+    # float16 stores two bytes for each of 3 steps and 4 points.
+    assert [row["stored_bytes"] for row in rows[::2]] == ["48", "24", "24", "24"]
+    with (tmp_path / "line-float16-seed3.csv").open(newline="") as file:
+        curve = list(csv.DictReader(file))
+    assert [bool(point["error"]) for point in curve] == [False, True] * 3
+    table = (tmp_path / "line-table.md").read_text()
+    assert table.count("±") == 4
+    assert "Relative difference from float32, held-out error: bfloat16" in table
+    assert (tmp_path / "line-float16-seed5.png").read_text() == "5"
+    assert (tmp_path / "line-loss.png").stat().st_size > 0
 
-    def fresh_flow():
-        torch.manual_seed(settings.seed)
-        return density.Flow(data.dim, settings.width)
 
-    flow = fresh_flow()
-    whole, interrupted = density.train(settings, data, flow, flow, tmp_path / "whole.pt", resume=False)
-    assert not interrupted
-    assert len(whole.losses) == settings.iterations
+def test_seeds_share_what_is_compiled_and_nothing_else(tmp_path):
+    frames = []
+    for out, seeds in (("both", ["0", "1"]), ("one", ["1"])):
+        torch._dynamo.utils.counters.clear()
+        training.run(Line(), options(tmp_path / out, "--seed", *seeds))
+        frames.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert frames[0] == frames[1] > 0
+    assert table_rows(tmp_path / "both")[1]["error"] == table_rows(tmp_path / "one")[0]["error"]
 
-    calls = 0
-    halted = fresh_flow()
 
-    def with_interrupt(y, t):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            signal.raise_signal(signal.SIGINT)
-        return halted(y, t)
-
+def test_resumed_table_repeats_the_uninterrupted_one(tmp_path, capsys):
+    arguments = ["--dtype", "float32", "float16", "--seed", "0", "1"]
+    training.run(Line(), options(tmp_path / "whole", *arguments))
     handler = signal.getsignal(signal.SIGINT)
-    part, interrupted = density.train(settings, data, halted, with_interrupt, tmp_path / "part.pt", resume=False)
-    assert interrupted
-    assert part.losses == whole.losses[:3]
+    assert training.run(Line(interrupt_at=6 + 1 + 3), options(tmp_path / "part", *arguments)) == 130
     assert signal.getsignal(signal.SIGINT) is handler
+    assert "interrupted after 3 iterations of line-float32-seed1; --resume continues" in capsys.readouterr().out
+    resumed = Line()
+    assert training.run(resumed, options(tmp_path / "part", *arguments, "--resume")) == 0
+    assert "line-float32-seed0: finished before" in capsys.readouterr().out
+    # The finished run is not repeated; explain calls the loss once for each dtype.
+    assert resumed.calls == 3 + 6 + 6 + 2
+    whole, part = table_rows(tmp_path / "whole"), table_rows(tmp_path / "part")
+    for name in ("error", "training_loss_last_50", "backward_passes", "stored_bytes"):
+        assert [row[name] for row in part] == [row[name] for row in whole]
 
-    again = density.Flow(data.dim, settings.width)
-    resumed, interrupted = density.train(settings, data, again, again, tmp_path / "part.pt", resume=True)
-    assert not interrupted
-    assert resumed.losses == whole.losses
-    for expected, parameter in zip(flow.parameters(), again.parameters(), strict=True):
-        assert torch.equal(expected, parameter)
 
-
-def test_resume_refuses_a_missing_or_foreign_checkpoint(tmp_path):
-    settings = tiny_settings(iterations=1)
-    data = density_data.load(settings.data)
-    flow = density.Flow(data.dim, settings.width)
-    path = tmp_path / "run.pt"
+def test_resume_refuses_missing_or_foreign_checkpoints(tmp_path):
     with pytest.raises(SystemExit, match="there is no checkpoint"):
-        density.train(settings, data, flow, flow, path, resume=True)
-    density.train(settings, data, flow, flow, path, resume=False)
-    with pytest.raises(SystemExit, match=r"--lr 0\.01 \(now 0\.1\)"):
-        density.train(tiny_settings(iterations=1, lr=0.1), data, flow, flow, path, resume=True)
+        training.run(Line(), options(tmp_path, "--iterations", "1", "--resume"))
+    training.run(Line(), options(tmp_path, "--iterations", "1"))
+    with pytest.raises(SystemExit, match=r"--lr 0\.1 \(now 0\.2\)"):
+        training.run(Line(), options(tmp_path, "--iterations", "1", "--resume", "--lr", "0.2"))
 
 
-def test_compare_needs_a_low_precision(capsys):
+def test_divergence_is_an_error_alone_and_a_result_in_a_table(tmp_path):
+    with pytest.raises(SystemExit, match="the loss is inf at iteration 3"):
+        training.run(Line(infinite_at=4), options(tmp_path))
+    # The fifth iteration of the second run, behind explain's call.
+    assert training.run(Line(infinite_at=6 + 1 + 5), options(tmp_path, "--dtype", "float32", "float16")) == 0
+    first, second = table_rows(tmp_path)
+    assert (first["diverged_at"], second["diverged_at"]) == ("", "4")
+    assert math.isnan(float(second["error"]))
+    assert "diverged at iteration 4" in (tmp_path / "line-table.md").read_text()
+
+
+def test_compare_stands_for_all_dtypes(tmp_path, capsys):
+    assert options(tmp_path, "--compare").dtype == list(training.POLICIES)
     with pytest.raises(SystemExit):
-        density.parse_arguments(["--compare", "--dtype", "float32"])
-    assert "float16" in capsys.readouterr().err
+        options(tmp_path, "--compare", "--dtype", "float16")
+    assert "give one or the other" in capsys.readouterr().err
+
+
+def test_density_is_a_workload(tmp_path):
+    out = ["--out", str(tmp_path), "--device", "cpu", "--compiler", "aot_eager"]
+    small = ["--dtype", "float32", "--iterations", "2", "--steps", "2", "--width", "4"]
+    assert density.main([*out, *small]) == 0
+    assert (tmp_path / "8gaussians-float32-seed0.png").stat().st_size > 0
+    assert "in fp32, 4 x the steps (nats)" in (tmp_path / "8gaussians-table.md").read_text()
 
 
 @pytest.mark.parametrize(

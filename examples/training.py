@@ -1,0 +1,421 @@
+"""What the training examples share: the command line, the training loop, checkpoints and the runs of a comparison.
+
+An example describes what it trains as a Workload, adds its own options to those of ``parser`` and ends in ``run``.
+Every dtype is trained from the same parameters and on the same batches, which the seed decides.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import training_results
+from common import positive
+from torch import Tensor, nn
+from tqdm import tqdm
+from training_results import History, Metric, Result
+
+import rampde_fx
+from rampde_fx import PrecisionPolicy
+
+POLICIES = {
+    "float32": PrecisionPolicy(torch.float32),
+    "bfloat16": PrecisionPolicy(torch.bfloat16),
+    "float16": PrecisionPolicy(torch.float16),
+    "float16-unscaled": PrecisionPolicy(torch.float16, scaling="none"),
+}
+SAVE_EVERY = 100  # iterations
+
+# A module, compiled or not.
+Model = Callable[..., Tensor]
+
+
+class Workload(ABC):
+    """What an example trains.
+
+    Attributes:
+        name: First part of the names of all files.
+        loss_unit: Unit of the training loss.
+        metrics: What ``held_out`` and ``held_out_plain`` return, the most important first.
+        check_every: Iterations between evaluations of ``held_out`` during training; 0 for the one at the end alone.
+    """
+
+    name: str
+    loss_unit: str
+    metrics: dict[str, Metric]
+    check_every: int = 0
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """A new module with random parameters from torch's generator, which has been seeded."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """A training batch on the CPU, random numbers of the loss included, from the generator alone."""
+
+    @abstractmethod
+    def loss(self, model: Model, *batch: Tensor) -> Tensor:
+        """The training loss, 0-d, of a batch that is on the device."""
+
+    @abstractmethod
+    def held_out(self, model: Model) -> dict[str, float]:
+        """Held-out metrics of the compiled model, computed as in training.
+
+        With batches of the training size (see ``chunks``) and gradients enabled the graph of the training is used
+        again, so that nothing more is compiled.
+        """
+
+    def held_out_plain(self, module: nn.Module) -> dict[str, float]:
+        """Held-out metrics of the uncompiled module, which is plain fp32 code for any shape; gradients are off."""
+        return {}
+
+    @abstractmethod
+    def draw(self, module: nn.Module, seed: int, path: Path) -> None:
+        """Draws a picture of what the uncompiled module has learned; gradients are off."""
+
+    def optimizer(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """The optimizer; the training loop sets its learning rate."""
+        return torch.optim.Adam(module.parameters(), lr=lr)
+
+
+def chunks(count: int, batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Divides count points into batches of one size, the last one filled up with points from the start.
+
+    Yields:
+        The points' indices and whether they count, both (batch,).
+    """
+    for start in range(0, count, batch):
+        index = torch.arange(start, start + batch, device=device)
+        yield index % count, index < count
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a trajectory. A checkpoint is resumed under equal settings only.
+
+    Attributes:
+        dtype: A key of POLICIES.
+        seed: Of parameters and batches.
+        iterations: Of the whole run.
+        batch: Batch size.
+        lr: Learning rate at the start.
+        device: As torch names it.
+        compiler: Of the rampde_fx backend.
+        own: The options of the example itself, by name.
+    """
+
+    dtype: str
+    seed: int
+    iterations: int
+    batch: int
+    lr: float
+    device: str
+    compiler: str
+    own: dict[str, str | int | float]
+
+    def options(self) -> dict[str, str | int | float]:
+        """All settings by the names of the command line."""
+        named = {**asdict(self), **self.own}
+        del named["own"]
+        return {f"--{name.replace('_', '-')}": value for name, value in named.items()}
+
+    def learning_rate(self, iteration: int) -> float:
+        """Cosine decay from lr to zero."""
+        return 0.5 * self.lr * (1 + math.cos(math.pi * iteration / self.iterations))
+
+
+@dataclass
+class State:
+    """All that the next iteration depends on; its number is the length of the losses."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    history: History
+
+    @staticmethod
+    def fresh(workload: Workload, settings: Settings, module: nn.Module) -> "State":
+        """The state before the first iteration."""
+        # The generator is on the CPU whatever the device, so that all runs of one seed see the same batches.
+        generator = torch.Generator().manual_seed(settings.seed)
+        return State(module, workload.optimizer(module, settings.lr), generator, History())
+
+    def restore(self, checkpoint: dict) -> None:
+        """Takes over what ``save`` has written."""
+        self.module.load_state_dict(checkpoint["module"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.generator.set_state(checkpoint["generator"].cpu())
+        self.history = History(**checkpoint["history"])
+
+    def save(self, path: Path, settings: Settings, result: Result | None = None) -> None:
+        """Writes a checkpoint, with the result of a run that is finished."""
+        checkpoint = {
+            "options": settings.options(),
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "history": asdict(self.history),
+            "result": result and {**asdict(result), "history": None},
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)  # an interrupted write leaves the previous checkpoint whole
+
+
+def read_checkpoint(path: Path, settings: Settings) -> dict:
+    """Reads what ``State.save`` has written.
+
+    Raises:
+        SystemExit: if it was written under other settings.
+    """
+    checkpoint = torch.load(path, map_location=settings.device, weights_only=True)
+    written, asked = checkpoint["options"], settings.options()
+    differing = [
+        f"{name} {written.get(name)} (now {asked[name]})" for name in asked if written.get(name) != asked[name]
+    ]
+    if differing:
+        raise SystemExit(
+            f"--resume: {path} was written with {', '.join(differing)}; "
+            "give the same settings, or start without --resume"
+        )
+    return checkpoint
+
+
+def train(
+    workload: Workload, settings: Settings, state: State, model: Model, path: Path, title: str = "", alone: bool = True
+) -> bool:
+    """Trains a module, and writes checkpoints regularly, at the end and at Ctrl-C.
+
+    Args:
+        workload: What is trained.
+        settings: The settings of the run.
+        state: Where to start; it is brought up to date in place.
+        model: The state's module, compiled or not.
+        path: The checkpoint to write.
+        title: Of the progress bar.
+        alone: Whether a loss that is not finite is an error. Otherwise it ends the run and is recorded.
+
+    Returns:
+        Whether the run came to its end, which is not so after Ctrl-C.
+
+    Raises:
+        SystemExit: if the loss is not finite and the run is alone.
+    """
+    history = state.history
+    interrupted = False
+
+    def finish_iteration(signum: int, frame: object) -> None:
+        # The state between two iterations is the one to resume from.
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, previous)
+        os.write(2, b"\nfinishing this iteration; Ctrl-C again stops at once\n")
+
+    def save() -> None:
+        history.add_counts(rampde_fx.backward_counts(reset=True).values())
+        state.save(path, settings)
+
+    rampde_fx.backward_counts(reset=True)
+    previous = signal.signal(signal.SIGINT, finish_iteration)
+    started = done = len(history.losses)
+    progress = tqdm(total=settings.iterations, initial=done, desc=title, unit="it", disable=None)
+    progress.set_postfix_str("the first iteration compiles")
+    try:
+        while done < settings.iterations and history.diverged is None and not interrupted:
+            begin = time.perf_counter()
+            for group in state.optimizer.param_groups:
+                group["lr"] = settings.learning_rate(done)
+            batch = [x.to(settings.device) for x in workload.sample(state.generator)]
+            # float16 needs no GradScaler: the generated adjoint scales its cotangents itself.
+            loss = workload.loss(model, *batch)
+            state.optimizer.zero_grad()
+            loss.backward()
+            value = loss.item()
+            if not math.isfinite(value):
+                if alone:
+                    raise SystemExit(f"the loss is {value} at iteration {done}; lower --lr or take --dtype float32")
+                history.diverged = done
+                save()
+                break
+            state.optimizer.step()
+            history.add(value, time.perf_counter() - begin, first=done == started)
+            done += 1
+            progress.update()
+            progress.set_postfix({workload.loss_unit: f"{history.recent(20):.3f}"}, refresh=False)
+            if workload.check_every and done % workload.check_every == 0:
+                history.checks.append({"iteration": done, **workload.held_out(model)})
+            if interrupted or done == settings.iterations or done % SAVE_EVERY == 0:
+                save()
+    finally:
+        progress.close()
+        signal.signal(signal.SIGINT, previous)
+    return done == settings.iterations or history.diverged is not None
+
+
+class Runs:
+    """The runs of one dtype, which differ in the seed and share one compiled module.
+
+    Attributes:
+        module: The module, whose parameters every run replaces.
+        model: The same module, compiled.
+    """
+
+    def __init__(self, workload: Workload, dtype: str, device: str, compiler: str) -> None:
+        self._workload, self._device = workload, device
+        torch.compiler.reset()  # what was compiled for another dtype is of no more use
+        self.module = rampde_fx.mixed_precision(workload.module().to(device), policy=POLICIES[dtype])
+        self.model = torch.compile(self.module, backend="rampde_fx", options={"compiler": compiler}, fullgraph=True)
+        self._stored: tuple[int, int] | None = None
+
+    def start(self, settings: Settings) -> State:
+        """The state before the first iteration, with the parameters of the seed."""
+        torch.manual_seed(settings.seed)
+        self.module.load_state_dict(self._workload.module().state_dict())
+        return State.fresh(self._workload, settings, self.module)
+
+    def stored(self, state: State) -> tuple[int, int]:
+        """Bytes that all loops store for the backward, and those that plain autograd would store."""
+        if self._stored is None:
+            batch = [x.to(self._device) for x in self._workload.sample(state.generator)]
+            loops = rampde_fx.explain(lambda *batch: self._workload.loss(self.module, *batch), *batch).loops
+            self._stored = sum(x.stored_bytes for x in loops), sum(x.stored_bytes_autograd for x in loops)
+        return self._stored
+
+    def evaluate(self, settings: Settings, state: State, path: Path) -> Result:
+        """Measures a run that is finished, and draws its picture."""
+        metrics = dict.fromkeys(self._workload.metrics, math.nan)
+        if state.history.diverged is None:
+            metrics |= self._workload.held_out(self.model)
+            with torch.no_grad():
+                metrics |= self._workload.held_out_plain(self.module)
+                self._workload.draw(self.module, settings.seed, path)
+        return Result(settings.dtype, settings.seed, state.history, metrics, *self.stored(state))
+
+
+def parser(description: str, out: str, *, iterations: int, batch: int, lr: float) -> argparse.ArgumentParser:
+    """The options that every training example has."""
+
+    def device(text: str) -> str:
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+            raise argparse.ArgumentTypeError(f"{text!r} is not usable: {error}".splitlines()[0]) from None
+        return text
+
+    found = argparse.ArgumentParser(
+        description=description,
+        epilog="Writes to --out: a table of all runs (NAME-table.md, NAME-results.csv), their losses (NAME-loss.png), "
+        "and for each run NAME-DTYPE-seedN with the endings .pt (checkpoint), .csv (training curve) and .png. "
+        "Ctrl-C finishes the iteration and writes the checkpoint; the same command with --resume goes on there.",
+    )
+    shared = found.add_argument_group("options that all training examples have")
+    shared.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=POLICIES,
+        metavar="DTYPE",
+        help="dtypes of the velocity evaluations: %(choices)s; all from the same parameters and batches, "
+        "default float16. float16-unscaled shows what happens without adjoint scaling",
+    )
+    shared.add_argument("--compare", action="store_true", help="all four dtypes")
+    shared.add_argument(
+        "--seed",
+        nargs="+",
+        metavar="N",
+        type=int,
+        default=[0],
+        help="of parameters and batches, a run for each; default 0",
+    )
+    for option, default, what in (
+        ("--iterations", iterations, "training iterations"),
+        ("--batch", batch, "batch size"),
+    ):
+        shared.add_argument(option, metavar="N", type=positive, default=default, help=f"{what}, default %(default)s")
+    shared.add_argument(
+        "--lr", metavar="RATE", type=float, default=lr, help="learning rate, decays by a cosine, default %(default)s"
+    )
+    shared.add_argument(
+        "--device",
+        metavar="DEVICE",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ...; default %(default)s here",
+    )
+    shared.add_argument(
+        "--compiler",
+        choices=["inductor", "aot_eager"],
+        default="inductor",
+        help="what compiles the rewritten graph, default %(default)s; aot_eager starts sooner and runs slower",
+    )
+    shared.add_argument("--out", metavar="DIR", type=Path, default=Path(out), help="output folder, default %(default)s")
+    shared.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+    return found
+
+
+def parse(found: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; dtype and seed become lists without repetitions."""
+    options = found.parse_args(arguments)
+    if options.compare and options.dtype:
+        found.error("--compare stands for all four of --dtype: give one or the other")
+    options.dtype = list(dict.fromkeys(options.dtype or (POLICIES if options.compare else ["float16"])))
+    options.seed = list(dict.fromkeys(options.seed))
+    return options
+
+
+SHARED = ("dtype", "seed", "iterations", "batch", "lr", "device", "compiler")
+WITHOUT_EFFECT = ("compare", "out", "resume")  # on a trajectory
+
+
+def run(workload: Workload, options: argparse.Namespace) -> int:
+    """Trains all dtypes and seeds, writes the table and the pictures, and returns the exit status."""
+    named = vars(options)
+    own = {name: value for name, value in named.items() if name not in SHARED + WITHOUT_EFFECT}
+    common = {name: named[name] for name in SHARED if name not in ("dtype", "seed")}
+    jobs = [Settings(dtype, seed, **common, own=own) for dtype in options.dtype for seed in options.seed]
+    options.out.mkdir(parents=True, exist_ok=True)
+    paths = [options.out / f"{workload.name}-{job.dtype}-seed{job.seed}.pt" for job in jobs]
+    if options.resume and not any(path.exists() for path in paths):
+        raise SystemExit(f"--resume: there is no checkpoint {paths[0]}; start without --resume")
+    checkpoints = [
+        read_checkpoint(p, job) if options.resume and p.exists() else {} for p, job in zip(paths, jobs, strict=True)
+    ]
+
+    done: list[Result] = []
+    runs, runs_dtype = None, ""
+    try:
+        for number, (job, path, checkpoint) in enumerate(zip(jobs, paths, checkpoints, strict=True), 1):
+            if checkpoint.get("result"):
+                history = History(**checkpoint["history"])
+                done.append(Result(**{**checkpoint["result"], "history": history}))
+                print(f"{path.stem}: finished before")
+                continue
+            if runs is None or runs_dtype != job.dtype:
+                runs, runs_dtype = Runs(workload, job.dtype, job.device, job.compiler), job.dtype
+            state = runs.start(job)
+            if checkpoint:
+                state.restore(checkpoint)
+            title = f"{workload.name} {job.dtype} seed {job.seed}" + (f" ({number} of {len(jobs)})" if jobs[1:] else "")
+            if not train(workload, job, state, runs.model, path, title, alone=len(jobs) == 1):
+                print(f"interrupted after {len(state.history.losses)} iterations of {path.stem}; --resume continues")
+                return 130  # as after SIGINT
+            result = runs.evaluate(job, state, path.with_suffix(".png"))
+            state.save(path, job, result)
+            done.append(result)
+            training_results.write_curve(workload.metrics, result, path.with_suffix(".csv"))
+            print(f"{path.stem}: {training_results.summary(workload.metrics, result)}")
+            training_results.write_rows(workload.metrics, done, options.out / f"{workload.name}-results.csv")
+    except KeyboardInterrupt:
+        print("stopped; --resume continues from the checkpoints, if there are any", file=sys.stderr)
+        return 130
+    training_results.draw_losses(workload.metrics, workload.loss_unit, done, options.out / f"{workload.name}-loss.png")
+    text = training_results.table(workload.metrics, done)
+    (options.out / f"{workload.name}-table.md").write_text(text)
+    print(f"\n{text}")
+    return 0
