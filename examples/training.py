@@ -80,6 +80,10 @@ class Workload(ABC):
     def draw(self, module: nn.Module, seed: int, path: Path) -> None:
         """Draws a picture of what the uncompiled module has learned; gradients are off."""
 
+    def notes(self) -> list[str]:
+        """Lines to print below the table, such as what another method reaches."""
+        return []
+
     def optimizer(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimizer; the training loop sets its learning rate."""
         return torch.optim.Adam(module.parameters(), lr=lr)
@@ -415,7 +419,7 @@ def run(workload: Workload, options: argparse.Namespace) -> int:
         print("stopped; --resume continues from the checkpoints, if there are any", file=sys.stderr)
         return 130
     training_results.draw_losses(workload.metrics, workload.loss_unit, done, options.out / f"{workload.name}-loss.png")
-    text = training_results.table(workload.metrics, done)
+    text = training_results.table(workload.metrics, done) + "".join(f"\n{note}\n" for note in workload.notes())
     (options.out / f"{workload.name}-table.md").write_text(text)
     print(f"\n{text}")
     return 0
