@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable
 
 import torch
+from tabular_data import DIGITS_HELD_OUT, HELD_OUT_SEED, dequantise, digit_levels
 from torch import Tensor
 
 PLANAR_HELD_OUT = 2048
-DIGITS_HELD_OUT = 297
 DIGITS_COMPONENTS = 16
-# One split for every --seed, so that losses of different seeds are comparable.
-HELD_OUT_SEED = 20251023
 
 
 def eight_gaussians(count: int, generator: torch.Generator) -> Tensor:
@@ -81,33 +79,26 @@ class Digits:
     name = "digits"
 
     def __init__(self, dim: int = DIGITS_COMPONENTS) -> None:
-        from sklearn.datasets import load_digits
-
         self.dim = dim
-        levels = torch.from_numpy(load_digits().data).float()  # (1797, 64)
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        levels = levels[torch.randperm(len(levels), generator=generator)]
+        levels = digit_levels(generator)
         self._train = levels[DIGITS_HELD_OUT:]
-        pixels = self._dequantise(self._train, generator)
+        pixels = dequantise(self._train, generator)
         self._mean = pixels.mean(dim=0)  # (64,)
         variance, direction = torch.linalg.eigh(torch.cov(pixels.T))  # ascending
         self._scale = variance[-dim:].flip(0).sqrt()  # (dim,)
         self._direction = direction[:, -dim:].flip(1)  # (64, dim)
-        self.held_out = self._project(self._dequantise(levels[:DIGITS_HELD_OUT], generator))
+        self.held_out = self._project(dequantise(levels[:DIGITS_HELD_OUT], generator))
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws (count, dim) training points, with replacement and with fresh dequantisation noise."""
         chosen = torch.randint(len(self._train), (count,), generator=generator)
-        return self._project(self._dequantise(self._train[chosen], generator))
+        return self._project(dequantise(self._train[chosen], generator))
 
     def to_images(self, points: Tensor) -> Tensor:
         """Maps points (count, dim) back to images (count, 8, 8) with grey levels in [0, 1]."""
         pixels = self._mean + (points * self._scale) @ self._direction.T
         return pixels.clamp(0, 1).view(-1, 8, 8)
-
-    @staticmethod
-    def _dequantise(levels: Tensor, generator: torch.Generator) -> Tensor:
-        return (levels + torch.rand(levels.shape, generator=generator)) / 17
 
     def _project(self, pixels: Tensor) -> Tensor:
         return (pixels - self._mean) @ self._direction / self._scale
