@@ -34,17 +34,15 @@ def planar(real: Tensor, samples: Tensor, density: Tensor, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def digits(real: Tensor, samples: Tensor, path: Path) -> None:
-    """Draws data and samples of the flow, both (DIGITS_SHOWN, 8, 8), in two square mosaics."""
+def digits(real: Tensor, samples: Tensor, path: Path, title: str = "data on the principal components") -> None:
+    """Draws data, under its title, and samples of the flow, both (DIGITS_SHOWN, 8, 8), in two square mosaics."""
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, title, images in zip(
-        panels, ("data on the principal components", "samples of the flow"), (real, samples), strict=True
-    ):
+    for axes, name, images in zip(panels, (title, "samples of the flow"), (real, samples), strict=True):
         framed = torch.nn.functional.pad(images, (1, 1, 1, 1))
         side = round(len(images) ** 0.5)
         mosaic = framed.view(side, side, 10, 10).transpose(1, 2).reshape(10 * side, 10 * side)
         axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1)
-        axes.set_title(title)
+        axes.set_title(name)
         axes.set_axis_off()
     figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)

@@ -242,7 +242,13 @@ def test_density_is_a_workload(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("density", "--compare"), ("adjoint_scaling", "--points"), ("roundoff", "--quick")]
+    ("name", "option"),
+    [
+        ("density", "--compare"),
+        ("potential_flow", "--alpha-c"),
+        ("adjoint_scaling", "--points"),
+        ("roundoff", "--quick"),
+    ],
 )
 def test_help(name, option):
     done = subprocess.run(
