@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from tabular_data import DIGITS_HELD_OUT, HELD_OUT_SEED, dequantise, digit_levels
+from tabular_data import DIGITS_HELD_OUT, HELD_OUT_SEED, dequantise, shuffled_digits
 from torch import Tensor
 
 PLANAR_HELD_OUT = 2048
@@ -81,7 +81,7 @@ class Digits:
     def __init__(self, dim: int = DIGITS_COMPONENTS) -> None:
         self.dim = dim
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        levels = digit_levels(generator)
+        levels, _ = shuffled_digits(generator)
         self._train = levels[DIGITS_HELD_OUT:]
         pixels = dequantise(self._train, generator)
         self._mean = pixels.mean(dim=0)  # (64,)

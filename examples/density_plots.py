@@ -26,7 +26,7 @@ def planar(real: Tensor, samples: Tensor, density: Tensor, path: Path) -> None:
         axes.scatter(points[:, 0], points[:, 1], s=1.5, linewidths=0, alpha=0.6)
         axes.set_title(title)
     extent = (-EXTENT, EXTENT, -EXTENT, EXTENT)
-    image = right.imshow(density.view(GRID_POINTS, GRID_POINTS), origin="lower", extent=extent)
+    image = right.imshow(density.view(GRID_POINTS, GRID_POINTS).numpy(), origin="lower", extent=extent)
     right.set_title("learned density")
     figure.colorbar(image, ax=right, shrink=0.8)
     for axes in (left, middle, right):
@@ -42,7 +42,7 @@ def digits(real: Tensor, samples: Tensor, path: Path, title: str = "data on the 
         framed = torch.nn.functional.pad(images, (1, 1, 1, 1))
         side = round(len(images) ** 0.5)
         mosaic = framed.view(side, side, 10, 10).transpose(1, 2).reshape(10 * side, 10 * side)
-        axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(mosaic.numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(name)
         axes.set_axis_off()
     figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)

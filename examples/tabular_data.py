@@ -21,12 +21,13 @@ NAMES = ("digits", "breast_cancer", "bsds300")
 Jitter = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def digit_levels(generator: torch.Generator) -> Tensor:
-    """The grey levels of scikit-learn's 8x8 digits, whole numbers in 0..16, shuffled; (1797, 64)."""
+def shuffled_digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Scikit-learn's 8x8 digits: grey levels, whole numbers in 0..16, (1797, 64), and labels (1797,)."""
     from sklearn.datasets import load_digits
 
-    levels = torch.from_numpy(load_digits().data).float()
-    return levels[torch.randperm(len(levels), generator=generator)]
+    found = load_digits()
+    order = torch.randperm(len(found.data), generator=generator)
+    return torch.from_numpy(found.data).float()[order], torch.from_numpy(found.target)[order]
 
 
 def dequantise(levels: Tensor, generator: torch.Generator) -> Tensor:
@@ -85,7 +86,8 @@ class Table:
 def digits() -> Table:
     """The digits with uniform dequantisation noise: 1200 training, 300 validation, 297 held-out images of 64 pixels."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    held_out, validation, train = digit_levels(generator).split([DIGITS_HELD_OUT, 300, 1200])
+    levels, _ = shuffled_digits(generator)
+    held_out, validation, train = levels.split([DIGITS_HELD_OUT, 300, 1200])
     return Table("digits", train, validation, held_out, dequantise, generator)
 
 

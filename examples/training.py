@@ -68,8 +68,8 @@ class Workload(ABC):
     def held_out(self, model: Model) -> dict[str, float]:
         """Held-out metrics of the compiled model, computed as in training.
 
-        With batches of the training size (see ``chunks``) and gradients enabled the graph of the training is used
-        again, so that nothing more is compiled.
+        With batches of the training's size (see ``chunks``) and strides, and with gradients enabled, the graph of the
+        training is used again, so that nothing more is compiled.
         """
 
     def held_out_plain(self, module: nn.Module) -> dict[str, float]:
