@@ -166,7 +166,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "history": asdict(self.history),
-            "result": result and {**asdict(result), "history": None},
+            "result": result and {name: value for name, value in vars(result).items() if name != "history"},
         }
         partial = path.with_suffix(".partial")
         torch.save(checkpoint, partial)
@@ -266,16 +266,24 @@ def train(
 class Runs:
     """The runs of one dtype, which differ in the seed and share one compiled module.
 
+    Args:
+        workload: What is trained.
+        settings: Those of the first run.
+
     Attributes:
+        dtype: A key of POLICIES.
         module: The module, whose parameters every run replaces.
         model: The same module, compiled.
     """
 
-    def __init__(self, workload: Workload, dtype: str, device: str, compiler: str) -> None:
-        self._workload, self._device = workload, device
+    def __init__(self, workload: Workload, settings: Settings) -> None:
+        self._workload, self._device, self.dtype = workload, settings.device, settings.dtype
         torch.compiler.reset()  # what was compiled for another dtype is of no more use
-        self.module = rampde_fx.mixed_precision(workload.module().to(device), policy=POLICIES[dtype])
-        self.model = torch.compile(self.module, backend="rampde_fx", options={"compiler": compiler}, fullgraph=True)
+        module = workload.module().to(settings.device)
+        self.module = rampde_fx.mixed_precision(module, policy=POLICIES[settings.dtype])
+        self.model = torch.compile(
+            self.module, backend="rampde_fx", options={"compiler": settings.compiler}, fullgraph=True
+        )
         self._stored: tuple[int, int] | None = None
 
     def start(self, settings: Settings) -> State:
@@ -373,53 +381,61 @@ def parse(found: argparse.ArgumentParser, arguments: Sequence[str] | None) -> ar
     return options
 
 
-SHARED = ("dtype", "seed", "iterations", "batch", "lr", "device", "compiler")
-WITHOUT_EFFECT = ("compare", "out", "resume")  # on a trajectory
+SHARED = ("iterations", "batch", "lr", "device", "compiler")
+
+
+def list_runs(options: argparse.Namespace) -> list[Settings]:
+    """The settings of every run: all seeds of the first dtype, then of the next one."""
+    named = vars(options)
+    shared = {name: named[name] for name in SHARED}
+    # Where files are does not decide what is trained.
+    other = {*SHARED, "dtype", "seed", "compare", "resume"}
+    own = {name: value for name, value in named.items() if name not in other and not isinstance(value, Path)}
+    return [Settings(dtype, seed, **shared, own=own) for dtype in options.dtype for seed in options.seed]
 
 
 def run(workload: Workload, options: argparse.Namespace) -> int:
     """Trains all dtypes and seeds, writes the table and the pictures, and returns the exit status."""
-    named = vars(options)
-    own = {name: value for name, value in named.items() if name not in SHARED + WITHOUT_EFFECT}
-    common = {name: named[name] for name in SHARED if name not in ("dtype", "seed")}
-    jobs = [Settings(dtype, seed, **common, own=own) for dtype in options.dtype for seed in options.seed]
-    options.out.mkdir(parents=True, exist_ok=True)
-    paths = [options.out / f"{workload.name}-{job.dtype}-seed{job.seed}.pt" for job in jobs]
+    settings = list_runs(options)
+    out, metrics = options.out, workload.metrics
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{workload.name}-{one.dtype}-seed{one.seed}.pt" for one in settings]
     if options.resume and not any(path.exists() for path in paths):
         raise SystemExit(f"--resume: there is no checkpoint {paths[0]}; start without --resume")
+    found = [path.exists() if options.resume else False for path in paths]
     checkpoints = [
-        read_checkpoint(p, job) if options.resume and p.exists() else {} for p, job in zip(paths, jobs, strict=True)
+        read_checkpoint(path, one) if known else None for path, one, known in zip(paths, settings, found, strict=True)
     ]
 
-    done: list[Result] = []
-    runs, runs_dtype = None, ""
+    results: list[Result] = []
+    runs: Runs | None = None
     try:
-        for number, (job, path, checkpoint) in enumerate(zip(jobs, paths, checkpoints, strict=True), 1):
-            if checkpoint.get("result"):
-                history = History(**checkpoint["history"])
-                done.append(Result(**{**checkpoint["result"], "history": history}))
+        for number, (one, path, checkpoint) in enumerate(zip(settings, paths, checkpoints, strict=True), 1):
+            if checkpoint and checkpoint["result"]:
+                results.append(Result(**checkpoint["result"], history=History(**checkpoint["history"])))
                 print(f"{path.stem}: finished before")
                 continue
-            if runs is None or runs_dtype != job.dtype:
-                runs, runs_dtype = Runs(workload, job.dtype, job.device, job.compiler), job.dtype
-            state = runs.start(job)
+            if runs is None or runs.dtype != one.dtype:
+                runs = Runs(workload, one)
+            state = runs.start(one)
             if checkpoint:
                 state.restore(checkpoint)
-            title = f"{workload.name} {job.dtype} seed {job.seed}" + (f" ({number} of {len(jobs)})" if jobs[1:] else "")
-            if not train(workload, job, state, runs.model, path, title, alone=len(jobs) == 1):
+            title = f"{path.stem} ({number} of {len(settings)})"
+            if not train(workload, one, state, runs.model, path, title, alone=len(settings) == 1):
                 print(f"interrupted after {len(state.history.losses)} iterations of {path.stem}; --resume continues")
                 return 130  # as after SIGINT
-            result = runs.evaluate(job, state, path.with_suffix(".png"))
-            state.save(path, job, result)
-            done.append(result)
-            training_results.write_curve(workload.metrics, result, path.with_suffix(".csv"))
-            print(f"{path.stem}: {training_results.summary(workload.metrics, result)}")
-            training_results.write_rows(workload.metrics, done, options.out / f"{workload.name}-results.csv")
+            result = runs.evaluate(one, state, path.with_suffix(".png"))
+            state.save(path, one, result)
+            results.append(result)
+            training_results.write_curve(metrics, result, path.with_suffix(".csv"))
+            print(f"{path.stem}: {training_results.summary(metrics, result)}")
+            training_results.write_rows(metrics, results, out / f"{workload.name}-results.csv")
     except KeyboardInterrupt:
         print("stopped; --resume continues from the checkpoints, if there are any", file=sys.stderr)
         return 130
-    training_results.draw_losses(workload.metrics, workload.loss_unit, done, options.out / f"{workload.name}-loss.png")
-    text = training_results.table(workload.metrics, done) + "".join(f"\n{note}\n" for note in workload.notes())
-    (options.out / f"{workload.name}-table.md").write_text(text)
-    print(f"\n{text}")
+    training_results.write_rows(metrics, results, out / f"{workload.name}-results.csv")
+    training_results.draw_losses(metrics, workload.loss_unit, results, out / f"{workload.name}-loss.png")
+    text = training_results.table(metrics, results) + "".join(f"\n{note}\n" for note in workload.notes())
+    (out / f"{workload.name}-table.md").write_text(text)
+    print(f"\n{text}\nwritten to {out}")
     return 0
