@@ -244,7 +244,7 @@ def train(
             value = loss.item()
             if not math.isfinite(value):
                 if alone:
-                    raise SystemExit(f"the loss is {value} at iteration {done}; lower --lr or take --dtype float32")
+                    raise SystemExit(f"the loss is {value} at iteration {done}; a lower --lr may help")
                 history.diverged = done
                 save()
                 break

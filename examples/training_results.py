@@ -199,7 +199,7 @@ def draw_losses(
     """Draws the training losses, and the held-out metrics measured during training, of all dtypes.
 
     A line is the mean over the seeds, the band goes from the smallest to the largest; a cross marks where a run
-    diverged. The losses are moving means over up to ``window`` iterations.
+    diverged. The losses are moving means over up to ``window`` iterations. The axis is logarithmic over two decades.
     """
 
     def losses(result: Result) -> Curve:
@@ -218,9 +218,14 @@ def draw_losses(
         for dtype, runs in by_dtype(results).items():
             draw_band(axes, [curve(r) for r in runs], [r.history.diverged is not None for r in runs], dtype)
         whole = [curve(r)[1] for r in results if r.history.diverged is None]
-        if whole and any(r.history.diverged is not None for r in results):
+        if whole:
             low, high = min(y.min().item() for y in whole), max(y.max().item() for y in whole)
-            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            logarithmic = low > 0 and high > 100 * low
+            if logarithmic:
+                axes.set_yscale("log")
+            if len(whole) < len(results):  # what has diverged does not decide the range
+                margin = 0.05 * (high - low)
+                axes.set_ylim((low / 1.2, 1.2 * high) if logarithmic else (low - margin, high + margin))
         axes.set(xlabel="iteration", ylabel=label)
         axes.grid(alpha=0.2)
     axes.legend()

@@ -228,6 +228,17 @@ def test_divergence_is_an_error_alone_and_a_result_in_a_table(tmp_path):
     assert "diverged at iteration 4" in (tmp_path / "line-table.md").read_text()
 
 
+def test_cells_say_mean_deviation_and_how_many_diverged():
+    metric = training_results.Metric("error", "1", 2)
+    first, second, third = (
+        training_results.Result("float16", seed, training_results.History(diverged=diverged), {"e": value}, 1, 1)
+        for seed, value, diverged in ((0, 1.0, None), (1, 2.0, None), (2, math.nan, 7))
+    )
+    assert training_results.metric_cell("e", metric, [first]) == "1.00"
+    assert training_results.metric_cell("e", metric, [first, second]) == "1.50 ± 0.71"
+    assert training_results.metric_cell("e", metric, [first, second, third]) == "1 of 3 diverged"
+
+
 def test_compare_stands_for_all_dtypes(tmp_path, capsys):
     assert options(tmp_path, "--compare").dtype == list(training.POLICIES)
     with pytest.raises(SystemExit):
