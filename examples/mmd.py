@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
-# Points that the median is taken of at most.
-POINTS = 2000
-
 
 def bandwidths(points: Tensor) -> list[float]:
     """1/4, 1/2, 1 and 2 times the median distance of different points (count, dim), the usual choice (section 8)."""
-    median = pdist(points[:POINTS].double()).median().item()
+    median = pdist(points.double()).median().item()
     return [median / 4, median / 2, median, 2 * median]
 
 

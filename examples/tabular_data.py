@@ -62,12 +62,15 @@ class Table:
         self.name, self.dim, self.train, self._jitter = name, train.shape[1], train, jitter
         noisy = jitter(train, generator)
         self.mean, self.scale = noisy.mean(dim=0), noisy.std(dim=0)
-        self.validation = self.standardise(jitter(validation, generator))
-        self.held_out = self.standardise(jitter(held_out, generator))
+        self.validation, self.held_out = self.points(validation, generator), self.points(held_out, generator)
 
     def standardise(self, rows: Tensor) -> Tensor:
         """Shifts and scales rows (count, dim) so that the training rows have mean 0 and standard deviation 1."""
         return (rows - self.mean) / self.scale
+
+    def points(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Standardised points of rows (count, dim), with fresh noise."""
+        return self.standardise(self._jitter(rows, generator))
 
     def restore(self, points: Tensor) -> Tensor:
         """The rows (count, dim) in the table's unit, from standardised points."""
@@ -76,7 +79,7 @@ class Table:
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws (count, dim) standardised training points, with replacement and with fresh noise."""
         chosen = torch.randint(len(self.train), (count,), generator=generator)
-        return self.standardise(self._jitter(self.train[chosen], generator))
+        return self.points(self.train[chosen], generator)
 
     def own_unit(self) -> float:
         """What turns a negative log-density in nats of a standardised point into that of the row in its own unit."""
