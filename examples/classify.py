@@ -170,11 +170,8 @@ def draw_predictions(images: image_data.Images, logits: Tensor, path: Path) -> N
     for place, i in enumerate(order):
         top, left = place // COLUMNS * height, place % COLUMNS * width + (width - side) // 2
         canvas[top : top + side, left : left + side] = images.held_out[i].permute(1, 2, 0)
-        text = (
-            f"{images.classes[predicted[i]]}, not {images.classes[labels[i]]}"
-            if wrong[i]
-            else images.classes[labels[i]]
-        )
+        found, truth = images.classes[predicted[i]], images.classes[labels[i]]
+        text = f"{found}\nnot {truth}" if wrong[i] else truth
         style = {"ha": "center", "va": "top", "fontsize": 8, "color": "C3" if wrong[i] else "black"}
         axes.text(left + side / 2, top + side, text, **style)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=255)
