@@ -18,6 +18,7 @@ Source:   arXiv 2510.23498.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from dataclasses import replace
@@ -59,8 +60,9 @@ def lower_velocity(loop: Loop) -> Loop:
     names, fallbacks = [], Counter(_wide_roles(step))
     known: dict[str, str] = {}
     for nodes in find_components(step):
-        inputs, outputs = _boundary(nodes)
-        velocity = graphs.extract(step, nodes, inputs, outputs)
+        enlarging = find_enlarging_views(nodes)
+        inputs, outputs = _boundary([*enlarging, *nodes])
+        velocity = graphs.extract(step, [*enlarging, *nodes], inputs, outputs)
         lowered, wide = _lower(velocity, inputs, loop.policy.velocity)
         fallbacks.update(wide)
         key = _signature(lowered)
@@ -97,6 +99,26 @@ def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
     return sorted(groups.values(), key=lambda nodes: nodes[0].meta["evaluation"])
 
 
+def find_enlarging_views(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The views by which an evaluation reads a smaller tensor as a larger one, each behind what it is a view of.
+
+    A cast at the entry would make the larger tensor; with the views inside the evaluation the smaller one is cast.
+    """
+    found: dict[fx.Node, None] = {}
+    inputs = (p for node in nodes for p in node.all_input_nodes if p not in nodes)
+    for node in filter(graphs.is_view, inputs):
+        chain = [node]
+        while graphs.is_view(chain[0].args[0]):
+            chain.insert(0, chain[0].args[0])
+        if _size(chain[0].args[0]) < _size(node):
+            found.update(dict.fromkeys(chain))
+    return list(found)
+
+
+def _size(node: fx.Node) -> int:
+    return math.prod(torch_private.size_hint(size) for size in graphs.value(node).shape)
+
+
 def _in_order(step: fx.GraphModule) -> bool:
     seen: set[fx.Node] = set()
     for node in step.graph.nodes:
@@ -118,7 +140,7 @@ def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a group of nodes reads from outside, and what is read of it outside."""
     inside = set(nodes)
     inputs = dict.fromkeys(p for node in nodes for p in node.all_input_nodes if p not in inside)
-    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    outputs = [n for n in nodes if n.meta["role"] == "velocity" and any(user not in inside for user in n.users)]
     return list(inputs), outputs
 
 

@@ -15,7 +15,7 @@ from rampde_fx.passes.find_loops import find_loops
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
-from rampde_fx.passes.lower_velocity import lower_velocity
+from rampde_fx.passes.lower_velocity import find_components, find_enlarging_views, lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
 from rampde_fx.passes.replay_random import replay_random
@@ -256,6 +256,31 @@ class GraphModule(torch.nn.Module):
         )
         assert loop.adjoint_inputs == (("cotangent", 0), ("operand", 0), ("operand", 1), ("operand", 2), ("operand", 3))
         assert loop.adjoint_results == (0,)
+
+    def test_a_view_that_enlarges_is_cast_before_it_is_one(self):
+        @rampde_fx.mixed_precision(dtype=torch.float16)
+        def batched(y, w, t):
+            for _, dt in rampde_fx.steps(t):
+                z = torch.tanh(y)[:, None, :] * w.t()
+                y = y + dt * torch.nn.functional.linear(z, w).sum(1)
+            return y
+
+        arguments = torch.zeros(3, 5, requires_grad=True), torch.ones(5, 5, requires_grad=True), ARGUMENTS[-1]
+
+        def run(graph_module):
+            return lower_velocity(partition_velocity(hoist_invariants(rolled(graph_module)))).step
+
+        step = through(run, arguments, batched)
+        velocity = step.velocity_0
+        casts = velocity.graph.find_nodes(op="call_function", target=aten._to_copy.default)
+        entering = [node for node in casts if node.args[0].op == "placeholder"]
+        assert [tuple(graphs.value(node).shape) for node in graphs.placeholders(velocity)] == [(5, 5), (3, 5)]
+        assert [tuple(graphs.value(node).shape) for node in entering] == [(5, 5)]
+        (product,) = velocity.graph.find_nodes(op="call_function", target=aten.bmm.default)
+        weight = product.args[1]
+        assert graphs.value(weight).stride(0) == 0 and graphs.value(weight).dtype is torch.float16
+        flow_step = after(hoist_invariants, partition_velocity).step
+        assert [find_enlarging_views(nodes) for nodes in find_components(flow_step)] == [[]]
 
     def test_scale_adjoint(self):
         loop = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, scale_adjoint)
