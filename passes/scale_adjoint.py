@@ -12,7 +12,8 @@ Where the policy leaves the target open it is 1, or less for a sum over many ent
 activation below 2 fit.
 
 Requires: a Loop with an adjoint, and a policy that scales.
-Ensures:  the adjoint takes the target as its last placeholder.
+Ensures:  the adjoint takes the target as its last placeholder; a scaled cotangent is a product of cotangent and scale
+          that is marked as scaled.
 Source:   arXiv 2510.23498, dynamic adjoint scaling.
 """
 
@@ -87,7 +88,7 @@ def _scale_call(adjoint: fx.GraphModule, call: fx.Node, target: fx.Node, known: 
         (scale,) = [graph.call_function(operator.getitem, (graph.call_module(name, (target, *measured)), 0))]
         scaled = [graph.call_function(aten.mul.Tensor, (cotangent, scale)) for cotangent in cotangents]
         for node, cotangent in zip(scaled, cotangents, strict=True):
-            node.meta["val"] = graphs.value(cotangent)
+            node.meta |= {"val": graphs.value(cotangent), "scaled": True}
     call.args = (*residuals, *scaled)
     for gradient in list(call.users):
         with graph.inserting_after(gradient):

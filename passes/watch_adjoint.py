@@ -9,7 +9,7 @@ magnitude, below half of the least subnormal number: a compiler may leave a roun
 
 Requires: a Loop with an adjoint, scaled or not.
 Ensures:  of a loop that is monitored the adjoint has one more result, float32 (VJPs, 5), in the order in which the step
-          evaluates the velocities; other loops stay as they are.
+          evaluates the velocities, those with an empty batch left out; other loops stay as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def watch_adjoint(loop: Loop) -> Loop:
     if loop.adjoint is None or not loop.monitored:
         return loop
     adjoint = graphs.copied(loop.adjoint)
-    calls = [node for node in adjoint.graph.nodes if node.op == "call_module" and node.meta.get("cotangents")]
+    calls = [node for node in adjoint.graph.nodes if node.op == "call_module" and _measured(node)]
     if not calls:
         return loop
     known: dict[str, str] = {}
@@ -44,11 +44,17 @@ def watch_adjoint(loop: Loop) -> Loop:
     return replace(loop, adjoint=graphs.refresh(adjoint), adjoint_results=(*loop.adjoint_results, WATCHED))
 
 
+def _measured(call: fx.Node) -> list[fx.Node]:
+    """The cotangents of a VJP that have entries; none for any other call."""
+    count = call.meta.get("cotangents", 0)
+    return [node for node in call.args[len(call.args) - count :] if graphs.value(node).numel() != 0]
+
+
 def _watched(adjoint: fx.GraphModule, call: fx.Node, low: torch.dtype, known: dict[str, str]) -> fx.Node:
     """The statistics of one VJP, float32 (5,)."""
-    scaled = [node for node in call.args[-call.meta["cotangents"] :] if graphs.value(node).numel() != 0]
-    scales = [node.args[1] for node in scaled if _is_scaled(node)]
-    cotangents = [node.args[0] if _is_scaled(node) else node for node in scaled]
+    measured = _measured(call)
+    scales = [node.args[1] for node in measured if "scaled" in node.meta]
+    cotangents = [node.args[0] if "scaled" in node.meta else node for node in measured]
     gradients = [item for item in call.users if graphs.is_float(item)]
     operands = [*scales[:1], *cotangents, *gradients]
     name = _module(adjoint, operands, (len(scales[:1]), len(cotangents)), low, known)
@@ -57,13 +63,6 @@ def _watched(adjoint: fx.GraphModule, call: fx.Node, low: torch.dtype, known: di
         made = adjoint.graph.call_module(name, tuple(operands))
     with adjoint.graph.inserting_after(made):
         return adjoint.graph.call_function(operator.getitem, (made, 0))
-
-
-def _is_scaled(node: fx.Node) -> bool:
-    """Whether a cotangent is one that scale_adjoint has multiplied."""
-    scale = node.args[1] if node.target is aten.mul.Tensor else None
-    made = scale.args[0] if isinstance(scale, fx.Node) and scale.target is operator.getitem else None
-    return made is not None and made.op == "call_module" and str(made.target).startswith("adjoint_scale_")
 
 
 def _module(

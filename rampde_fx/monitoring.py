@@ -89,19 +89,20 @@ class Monitor:
 
     def _add(self, loop: str, run: int, statistics: torch.Tensor) -> None:
         scales, largest, smallest, underflows, overflows = statistics.unbind(-1)
-        earlier = self.records.pop() if run else None
-        self.records.append(
-            AdjointRecord(
-                loop=loop,
-                training_step=self._training_steps if earlier is None else earlier.training_step,
-                runs=run + 1,
-                scales=scales,
-                largest=largest,
-                smallest=smallest,
-                underflows=underflows.to(torch.int64),
-                overflows=overflows.to(torch.int64),
-            )
+        record = AdjointRecord(
+            loop=loop,
+            training_step=self._training_steps,
+            runs=run + 1,
+            scales=scales,
+            largest=largest,
+            smallest=smallest,
+            underflows=underflows.to(torch.int64),
+            overflows=overflows.to(torch.int64),
         )
+        if run:  # another thread may have recorded another loop since the run before
+            self.records[max(i for i, earlier in enumerate(self.records) if earlier.loop == loop)] = record
+        else:
+            self.records.append(record)
 
     def _stepped(self, *_: Any) -> None:
         self._training_steps += 1

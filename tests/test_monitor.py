@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx import AdjointScaling, PrecisionPolicy, errors, torch_private
+from rampde_fx import AdjointScaling, PrecisionPolicy, errors, monitoring, torch_private
 from tests.comparison import compiled, gradients
 from tests.models import RK4, Euler
 from tests.test_scaling import Steep
@@ -96,6 +96,22 @@ def test_overflow_and_repetition():
 def test_a_cotangent_of_zeros():
     (record,) = watched(Euler(), torch.randn(3, 5), torch.linspace(0, 1, 4), scale=0.0)
     assert record.largest.eq(0).all() and record.smallest.isinf().all() and not record.underflows.any()
+
+
+def test_an_empty_batch_has_no_statistics():
+    model = Euler()
+    assert watched(model, torch.randn(0, 5), torch.linspace(0, 1, 4)) == []
+    assert all(parameter.grad.eq(0).all() for parameter in model.parameters())
+
+
+def test_a_repeated_run_replaces_the_record_of_its_own_loop():
+    with rampde_fx.monitor() as monitor:
+        for loop, run in (("a", 0), ("b", 0), ("a", 1)):
+            monitoring.record(loop, run, torch.full((2, 3, 5), 1.0 + run))
+    assert [(record.loop, record.runs, record.scales[0, 0].item()) for record in monitor.records] == [
+        ("a", 2, 2.0),
+        ("b", 1, 1.0),
+    ]
 
 
 def test_nothing_is_in_the_graph_of_a_closed_monitor():
