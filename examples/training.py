@@ -402,9 +402,9 @@ def run(workload: Workload, options: argparse.Namespace) -> int:
     paths = [out / f"{workload.name}-{one.dtype}-seed{one.seed}.pt" for one in settings]
     if options.resume and not any(path.exists() for path in paths):
         raise SystemExit(f"--resume: there is no checkpoint {paths[0]}; start without --resume")
-    found = [path.exists() if options.resume else False for path in paths]
     checkpoints = [
-        read_checkpoint(path, one) if known else None for path, one, known in zip(paths, settings, found, strict=True)
+        read_checkpoint(path, one) if options.resume and path.exists() else None
+        for path, one in zip(paths, settings, strict=True)
     ]
 
     results: list[Result] = []

@@ -175,11 +175,15 @@ class _Backward:
 
     def _once(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
         gradients = self._sweep(given)
-        if WATCHED not in gradients:
-            return gradients
-        values, attempt = list(gradients.values())[:-1], torch.zeros((), dtype=torch.int64)
-        values = torch.ops.rampde_fx.record_adjoint(values, gradients[WATCHED], attempt, self.loop.name)
-        return dict(zip(gradients, values, strict=False))
+        statistics = gradients.pop(WATCHED, None)
+        values = self._recorded(list(gradients.values()), statistics, torch.zeros((), dtype=torch.int64))
+        return dict(zip(gradients, values, strict=True))
+
+    def _recorded(self, values: list[Any], statistics: torch.Tensor | None, attempt: torch.Tensor) -> list[Any]:
+        """The values, behind a record of a sweep's statistics if there are any; what is not read is not computed."""
+        if statistics is None:
+            return values
+        return list(torch.ops.rampde_fx.record_adjoint(values, statistics, attempt, self.loop.name))
 
     def _stored_states_fit(self, stored: list[torch.Tensor]) -> torch.Tensor | None:
         """Whether no state overflowed where it was stored, as a 0-d bool; None where the range is the state's own."""
@@ -274,9 +278,7 @@ class _Backward:
             found = [torch.where(target < 0, old, gradients[i]) for old, i in zip(before, order, strict=True)]
             overflow = (usable & ~_finite(found)).to("cpu")
             overflow = torch.ops.rampde_fx.record_sweep(overflow, attempt, scaling.max_attempts, self.loop.name)
-            if WATCHED in gradients:
-                watched = ([overflow], gradients[WATCHED], attempt, self.loop.name)
-                (overflow,) = torch.ops.rampde_fx.record_adjoint(*watched)
+            (overflow,) = self._recorded([overflow], gradients.get(WATCHED), attempt)
             return attempt + 1, overflow, target * RETRY, *found
 
         results = while_loop_op(again, sweep, tuple(start), (*tensors, usable, *sizes))

@@ -105,7 +105,8 @@ def _opens(node: fx.Node, suffix: str) -> int:
 
 
 def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
-    policy = str(marker.args[-1]).removeprefix(MONITORED)
+    told = str(marker.args[-1])
+    policy = told.removeprefix(MONITORED)
     if not policy:
         raise UnsupportedLoopError(
             "a loop over rampde_fx.steps(t), or an odeint without a policy, runs outside of any mixed_precision target",
@@ -113,8 +114,7 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
             fix="decorate the Module or the function that holds the loop with @rampde_fx.mixed_precision",
             where=user_line(marker),
         )
-    monitored = str(marker.args[-1]).startswith(MONITORED)
-    return MarkedLoop(PrecisionPolicy.decode(policy), [], marker, [], gradients, monitored)
+    return MarkedLoop(PrecisionPolicy.decode(policy), [], marker, [], gradients, monitored=policy != told)
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:

@@ -61,7 +61,7 @@ def lower_velocity(loop: Loop) -> Loop:
     known: dict[str, str] = {}
     for nodes in find_components(step):
         enlarging = find_enlarging_views(nodes)
-        inputs, outputs = _boundary([*enlarging, *nodes])
+        inputs, outputs = _boundary(nodes, enlarging)
         velocity = graphs.extract(step, [*enlarging, *nodes], inputs, outputs)
         lowered, wide = _lower(velocity, inputs, loop.policy.velocity)
         fallbacks.update(wide)
@@ -105,7 +105,8 @@ def find_enlarging_views(nodes: list[fx.Node]) -> list[fx.Node]:
     A cast at the entry would make the larger tensor; with the views inside the evaluation the smaller one is cast.
     """
     found: dict[fx.Node, None] = {}
-    inputs = (p for node in nodes for p in node.all_input_nodes if p not in nodes)
+    inside = set(nodes)
+    inputs = (p for node in nodes for p in node.all_input_nodes if p not in inside)
     for node in filter(graphs.is_view, inputs):
         chain = [node]
         while graphs.is_view(chain[0].args[0]):
@@ -136,11 +137,14 @@ def _wide_roles(step: fx.GraphModule) -> dict[tuple[str, str], int]:
     return Counter((graphs.operator_name(n.target), reasons[n.meta["role"]]) for n in floats)
 
 
-def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What a group of nodes reads from outside, and what is read of it outside."""
-    inside = set(nodes)
-    inputs = dict.fromkeys(p for node in nodes for p in node.all_input_nodes if p not in inside)
-    outputs = [n for n in nodes if n.meta["role"] == "velocity" and any(user not in inside for user in n.users)]
+def _boundary(nodes: list[fx.Node], views: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a group of nodes, and views that it takes inside, read from outside; and what is read of the group outside.
+
+    The views stay outside as well, for other readers.
+    """
+    inside = {*views, *nodes}
+    inputs = dict.fromkeys(p for node in (*views, *nodes) for p in node.all_input_nodes if p not in inside)
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     return list(inputs), outputs
 
 

@@ -49,7 +49,6 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
         where=graphs.user_line(marked.markers[0]),
-        name=graphs.user_line(marked.markers[0]).partition(", in ")[0] or "an unknown line",
         step=step,
         plain=step,
         carries=kinds.count("carry"),

@@ -80,9 +80,8 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop
     loops: list[Loop] = []
     for holder, name, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
-        loop = replace(holder.get_submodule(name).loop, notes=notes)
-        number, before = len(loops), sum(other.where == loop.where for other in loops)
-        loop = replace(loop, name=f"{loop.name} ({before + 1})") if before else loop
+        number, loop = len(loops), holder.get_submodule(name).loop
+        loop = replace(loop, notes=notes, number=1 + sum(other.where == loop.where for other in loops))
         watch(number, roll_loop.__name__, loop)
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)

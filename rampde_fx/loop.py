@@ -156,7 +156,7 @@ class Loop:
         policy: How to rewrite it.
         steps: N, the number of steps.
         where: The user's source line of the loop.
-        name: The file and line of its head, numbered where a graph holds several loops of that line.
+        number: 1 for the first loop of its line in a graph, 2 for the second, and so on.
         step: The step as a functional ATen graph with true metadata.
         plain: The step as it was captured, before any pass.
         carries: Number of carried states, the first placeholders and the first results of the step.
@@ -188,7 +188,6 @@ class Loop:
     policy: PrecisionPolicy
     steps: int
     where: str
-    name: str
     step: fx.GraphModule
     plain: fx.GraphModule
     carries: int
@@ -196,6 +195,7 @@ class Loop:
     plain_needs_grad: tuple[bool, ...]
     needs_grad: tuple[bool, ...]
     differentiated: bool
+    number: int = 1
     monitored: bool = False
     controller: Controller | None = None
     preamble: fx.GraphModule | None = None
@@ -211,6 +211,12 @@ class Loop:
     stages: tuple[str, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The file and line of its head, numbered from the second loop of that line on."""
+        line = self.where.partition(", in ")[0] or "an unknown line"
+        return line if self.number == 1 else f"{line} ({self.number})"
 
     def first_invariant(self) -> int:
         """Index of the first invariant among the step's placeholders."""
