@@ -129,7 +129,8 @@ def rampde_fx(
         example_inputs: Its inputs, as Dynamo gives them.
         options: "compiler" is "inductor" (the default), "aot_eager" (AOTAutograd alone) or "eager" (the rewritten graph
             as it is); all others go to Inductor.
-        mode: A mode of torch.compile, for Inductor.
+        mode: A mode of torch.compile, for Inductor. Under "reduce-overhead" and "max-autotune", which ask for CUDA
+            graphs, every rewritten loop on a GPU is captured as one, and the rest of the graph is not.
 
     Returns:
         The compiled callable. Where the graph cannot be rewritten, a callable that raises the typed error, so that it
@@ -145,13 +146,27 @@ def rampde_fx(
                 fix='leave "compiler" out for Inductor',
             )
         loops = rewrite(graph_module) if has_loop(graph_module) else []
+        replayed = bool(loops) and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
         return raising(error)
     with torch_private.compile_settings():
         compiled = torch_private.compile_graph(
-            compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products()
+            compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayed
         )
     return _refusing_second_derivatives(compiled, loops) if any(loop.adjoint for loop in loops) else compiled
+
+
+def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
+    """Whether the loops are to be CUDA graphs (rampde_fx/cuda_graphs.py)."""
+    if not torch_private.asks_for("triton.cudagraphs", options, mode):
+        return False
+    if torch_private.asks_for("cpp_wrapper", options, mode):
+        raise PolicyError(
+            "CUDA graphs were asked for together with cpp_wrapper",
+            required="one of the two: the code that calls a loop's graph is Python",
+            fix='leave "cpp_wrapper" out: a replayed loop has nothing left that it would call',
+        )
+    return True
 
 
 def raising(error: RampdeError) -> Callable[..., Any]:

@@ -126,6 +126,10 @@ class SecondDerivativeError(RampdeError):
     """A second derivative asked for through a rewritten loop."""
 
 
+class CaptureError(RampdeError):
+    """A loop that cannot be captured as a CUDA graph."""
+
+
 class TableauError(RampdeError, ValueError):
     """A Butcher tableau that is not that of an explicit method of the order it claims."""
 

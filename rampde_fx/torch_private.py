@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -27,12 +28,15 @@ from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.utils import validate_subgraph_args_types
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from rampde_fx.errors import UnsupportedLoopError
@@ -364,8 +368,12 @@ def compile_graph(
     options: dict[str, Any],
     mode: str | None,
     lower: Any,
+    replayed: bool,
 ) -> Callable[..., Any]:
     """Compile a graph with one of torch's backends; Inductor applies lower, which has a uuid, to each graph.
+
+    Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If the loops are to be
+    replayed, it is these that become CUDA graphs instead, and nothing else.
 
     Inductor turns a scan into a while loop that reads its index from a tensor; Dynamo allows that to graphs under
     fullgraph=True only. Its cache takes graphs with scan where they are marked as cacheable: in a patch of its own,
@@ -377,17 +385,95 @@ def compile_graph(
     name = "post_grad_custom_pre_pass"
     patches = {
         "unsafe_marked_cacheable_functions": {**inductor_config.unsafe_marked_cacheable_functions, **CACHEABLE},
-        **(torch._inductor.list_mode_options(mode) if mode else {}),
-        **options,
-        name: _Lowering(lower, options.get(name, getattr(inductor_config, name))),
+        **_options(options, mode),
+        name: _Lowering(lower, options.get(name, getattr(inductor_config, name)), replayed),
     }
-    return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
+    if not replayed:
+        return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
+    patches["triton.cudagraphs"] = False
+    return lookup_backend(compiler)(
+        graph_module, list(example_inputs), config_patches=patches, inner_compile=_compile_replayed
+    )
+
+
+def _options(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
+    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
+
+
+def asks_for(setting: str, options: dict[str, Any], mode: str | None) -> bool:
+    """Whether a setting of Inductor is on: by an option, a mode of torch.compile, or everywhere."""
+    given = _options(options, mode)
+    return bool(given[setting] if setting in given else operator.attrgetter(setting)(inductor_config))
+
+
+def _compile_replayed(*args: Any, **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph, the backward's included, in which loops are replayed."""
+    with mock.patch.object(PythonWrapperCodegen, "codegen_while_loop", _write_loop):
+        return compile_fx_inner(*args, **kwargs)
+
+
+_write_host_loop = PythonWrapperCodegen.codegen_while_loop
+
+
+def _write_loop(wrapper: Any, loop: Any, stack_output: bool) -> None:
+    """Write a call of cuda_graphs.run_loop for a loop that can be replayed, Inductor's own loop for any other."""
+    if stack_output or not _launches_alone(loop.cond_subgraph, loop.body_subgraph):
+        _write_host_loop(wrapper, loop, stack_output)
+        return
+    inputs = [
+        ", ".join(value.codegen_reference() for value in values)
+        for values in (loop.carried_inputs, loop.additional_inputs)
+    ]
+    for subgraph in (loop.cond_subgraph, loop.body_subgraph):
+        wrapper.codegen_subgraph_common(subgraph)
+    fresh = {output.indices[0][1] for output in loop.outputs}
+    mutated = [i for i in range(len(loop.carried_inputs)) if i not in fresh]
+    functions = f"{loop.cond_subgraph.graph.name}, {loop.body_subgraph.graph.name}"
+    # Imported in place: the code of a subgraph has no header.
+    wrapper.writeline(
+        f"{loop.get_name()} = __import__('rampde_fx.cuda_graphs').cuda_graphs.run_loop("
+        f"{functions}, [{inputs[0]}], [{inputs[1]}], {mutated})"
+    )
+
+
+def _launches_alone(cond: Any, body: Any) -> bool:
+    """Whether a loop only launches work: no value on the device reaches the host, and no operator acts on the host."""
+    modules = [module for graph in (cond, body) for module in graph.graph_module.modules()]
+    nodes = [node for module in modules if isinstance(module, fx.GraphModule) for node in module.graph.nodes]
+    return not any(_involves_host(node) for node in nodes)
+
+
+def _involves_host(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload) and not _only_launches(node.target):
+        return True
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    made, read = _devices([node]), _devices(node.all_input_nodes)
+    return (made == {"cpu"} or node.target is aten._local_scalar_dense.default) and not read <= {"cpu"}
+
+
+def _only_launches(target: torch._ops.OpOverload) -> bool:
+    if target.namespace == "rampde_fx":
+        return not target._schema.name.startswith("rampde_fx::record")
+    return target.namespace in ("aten", "prims", "inductor")
+
+
+def _devices(nodes: Sequence[fx.Node]) -> set[str]:
+    leaves = tree_leaves([node.meta.get("val") for node in nodes])
+    return {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors, in as few launches as their dtypes allow."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 class _Lowering(CustomGraphPass):
     """A pass of ours over each graph that Inductor lowers, behind the user's own: None, one or, as of 2.13, several."""
 
-    def __init__(self, ours: Any, users: Any) -> None:
+    def __init__(self, ours: Any, users: Any, replayed: bool) -> None:
+        self.replayed = replayed  # what is generated from a graph depends on it
         self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), ours]
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -397,7 +483,7 @@ class _Lowering(CustomGraphPass):
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
         keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
-        return None if None in keys else keys
+        return None if None in keys else (*keys, self.replayed)
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

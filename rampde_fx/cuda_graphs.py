@@ -1,0 +1,166 @@
+"""Loops as CUDA graphs: the launches of all steps are captured once, and replayed by one launch.
+
+Inductor runs a scan as a loop on the host, which launches the kernels of each step anew. A loop of small operations
+takes as long as its launches. Where nothing that the device computes decides what is launched, every call of the loop
+launches the same kernels, on memory that can be the same too: a CUDA graph.
+
+Code that Inductor generates calls run_loop in the place of such a loop (torch_private.replay_loops says which ones).
+The overflow flag of the backward is read outside, after the replay, so that a repetition is one more replay.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from rampde_fx import torch_private
+from rampde_fx.errors import CaptureError
+
+# Maps the carried and the additional inputs, a list that it empties, to the next carried ones; a condition to a bool.
+Body = Callable[[list[Any]], Sequence[Any]]
+DEVICES = {"cuda"}
+MOST_GRAPHS = 8  # of one loop; under further shapes it runs step by step
+
+_captured: WeakKeyDictionary[Body, dict[Hashable, _Captured | None]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class _Capture(threading.local):
+    under_way = False
+
+
+_capture = _Capture()
+
+
+def run_loop(
+    cond: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any], mutated: Sequence[int]
+) -> list[Any]:
+    """Run a loop: step by step the first time, captured the second, replayed from then on.
+
+    The first call lets kernels tune themselves and libraries allocate their workspaces, which a capture does not allow.
+    A captured loop owns copies of its inputs, beside what one step needs: one more set of the stored states.
+
+    Args:
+        cond: Whether to go on, a 0-d bool tensor on the host that follows from scalars on the host.
+        body: One step.
+        carried: The initial carries: tensors, and numbers.
+        additional: What all steps read: tensors, and numbers.
+        mutated: The carries, by position, that the body updates in place: their results lie in the caller's tensors.
+
+    Returns:
+        The final carries.
+
+    Raises:
+        CaptureError: If the body does what a capture does not allow.
+    """
+    key = _key([*carried, *additional])
+    if key is None:
+        return _iterate(cond, body, carried, additional)
+    with _lock:
+        graphs = _captured.setdefault(body, {})
+        if key in graphs:
+            captured = graphs[key] or _Captured(cond, body, carried, additional, mutated)
+            graphs[key] = captured
+            return captured(carried, additional)
+        if len(graphs) < MOST_GRAPHS:
+            graphs[key] = None
+    return _iterate(cond, body, carried, additional)
+
+
+def _iterate(cond: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any]) -> list[Any]:
+    carries = list(carried)
+    if not cond([*carries, *additional])[0]:
+        return [carry.clone() if isinstance(carry, torch.Tensor) else carry for carry in carries]
+    while cond([*carries, *additional])[0]:
+        carries = list(body([*carries, *additional]))
+    return carries
+
+
+def _key(inputs: Sequence[Any]) -> Hashable | None:
+    """What a captured loop depends on beside numbers on the device; None where it cannot be captured."""
+    started = torch.cuda.is_initialized()
+    if _capture.under_way or (started and torch.cuda.is_current_stream_capturing()):
+        return None  # part of what is captured already: a loop of segments, or the user's graph
+    stream = torch.cuda.current_stream().cuda_stream if started else None
+    parts: list[Hashable] = [stream, torch.is_inference_mode_enabled()]
+    for value in inputs:
+        if not isinstance(value, torch.Tensor):
+            parts.append(value)
+        elif _is_host_scalar(value):
+            parts.append((value.dtype, value.item()))
+        elif value.device.type in DEVICES and not _overlaps(value):
+            parts.append((value.shape, value.stride(), value.dtype, value.device))
+        else:
+            return None
+    return tuple(parts)
+
+
+def _is_host_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 0 and value.device.type == "cpu"
+
+
+def _overlaps(value: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def _empty_like(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+class _Captured:
+    """One loop under one key."""
+
+    def __init__(
+        self, cond: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any], mutated: Sequence[int]
+    ) -> None:
+        inputs = [*carried, *additional]
+        self.mutated = mutated
+        self.copied = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and not _is_host_scalar(x)]
+        self.inputs = [x.clone() if _is_host_scalar(x) else x for x in inputs]
+        for i in self.copied:
+            self.inputs[i] = _empty_like(inputs[i]).copy_(inputs[i])
+        first = len(carried)
+
+        def run() -> list[Any]:
+            return _iterate(cond, body, self.inputs[:first], self.inputs[first:])
+
+        _capture.under_way = True
+        try:
+            self.launch, self.results = capture(run)
+        except RuntimeError as error:
+            raise CaptureError(
+                f"a loop could not be captured as a CUDA graph: {error}",
+                required="a step that only launches work on the device: it neither waits for it nor reads from it",
+                fix='compile without mode="reduce-overhead" or "max-autotune", or by "max-autotune-no-cudagraphs"',
+            ) from error
+        finally:
+            _capture.under_way = False
+
+    def __call__(self, carried: Sequence[Any], additional: Sequence[Any]) -> list[Any]:
+        given = [*carried, *additional]
+        torch_private.copy_all([self.inputs[i] for i in self.copied], [given[i] for i in self.copied])
+        self.launch()
+        finals, targets, sources = [], [], []
+        for i, result in enumerate(self.results):
+            if result is self.inputs[i] and i not in self.mutated:
+                finals.append(carried[i])
+            elif not isinstance(result, torch.Tensor) or _is_host_scalar(result):
+                finals.append(result.clone() if isinstance(result, torch.Tensor) else result)
+            else:
+                finals.append(carried[i] if i in self.mutated else _empty_like(result))
+                targets.append(finals[-1])
+                sources.append(result)
+        torch_private.copy_all(targets, sources)
+        return finals
+
+
+def capture(run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
+    """Capture what a function launches; what launches it again, and the function's results, which it overwrites."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = run()
+    return graph.replay, results
