@@ -81,7 +81,9 @@ def _name(source: Source) -> str:
 def _fake(source: Source, marked: MarkedLoop) -> Any:
     if source.kind == "time":
         return torch_private.detached(graphs.value(marked.markers[0].args[0])[0])
-    return torch_private.detached(graphs.value(source.values[0]))
+    values = [graphs.value(node) for node in source.values]
+    weighs = source.kind != "carry" and any(getattr(value, "requires_grad", False) for value in values)
+    return torch_private.differentiable(values[0]) if weighs else torch_private.detached(values[0])
 
 
 def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -131,6 +131,15 @@ def detached(value: Any) -> Any:
         return torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
 
 
+def differentiable(value: torch.Tensor) -> torch.Tensor:
+    """A fake argument like the tensor, with history: torch.matmul makes one large product with such a weight.
+
+    With one that has none it may make a product, and in the derivative a weight gradient, for each entry of a batch.
+    """
+    with fake_mode(), torch.enable_grad():
+        return detached(value).requires_grad_().clone()
+
+
 def trace(
     function: Callable[..., Any],
     args: Sequence[Any],

@@ -151,8 +151,8 @@ graphs: 1, graph breaks: 0""",
             "otflow",
             torch.float16,
             """\
-step: 28 products, 41 casts, 0 maxima, 174 others
-adjoint step: 79 products, 111 casts, 4 maxima, 579 others
+step: 28 products, 41 casts, 0 maxima, 178 others
+adjoint step: 79 products, 131 casts, 4 maxima, 583 others
 host reads: 1
 bytes saved: 13376
 graphs: 1, graph breaks: 0""",

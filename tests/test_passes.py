@@ -262,7 +262,7 @@ class GraphModule(torch.nn.Module):
         def batched(y, w, t):
             for _, dt in rampde_fx.steps(t):
                 z = torch.tanh(y)[:, None, :] * w.t()
-                y = y + dt * torch.nn.functional.linear(z, w).sum(1)
+                y = y + dt * (z @ w.t().expand(3, 5, 5)).sum(1)
             return y
 
         arguments = torch.zeros(3, 5, requires_grad=True), torch.ones(5, 5, requires_grad=True), ARGUMENTS[-1]
@@ -344,6 +344,72 @@ class GraphModule(torch.nn.Module):
         assert kinds == [["torch.float16"], ["torch.float32"]]
         assert find_sums(loop.adjoint.velocity_0_pullback) == {}
 
+    def test_a_weight_makes_one_product_for_a_whole_batch(self):
+        """As in eager, where the weight needs a gradient: else one product, and one weight gradient, for each entry."""
+
+        @rampde_fx.mixed_precision(dtype=torch.float16)
+        def batched(y, w, t):
+            for _, dt in rampde_fx.steps(t):
+                z = torch.tanh(y)[:, None, :] * w.t()
+                y = y + dt * torch.nn.functional.linear(z, w).sum(1)
+            return y
+
+        arguments = torch.zeros(3, 5, requires_grad=True), torch.ones(5, 5, requires_grad=True), ARGUMENTS[-1]
+
+        def run(graph_module):
+            return generate_adjoint(lower_velocity(partition_velocity(hoist_invariants(rolled(graph_module)))))
+
+        loop = through(run, arguments, batched)
+        products = [
+            [tuple(graphs.value(factor).shape) for factor in node.args]
+            for module in (loop.step.velocity_0, loop.adjoint.velocity_0_pullback)
+            for node in graphs.body(module)
+            if graphs.is_product(node)
+        ]
+        assert products == [[(15, 5), (5, 5)], [(5, 15), (15, 5)], [(15, 5), (5, 5)]]
+
+    def test_widen_the_sums_of_a_weight_that_is_read_twice(self):
+        def traced(_):
+            with torch_private.fake_mode():
+                factors = [torch.empty(shape, dtype=torch.float16) for shape in ((3, 7), (3, 5), (7,), (7, 5))]
+
+            def pullback(y, b, c, d):
+                weight = (b.t() @ y).t() + y.t() @ b + d
+                return [weight.float(), (y @ c + y.sum(1)).float(), torch.relu(y.t() @ b).float()]
+
+            module = torch_private.trace(pullback, factors)
+            return printed(widened(module, find_sums(module)))
+
+        self.assertExpectedInline(
+            through(traced),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, y_1: "f16[3, 7]", b_1: "f16[3, 5]", c_1: "f16[7]", d_1: "f16[7, 5]"):
+        t: "f16[5, 3]" = aten.t.default(b_1)
+        _to_copy_default: "f32[5, 3]" = aten._to_copy.default(t, dtype = torch.float32)
+        _to_copy_default_1: "f32[3, 7]" = aten._to_copy.default(y_1, dtype = torch.float32)
+        mm: "f32[5, 7]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
+        t_1: "f32[7, 5]" = aten.t.default(mm)
+        t_2: "f16[7, 3]" = aten.t.default(y_1)
+        _to_copy_default_2: "f32[7, 3]" = aten._to_copy.default(t_2, dtype = torch.float32)
+        _to_copy_default_3: "f32[3, 5]" = aten._to_copy.default(b_1, dtype = torch.float32)
+        mm_1: "f32[7, 5]" = aten.mm.default(_to_copy_default_2, _to_copy_default_3)
+        add: "f32[7, 5]" = aten.add.Tensor(t_1, mm_1)
+        _to_copy_default_4: "f32[7, 5]" = aten._to_copy.default(d_1, dtype = torch.float32)
+        add_1: "f32[7, 5]" = aten.add.Tensor(add, _to_copy_default_4)
+        _to_copy_default_5: "f32[3, 7]" = aten._to_copy.default(y_1, dtype = torch.float32)
+        _to_copy_default_6: "f32[7]" = aten._to_copy.default(c_1, dtype = torch.float32)
+        mv: "f32[3]" = aten.mv.default(_to_copy_default_5, _to_copy_default_6)
+        sum_1: "f32[3]" = aten.sum.dim_IntList(y_1, [1], dtype = torch.float32)
+        add_2: "f32[3]" = aten.add.Tensor(mv, sum_1)
+        t_3: "f16[7, 3]" = aten.t.default(y_1)
+        mm_2: "f16[7, 5]" = aten.mm.default(t_3, b_1)
+        relu: "f16[7, 5]" = aten.relu.default(mm_2)
+        _to_copy_2: "f32[7, 5]" = aten._to_copy.default(relu, dtype = torch.float32)
+        return [add_1, add_2, _to_copy_2]
+""",
+        )
+
     def test_widen_gradients_by_device_and_dtype(self):
         def run(device, dtype):
             def traced(_):
@@ -362,10 +428,10 @@ class GraphModule(torch.nn.Module):
 class GraphModule(torch.nn.Module):
     def forward(self, y_1: "bf16[3, 7]", b_1: "bf16[3, 5]"):
         t: "bf16[7, 3]" = aten.t.default(y_1)
-        mm_dtype: "f32[7, 5]" = aten.mm.dtype(t, b_1, torch.float32)
-        t_1: "f32[5, 7]" = aten.t.default(mm_dtype)
-        sum_dim_int_list: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
-        return [t_1, sum_dim_int_list]
+        mm: "f32[7, 5]" = aten.mm.dtype(t, b_1, torch.float32)
+        t_1: "f32[5, 7]" = aten.t.default(mm)
+        sum_1: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
+        return [t_1, sum_1]
 """,
         )
         self.assertExpectedInline(
@@ -376,10 +442,10 @@ class GraphModule(torch.nn.Module):
         t: "f16[7, 3]" = aten.t.default(y_1)
         _to_copy_default: "f32[7, 3]" = aten._to_copy.default(t, dtype = torch.float32)
         _to_copy_default_1: "f32[3, 5]" = aten._to_copy.default(b_1, dtype = torch.float32)
-        mm_default: "f32[7, 5]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
-        t_1: "f32[5, 7]" = aten.t.default(mm_default)
-        sum_dim_int_list: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
-        return [t_1, sum_dim_int_list]
+        mm: "f32[7, 5]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
+        t_1: "f32[5, 7]" = aten.t.default(mm)
+        sum_1: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
+        return [t_1, sum_1]
 """,
         )
         self.assertExpectedInline(
@@ -391,8 +457,8 @@ class GraphModule(torch.nn.Module):
         mm: "bf16[7, 5]" = aten.mm.default(t, b_1)
         t_1: "bf16[5, 7]" = aten.t.default(mm)
         _to_copy: "f32[5, 7]" = aten._to_copy.default(t_1, dtype = torch.float32)
-        sum_dim_int_list: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
-        return [_to_copy, sum_dim_int_list]
+        sum_1: "f32[5]" = aten.sum.dim_IntList(b_1, [0], dtype = torch.float32)
+        return [_to_copy, sum_1]
 """,
         )
 
