@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,3 +73,22 @@ def test_operations_of_the_scheme():
     layer = torch.nn.Linear(4, 4, bias=False)
     x = torch.randn(8, 4, requires_grad=True)
     assert measure.scheme_flops(lambda: layer(x).sum(), layer) == 4 * 2 * 8 * 4 * 4
+
+
+def test_only_waits_within_the_watched_range_count():
+    """A profiler waits for the device itself, when it ends."""
+    kinds = torch.autograd.DeviceType
+
+    def event(name, start, end, kind=kinds.CPU):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=kind)
+
+    events = [
+        event("cudaDeviceSynchronize", 1, 2),
+        event(measure.WATCHED, 3, 9),
+        event(measure.WATCHED, 3, 12, kinds.CUDA),
+        event("cudaStreamSynchronize", 4, 5),
+        event("cudaLaunchKernel", 5, 6),
+        event("cudaEventSynchronize", 8, 10),
+        event("cudaDeviceSynchronize", 11, 12),
+    ]
+    assert measure.waits(events) == 2

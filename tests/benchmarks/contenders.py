@@ -65,6 +65,7 @@ class Contender:
         package: What must be importable.
         unrolled: Whether the time to compile grows with the number of steps.
         cpp_wrapper: Whether Inductor writes what calls its kernels in C++ instead of Python.
+        mode: Of torch.compile.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Contender:
     package: str = "torch"
     unrolled: bool = False
     cpp_wrapper: bool = False
+    mode: str | None = None
 
     def absent(self, case: Case, device: str, longest_unrolled: int) -> str:
         """Why it does not take part, or an empty string."""
@@ -84,6 +86,8 @@ class Contender:
             return f"more than {longest_unrolled} unrolled steps (--longest-unrolled)"
         if self.package == "rampde" and self.autocast is not None and device != "cuda":
             return "its low precision is CUDA's autocast"
+        if self.mode is not None and device != "cuda":
+            return "CUDA graphs need a GPU"
         return ""
 
     def prepare(self, case: Case, device: torch.device) -> tuple[Callable[[], torch.Tensor], nn.Module]:
@@ -94,8 +98,8 @@ class Contender:
         if self.policy is not None:
             function = rampde_fx.mixed_precision(model, policy=self.policy)
         if self.backend is not None:
-            options = {"cpp_wrapper": True} if self.cpp_wrapper else None
-            function = torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, options=options)
+            how = {"mode": self.mode} if self.mode else {"options": {"cpp_wrapper": True}} if self.cpp_wrapper else {}
+            function = torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, **how)
 
         def loss() -> torch.Tensor:
             region = torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -118,6 +122,10 @@ def _kept(dtype: torch.dtype) -> Contender:
     return Contender(f'rampde_fx {SHORT[dtype]}, scan, checkpoint="none"', solve_by_odeint, "rampde_fx", policy)
 
 
+def _replayed(contender: Contender) -> Contender:
+    return replace(contender, name=f"{contender.name}, CUDA graph", mode="reduce-overhead")
+
+
 LOW = (torch.bfloat16, torch.float16)
 BASELINE = "rampde_fx float32, scan"
 ALL = (
@@ -125,9 +133,11 @@ ALL = (
     *(_rampde_fx(dtype, "scan") for dtype in LOW),
     *(_kept(dtype) for dtype in (torch.float32, *LOW)),
     *(_rampde_fx(dtype, "unroll") for dtype in (torch.float32, *LOW)),
+    *(_replayed(_rampde_fx(dtype, "scan")) for dtype in (torch.float32, *LOW)),
     replace(_rampde_fx(torch.float32, "scan"), name=f"{BASELINE}, cpp_wrapper", cpp_wrapper=True),
     Contender("eager float32", solve_by_loop),
     Contender("torch.compile float32", solve_by_loop, "inductor", unrolled=True),
+    _replayed(Contender("torch.compile float32", solve_by_loop, "inductor", unrolled=True)),
     Contender("torch.compile float32, cpp_wrapper", solve_by_loop, "inductor", unrolled=True, cpp_wrapper=True),
     *(
         Contender(f"torch.compile autocast {SHORT[d]}", solve_by_loop, "inductor", autocast=d, unrolled=True)

@@ -7,6 +7,7 @@ that the best square product of the dtype reaches on the same device.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ CONTENDERS = (
     BASELINE,
     "rampde_fx bfloat16, scan",
     "rampde_fx float16, scan",
+    f"{BASELINE}, CUDA graph",
+    "rampde_fx float16, scan, CUDA graph",
     "eager float32",
     "torchdiffeq odeint",
     "torchdiffeq odeint_adjoint",
@@ -30,6 +33,7 @@ CONTENDERS = (
     "rampde bfloat16",
     "rampde float16",
 )
+ONLY_GPU = re.compile("float16|CUDA")
 # What grows, and to what: on a CPU and on a GPU.
 SWEEPS = {
     "cpu": {"steps": (8, 32, 128, 512, 2048), "batch": (16, 64, 256, 1024), "width": (16, 64, 256)},
@@ -42,7 +46,7 @@ COUNTED = 2  # steps whose operations are counted; those of N steps are N / 2 ti
 def sweep(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
     """The results of every size of every case, and the rates of the device."""
     device = torch.device(options.device)
-    names = options.contenders or [n for n in CONTENDERS if options.device == "cuda" or "float16" not in n]
+    names = options.contenders or [n for n in CONTENDERS if options.device == "cuda" or not ONLY_GPU.search(n)]
     contenders = [contender for contender in ALL if contender.name in names]
     rates = {str(d).removeprefix("torch."): measure.product_rate(d, device) for d in _dtypes(contenders)}
     sizes = QUICK if options.quick else SWEEPS[options.device]
