@@ -158,15 +158,22 @@ def rampde_fx(
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
     """Whether the loops are to be CUDA graphs (rampde_fx/cuda_graphs.py)."""
-    if not torch_private.asks_for("triton.cudagraphs", options, mode):
-        return False
-    if torch_private.asks_for("cpp_wrapper", options, mode):
+    replays = torch_private.asks_for("triton.cudagraphs", options, mode)
+    if not torch_private.asks_for("cpp_wrapper", options, mode):
+        return replays
+    if not torch_private.cpp_wrapper_calls_loops():
+        raise PolicyError(
+            f"cpp_wrapper was asked for on torch {torch.__version__}",
+            required="torch 2.13 or newer, whose code in C++ can call a loop",
+            fix='leave "cpp_wrapper" out, or take a newer torch',
+        )
+    if replays:
         raise PolicyError(
             "CUDA graphs were asked for together with cpp_wrapper",
             required="one of the two: the code that calls a loop's graph is Python",
             fix='leave "cpp_wrapper" out: a replayed loop has nothing left that it would call',
         )
-    return True
+    return False
 
 
 def raising(error: RampdeError) -> Callable[..., Any]:

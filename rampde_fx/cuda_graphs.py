@@ -10,6 +10,7 @@ The overflow flag of the backward is read outside, after the replay, so that a r
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -57,18 +58,36 @@ def run_loop(
     Raises:
         CaptureError: If the body does what a capture does not allow.
     """
-    key = _key([*carried, *additional])
-    if key is None:
-        return _iterate(cond, body, carried, additional)
+    device = _only_device([*carried, *additional])
+    on_cuda = device is not None and device.type == "cuda"
+    with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
+        key = _key([*carried, *additional]) if device is not None else None
+        captured = None if key is None else _captured_loop(key, cond, body, carried, additional, mutated)
+        if captured is None:
+            return _iterate(cond, body, carried, additional)
+        with _lock:
+            return captured(carried, additional)
+
+
+def _captured_loop(
+    key: Hashable, cond: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any], mutated: Sequence[int]
+) -> _Captured | None:
+    """The loop captured under a key, from the key's second call on; None for one that runs step by step."""
     with _lock:
         graphs = _captured.setdefault(body, {})
         if key in graphs:
             captured = graphs[key] or _Captured(cond, body, carried, additional, mutated)
             graphs[key] = captured
-            return captured(carried, additional)
+            return captured
         if len(graphs) < MOST_GRAPHS:
             graphs[key] = None
-    return _iterate(cond, body, carried, additional)
+        return None
+
+
+def _only_device(inputs: Sequence[Any]) -> torch.device | None:
+    """The device of all tensors but scalars on the host, if it is one that captures."""
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor) and not _is_host_scalar(value)}
+    return devices.pop() if len(devices) == 1 and {device.type for device in devices} <= DEVICES else None
 
 
 def _iterate(cond: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any]) -> list[Any]:
@@ -92,7 +111,7 @@ def _key(inputs: Sequence[Any]) -> Hashable | None:
             parts.append(value)
         elif _is_host_scalar(value):
             parts.append((value.dtype, value.item()))
-        elif value.device.type in DEVICES and not _overlaps(value):
+        elif not _overlaps(value):
             parts.append((value.shape, value.stride(), value.dtype, value.device))
         else:
             return None

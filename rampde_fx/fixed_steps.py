@@ -33,13 +33,27 @@ def steps_between(
         offsets = torch.arange(count, dtype=t.dtype, device=t.device)
         starts = (starts[:, None] + sizes[:, None] * offsets).flatten()
         sizes = sizes[:, None].expand(-1, count).flatten()
+    return steps_from(tableau, velocity, y, starts, sizes, t.shape[0], count, policy)
+
+
+def steps_from(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    outputs: int,
+    every: int,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The initial states, and those after every few of the given steps: `outputs` of each."""
     if is_captured():
-        return captured_once(tableau, velocity, y, starts, sizes, t.shape[0], count, policy)
+        return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy)
     marking.warn_if_uncompiled()
     found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
         y = advance(tableau, checked, starts[i], sizes[i], y)
-        if (i + 1) % count == 0:
+        if (i + 1) % every == 0:
             found.append(y)
     return [torch.stack(values) for values in zip(*found, strict=True)]
 
@@ -103,12 +117,15 @@ def equal_steps(
     with torch_private.capturing_scalars():
         count = int(operators.count_steps(t.detach(), step_size).item())
     torch._check(count >= 1)
-    inner = t[0] + torch.arange(count, dtype=t.dtype, device=t.device) * (step_size * torch.sign(span))
-    grid = torch.cat([inner, t[-1:]])
-    on_grid = steps_between(tableau, velocity, y, grid, 1, policy)
+    forward = torch.sign(span)
+    index = torch.arange(count, device=t.device)
+    # No slices of a grid: Inductor of torch 2.11 knows nothing of a size that is read from a tensor.
+    starts, ends = (t[0] + i.to(t.dtype) * (step_size * forward) for i in (index, index + 1))
+    sizes = torch.where(index + 1 == count, t[-1], ends) - starts
+    on_grid = steps_from(tableau, velocity, y, starts, sizes, count + 1, 1, policy)
     if t.shape[0] == 2:
         return [torch.stack([start, values[-1]]) for start, values in zip(y, on_grid, strict=True)]
-    forward = torch.sign(span)
+    grid = torch.cat([starts, t[-1:]])
     last = torch.searchsorted(grid * forward, (t * forward).contiguous()).clamp(min=1)
     share = (t - grid[last - 1]) / (grid[last] - grid[last - 1])
     return [_between(values[last - 1], values[last], share) for values in on_grid]

@@ -6,12 +6,15 @@ Checked on torch 2.11.0, 2.13.0 and 2.15.0.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -447,6 +450,8 @@ def _write_loop(wrapper: Any, loop: Any, stack_output: bool) -> None:
 
 def _launches_alone(cond: Any, body: Any) -> bool:
     """Whether a loop only launches work: no value on the device reaches the host, and no operator acts on the host."""
+    if _devices(cond.graph_module.graph.output_node().all_input_nodes) != {"cpu"}:
+        return False
     modules = [module for graph in (cond, body) for module in graph.graph_module.modules()]
     nodes = [node for module in modules if isinstance(module, fx.GraphModule) for node in module.graph.nodes]
     return not any(_involves_host(node) for node in nodes)
@@ -492,7 +497,18 @@ class _Lowering(CustomGraphPass):
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
         keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
-        return None if None in keys else (*keys, self.replayed)
+        return None if None in keys else (*keys, _digest_of_this_file() if self.replayed else None)
+
+
+def cpp_wrapper_calls_loops() -> bool:
+    """Whether code that Inductor writes in C++ can call a loop; that of torch 2.11 fails on its condition."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+@functools.cache
+def _digest_of_this_file() -> str:
+    """Changes with what is generated here."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

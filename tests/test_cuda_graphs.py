@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,18 @@ class TestLaunchesAlone:
 
     def test_a_value_that_reaches_the_host(self):
         assert self.involved(lambda k, y: (k + 1, (y * 2).to("cpu")))
+
+    def test_a_condition_on_the_device(self):
+        """As of a search for adaptive steps: the host waits for it in every step."""
+
+        def subgraph(function):
+            with FakeTensorMode():
+                values = [torch.zeros((), dtype=torch.int64), torch.empty(3, device="cuda:0")]
+                return SimpleNamespace(graph_module=make_fx(function)(*values))
+
+        body = subgraph(lambda k, y: (k + 1, y * 2))
+        assert torch_private._launches_alone(subgraph(lambda k, y: (k < 3,)), body)
+        assert not torch_private._launches_alone(subgraph(lambda k, y: (y.sum() < 3,)), body)
 
     def test_operators_that_act_on_the_host_or_may(self):
         @torch.library.custom_op("cuda_graphs_test::unknown", mutates_args=())

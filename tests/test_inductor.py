@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import rampde_fx
+from rampde_fx.errors import PolicyError
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Euler, Flow, LogDensity, ThreeStep, Trajectory, TwoLoops, Velocity
 from tests.test_accumulation import DRIFT, drift
@@ -160,6 +162,10 @@ def test_the_cpp_wrapper_calls_the_same_kernels():
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
     marked = rampde_fx.mixed_precision(other)
     wrapped = torch.compile(marked, backend="rampde_fx", options={"cpp_wrapper": True}, fullgraph=True)
+    if torch.__version__ < TorchVersion("2.13"):
+        with pytest.raises(PolicyError, match="cpp_wrapper was asked for"):
+            wrapped(y, t)
+        return
     got = gradients(wrapped, other, y, t)
     torch._dynamo.reset()
     assert max(relative_errors(got, gradients(compiled(model, torch.float16, "inductor"), model, y, t))) < 1e-6
@@ -226,3 +232,12 @@ def test_a_second_process_takes_the_compiled_loop_from_the_caches(tmp_path):
         z = z + 0.25 * torch.sin(3.0 * z)
     z.sum().backward()
     assert max(relative_errors([torch.tensor(other[2])], [y.grad])) < 2e-3
+
+
+@pytest.mark.parametrize("how", [{"method": "rk4", "options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-2}])
+def test_odeint_with_a_number_of_steps_that_the_times_decide(how):
+    class Solved(Flow):
+        def forward(self, y, t):
+            return rampde_fx.odeint(self.velocity, y, t, **how)
+
+    agree(Solved(), torch.randn(16, 5), torch.linspace(0, 1, 3), 2e-2 if "rtol" in how else 4e-3)

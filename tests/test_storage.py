@@ -5,22 +5,15 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rampde_fx
+from tests.benchmarks import measure
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import FORMS, RK4, Midpoint, Uneven
 
 
 def saved_bytes(function, y, t):
-    """Bytes of the distinct tensors that a forward leaves for the backward."""
-    saved = {}
+    """Bytes of the distinct tensors that a forward leaves for the backward, parameters among them."""
     function(y, t)  # compiles, if it has to
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(y, t)
-    return sum(saved.values())
+    return measure.saved_bytes(lambda: function(y, t))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

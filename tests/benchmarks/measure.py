@@ -42,9 +42,10 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def saved_bytes(run: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """Bytes of the distinct tensors, other than parameters, that a forward leaves for the backward."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def saved_bytes(run: Callable[[], object], model: nn.Module | None = None) -> int:
+    """Bytes of the distinct tensors, other than a model's parameters, that a forward leaves for the backward."""
+    own = [] if model is None else model.parameters()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in own}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
