@@ -68,7 +68,7 @@ def _before_views(node: Any) -> Any:
 
 def _region(node: fx.Node) -> set[fx.Node]:
     """The sums that a value is made of by views and additions, with these, as far as nothing else reads them."""
-    if len(node.users) != 1 or not _is_low(node):
+    if len(node.users) != 1 or not _is_low(node) or node.target is aten.view.dtype:
         return set()
     if _is_narrow_sum(node):
         return {node}

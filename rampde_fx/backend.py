@@ -146,7 +146,8 @@ def rampde_fx(
                 fix='leave "compiler" out for Inductor',
             )
         loops = rewrite(graph_module) if has_loop(graph_module) else []
-        replayed = bool(loops) and compiler == "inductor" and _replays_loops(options, mode)
+        has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
+        replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
         return raising(error)
     with torch_private.compile_settings():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,16 +25,18 @@ from rampde_fx.errors import CaptureError
 Body = Callable[[list[Any]], Sequence[Any]]
 DEVICES = {"cuda"}
 MOST_GRAPHS = 8  # of one loop; under further shapes it runs step by step
+MOST_SEEN = 64  # shapes, and numbers on the host, that a loop remembers
 
+# By the generated function of a step; what was seen once has no graph yet.
 _captured: WeakKeyDictionary[Body, dict[Hashable, _Captured | None]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-class _Capture(threading.local):
-    under_way = False
+class _Outer(threading.local):
+    active = False  # whether a loop is captured, or will be: those inside of it are part of it
 
 
-_capture = _Capture()
+_outer = _Outer()
 
 
 def run_loop(
@@ -62,26 +64,46 @@ def run_loop(
     on_cuda = device is not None and device.type == "cuda"
     with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
         key = _key([*carried, *additional]) if device is not None else None
-        captured = None if key is None else _captured_loop(key, cond, body, carried, additional, mutated)
-        if captured is None:
+        if key is None:
             return _iterate(cond, body, carried, additional)
         with _lock:
-            return captured(carried, additional)
+            graphs = _captured.setdefault(body, {})
+            if key in graphs and _has_room(graphs, key):
+                captured = graphs[key] or _Captured(cond, body, carried, additional, mutated)
+                graphs[key] = captured
+                return captured(carried, additional)
+        with _outermost():
+            results = _iterate(cond, body, carried, additional)
+        with _lock:
+            _remember(graphs, key)
+        return results
 
 
-def _captured_loop(
-    key: Hashable, cond: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any], mutated: Sequence[int]
-) -> _Captured | None:
-    """The loop captured under a key, from the key's second call on; None for one that runs step by step."""
+def clear() -> None:
+    """Free the graphs of all loops. They live as long as the code that Inductor generated, which torch keeps."""
     with _lock:
-        graphs = _captured.setdefault(body, {})
-        if key in graphs:
-            captured = graphs[key] or _Captured(cond, body, carried, additional, mutated)
-            graphs[key] = captured
-            return captured
-        if len(graphs) < MOST_GRAPHS:
-            graphs[key] = None
-        return None
+        _captured.clear()
+
+
+def _has_room(graphs: dict[Hashable, _Captured | None], key: Hashable) -> bool:
+    return graphs[key] is not None or sum(graph is not None for graph in graphs.values()) < MOST_GRAPHS
+
+
+def _remember(graphs: dict[Hashable, _Captured | None], key: Hashable) -> None:
+    """Note that a loop ran under a key, and forget the oldest key without a graph where there are too many."""
+    graphs.setdefault(key, None)
+    seen = [other for other, graph in graphs.items() if graph is None]
+    if len(seen) > MOST_SEEN:
+        del graphs[seen[0]]
+
+
+@contextlib.contextmanager
+def _outermost() -> Iterator[None]:
+    _outer.active = True
+    try:
+        yield
+    finally:
+        _outer.active = False
 
 
 def _only_device(inputs: Sequence[Any]) -> torch.device | None:
@@ -102,15 +124,16 @@ def _iterate(cond: Body, body: Body, carried: Sequence[Any], additional: Sequenc
 def _key(inputs: Sequence[Any]) -> Hashable | None:
     """What a captured loop depends on beside numbers on the device; None where it cannot be captured."""
     started = torch.cuda.is_initialized()
-    if _capture.under_way or (started and torch.cuda.is_current_stream_capturing()):
-        return None  # part of what is captured already: a loop of segments, or the user's graph
-    stream = torch.cuda.current_stream().cuda_stream if started else None
-    parts: list[Hashable] = [stream, torch.is_inference_mode_enabled()]
+    if _outer.active or (started and torch.cuda.is_current_stream_capturing()):
+        return None  # part of a larger loop, of segments, or of the user's own graph
+    if torch.is_inference_mode_enabled():
+        return None  # the memory of a graph would be that of inference tensors
+    parts: list[Hashable] = [torch.cuda.current_stream().cuda_stream if started else None]
     for value in inputs:
         if not isinstance(value, torch.Tensor):
-            parts.append(value)
+            parts.append(repr(value))
         elif _is_host_scalar(value):
-            parts.append((value.dtype, value.item()))
+            parts.append((value.dtype, repr(value.item())))
         elif not _overlaps(value):
             parts.append((value.shape, value.stride(), value.dtype, value.device))
         else:
@@ -147,17 +170,17 @@ class _Captured:
         def run() -> list[Any]:
             return _iterate(cond, body, self.inputs[:first], self.inputs[first:])
 
-        _capture.under_way = True
         try:
-            self.launch, self.results = capture(run)
+            with _outermost():
+                self.launch, self.results = capture(run)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CaptureError(
-                f"a loop could not be captured as a CUDA graph: {error}",
+                f"a loop could not be captured as a CUDA graph: {error.__context__ or error}",
                 required="a step that only launches work on the device: it neither waits for it nor reads from it",
                 fix='compile without mode="reduce-overhead" or "max-autotune", or by "max-autotune-no-cudagraphs"',
             ) from error
-        finally:
-            _capture.under_way = False
 
     def __call__(self, carried: Sequence[Any], additional: Sequence[Any]) -> list[Any]:
         given = [*carried, *additional]
@@ -179,7 +202,12 @@ class _Captured:
 
 def capture(run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
     """Capture what a function launches; what launches it again, and the function's results, which it overwrites."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # of the current device, unlike torch's own for this
+    torch_private.free_cublas_workspaces()  # those of a graph are in its memory, and another must not share them
+    try:
+        # The outer context restores the stream even if the capture cannot be ended.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            results = run()
+    finally:
+        torch_private.free_cublas_workspaces()
     return graph.replay, results

@@ -133,7 +133,7 @@ def iterate(
         def step(*args: Any) -> list[Any]:
             results = body(*args[: len(starts)], *args[len(starts) + len(count) :])
             # Inductor takes the list of a scan's results for the result where there is one alone.
-            padding[:] = [torch.zeros((), dtype=torch.bool)] if len(results) == 1 else []
+            padding[:] = [torch.zeros((), dtype=torch.bool, device=starts[0].device)] if len(results) == 1 else []
             return [*results, *padding]
 
         more = (*invariants, *symbols([*starts, *per_step, *invariants]))

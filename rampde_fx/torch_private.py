@@ -420,16 +420,21 @@ def asks_for(setting: str, options: dict[str, Any], mode: str | None) -> bool:
 
 def _compile_replayed(*args: Any, **kwargs: Any) -> Any:
     """Inductor's compilation of one graph, the backward's included, in which loops are replayed."""
-    with mock.patch.object(PythonWrapperCodegen, "codegen_while_loop", _write_loop):
-        return compile_fx_inner(*args, **kwargs)
+    token = _replays.set(True)
+    try:
+        with mock.patch.object(PythonWrapperCodegen, "codegen_while_loop", _write_loop):
+            return compile_fx_inner(*args, **kwargs)
+    finally:
+        _replays.reset(token)
 
 
+_replays = ContextVar("whether this thread compiles loops that are replayed", default=False)
 _write_host_loop = PythonWrapperCodegen.codegen_while_loop
 
 
 def _write_loop(wrapper: Any, loop: Any, stack_output: bool) -> None:
     """Write a call of cuda_graphs.run_loop for a loop that can be replayed, Inductor's own loop for any other."""
-    if stack_output or not _launches_alone(loop.cond_subgraph, loop.body_subgraph):
+    if stack_output or not _replays.get() or not _launches_alone(loop.cond_subgraph, loop.body_subgraph):
         _write_host_loop(wrapper, loop, stack_output)
         return
     inputs = [
@@ -450,31 +455,70 @@ def _write_loop(wrapper: Any, loop: Any, stack_output: bool) -> None:
 
 def _launches_alone(cond: Any, body: Any) -> bool:
     """Whether a loop only launches work: no value on the device reaches the host, and no operator acts on the host."""
-    if _devices(cond.graph_module.graph.output_node().all_input_nodes) != {"cpu"}:
+    if not _decided_on_host(cond.graph_module):
         return False
     modules = [module for graph in (cond, body) for module in graph.graph_module.modules()]
-    nodes = [node for module in modules if isinstance(module, fx.GraphModule) for node in module.graph.nodes]
-    return not any(_involves_host(node) for node in nodes)
+    return not any(
+        _involves_host(node)
+        or (node.target is while_loop_op and not _decided_on_host(getattr(module, str(node.args[0].target))))
+        for module in modules
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
+
+
+def _decided_on_host(cond: fx.GraphModule) -> bool:
+    return _devices(cond.graph.output_node().all_input_nodes) == {"cpu"}
 
 
 def _involves_host(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload) and not _only_launches(node.target):
+    if isinstance(node.target, torch._ops.OpOverload) and not _only_launches(node):
         return True
     if node.op != "call_function" or node.target is operator.getitem:
         return False
+    if node.target is torch.ops.higher_order.cond:
+        return True
     made, read = _devices([node]), _devices(node.all_input_nodes)
-    return (made == {"cpu"} or node.target is aten._local_scalar_dense.default) and not read <= {"cpu"}
+    if made == {"cpu"} or node.target is aten._local_scalar_dense.default:
+        return not read <= {"cpu"}
+    return node.target in _MOVES and "cpu" in read and "cpu" not in made
 
 
-def _only_launches(target: torch._ops.OpOverload) -> bool:
+# A move from the host's memory waits, and so does an index that lies there.
+_MOVES = {
+    aten._to_copy.default,
+    aten.copy.default,
+    aten.copy_.default,
+    aten.index.Tensor,
+    aten.index_put.default,
+    torch.ops.prims.device_put.default,
+}
+
+
+_SIZED = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def _only_launches(node: fx.Node) -> bool:
+    target: Any = node.target
+    name = target._schema.name
     if target.namespace == "rampde_fx":
-        return not target._schema.name.startswith("rampde_fx::record")
-    return target.namespace in ("aten", "prims", "inductor")
+        return not name.startswith("rampde_fx::record")
+    if target is aten.index.Tensor:
+        sized = any(source.meta["val"].dtype in (torch.bool, torch.uint8) for source in node.all_input_nodes[1:])
+    else:  # a number is read from a tensor: that may be on the host
+        sized = bool(_SIZED & set(target.tags)) and target is not aten._local_scalar_dense.default
+    solves = "linalg" in name  # most of these ask the device whether they succeeded
+    return target.namespace in ("aten", "prims", "inductor") and not sized and not solves
 
 
 def _devices(nodes: Sequence[fx.Node]) -> set[str]:
     leaves = tree_leaves([node.meta.get("val") for node in nodes])
     return {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def free_cublas_workspaces() -> None:
+    """Have cuBLAS allocate its workspaces anew, as torch does round its own captures."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -134,6 +134,47 @@ class TestRunLoop:
                 check(carried, additional, cuda_graphs.run_loop(cond, body, carried, additional, [1]))
         assert len(captures) == cuda_graphs.MOST_GRAPHS
 
+    def test_numbers_seen_once_are_forgotten(self, captures):
+        cond, body, _ = loop_of(0)
+        for number in range(cuda_graphs.MOST_SEEN + 9):
+            cuda_graphs.run_loop(cond, body, [torch.tensor(number)], [torch.ones(2)], [])
+        assert len(cuda_graphs._captured[body]) == cuda_graphs.MOST_SEEN
+        assert captures == []
+
+    def test_a_loop_inside_is_part_of_the_graph(self, captures):
+        cond, body, ran = loop_of()
+
+        def outer_cond(args):
+            return (args[0] < 2,)
+
+        def outer(args):
+            k, y, w = args
+            _, _, y, _ = cuda_graphs.run_loop(cond, body, [torch.zeros_like(k), torch.empty(3, 2), y, w], [w], [1])
+            return k + 1, y
+
+        for _ in range(4):
+            y, w = torch.ones(2), torch.full((2,), 2.0)
+            result = cuda_graphs.run_loop(outer_cond, outer, [torch.zeros((), dtype=torch.int64), y], [w], [])
+            assert torch.equal(result[1], y + 6 * w)
+        assert (len(captures), len(ran)) == (1, 12)
+
+    def test_inference_mode_is_not_captured(self, captures):
+        cond, body, _ = loop_of()
+        with torch.inference_mode():
+            for _ in range(3):
+                carried, additional = arguments(0)
+                check(carried, additional, cuda_graphs.run_loop(cond, body, carried, additional, [1]))
+        assert captures == []
+
+    def test_clear(self, captures):
+        cond, body, _ = loop_of()
+        for _ in range(2):
+            cuda_graphs.run_loop(cond, body, *arguments(0), [1])
+        cuda_graphs.clear()
+        assert len(cuda_graphs._captured) == 0
+        carried, additional = arguments(1)
+        check(carried, additional, cuda_graphs.run_loop(cond, body, carried, additional, [1]))
+
     def test_overlapping_memory_is_not_captured(self, captures):
         cond, body, _ = loop_of()
         for _ in range(3):
@@ -209,6 +250,29 @@ class TestLaunchesAlone:
         body = subgraph(lambda k, y: (k + 1, y * 2))
         assert torch_private._launches_alone(subgraph(lambda k, y: (k < 3,)), body)
         assert not torch_private._launches_alone(subgraph(lambda k, y: (y.sum() < 3,)), body)
+
+    def test_a_move_from_the_host(self):
+        assert self.involved(lambda k, y: (k + 1, y * k.to("cuda:0")))
+        assert not self.involved(lambda k, y: (k + 1, y * k))  # passed as a number
+
+    def test_operators_that_ask_the_device(self):
+        aten, graph, mode = torch.ops.aten, fx.Graph(), FakeTensorMode()
+
+        def value(dtype):
+            node = graph.placeholder("value")
+            with mode:
+                node.meta["val"] = torch.empty(3, 3, dtype=dtype, device="cuda:0")
+            return node
+
+        y = value(torch.float32)
+        for target, args, asks in [
+            (aten.nonzero.default, (y,), True),
+            (aten.linalg_inv_ex.default, (y,), True),
+            (aten.index.Tensor, (y, [value(torch.bool)]), True),
+            (aten.index.Tensor, (y, [value(torch.int64)]), False),
+            (aten.tanh.default, (y,), False),
+        ]:
+            assert torch_private._involves_host(graph.call_function(target, args)) == asks
 
     def test_operators_that_act_on_the_host_or_may(self):
         @torch.library.custom_op("cuda_graphs_test::unknown", mutates_args=())

@@ -215,7 +215,19 @@ def test_times_on_the_host(where):
     function = compiled_for(where, model, velocity=torch.float16)
     got = function(y, t)
     assert got.device.type == device.type
-    assert torch.equal(got, function(y, t.to(device)))
+    assert relative_errors([got], [function(y, t.to(device))])[0] < BOUNDS[torch.float16]
+
+
+def test_inference(where):
+    """A loop with one result, which has no backward."""
+    device, _ = where
+    model, y, t = RK4(dim=5, width=16).to(device), torch.randn(32, 5).to(device), torch.linspace(0, 1, 8)
+    function = compiled_for(where, model, velocity=torch.float16)
+    with torch.no_grad():
+        for _ in range(3):
+            got = function(y, t.to(device))
+        wanted = copy.deepcopy(model)(y, t.to(device))
+    assert relative_errors([got], [wanted])[0] < BOUNDS[torch.float16]
 
 
 @NO_GPU
