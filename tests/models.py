@@ -36,6 +36,18 @@ class Flow(nn.Module):
         self.velocity = Velocity(**sizes)
 
 
+class Solved(nn.Module):
+    """A velocity, and an odeint over it."""
+
+    def __init__(self, velocity=None, **arguments):
+        super().__init__()
+        self.velocity = Velocity() if velocity is None else velocity
+        self.arguments = arguments
+
+    def forward(self, y, t):
+        return rampde_fx.odeint(self.velocity, y, t, **self.arguments)
+
+
 class Euler(Flow):
     def forward(self, y, t):
         for t_i, dt in rampde_fx.steps(t):

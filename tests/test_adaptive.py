@@ -15,8 +15,8 @@ from rampde_fx.passes import emit_search
 from rampde_fx.tableau import METHODS, ButcherTableau
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed
-from tests.models import Velocity
-from tests.test_odeint import Solved, compiled
+from tests.models import Solved, Velocity
+from tests.test_odeint import compiled
 
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
 

@@ -9,8 +9,7 @@ from torch import nn
 import rampde_fx
 from rampde_fx import errors
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import AdamsBashforth, Euler, Flow, Midpoint, Trajectory
-from tests.test_odeint import Solved
+from tests.models import AdamsBashforth, Euler, Flow, Midpoint, Solved, Trajectory
 from tests.test_odeint import compiled as solver
 from tests.test_random import BatchNorm, Dropout, seeded
 from tests.test_storage import Linear, saved_bytes

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 import rampde_fx
 from rampde_fx import cuda_graphs, torch_private
@@ -38,7 +38,6 @@ class Recording(TorchDispatchMode):
     def replay(self):
         for func, args, kwargs, result in self.tape:
             new = func(*args, **kwargs)
-            tree_map_only(torch.Tensor, lambda _: None, result)
             for old, value in zip(tree_flatten(result)[0], tree_flatten(new)[0], strict=True):
                 if old.data_ptr() != value.data_ptr():  # neither a view nor in place
                     old.copy_(value)

@@ -8,11 +8,11 @@ from torch import nn
 
 import rampde_fx
 from rampde_fx import AdjointScaling, PrecisionPolicy
-from tests.benchmarks.cases import PotentialFlow
+from tests.benchmarks.cases import AttentionVelocity, PotentialFlow
 from tests.benchmarks.contenders import solve_by_odeint
 from tests.benchmarks.measure import host_synchronisations, peak_bytes, saved_bytes, training_step
 from tests.comparison import gradients, relative_errors
-from tests.models import RK4, LogDensity
+from tests.models import RK4, LogDensity, Solved
 from tests.test_scaling import Steep
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -50,17 +50,6 @@ def errors(where, model, y, t, **policy):
     return relative_errors([value.double() for value in got], wanted)
 
 
-class Solved(nn.Module):
-    """A velocity, solved by odeint with options."""
-
-    def __init__(self, velocity, **options):
-        super().__init__()
-        self.velocity, self.options = velocity, options
-
-    def forward(self, y, t):
-        return rampde_fx.odeint(self.velocity, y, t, **self.options)
-
-
 class Convolution(nn.Module):
     def __init__(self, width=4):
         super().__init__()
@@ -68,17 +57,6 @@ class Convolution(nn.Module):
 
     def forward(self, t, y):
         return torch.tanh(self.norm(self.first(y))) + t
-
-
-class Attention(nn.Module):
-    def __init__(self, width=16):
-        super().__init__()
-        self.mix, self.out, self.norm = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width)
-
-    def forward(self, t, y):
-        q, k, v = (x.unflatten(-1, (4, -1)).transpose(1, 2) for x in self.mix(self.norm(y)).chunk(3, dim=-1))
-        x = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out(x.transpose(1, 2).flatten(-2)) * (1 + t)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -101,7 +79,7 @@ class TestGradients:
         assert self.largest(found) < 2 * BOUNDS[dtype]
 
     def test_an_attention(self, where, dtype):
-        model, y = Solved(Attention(), method="rk4"), torch.randn(3, 12, 16)
+        model, y = Solved(AttentionVelocity(16, heads=4), method="rk4"), torch.randn(3, 12, 16)
         found = errors(where, model, y, torch.linspace(0, 1, 5), velocity=dtype)
         assert self.largest(found) < 2 * BOUNDS[dtype]
 

@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 import rampde_fx
 from rampde_fx.errors import PolicyError
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import Euler, Flow, LogDensity, ThreeStep, Trajectory, TwoLoops, Velocity
+from tests.models import Euler, Flow, LogDensity, Solved, ThreeStep, Trajectory, TwoLoops, Velocity
 from tests.test_accumulation import DRIFT, drift
 from tests.test_scaling import Steep
 
@@ -236,8 +236,4 @@ def test_a_second_process_takes_the_compiled_loop_from_the_caches(tmp_path):
 
 @pytest.mark.parametrize("how", [{"method": "rk4", "options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-2}])
 def test_odeint_with_a_number_of_steps_that_the_times_decide(how):
-    class Solved(Flow):
-        def forward(self, y, t):
-            return rampde_fx.odeint(self.velocity, y, t, **how)
-
-    agree(Solved(), torch.randn(16, 5), torch.linspace(0, 1, 3), 2e-2 if "rtol" in how else 4e-3)
+    agree(Solved(**how), torch.randn(16, 5), torch.linspace(0, 1, 3), 2e-2 if "rtol" in how else 4e-3)

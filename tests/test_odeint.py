@@ -11,19 +11,7 @@ from rampde_fx import errors
 from rampde_fx.backend import rewrite
 from rampde_fx.tableau import METHODS, ButcherTableau
 from tests.comparison import gradients, relative_errors
-from tests.models import Velocity
-
-
-class Solved(nn.Module):
-    """A velocity, and an odeint over it."""
-
-    def __init__(self, velocity=None, **arguments):
-        super().__init__()
-        self.velocity = Velocity() if velocity is None else velocity
-        self.arguments = arguments
-
-    def forward(self, y, t):
-        return rampde_fx.odeint(self.velocity, y, t, **self.arguments)
+from tests.models import Solved, Velocity
 
 
 def compiled(model, dtype=torch.float32, compiler="aot_eager", **policy):
