@@ -5,7 +5,8 @@ After:   step(y, t, dt, w): ...;  mul = aten.mul(dt, k);  add = aten.add(y, mul)
 
 The step is traced with make_fx under functionalisation, so that an affine update is a handful of ATen operations
 however it was spelled, in-place updates included, and a velocity that uses torch.func is plain ATen. What the user
-detaches, or computes under no_grad, passes through stop_gradient.
+detaches, or computes under no_grad, passes through stop_gradient. Where linear algebra fails, and eager code raises an
+error, the result is NaN.
 
 Requires: a Run.
 Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
@@ -128,19 +129,33 @@ class _Captured(fx.Interpreter):
         self.differentiated = differentiated
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        with torch_private.LinalgChecks() as checks:
+            result = super().run_node(n)
+        for info in checks.infos:
+            result = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x, info=info: _solved(x, info), result)
         stopped = (self.differentiated and not torch.is_grad_enabled()) or _detaches(n)
         if n.op not in ("call_function", "call_method") or not stopped:
             return result
         stop = torch.ops.rampde_fx.stop_gradient
         return torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda x: stop(x) if x.is_floating_point() else x, result
+            torch.Tensor, lambda x: stop(x) if graphs.has_derivatives(x.dtype) else x, result
         )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator):  # find_loops lets those in that run their body
             return _Captured(args[0], differentiated=self.differentiated).run(*args[1:])
         return super().call_function(target, args, kwargs)
+
+
+def _solved(result: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
+    """What linear algebra gave, NaN where its code says that it failed: eager code raises an error there."""
+    if not graphs.has_derivatives(result.dtype):
+        return result
+    matrix_by_matrix = result.shape[: info.ndim] == info.shape
+    solved = (
+        (info == 0).reshape(*info.shape, *[1] * (result.ndim - info.ndim)) if matrix_by_matrix else (info == 0).all()
+    )
+    return torch.where(solved, result, torch.nan)
 
 
 def _detaches(node: fx.Node) -> bool:

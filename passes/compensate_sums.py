@@ -65,7 +65,7 @@ def find_sums(result: fx.Node, carry: fx.Node) -> list[tuple[fx.Node, int]] | No
 
 def _check_states(loop: Loop) -> None:
     for carry, result in zip(graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step), strict=False):
-        if graphs.is_float(carry) and find_sums(result, carry) is None and _accumulates(result, carry):
+        if graphs.is_differentiable(carry) and find_sums(result, carry) is None and _accumulates(result, carry):
             raise UnsupportedLoopError(
                 f"the state '{carry.name}' cannot be accumulated with compensation: it is more than a sum of its old "
                 "value and increments",
@@ -94,7 +94,7 @@ def _compensated(graph_module: fx.GraphModule, carries: int) -> tuple[fx.GraphMo
     last, corrected = nodes[-1], []
     for i, carry in enumerate(nodes[:carries]):
         sums = find_sums(output.args[0][i], carry)
-        if not sums or not graphs.is_float(carry):
+        if not sums or not graphs.is_differentiable(carry):
             continue
         with graph.inserting_after(last):
             correction = last = graph.placeholder(f"correction_{carry.name}")

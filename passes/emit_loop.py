@@ -21,18 +21,19 @@ Source:   arXiv 2510.23498.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import WATCHED, Loop
+from rampde_fx.loop import VANISHED, WATCHED, Loop
 from rampde_fx.policy import AdjointScaling
-from rampde_fx.recurrence import Body, at, emit_preamble, iterate, symbols
+from rampde_fx.recurrence import Body, at, emit_preamble, iterate, repeat
+from rampde_fx.scales import are_finite
 from rampde_fx.segments import Recomputation, Segments
-from rampde_fx.torch_private import autograd_function_apply, while_loop_op
+from rampde_fx.torch_private import autograd_function_apply
 
 RETRY = 2.0**-8  # by which the target falls after an overflow
 
@@ -40,8 +41,9 @@ RETRY = 2.0**-8  # by which the target falls after an overflow
 def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
     """Replace the call of a LoopNode by the rewritten loop."""
     name, operands = str(call.target), emit_preamble(graph_module, call, loop)
+    used = [user.args[1] for user in call.users if user.users]
     with graph_module.graph.inserting_before(call):
-        emitted = _Emission(loop)
+        emitted = _Emission(loop, used)
         graph_module.add_submodule(f"{name}_forward", emitted.forward)
         if emitted.backward is None:
             apply = graph_module.graph.call_module(f"{name}_forward", tuple(operands))
@@ -61,8 +63,8 @@ def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
 class _Emission:
     """The forward and the backward of one loop as GraphModules."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
+    def __init__(self, loop: Loop, used: Sequence[int]) -> None:
+        self.loop, self.used = loop, used
         self.inputs = graphs.placeholders(loop.step)[: len(loop.needs_grad)]
         self.outputs, self.stored = loop.step_outputs()
         self.segments, step, recomputed = self._segments(), loop.step, []
@@ -118,7 +120,18 @@ class _Emission:
         else:
             finals, stacks = self.iterate(self.step, starts, per_step, invariants)
             outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
-        return (*finals[:carries], *outputs), (*stored, *(operands[i] for i in self.kept))
+        results = [*finals[:carries], *outputs]
+        if self.loop.counted:
+            self._record_states(results, outputs[-1])
+        return tuple(results), (*stored, *(operands[i] for i in self.kept))
+
+    def _record_states(self, results: list[Any], counts: torch.Tensor) -> None:
+        """Add a zero, behind a record of the states' counts, to the smallest result that is read."""
+        read = [j for j in self.used if graphs.has_derivatives(results[j].dtype)]
+        if read:
+            j = min(read, key=lambda j: torch_private.size_hint(results[j].numel()))
+            record = torch.ops.rampde_fx.record_states
+            results[j] = results[j] + record(counts.sum(0), results[j], self.loop.name)
 
     def iterate(
         self, body: Callable[..., list[Any]], starts: list[Any], per_step: list[Any], invariants: list[Any]
@@ -259,12 +272,11 @@ class _Backward:
         incoming = [given[kind] for kind in self.kinds if kind[0] == "cotangent"]
         usable = _finite(incoming)
         usable = usable if fits is None else usable & fits
-        order = [i for i in self.loop.adjoint_results if i != WATCHED]
+        order = [i for i in self.loop.adjoint_results if i not in (VANISHED, WATCHED)]
         target = torch.full((), self.loop.target, dtype=torch.float32, device=incoming[0].device)
         empty = [self._zeros(i, given) for i in order]
         # The attempt and the flag live on the host: reading the flag is the one synchronisation of the backward.
         start = [torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), target, *empty]
-        sizes = symbols(tensors)
 
         def again(attempt: torch.Tensor, overflow: torch.Tensor, *_: Any) -> torch.Tensor:
             return overflow & (attempt < scaling.max_attempts)
@@ -276,12 +288,13 @@ class _Backward:
             # A choice between two tensors has the strides of the first: those of what is carried, though Inductor
             # may lay the cotangents of a convolution's output out anew.
             found = [torch.where(target < 0, old, gradients[i]) for old, i in zip(before, order, strict=True)]
-            overflow = (usable & ~_finite(found)).to("cpu")
-            overflow = torch.ops.rampde_fx.record_sweep(overflow, attempt, scaling.max_attempts, self.loop.name)
+            told = [usable & ~_finite(found), gradients[VANISHED].sum(), _zeros_among(found)]
+            outcome = torch.stack([number.to(torch.float32) for number in told]).to("cpu")
+            overflow = torch.ops.rampde_fx.record_sweep(outcome, attempt, scaling.max_attempts, self.loop.name)
             (overflow,) = self._recorded([overflow], gradients.get(WATCHED), attempt)
             return attempt + 1, overflow, target * RETRY, *found
 
-        results = while_loop_op(again, sweep, tuple(start), (*tensors, usable, *sizes))
+        results = repeat(again, sweep, start, [*tensors, usable])
         return dict(zip(order, results[3:], strict=True))
 
 
@@ -292,6 +305,11 @@ def _usable(gradients: dict[int, Any], fits: torch.Tensor | None) -> dict[int, A
     return {i: torch.where(fits, gradient, torch.nan) for i, gradient in gradients.items()}
 
 
+def _zeros_among(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """How many tensors have no entry but zeros, as a 0-d tensor; empty ones left out."""
+    return torch.stack([(tensor == 0).all() & (tensor.numel() > 0) for tensor in tensors]).sum()
+
+
 def _finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Whether all entries of all tensors are finite, as a 0-d bool tensor."""
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+    return torch.stack([are_finite(tensor).all() for tensor in tensors]).all()

@@ -24,8 +24,7 @@ from torch import fx
 
 from rampde_fx import graphs, step_control, torch_private
 from rampde_fx.loop import Loop
-from rampde_fx.recurrence import Body, emit_preamble, symbols
-from rampde_fx.torch_private import while_loop_op
+from rampde_fx.recurrence import Body, emit_preamble, repeat
 
 FIELDS = len(step_control.Search._fields)
 
@@ -100,7 +99,7 @@ class _Search:
             kept = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
             return *(value.clone() for value in search), *kept
 
-        results = while_loop_op(running, attempt, tuple(varying), (*fixed, *symbols([*varying, *fixed])))
+        results = repeat(running, attempt, varying, fixed)
         search = step_control.Search(*results[:FIELDS])
         found = (search.intervals, search.positions, search.fractions, search.count, search.status)
         return *found, step_control.reached(t, search), search.interval

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
 from rampde_fx.loop import CapturedStep, MarkedLoop, Source
 
@@ -204,12 +204,11 @@ def _check_states(captured: CapturedStep, where: str) -> None:
         )
     for before, after in zip(graphs.placeholders(captured.step)[:carries], graphs.results(captured.step), strict=False):
         a, b = graphs.value(before), graphs.value(after)
-        if not isinstance(a, torch.Tensor) or a.is_complex():
-            kind = "a complex tensor" if isinstance(a, torch.Tensor) else "a Python number"
+        if not isinstance(a, torch.Tensor):
             raise UnsupportedLoopError(
-                f"the carried value '{before.name}' is {kind}",
-                required="carried values that are real tensors",
-                fix="start from a tensor, such as torch.zeros(...); view a complex one by torch.view_as_real",
+                f"the carried value '{before.name}' is a Python number",
+                required="carried values that are tensors",
+                fix="start from a tensor, such as torch.zeros(...)",
                 where=where,
             )
         if not _same_kind(a, b):
@@ -219,13 +218,19 @@ def _check_states(captured: CapturedStep, where: str) -> None:
                 fix="bring the state to its final shape and dtype before the loop",
                 where=graphs.user_line(after) or where,
             )
-        if a.is_floating_point() and a.dtype.itemsize < 4 and _accumulates(before, after):
+        if _is_half(a) and _accumulates(before, after):
+            wide = "complex64" if a.is_complex() else "float32"
             raise StateChangeError(
                 f"the state '{before.name}' is {str(a.dtype).removeprefix('torch.')}, in which its sums would round",
-                required="a float32 or float64 state",
-                fix=f"write {before.name} = {before.name}.float() before the loop",
+                required="a state in float32, float64, complex64 or complex128",
+                fix=f"write {before.name} = {before.name}.to(torch.{wide}) before the loop",
                 where=graphs.user_line(after) or where,
             )
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    parts = 2 if tensor.is_complex() else 1
+    return graphs.has_derivatives(tensor.dtype) and tensor.dtype.itemsize < 4 * parts
 
 
 def _accumulates(before: fx.Node, after: fx.Node) -> bool:
@@ -233,7 +238,7 @@ def _accumulates(before: fx.Node, after: fx.Node) -> bool:
     open_nodes, seen = [after], {after}
     while open_nodes:
         node = open_nodes.pop()
-        parents = [] if graphs.is_product(node) else node.all_input_nodes
+        parents = [] if operator_table.is_product(node) else node.all_input_nodes
         open_nodes += [parent for parent in parents if parent not in seen]
         seen.update(parents)
     return before in seen

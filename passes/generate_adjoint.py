@@ -29,6 +29,7 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.loop import Loop
+from rampde_fx.lowering import mark_coefficients
 
 aten = torch.ops.aten
 Slot = tuple[fx.Node, int]  # a node of the step, and which of its outputs
@@ -65,16 +66,20 @@ def generate_adjoint(loop: Loop) -> Loop:
 
 
 def find_active(loop: Loop) -> set[fx.Node]:
-    """The floating nodes that depend on something whose gradient is wanted; a carry does if its next value does."""
+    """The differentiable nodes that follow from what a gradient is wanted of; a carry does if its next value does."""
     nodes = graphs.placeholders(loop.step)
     sources = {node for node, needed in zip(nodes, loop.needs_grad, strict=True) if needed}
     while True:
         reached = graphs.depends_on(loop.step.graph, sources, by_gradient=True)
         nexts = zip(nodes[: loop.carries], graphs.results(loop.step), strict=False)
-        more = {carry for carry, after in nexts if after in reached and graphs.is_float(carry)}
+        more = {carry for carry, after in nexts if after in reached and graphs.is_differentiable(carry)}
         if more <= sources:
-            return {node for node in reached if graphs.is_float(node) or isinstance(graphs.value(node), (tuple, list))}
+            return {node for node in reached if graphs.is_differentiable(node) or _has_several_outputs(node)}
         sources |= more
+
+
+def _has_several_outputs(node: fx.Node) -> bool:
+    return isinstance(graphs.value(node), (tuple, list))
 
 
 class _Transposition:
@@ -284,8 +289,13 @@ def _trace_vjp(
 
 def _traced(derivative: Callable[..., Any], values: list[Any], of: str, node: fx.Node) -> fx.GraphModule:
     """The trace of a derivative of what stands at the node."""
+
+    def unchecked(*args: Any) -> Any:
+        with torch_private.LinalgChecks():  # the step has NaN where they fail
+            return derivative(*args)
+
     try:
-        return torch_private.trace(derivative, values)
+        return torch_private.trace(unchecked, values, functionalize=True)
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedVelocityError(
             f"{of} has no derivative that can be traced: {error}",
@@ -317,6 +327,7 @@ def split_pullback(
     nodes, found = graphs.placeholders(traced), graphs.results(traced)
     primals, cotangents = nodes[: len(values)], nodes[len(values) :]
     backward = graphs.depends_on(traced.graph, cotangents)
+    mark_coefficients(traced, [node for node in graphs.body(traced) if node not in backward])
     ahead = [node for node in graphs.body(traced) if node not in backward]
     gradients = found[len(results) :]
     residuals = [n for n in [*primals, *ahead] if any(u in backward for u in n.users) or n in gradients]

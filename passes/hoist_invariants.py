@@ -27,6 +27,6 @@ def hoist_invariants(loop: Loop) -> Loop:
     differentiable = graphs.depends_on(loop.step.graph, wanted, by_gradient=True)
     needs_grad = [
         *loop.needs_grad[: loop.first_invariant()],
-        *(node in differentiable and graphs.is_float(node) for node in read),
+        *(node in differentiable and graphs.is_differentiable(node) for node in read),
     ]
     return replace(loop, preamble=preamble, step=step, needs_grad=tuple(needs_grad))

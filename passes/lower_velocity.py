@@ -28,43 +28,26 @@ import torch
 from torch import fx
 from torch.fx.passes.tools_common import legalize_graph
 
-from rampde_fx import graphs, torch_private
-from rampde_fx.errors import UnsupportedVelocityError
+from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.loop import Fallback, Loop
+from rampde_fx.lowering import Lowering
 
-# Operator names of torch.amp's CUDA lists (docs: "CUDA Ops that can autocast"), as they appear in ATen graphs.
-LOW = set(
-    """mm addmm bmm baddbmm addbmm mv addmv addr dot vdot convolution convolution_backward _prelu_kernel
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
-    _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward
-    _scaled_dot_product_fused_attention_overrideable""".split()
-)
-WIDE = set(
-    """exp expm1 log log10 log2 log1p pow reciprocal rsqrt acos asin cosh sinh tan erfinv softplus softplus_backward
-    _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp sum prod cumsum cumprod mean var
-    var_mean std std_mean norm linalg_vector_norm dist renorm native_layer_norm native_layer_norm_backward
-    native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward
-    _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional cudnn_batch_norm
-    cudnn_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward _cdist_forward _cdist_backward _pdist_forward
-    _fft_r2c _fft_c2c _fft_c2r upsample_bilinear2d upsample_nearest2d upsample_bicubic2d""".split()
-)
-COMMUTATIVE = {"mul", "add"}
-HALF = (torch.float16, torch.bfloat16)
+aten = torch.ops.aten
 
 
 def lower_velocity(loop: Loop) -> Loop:
     """Replace the velocity nodes of the step by calls of low-precision submodules, one call per evaluation."""
     step = graphs.copied(loop.step)
-    names, fallbacks = [], Counter(_wide_roles(step))
+    names, fallbacks, low = [], Counter(_wide_roles(step)), 0
     known: dict[str, str] = {}
     for nodes in find_components(step):
-        enlarging = find_enlarging_views(nodes)
-        inputs, outputs = _boundary(nodes, enlarging)
-        velocity = graphs.extract(step, [*enlarging, *nodes], inputs, outputs)
-        lowered, wide = _lower(velocity, inputs, loop.policy.velocity)
-        fallbacks.update(wide)
+        own = find_taken_inside(nodes)
+        inputs, outputs = _boundary(nodes, own)
+        velocity = graphs.extract(step, [*own, *nodes], inputs, outputs)
+        lowering = Lowering(velocity, loop.policy.velocity, [node.meta["role"] != "time" for node in inputs])
+        lowered = _lower(lowering, inputs)
+        fallbacks.update(lowering.wide)
+        low += lowering.low
         key = _signature(lowered)
         if key not in known:
             known[key] = f"velocity_{len(known)}"
@@ -75,7 +58,7 @@ def lower_velocity(loop: Loop) -> Loop:
         legalize_graph(step)
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
-    return replace(loop, step=step, stages=tuple(names), fallbacks=found)
+    return replace(loop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
 
 
 def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
@@ -99,21 +82,33 @@ def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
     return sorted(groups.values(), key=lambda nodes: nodes[0].meta["evaluation"])
 
 
-def find_enlarging_views(nodes: list[fx.Node]) -> list[fx.Node]:
-    """The views by which an evaluation reads a smaller tensor as a larger one, each behind what it is a view of.
+def find_taken_inside(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What an evaluation makes itself of its inputs: views that enlarge a smaller tensor, and casts to a
+    parameter's own dtype, each behind what it is made of.
 
-    A cast at the entry would make the larger tensor; with the views inside the evaluation the smaller one is cast.
+    Outside, a cast at the entry would make the larger tensor, and the gradient be rounded to the parameter's dtype.
     """
     found: dict[fx.Node, None] = {}
     inside = set(nodes)
     inputs = (p for node in nodes for p in node.all_input_nodes if p not in inside)
-    for node in filter(graphs.is_view, inputs):
+    for node in filter(_follows_alone, inputs):
         chain = [node]
-        while graphs.is_view(chain[0].args[0]):
+        while _follows_alone(chain[0].args[0]):
             chain.insert(0, chain[0].args[0])
-        if _size(chain[0].args[0]) < _size(node):
+        if any(map(_narrows, chain)) or _size(chain[0].args[0]) < _size(node):
             found.update(dict.fromkeys(chain))
     return list(found)
+
+
+def _follows_alone(node: fx.Node) -> bool:
+    """Whether a node costs nothing, and follows from one operand."""
+    return graphs.is_view(node) or _narrows(node)
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Whether a node is the cast of a parameter to its own dtype (passes/widen_parameters.py)."""
+    is_cast = node.target is aten._to_copy.default and node.meta.get("role") == "time" and graphs.is_float(node)
+    return is_cast and graphs.value(node).dtype.itemsize < graphs.value(node.args[0]).dtype.itemsize
 
 
 def _size(node: fx.Node) -> int:
@@ -133,25 +128,29 @@ def _wide_roles(step: fx.GraphModule) -> dict[tuple[str, str], int]:
     """What is not velocity, counted by operation."""
     reasons = {"state": "state: accumulated in the dtype of the state", "time": "time: depends on no state"}
     calls = [n for n in step.graph.nodes if n.op == "call_function" and n.meta["role"] in reasons]
-    floats = [n for n in calls if graphs.is_float(n) and not graphs.is_view(n)]
-    return Counter((graphs.operator_name(n.target), reasons[n.meta["role"]]) for n in floats)
+    computed = [node for node in calls if graphs.is_differentiable(node) and not graphs.is_view(node)]
+
+    def reason(node: fx.Node) -> str:
+        linear = node.meta["role"] == "state" and operator_table.is_product(node)
+        return "state: the next state is linear in this product" if linear else reasons[node.meta["role"]]
+
+    return Counter((operator_table.name_of(node.target), reason(node)) for node in computed)
 
 
-def _boundary(nodes: list[fx.Node], views: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What a group of nodes, and views that it takes inside, read from outside; and what is read of the group outside.
+def _boundary(nodes: list[fx.Node], own: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a group of nodes, and those that it takes inside, read from outside; and what is read of the group outside.
 
-    The views stay outside as well, for other readers.
+    What it takes inside stays outside as well, for other readers.
     """
-    inside = {*views, *nodes}
-    inputs = dict.fromkeys(p for node in (*views, *nodes) for p in node.all_input_nodes if p not in inside)
+    inside = {*own, *nodes}
+    inputs = dict.fromkeys(p for node in (*own, *nodes) for p in node.all_input_nodes if p not in inside)
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     return list(inputs), outputs
 
 
-def _lower(velocity: fx.GraphModule, inputs: list[fx.Node], dtype: torch.dtype) -> tuple[fx.GraphModule, Counter[Any]]:
-    lowering = _Lowering(velocity, inputs, dtype)
+def _lower(lowering: Lowering, inputs: list[fx.Node]) -> fx.GraphModule:
     lowered = torch_private.trace(lowering.evaluate, [graphs.value(node) for node in inputs])
-    return graphs.named(lowered, [_input_name(node) for node in inputs]), lowering.wide
+    return graphs.named(lowered, [_input_name(node) for node in inputs])
 
 
 def _input_name(node: fx.Node) -> str:
@@ -168,137 +167,6 @@ def _signature(velocity: fx.GraphModule) -> str:
 
 def _kind(value: Any) -> Any:
     return (value.dtype, tuple(value.shape), value.device) if isinstance(value, torch.Tensor) else type(value)
-
-
-class _Lowering(fx.Interpreter):
-    """Runs a velocity under the operator policy; traced, it writes the lowered graph."""
-
-    def __init__(self, velocity: fx.GraphModule, inputs: list[fx.Node], dtype: torch.dtype) -> None:
-        super().__init__(velocity)
-        self.dtype = dtype
-        self.wide: Counter[tuple[str, str]] = Counter()
-        pairs = zip(graphs.placeholders(velocity), inputs, strict=True)
-        self.at_entry = [_cast_at_entry(inner, outer) for inner, outer in pairs]
-        self.states = [node.meta["role"] == "state" for node in inputs]
-
-    def evaluate(self, *args: Any) -> tuple[Any, ...]:
-        """The outputs in their original dtypes, from inputs in theirs."""
-        entered = list(map(self._enter, args, self.at_entry, self.states))
-        self.wide.clear()
-        values = self.run(*entered)
-        originals = [graphs.value(node) for node in graphs.results(self.module)]
-        return tuple(_cast(now, before.dtype) for now, before in zip(values, originals, strict=True))
-
-    def _enter(self, value: Any, low: bool, state: bool) -> Any:
-        if low and state and self.dtype is torch.float16 and _is_float_tensor(value) and value.dtype != self.dtype:
-            return torch.ops.rampde_fx.narrow(value)
-        return _cast(value, self.dtype) if low else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = graphs.operator_name(target)
-        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_float_tensor(a)]
-        if name in LOW:
-            to = self.dtype
-        elif name in WIDE and self.dtype in HALF:
-            to = torch.float32
-            self.wide[name, "autocast's policy: fp32"] += 1
-        elif _beyond(self.dtype, args, kwargs):
-            to = torch.float32
-            self.wide[name, f"a constant beyond the range of {self.dtype}"] += 1
-        else:
-            to = _widest([t for t in tensors if t.ndim > 0])
-        back = None
-        if to is None and _rounds_first(args, tensors):  # torch rounds a 0-d first operand to the other's dtype
-            if name in COMMUTATIVE and not kwargs:
-                args = (args[1], args[0])
-            else:
-                to, back = torch.float32, self.dtype
-        if to is not None and target is not operator.getitem:
-            keep_scalars = to != torch.float32 and name not in LOW
-
-            def cast(value: Any) -> Any:
-                return value if not _is_float_tensor(value) or (keep_scalars and value.ndim == 0) else _cast(value, to)
-
-            kept = _statistics(target)
-            args = tuple(a if i in kept else torch.utils._pytree.tree_map(cast, a) for i, a in enumerate(args))
-            kwargs = torch.utils._pytree.tree_map(cast, kwargs)
-        try:
-            result = super().call_function(target, args, kwargs)
-            return result if back is None else _cast(result, back)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise UnsupportedVelocityError(
-                f"the operation {target} of the velocity does not run in {self.dtype}: {error}",
-                required="operations that exist in the velocity dtype",
-                fix="use dtype=torch.float32 for this loop, or write the operation by others",
-                where=graphs.user_line(self.current) if self.current is not None else "",
-            ) from error
-
-    current: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
-        return super().run_node(n)
-
-
-def _rounds_first(args: Any, tensors: list[torch.Tensor]) -> bool:
-    """Whether a wide 0-d value, such as a time, is the first operand of an operation on low tensors."""
-    others = {tensor.dtype for tensor in tensors if tensor.ndim > 0}
-    first = args[0] if args and _is_float_tensor(args[0]) and args[0].ndim == 0 else None
-    return first is not None and first.dtype not in HALF and len(others) == 1 and others <= set(HALF)
-
-
-def _statistics(target: Any) -> set[int]:
-    """The arguments of an operation that are fp32 whatever the dtype: an attention's, for its backward."""
-    schema = getattr(target, "_schema", None)
-    return {i for i, argument in enumerate(schema.arguments) if argument.name == "logsumexp"} if schema else set()
-
-
-def _beyond(dtype: torch.dtype, args: Any, kwargs: Any) -> bool:
-    """Whether a number among the arguments overflows or vanishes in the dtype."""
-    numbers = [abs(a) for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, float)]
-    info = torch.finfo(dtype)
-    return dtype in HALF and any(
-        (info.max < number < float("inf")) or 0 < number < info.smallest_normal * info.eps for number in numbers
-    )
-
-
-def _is_float_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The tensor in another dtype; ints, bools and tensors that have it already come back as they are."""
-    if not _is_float_tensor(value) or value.dtype == dtype:
-        return value
-    return torch.ops.aten._to_copy.default(value, dtype=dtype)
-
-
-def _cast_at_entry(inner: fx.Node, outer: fx.Node) -> bool:
-    """States always; parameters and times unless only fp32 operations, or scalings by a 0-d value, read them."""
-    if outer.meta["role"] != "time":
-        return True
-    if graphs.value(outer) is None or not graphs.is_float(outer) or graphs.value(outer).ndim == 0:
-        return False
-    return not _only_wide_readers(inner)
-
-
-def _only_wide_readers(node: fx.Node) -> bool:
-    def is_wide(user: fx.Node) -> bool:
-        if graphs.is_view(user):
-            return _only_wide_readers(user)
-        return user.op == "output" or graphs.operator_name(user.target) in WIDE
-
-    return all(map(is_wide, node.users))
-
-
-def _widest(tensors: list[torch.Tensor]) -> torch.dtype | None:
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) < 2:
-        return None
-    widest, *rest = dtypes
-    for dtype in rest:
-        widest = torch.promote_types(widest, dtype)
-    return widest
 
 
 def _call(step: fx.GraphModule, name: str, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> None:

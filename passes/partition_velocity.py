@@ -11,8 +11,12 @@ time:     what follows from t, dt and invariants alone: it has no batch and cost
 velocity: all the rest. meta["evaluation"] numbers the evaluations of a step: a state that was built from evaluation n
           begins evaluation n + 1.
 
-Only velocity is lowered. A carry that follows from a state by anything but a matrix product (a learned decay, a relu, a
-normalisation) is state all the way; addmm(y, h, w) is taken apart, where y varies, to show the sum.
+Only velocity is lowered. Where a next carry is linear in the carry along a path, all of the path is state, products
+included: a propagator y @ R, a sum of [y, k] with the weights [1, dt]. Beside such a path a product that is scaled by
+the step size is an increment, and its velocity is low. A carry that follows from a state by anything but a product (a
+learned decay, a relu, a normalisation) is state all the way as well. What is left, a carry that follows from itself
+through a product and a nonlinearity alone (an RNN cell), is velocity: its state is rounded in each step, and a note
+says so. addmm(y, h, w) is taken apart, where y varies, to show the sum.
 
 Requires: a Loop whose step is functional, with invariants hoisted.
 Ensures:  every placeholder and call has a role; every velocity call has an evaluation.
@@ -28,7 +32,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx import graphs, operator_table
 from rampde_fx.loop import Loop
 
 aten = torch.ops.aten
@@ -37,7 +41,7 @@ SCALE = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 CONTRACT = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
 MOVE = {aten.cat.default, aten.stack.default, aten.clone.default, aten.where.self, aten._to_copy.default}
 SCATTER = {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
-FUSED_SUM = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+SMALL = 0.125  # a larger number is no step size
 Roles = dict[fx.Node, str]
 
 
@@ -50,32 +54,139 @@ def partition_velocity(loop: Loop) -> Loop:
         time = loop.carries <= i < loop.first_invariant() and graphs.value(node).ndim == 0
         node.meta["parameter"] = i >= loop.carries and not time
     roles = find_roles(nodes, loop.carries)
+    linear = find_linear(nodes, results, loop.carries)
+    if not all(roles[node] == "state" for node in linear):
+        roles = find_roles(nodes, loop.carries, linear)
     promoted = find_promoted(results, roles)
     if promoted:
-        roles = find_roles(nodes, loop.carries, promoted)
+        roles = find_roles(nodes, loop.carries, linear | promoted)
     _pull_increments(nodes, roles)
     evaluations = find_evaluations(nodes, roles)
     for node in nodes:
         node.meta["role"] = roles[node]
         if roles[node] == "velocity":
             node.meta["evaluation"] = evaluations[node]
-    return replace(loop, step=step)
+    return replace(loop, step=step, notes=(*loop.notes, *_notes(nodes, results, roles)))
+
+
+def _notes(nodes: list[fx.Node], results: list[fx.Node], roles: Roles) -> list[str]:
+    """Of each carry that follows from itself through velocity alone that it is rounded."""
+    return [
+        f"the state '{carry.name}' follows from itself through a product and a nonlinearity alone: each step rounds it"
+        for carry, result in zip(nodes, results, strict=False)
+        if graphs.is_differentiable(carry) and carry in _behind(result, roles)
+    ]
+
+
+def _behind(result: fx.Node, roles: Roles) -> set[fx.Node]:
+    """The states and times that a velocity value follows from through velocity alone."""
+    open_nodes, seen = [result], {result}
+    while open_nodes:
+        node = open_nodes.pop()
+        parents = node.all_input_nodes if roles[node] == "velocity" else []
+        open_nodes += [parent for parent in parents if parent not in seen]
+        seen.update(parents)
+    return seen if roles[result] == "velocity" else set()
 
 
 def _with_sums_apart(loop: Loop) -> fx.GraphModule:
     """A copy of the step in which addmm(y, h, w) is y + mm(h, w) where y varies: it may be the state."""
     step = graphs.copied(loop.step)
     varying = graphs.depends_on(step.graph, graphs.placeholders(step)[: loop.carries])
-    fused = [n for n in graphs.body(step) if n.target in FUSED_SUM and n.args[0] in varying and not n.kwargs]
+    fused = [n for n in graphs.body(step) if n.target in operator_table.FUSED_SUMS and _adds_to(n, varying)]
     for node in fused:
         with step.graph.inserting_before(node):
-            product = step.graph.call_function(FUSED_SUM[node.target], node.args[1:])
-            total = step.graph.call_function(aten.add.Tensor, (node.args[0], product))
-        for new in (product, total):
+            product = step.graph.call_function(operator_table.FUSED_SUMS[node.target], node.args[1:])
+            terms = [node.args[0], product]
+            for i, name in enumerate(("beta", "alpha")):
+                if node.kwargs.get(name, 1) != 1:
+                    terms[i] = step.graph.call_function(aten.mul.Tensor, (terms[i], node.kwargs[name]))
+            total = step.graph.call_function(aten.add.Tensor, tuple(terms))
+        for new in (product, *terms[1:], total):
             new.meta = dict(node.meta)
         node.replace_all_uses_with(total)
         step.graph.erase_node(node)
     return graphs.refresh(step) if fused else step
+
+
+def _adds_to(node: fx.Node, varying: Set[fx.Node]) -> bool:
+    """Whether a summand and a product are added, of which the first varies: with beta=0 it is not read."""
+    return node.args[0] in varying and node.kwargs.get("beta", 1) != 0
+
+
+def find_linear(nodes: list[fx.Node], results: list[fx.Node], carries: int) -> set[fx.Node]:
+    """The nodes on the paths along which next carries are linear in the carries, and come back to themselves.
+
+    Paths through a value that is scaled by the step size count only where a carry has no other: beside the state they
+    are increments.
+    """
+    states = [node for node in nodes[:carries] if graphs.is_differentiable(node)]
+    varying = graphs.depends_on(nodes[0].graph, nodes[:carries])
+    found: set[fx.Node] = set()
+    open_pairs = [(node, result) for node, result in zip(nodes, results, strict=False) if node in states]
+    for small in (False, True):
+        reached = _reached(nodes, states, varying, small=small)
+        lead = {carry: reached[result] for carry, result in zip(nodes, results, strict=False) if carry in states}
+        for carry, result in open_pairs:
+            back = {other for other in lead[carry] if carry in _follow(other, lead)}
+            found |= _between(result, back, reached, varying) if back else set()
+        open_pairs = [(carry, result) for carry, result in open_pairs if not lead[carry]]
+    return found
+
+
+def _reached(
+    nodes: list[fx.Node], states: list[fx.Node], varying: Set[fx.Node], *, small: bool
+) -> dict[fx.Node, set[fx.Node]]:
+    """The carries in which each node is linear; along paths through small values too, or not."""
+    reached: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes:
+        operands = [] if node.op == "placeholder" or (not small and _is_small(node, varying)) else node.all_input_nodes
+        linear = operator_table.linear_operands(node, varying) if operands else []
+        reached[node] = {node} if node in states else set().union(*(reached[operand] for operand in linear))
+    return reached
+
+
+def _follow(carry: fx.Node, lead: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
+    """The carries that a carry is linear in, after any number of steps; itself included."""
+    open_nodes, seen = [carry], {carry}
+    while open_nodes:
+        more = lead.get(open_nodes.pop(), set()) - seen
+        seen |= more
+        open_nodes += more
+    return seen
+
+
+def _between(
+    result: fx.Node, back: set[fx.Node], reached: dict[fx.Node, set[fx.Node]], varying: Set[fx.Node]
+) -> set[fx.Node]:
+    """The nodes on the linear paths from a result to some carries, the carries left out."""
+    open_nodes, seen = [result], {result}
+    while open_nodes:
+        node = open_nodes.pop()
+        leads = [operand for operand in operator_table.linear_operands(node, varying) if reached[operand] & back]
+        open_nodes += [operand for operand in leads if operand not in seen]
+        seen.update(leads)
+    return {node for node in seen if node.op != "placeholder"}
+
+
+def _is_small(node: fx.Node, varying: Set[fx.Node]) -> bool:
+    """Whether a value is scaled by the step size, by a small number, or summed up with weights that are."""
+    factors = [operand for operand in node.all_input_nodes if operand not in varying]
+    numbers = operator_table.numbers(node.target, node.args, node.kwargs) if node.target in SCALE else []
+    scales = node.target in SCALE or operator_table.name_of(node.target) in operator_table.BILINEAR
+    return scales and (any(map(_vanishes, factors)) or any(abs(number) <= SMALL for number in numbers))
+
+
+def _vanishes(node: fx.Node) -> bool:
+    """Whether a value that depends on no state vanishes with the step size: every entry is scaled by a time."""
+    if node.op == "placeholder":
+        return not node.meta["parameter"]
+    if node.target is aten.mul.Tensor:
+        return any(map(_vanishes, node.all_input_nodes))
+    if node.target in (aten.div.Tensor, aten.pow.Tensor_Scalar):
+        return isinstance(node.args[0], fx.Node) and _vanishes(node.args[0])
+    moves = graphs.is_view(node) or node.target in MOVE or node.target in SUM or node.target is aten.neg.default
+    return moves and bool(node.all_input_nodes) and all(map(_vanishes, node.all_input_nodes))
 
 
 def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozenset()) -> Roles:
@@ -96,33 +207,26 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
 def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
     """The velocity nodes between the states of a step and a next carry that is no state yet.
 
-    y * decay + dt * k, relu(y + dt * k), y / norm(y), y @ R + dt * k: all that lies on a path from a state to the next
-    carry is accumulation, unless a matrix product or a convolution lies on the path. A carried velocity (a multistep
-    method's k) is reached through these alone and stays low. Beside an increment even a matrix product is a
-    propagator of the state.
+    y * decay + dt * k, relu(y + dt * k), y / norm(y): all that lies on a path from a state to the next carry is
+    accumulation, unless a product lies on the path. A carried velocity (a multistep method's k) is reached through
+    these alone and stays low.
     """
     promoted: set[fx.Node] = set()
     for result in results:
         if roles[result] == "velocity":
-            _promote(result, roles, promoted, through_products=False)
+            _promote(result, roles, promoted)
     return promoted
 
 
-def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], *, through_products: bool) -> bool:
+def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node]) -> bool:
     """Whether the node comes from a state; if so, it and the path to the state are promoted."""
     if roles[node] != "velocity" or node in promoted:
         return roles[node] == "state" or node in promoted
+    if operator_table.is_product(node):
+        return False
     varying = _varying(node, roles)
-    if graphs.is_product(node):
-        follow = varying if through_products and len(varying) == 1 else []
-    else:
-        follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
-    through_products = through_products or (node.target in SUM and len(follow) < len(varying))
-    # Beside a summand that comes from a state without a product, one that comes through a product is an increment.
-    several = node.target in SUM and len(follow) > 1
-    found = [_promote(v, roles, promoted, through_products=through_products and not several) for v in follow]
-    if several and through_products and not any(found):
-        found = [_promote(v, roles, promoted, through_products=True) for v in follow]
+    follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
+    found = [_promote(v, roles, promoted) for v in follow]
     if any(found):
         promoted.add(node)
     return any(found)

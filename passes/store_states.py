@@ -146,7 +146,8 @@ class _Storing:
         output = self.step.graph.output_node()
         output.args = ((*output.args[0], *self.values),)
         kept = len(self.loop.stored)
-        taken = [node for node, (kind, p) in self.inputs.items() if kind == "stored" and p >= kept]
+        places = {p: node for node, (kind, p) in self.inputs.items() if kind == "stored" and p >= kept}
+        taken = [places[p] for p in sorted(places)]  # the order of loop.stored, in which the load is fed
         load = graphs.part(self.adjoint, taken, self.wide)
         adjoint = graphs.refresh(self.adjoint)
         for node in [node for node in taken if not node.users]:  # read by the recomputation alone

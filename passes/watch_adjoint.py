@@ -23,6 +23,7 @@ from torch import fx
 
 from rampde_fx import graphs, torch_private
 from rampde_fx.loop import WATCHED, Loop
+from rampde_fx.scales import are_finite
 
 aten = torch.ops.aten
 
@@ -55,9 +56,9 @@ def _watched(adjoint: fx.GraphModule, call: fx.Node, low: torch.dtype, known: di
     measured = _measured(call)
     scales = [node.args[1] for node in measured if "scaled" in node.meta]
     cotangents = [node.args[0] if "scaled" in node.meta else node for node in measured]
-    gradients = [item for item in call.users if graphs.is_float(item)]
-    operands = [*scales[:1], *cotangents, *gradients]
-    name = _module(adjoint, operands, (len(scales[:1]), len(cotangents)), low, known)
+    gradients = [item for item in call.users if graphs.is_differentiable(item)]
+    operands = [*scales, *cotangents, *gradients]
+    name = _module(adjoint, operands, (len(scales), len(cotangents)), low, known)
     last = max([call, *gradients], key=list(adjoint.graph.nodes).index)
     with adjoint.graph.inserting_after(last):
         made = adjoint.graph.call_module(name, tuple(operands))
@@ -79,8 +80,8 @@ def _module(
         scales, cotangents = counts
 
         def describe(*args: torch.Tensor) -> list[torch.Tensor]:
-            scale = args[0] if scales else None
-            return [statistics(scale, args[scales : scales + cotangents], args[scales + cotangents :], low)]
+            factors = args[:scales] or [torch.ones((), dtype=torch.float32, device=args[0].device)] * cotangents
+            return [statistics(factors, args[scales : scales + cotangents], args[scales + cotangents :], low)]
 
         known[key] = f"adjoint_statistics_{len(known)}"
         names = ["scale"] * scales + ["cotangent"] * cotangents + ["gradient"] * (len(values) - scales - cotangents)
@@ -90,7 +91,7 @@ def _module(
 
 
 def statistics(
-    scale: torch.Tensor | None,
+    scales: Sequence[torch.Tensor],
     cotangents: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
     low: torch.dtype,
@@ -98,24 +99,23 @@ def statistics(
     """Describe one VJP.
 
     Args:
-        scale: The factor of the cotangents, 0-d, or None where they are not scaled.
+        scales: The factor of each cotangent, 0-d, float32.
         cotangents: The cotangents before they are scaled, of any shapes, none of them empty.
         gradients: What the VJP returned for the scaled ones.
         low: The dtype to which the scaled cotangents are cast.
 
     Returns:
-        Scale, largest and smallest magnitude but zero of the cotangents (0 and inf where there is none), the number of
-        entries that become zero, and of gradients that are not finite: float32, (5,).
+        The smallest scale, largest and smallest magnitude but zero of the cotangents (0 and inf where there is none),
+        the number of entries that become zero, and of gradients that are not finite: float32, (5,).
     """
     like = cotangents[0]
-    scale = torch.ones((), dtype=torch.float32, device=like.device) if scale is None else scale
     sizes = [cotangent.abs() for cotangent in cotangents]
     vanishing = torch.finfo(low).smallest_normal * torch.finfo(low).eps / 2
-    lost = [((size != 0) & (size * scale <= vanishing)).sum() for size in sizes]
-    beyond = [(~torch.isfinite(gradient)).sum() for gradient in gradients]
+    lost = [((size != 0) & (size * s <= vanishing)).sum() for size, s in zip(sizes, scales, strict=True)]
+    beyond = [(~are_finite(gradient)).sum() for gradient in gradients]
     zero = torch.zeros((), dtype=torch.float32, device=like.device)
     numbers = [
-        scale,
+        torch.stack(list(scales)).amin(),
         torch.stack([size.amax().to(torch.float32) for size in sizes]).amax(),
         torch.stack([torch.where(size == 0, torch.inf, size).amin().to(torch.float32) for size in sizes]).amin(),
         sum(lost, zero),

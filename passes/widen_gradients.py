@@ -1,4 +1,4 @@
-"""Form the sums that leave a pullback wide, such as a weight's over the batch, in float32 from the start.
+"""Form the sums of a pullback in float32: those that leave it, such as a weight's over the batch, and long ones inside.
 
 Before:  dw_lo: f16[D, H] = add(mm(y_lo.T, b_lo), mm(z_lo.T, c_lo));        dw: f32[D, H] = cast(dw_lo)
 After:   dw: f32[D, H] = add(mm(y_lo.T, b_lo, out_dtype=f32), mm(z_lo.T, c_lo, out_dtype=f32))           on CUDA
@@ -8,21 +8,25 @@ A sum over the batch is what overflows float16 first, and rounding it to float16
 float32. A weight that a velocity reads more than once has several such sums, which are added up wide too. On other
 devices bfloat16 products stay as they are, for they cannot overflow; a plain sum is widened on every device.
 
+What adds up many terms one by one, such as the derivative of an index or of an embedding, takes float32 and is rounded
+once, as does every operation of which the operator table knows nothing else.
+
 Requires: a Loop with an adjoint whose velocity is float16 or bfloat16.
 Ensures:  matrix products and sums of which a pullback's wide result is made, by views and additions alone, are no
-          longer rounded to the lower dtype.
+          longer rounded to the lower dtype; no operation that adds up terms rounds each sum to it.
 Source:   arXiv 2510.23498 accumulates gradients in high precision.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx import graphs, operator_table
 from rampde_fx.loop import Loop
 
 aten = torch.ops.aten
@@ -33,6 +37,7 @@ PRODUCT = {aten.mm.default: aten.mm.dtype, aten.bmm.default: aten.bmm.dtype}
 VECTOR = {aten.mv.default, aten.dot.default}
 SUM = {aten.sum.dim_IntList, aten.sum.default}
 HALF = (torch.float16, torch.bfloat16)
+WIDE = {"dtype": torch.float32}
 
 
 def widen_gradients(loop: Loop) -> Loop:
@@ -43,10 +48,52 @@ def widen_gradients(loop: Loop) -> Loop:
     pullbacks = {node.target for node in graphs.body(adjoint) if node.meta.get("cotangents")}
     for name in pullbacks:
         module = adjoint.get_submodule(name)
+        if find_low_accumulations(module):
+            module = with_wide_accumulations(module)
+            adjoint.add_submodule(name, module)
         found = find_sums(module)
         if found:
             adjoint.add_submodule(name, widened(module, found))
     return replace(loop, adjoint=graphs.refresh(adjoint))
+
+
+def find_low_accumulations(module: fx.GraphModule) -> list[fx.Node]:
+    """The operations that may add terms up in low precision one by one."""
+
+    def accumulates(node: fx.Node) -> bool:
+        name = operator_table.name_of(node.target)
+        once = name in operator_table.LOW or name in operator_table.ROUNDED_ONCE
+        known = once or operator_table.follows_operands(node.target, node.args, node.kwargs)
+        return not known and any(map(_is_low, node.all_input_nodes))
+
+    return [node for node in graphs.body(module) if accumulates(node)]
+
+
+def with_wide_accumulations(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a pullback in which these take float32 and give what they gave, rounded once."""
+    module = graphs.copied(module)
+    graph = module.graph
+    for node in find_low_accumulations(module):
+        low = [item for item in node.users if item.target is operator.getitem] if _is_list(node) else [node]
+        low = [(item, graphs.value(item).dtype) for item in low if _is_low(item)]
+        with graph.inserting_before(node):
+            wide = {
+                operand: graph.call_function(CAST, (operand,), WIDE)
+                for operand in filter(_is_low, node.all_input_nodes)
+            }
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n, wide=wide: wide.get(n, n))
+        for item, dtype in low:
+            with graph.inserting_after(item):
+                rounded = graph.call_function(CAST, (item,), {"dtype": dtype})
+            widening = [user for user in item.users if user.target is CAST and user.kwargs == WIDE]
+            item.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
+            for user in widening:
+                user.replace_all_uses_with(item)
+    return graphs.refresh(module)
+
+
+def _is_list(node: fx.Node) -> bool:
+    return isinstance(graphs.value(node), (tuple, list))
 
 
 def find_sums(module: fx.GraphModule) -> dict[str, list[str]]:
@@ -72,7 +119,9 @@ def _region(node: fx.Node) -> set[fx.Node]:
         return set()
     if _is_narrow_sum(node):
         return {node}
-    terms = node.args[:1] if graphs.is_view(node) else node.args if node.target is ADD else ()
+    if node.target is CAST and not _is_low(node.args[0]):  # a parameter in another low dtype
+        return {node}
+    terms = node.args[:1] if graphs.is_view(node) or node.target is CAST else node.args if node.target is ADD else ()
     sums = set().union(*(_region(term) for term in terms if isinstance(term, fx.Node)))
     return {node, *sums} if sums else set()
 
@@ -106,7 +155,7 @@ def _widen(graph: fx.Graph, node: fx.Node, wide: set[fx.Node]) -> None:
     def cast(operand: fx.Node) -> fx.Node:
         return operand if operand in wide else graph.call_function(CAST, (operand,), {"dtype": torch.float32})
 
-    if node.target in SUM:
+    if node.target in SUM or node.target is CAST:
         node.kwargs = {**node.kwargs, "dtype": torch.float32}
     elif node.target in PRODUCT and graphs.value(node).device.type == "cuda":
         node.args, node.target = (*node.args, torch.float32), PRODUCT[node.target]

@@ -1,7 +1,7 @@
 """Mixed-precision training of neural ODEs as a compiler pass (arXiv 2510.23498)."""
 
 from rampde_fx import errors
-from rampde_fx.counts import BackwardCount, backward_counts
+from rampde_fx.counts import BackwardCount, StateCount, backward_counts, state_counts
 from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, steps
 from rampde_fx.monitoring import AdjointRecord, Monitor, monitor
@@ -17,12 +17,14 @@ __all__ = [
     "ButcherTableau",
     "Monitor",
     "PrecisionPolicy",
+    "StateCount",
     "backward_counts",
     "errors",
     "explain",
     "mixed_precision",
     "monitor",
     "odeint",
+    "state_counts",
     "steps",
 ]
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDeriv
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.compensate_sums import compensate_sums
+from rampde_fx.passes.count_underflow import count_underflow
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.emit_search import emit_search
 from rampde_fx.passes.find_loops import find_loops, has_loop
@@ -30,13 +31,16 @@ from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
+from rampde_fx.passes.widen_parameters import widen_parameters
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method.
 STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
     hoist_invariants,
+    widen_parameters,
     partition_velocity,
     lower_velocity,
+    count_underflow,
     generate_adjoint,
     widen_gradients,
     scale_adjoint,

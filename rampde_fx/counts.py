@@ -1,4 +1,4 @@
-"""How often backward passes were computed again, because a gradient overflowed."""
+"""What was lost in float16, counted: backward passes computed again, entries of cotangents and states that vanished."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import threading
 import warnings
 from dataclasses import dataclass
 
+import torch
+
 # When a loop is told to lower its target: after this many passes, at this share of repeated ones.
 WARN_AFTER, WARN_SHARE = 20, 0.1
+# When a loop is told that its states are too small: at this share of entries.
+WARN_UNDERFLOW = 0.01
 
 
 @dataclass(frozen=True)
@@ -18,16 +22,34 @@ class BackwardCount:
         passes: Backward passes through the loop.
         repeated: Those whose reverse loop ran more than once.
         overflowed: Those that were not finite after the last attempt, and were returned so.
+        vanished: Entries of the cotangents, over all steps, evaluations and passes, that became zero in float16 though
+            their tensor was scaled: smaller than about 3e-8 of its largest entry.
     """
 
     passes: int = 0
     repeated: int = 0
     overflowed: int = 0
+    vanished: int = 0
+
+
+@dataclass(frozen=True)
+class StateCount:
+    """What entered the velocity evaluations of one loop in float16, over all steps, evaluations and passes.
+
+    Attributes:
+        entries: Entries of states that were not zero.
+        underflowed: Those below 2^-17, of which float16 keeps less than eight binary digits, or nothing.
+    """
+
+    entries: int = 0
+    underflowed: int = 0
 
 
 _lock = threading.Lock()
 _counts: dict[str, BackwardCount] = {}
-_warned: set[str] = set()
+_states: dict[str, StateCount] = {}
+_on_devices: dict[str, torch.Tensor] = {}  # what was not read yet: (underflowed, entries)
+_warned: set[tuple[str, str]] = set()
 
 
 def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
@@ -53,7 +75,62 @@ def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
     return found
 
 
-def record(loop: str, attempt: int, *, overflow: bool, last: bool) -> None:
+def state_counts(*, reset: bool = False) -> dict[str, StateCount]:
+    """Count the entries of states that a velocity in float16 reads, over the life of the process.
+
+    What an accelerator counted is read at the next backward pass, or here, where the host waits for it.
+
+    Args:
+        reset: Whether to begin at zero again.
+
+    Returns:
+        A StateCount for each loop, named as in backward_counts.
+
+    >>> sum(count.underflowed for count in state_counts().values())
+    0
+    """
+    _read_devices()
+    with _lock:
+        found = dict(_states)
+        if reset:
+            _states.clear()
+    return found
+
+
+def record_states(loop: str, counts: torch.Tensor) -> None:
+    """Count the states of one forward pass.
+
+    Args:
+        loop: The name of the loop.
+        counts: How many entries underflowed, and how many are not zero: int64 (2,). They are not waited for.
+    """
+    with _lock:
+        known = _on_devices.get(loop)
+        same = known is not None and known.device == counts.device
+        _on_devices[loop] = known + counts if known is not None and same else counts.clone()
+    if counts.device.type == "cpu":
+        _read_devices()
+
+
+def _read_devices() -> None:
+    with _lock:
+        waiting = {loop: counts.tolist() for loop, counts in _on_devices.items()}
+        _on_devices.clear()
+        for loop, (underflowed, entries) in waiting.items():
+            before = _states.get(loop, StateCount())
+            _states[loop] = StateCount(before.entries + entries, before.underflowed + underflowed)
+    for loop, (underflowed, entries) in waiting.items():
+        if underflowed >= WARN_UNDERFLOW * entries and underflowed:
+            warn_once(
+                "underflow",
+                loop,
+                f"{underflowed:,} of {entries:,} entries of states that enter the velocity of the rampde_fx loop at "
+                f"{loop} lie below 2^-17, where float16 keeps few digits or none; scale the state, or use "
+                "dtype=torch.bfloat16",
+            )
+
+
+def record(loop: str, attempt: int, *, overflow: bool, last: bool, vanished: int, zeros: int) -> None:
     """Count one run of a reverse loop.
 
     Args:
@@ -61,18 +138,41 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool) -> None:
         attempt: 0 for the first run of a backward pass, 1 for its repetition, and so on.
         overflow: Whether a gradient of this run is not finite, though what came in was.
         last: Whether no further run follows an overflow.
+        vanished: How many entries of scaled cotangents became zero in this run.
+        zeros: How many gradients of this run have no entry but zeros.
     """
+    _read_devices()
+    final = last or not overflow
     with _lock:
         count = _counts.get(loop, BackwardCount())
         count = _counts[loop] = BackwardCount(
-            count.passes + (attempt == 0), count.repeated + (attempt == 1), count.overflowed + (overflow and last)
+            passes=count.passes + (attempt == 0),
+            repeated=count.repeated + (attempt == 1),
+            overflowed=count.overflowed + (overflow and last),
+            vanished=count.vanished + (vanished if final else 0),
         )
-        often = count.passes >= WARN_AFTER and count.repeated >= WARN_SHARE * count.passes
-        warn = attempt == 1 and often and loop not in _warned
-        _warned.update([loop] if warn else [])
-    if warn:
-        warnings.warn(
+    if attempt == 1 and count.passes >= WARN_AFTER and count.repeated >= WARN_SHARE * count.passes:
+        warn_once(
+            "repeated",
+            loop,
             f"{count.repeated} of {count.passes} backward passes of the loop at {loop} overflowed and were computed "
             "twice; a lower target avoids this: PrecisionPolicy(scaling=AdjointScaling(target=2.0**-8))",
-            stacklevel=2,
         )
+    if final and vanished and zeros:
+        warn_once(
+            "zero",
+            loop,
+            f"in a backward pass of the loop at {loop} {zeros} gradients are zero as a whole, and {vanished:,} entries "
+            "of cotangents vanished, below 3e-8 of the largest in their tensor. If these gradients should not be zero, "
+            "integrate what they belong to as a state of its own, which has a scale of its own, or use "
+            "dtype=torch.bfloat16",
+        )
+
+
+def warn_once(kind: str, loop: str, message: str) -> None:
+    """Warn of a loop, once in a process for each kind of warning."""
+    with _lock:
+        known = (kind, loop) in _warned
+        _warned.add((kind, loop))
+    if not known:
+        warnings.warn(message, stacklevel=3)

@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
+from rampde_fx import operator_table, torch_private
 
 PACKAGE = os.path.dirname(__file__)
-# Products of whole tensors, the cost of a velocity: operator names up to their variants.
-PRODUCTS = set(
-    """mm addmm bmm baddbmm addbmm mv addmv convolution convolution_backward linalg_solve
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
-)
 
 
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -51,19 +45,20 @@ def function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def operator_name(target: Any) -> str:
-    """The name of an ATen operator up to its overload."""
-    return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
-
-
-def is_product(node: fx.Node) -> bool:
-    """Whether a node is a product of whole tensors, the cost of a velocity."""
-    return operator_name(node.target) in PRODUCTS
-
-
 def is_float(node: Any) -> bool:
     """Whether a node's value is a floating tensor."""
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).is_floating_point()
+
+
+def is_differentiable(node: Any) -> bool:
+    """Whether a node's value is a tensor that has gradients: a floating or a complex one."""
+    tensor = value(node) if isinstance(node, fx.Node) else None
+    return isinstance(tensor, torch.Tensor) and has_derivatives(tensor.dtype)
+
+
+def has_derivatives(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def refresh(graph_module: fx.GraphModule, args: Sequence[Any] | None = None) -> fx.GraphModule:
@@ -88,8 +83,7 @@ def user_line(node: fx.Node) -> str:
 
 def is_view(node: Any) -> bool:
     """Whether an ATen node returns another view of its first operand."""
-    schema = getattr(getattr(node, "target", None), "_schema", None)
-    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return isinstance(node, fx.Node) and operator_table.is_view(node.target)
 
 
 def base_of_view(node: Any) -> Any:

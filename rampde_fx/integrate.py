@@ -15,7 +15,7 @@ from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError
 from rampde_fx.fixed_steps import FIXED_OPTIONS, CheckedVelocity, equal_steps, fixed_options, is_number, steps_between
 from rampde_fx.marking import is_real, is_time_grid
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.runge_kutta import State
+from rampde_fx.runge_kutta import State, real_dtype
 from rampde_fx.tableau import ButcherTableau, tableau_of
 
 
@@ -36,9 +36,10 @@ def odeint(
     captured once whatever the number of steps, and rewritten as a loop over steps(t) is.
 
     Args:
-        func: The velocity: takes t, a 0-d tensor of y0's dtype, and y, of y0's structure; returns dy/dt, of the
-            structure, shapes and dtypes of y0. It may read any tensors; gradients reach all of them.
-        y0: Initial state: a real floating tensor of any shape, or a nested tuple, list or dict of such.
+        func: The velocity: takes t, a 0-d tensor of y0's dtype (real where that is complex), and y, of y0's
+            structure; returns dy/dt, of the structure, shapes and dtypes of y0. It may read any tensors; gradients
+            reach all of them.
+        y0: Initial state: a floating or complex tensor of any shape, or a nested tuple, list or dict of such.
         t: Times of the solution, shape (M,) with M >= 2, floating, strictly monotone; it may run backward. Time is
             computed in t's dtype.
         method: A name of METHODS, or a ButcherTableau of one's own.
@@ -67,8 +68,8 @@ def odeint(
         that were not reached are NaN then.
 
     Raises:
-        StateError: if y0 is not of real floating tensors, or func is no function or returns another structure, shape or
-            dtype.
+        StateError: if y0 is not of floating or complex tensors, or func is no function or returns another structure,
+            shape or dtype.
         TimeGridError: if t is not a floating, finite, strictly monotone 1-D tensor of at least two points.
         MethodError: if there is no such method.
         OptionError: naming an option or a tolerance that does not exist or means nothing.
@@ -110,15 +111,20 @@ def odeint(
 
 def _flat_state(y0: Any) -> tuple[State, pytree.TreeSpec]:
     leaves, structure = pytree.tree_flatten(y0)
-    wrong = [leaf for leaf in leaves if not is_real(leaf)]
+    wrong = [leaf for leaf in leaves if not is_state(leaf)]
     if wrong or not leaves:
         refuse(
             StateError,
             f"y0 holds {_kind(wrong[0])}" if wrong else "y0 holds no tensor",
-            required="a real floating tensor, or a nested tuple, list or dict of such",
-            fix="convert integers and float8 by .float(); view complex tensors by torch.view_as_real",
+            required="a floating or complex tensor, or a nested tuple, list or dict of such",
+            fix="convert integers and float8 by .float()",
         )
     return list(leaves), structure
+
+
+def is_state(value: Any) -> bool:
+    """Whether it is a tensor in whose dtype a state can be summed up."""
+    return is_real(value) or (isinstance(value, torch.Tensor) and value.dtype in (torch.complex64, torch.complex128))
 
 
 def _kind(value: Any) -> str:
@@ -139,6 +145,7 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
     dtype = y[0].dtype
     for leaf in y[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
+    dtype = real_dtype(dtype)
 
     def velocity(t: torch.Tensor, state: State) -> tuple[State, str]:
         rates, found = pytree.tree_flatten(func(t.to(dtype), pytree.tree_unflatten(state, structure)))

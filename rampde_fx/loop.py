@@ -13,7 +13,9 @@ from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.step_control import Controller
 
-WATCHED = -1  # in place of a placeholder: the adjoint's result that a monitor records
+# In place of a placeholder: results of the adjoint that are no gradients.
+WATCHED = -1  # what a monitor records
+VANISHED = -2  # how many entries of scaled cotangents became zero
 
 
 @dataclass(frozen=True)
@@ -173,14 +175,16 @@ class Loop:
         adjoint_inputs: One (kind, index) per placeholder of the adjoint, corrections left out. Kinds: "cotangent" of
             a result of the step, "total" of an operand's gradient so far, "operand" (a placeholder of the step),
             "stored" (a stored value), "target" of the scaling.
-        adjoint_results: The placeholder of the step whose gradient each result of the adjoint is, or WATCHED.
+        adjoint_results: The placeholder of the step whose gradient each result of the adjoint is, WATCHED or VANISHED.
         adjoint_carries: Number of the adjoint's carries: cotangents of carried states and totals of invariants.
         target: The target of the adjoint scaling.
         stored: The carry behind each value that the step returns for the backward, None for one of a velocity.
         load: Maps the stored values to the carries behind them, each once, in their own dtype.
         corrections: The carries of the step whose sums are compensated, one correction each.
         adjoint_corrections: The carries of the adjoint whose sums are compensated.
+        counted: Whether the last per-step output counts the entries that underflow where states enter a velocity.
         stages: Names of the velocity submodules in the order of their evaluation.
+        low_operations: How many operations of the step's evaluations are in the velocity dtype.
         fallbacks: What stayed in the accumulation dtype.
         notes: Sentences for the report.
     """
@@ -208,7 +212,9 @@ class Loop:
     load: fx.GraphModule | None = None
     corrections: tuple[int, ...] = ()
     adjoint_corrections: tuple[int, ...] = ()
+    counted: bool = False
     stages: tuple[str, ...] = ()
+    low_operations: int = 0
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -47,18 +47,26 @@ library.define("found(Tensor count, Tensor status, Tensor reached) -> Tensor")
 library.define("monotone(Tensor t) -> Tensor")
 # The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
 library.define("stop_gradient(Tensor x) -> Tensor")
-# A state as float16; what lies beyond its range becomes NaN, for a velocity may saturate at inf and hide it.
-library.define("narrow(Tensor x) -> Tensor")
+# A tensor in a dtype of less range; what is finite and lies beyond it becomes NaN, for a velocity may hide an inf.
+library.define("narrow(Tensor x, *, ScalarType dtype) -> Tensor")
+# The result of an operation on the operands, elementwise ones: NaN where it is infinite and they are finite.
+library.define("mark_overflow(Tensor x, Tensor[] operands) -> Tensor")
 # Random numbers as a function of a seed, the index of a step, the draw within the step and the entry: of the shape,
 # dtype and device of like.
 for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")):
     library.define(f"{_name}(Tensor seed, Tensor index, int draw, Tensor like{_more}) -> Tensor")
-# One run of the reverse loop, counted on the host where the loop decides whether to run again.
-library.define("record_sweep(Tensor overflow, Tensor attempt, int attempts, str loop) -> Tensor")
+# One run of the reverse loop, counted on the host where the loop decides whether to run again. The outcome, float32
+# (3,): whether a gradient overflowed, how many entries of cotangents vanished, how many gradients are zero as a whole.
+library.define("record_sweep(Tensor outcome, Tensor attempt, int attempts, str loop) -> Tensor")
+# Of states that enter a velocity in float16 how many entries are not zero and lose digits, and how many are not zero.
+library.define("count_underflow(Tensor[] states) -> Tensor")
+# A zero of the dtype of like, once these counts, over all steps of a loop, are taken to the loop's.
+library.define("record_states(Tensor counts, Tensor like, str loop) -> Tensor")
 # The same values, once the open monitors have what a run of the reverse loop returned for them.
 library.define("record_adjoint(Tensor[] values, Tensor statistics, Tensor attempt, str loop) -> Tensor[]")
 
 
+FEW_DIGITS = 2.0**-17  # below this float16 keeps less than 8 binary digits of a number
 FAILURES = {
     step_control.TOO_MANY_STEPS: too_many_steps,
     step_control.STEP_TOO_SMALL: step_too_small,
@@ -149,9 +157,15 @@ def _shortened(t: torch.Tensor) -> str:
     return f"[{', '.join(numbers if len(numbers) <= 6 else [*numbers[:5], '...'])}]"
 
 
-def _narrow(x: torch.Tensor) -> torch.Tensor:
-    low = x.to(torch.float16)
-    return torch.where(low.abs() == float("inf"), float("nan"), low)
+def _narrow(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    return _mark_overflow(x.to(dtype), [x])
+
+
+def _mark_overflow(x: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
+    overflowed = torch.isinf(x)
+    for operand in operands:
+        overflowed = overflowed & ~torch.isinf(operand)
+    return torch.where(overflowed, float("nan"), x)
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -195,9 +209,23 @@ def _bernoulli(seed: torch.Tensor, index: torch.Tensor, draw: int, like: torch.T
     return (_fraction(_word(seed, index, 2 * draw, like), torch.float32) < p).to(like.dtype)
 
 
-def _record_sweep(overflow: torch.Tensor, attempt: torch.Tensor, attempts: int, loop: str) -> torch.Tensor:
-    counts.record(loop, int(attempt), overflow=bool(overflow), last=int(attempt) + 1 == attempts)
-    return overflow.clone()
+def _record_sweep(outcome: torch.Tensor, attempt: torch.Tensor, attempts: int, loop: str) -> torch.Tensor:
+    overflow, vanished, zeros = outcome.tolist()
+    last = int(attempt) + 1 == attempts
+    counts.record(loop, int(attempt), overflow=bool(overflow), last=last, vanished=int(vanished), zeros=int(zeros))
+    return torch.tensor(bool(overflow))
+
+
+def _count_underflow(states: list[torch.Tensor]) -> torch.Tensor:
+    sizes = [state.abs() for state in states]
+    lost = [((size != 0) & (size < FEW_DIGITS)).sum() for size in sizes]
+    present = [(size != 0).sum() for size in sizes]
+    return torch.stack([sum(lost[1:], lost[0]), sum(present[1:], present[0])])
+
+
+def _record_states(total: torch.Tensor, like: torch.Tensor, loop: str) -> torch.Tensor:
+    counts.record_states(loop, total)
+    return torch.zeros((), dtype=like.dtype, device=like.device)
 
 
 def _record_adjoint(
@@ -223,10 +251,21 @@ library.impl("narrow", _narrow, "CompositeExplicitAutograd")
 torch.library.register_autograd(
     "rampde_fx::narrow",
     lambda ctx, gradient: gradient.to(ctx.dtype),
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
+    setup_context=lambda ctx, inputs, keyword_only_inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
+    lib=library,
+)
+library.impl("mark_overflow", _mark_overflow, "CompositeExplicitAutograd")
+torch.library.register_autograd(
+    "rampde_fx::mark_overflow",
+    lambda ctx, gradient: (gradient, [None] * ctx.operands),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "operands", len(inputs[1])),
     lib=library,
 )
 library.impl("record_sweep", _record_sweep, "CPU")
+library.impl("count_underflow", _count_underflow, "CompositeExplicitAutograd")
+library.impl("count_underflow", torch_private.below_autograd(torch.ops.rampde_fx.count_underflow), "Autograd")
+library.impl("record_states", _record_states, "CompositeExplicitAutograd")
+library.impl("record_states", torch_private.below_autograd(torch.ops.rampde_fx.record_states), "Autograd")
 library.impl("record_adjoint", _record_adjoint, "CompositeExplicitAutograd")
 _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, "bernoulli": _bernoulli}
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
@@ -236,15 +275,22 @@ _fakes: dict[str, _Function] = {
     "count_steps": lambda *_: torch.empty((), dtype=torch.int64),
     "found": lambda count, *_: torch.empty_like(count),
     "monotone": lambda t: t.new_empty(()),
-    "narrow": lambda x: torch.empty_like(x, dtype=torch.float16),
-    "record_sweep": lambda overflow, *_: torch.empty_like(overflow),
+    "narrow": lambda x, *, dtype: torch.empty_like(x, dtype=dtype),
+    "mark_overflow": lambda x, operands: torch.empty_like(x),
+    "count_underflow": lambda states: torch.empty(2, dtype=torch.int64, device=states[0].device),
+    "record_states": lambda total, like, loop: like.new_empty(()),
+    "record_sweep": lambda outcome, *_: torch.empty((), dtype=torch.bool),
     "record_adjoint": lambda values, *_: [torch.empty_like(value) for value in values],
     **dict.fromkeys(_distributions, lambda seed, index, draw, like, *_: torch.empty_like(like)),
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"rampde_fx::{_name}", _fake, lib=library)
 
-DECOMPOSITIONS: dict[Any, _Function] = {torch.ops.rampde_fx.narrow.default: _narrow}
+DECOMPOSITIONS: dict[Any, _Function] = {
+    torch.ops.rampde_fx.narrow.default: _narrow,
+    torch.ops.rampde_fx.mark_overflow.default: _mark_overflow,
+    torch.ops.rampde_fx.count_underflow.default: _count_underflow,
+}
 for _name, _function in _distributions.items():
     _operator = getattr(torch.ops.rampde_fx, _name)
     library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from rampde_fx import graphs, operators, torch_private
 from rampde_fx.loop import Loop
-from rampde_fx.torch_private import scan_op
+from rampde_fx.torch_private import scan_op, while_loop_op
 
 aten = torch.ops.aten
 
@@ -127,24 +127,84 @@ def iterate(
 ) -> tuple[list[Any], list[Any]]:
     """Final carries and stacked outputs of a body(*carries, *slices, *invariants)."""
     if not unrolled:
-        count = [] if per_step else [torch.arange(steps, device=starts[0].device)]  # scan asks for one
-        padding: list[torch.Tensor] = []
-
-        def step(*args: Any) -> list[Any]:
-            results = body(*args[: len(starts)], *args[len(starts) + len(count) :])
-            # Inductor takes the list of a scan's results for the result where there is one alone.
-            padding[:] = [torch.zeros((), dtype=torch.bool, device=starts[0].device)] if len(results) == 1 else []
-            return [*results, *padding]
-
-        more = (*invariants, *symbols([*starts, *per_step, *invariants]))
-        results = scan_op(step, starts, [*per_step, *count], additional_inputs=more)
-        return list(results[: len(starts)]), list(results[len(starts) : len(results) - len(padding)])
+        return _scan(body, starts, per_step, invariants, steps)
     carries, collected = starts, []
     for k in range(steps):
         results = body(*carries, *(values[k] for values in per_step), *invariants)
         carries = results[: len(starts)]
         collected.append(results[len(starts) :])
     return carries, [torch.stack(values) for values in zip(*collected, strict=True)]
+
+
+def _scan(
+    body: Callable[..., list[Any]],
+    starts: list[Any],
+    per_step: list[Any],
+    invariants: list[Any],
+    steps: int | torch.SymInt,
+) -> tuple[list[Any], list[Any]]:
+    """All evaluations as one scan."""
+    given, found, first = [*starts, *per_step, *invariants], Parts(()), len(starts)
+    count = [] if per_step else [torch.arange(steps, device=starts[0].device)]  # scan asks for one
+    padding: list[torch.Tensor] = []
+    parts = Parts(given)
+
+    def step(*args: Any) -> list[Any]:
+        results = body(*parts.together([*args[:first], *args[first + len(count) :]]))
+        found.of(results)
+        # Inductor takes the list of a scan's results for the result where there is one alone.
+        padding[:] = [torch.zeros((), dtype=torch.bool, device=starts[0].device)] if len(results) == 1 else []
+        return [*apart(results), *padding]
+
+    real = apart(given)
+    operands = (real[:first], [*real[first : first + len(per_step)], *count], real[first + len(per_step) :])
+    results = scan_op(step, operands[0], operands[1], additional_inputs=(*operands[2], *symbols(real)))
+    whole = found.together(list(results[: len(results) - len(padding)]))
+    return whole[:first], whole[first:]
+
+
+def repeat(
+    condition: Callable[..., torch.Tensor],
+    body: Callable[..., Sequence[Any]],
+    carried: Sequence[Any],
+    fixed: Sequence[Any],
+) -> list[Any]:
+    """What a while loop carries in the end; condition and body(*carried, *fixed) take both, and body gives the next."""
+    given = [*carried, *fixed]
+    parts = Parts(given)
+    results = while_loop_op(
+        lambda *args: condition(*parts.together(args)),
+        lambda *args: tuple(apart(body(*parts.together(args)))),
+        tuple(apart(carried)),
+        (*apart(fixed), *symbols(given)),
+    )
+    return Parts(carried).together(list(results))
+
+
+class Parts:
+    """Which of some values are complex: a loop takes and gives these as pairs of reals, for Inductor knows no other."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.of(values)
+
+    def of(self, values: Sequence[Any]) -> None:
+        """Note which values are complex."""
+        self.complex = [isinstance(value, torch.Tensor) and value.is_complex() for value in values]
+
+    def together(self, values: Sequence[Any]) -> list[Any]:
+        """The values, complex where they were; further ones as they are."""
+        kinds = [*self.complex, *[False] * (len(values) - len(self.complex))]
+        return [torch.view_as_complex(v) if is_pair else v for v, is_pair in zip(values, kinds, strict=True)]
+
+
+def apart(values: Sequence[Any]) -> list[Any]:
+    """The values, complex ones as pairs of reals."""
+
+    def real(value: Any) -> Any:
+        is_complex = isinstance(value, torch.Tensor) and value.is_complex()
+        return torch.view_as_real(value.resolve_conj()) if is_complex else value
+
+    return list(map(real, values))
 
 
 def at(stack: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -154,6 +214,7 @@ def at(stack: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def owned(value: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor that aliases nothing, as scan demands of its results."""
+    value = value.resolve_conj() if value.is_complex() else value
     return value.clone(memory_format=torch.contiguous_format)
 
 

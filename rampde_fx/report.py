@@ -252,7 +252,8 @@ def _describe(name: str, node: fx.Node, dtype: torch.dtype) -> str:
 def _bytes_in_the_dtype_of_the_state(loop: Loop, stored: list[tuple[int | None, fx.Node]]) -> int:
     inputs, kept = graphs.placeholders(loop.step), [graphs.value(node) for carry, node in stored if carry is None]
     states = [graphs.value(inputs[carry]) for carry in {carry for carry, _ in stored} if carry is not None]
-    own = max(v.dtype.itemsize for v in map(graphs.value, inputs[: loop.carries]) if v.is_floating_point())
+    carried = [graphs.value(node) for node in inputs[: loop.carries] if graphs.is_differentiable(node)]
+    own = max(value.dtype.to_real().itemsize for value in carried)
     sizes = [v.numel() * own if v.is_floating_point() else v.nbytes for v in kept]
     return sum(sizes) + sum(state.nbytes for state in states)
 

@@ -16,6 +16,11 @@ State = list[torch.Tensor]
 Velocity = Callable[[torch.Tensor, State], State]
 
 
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a number's parts: of a time, beside a state that may be complex."""
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
+
+
 def advance(tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: torch.Tensor, y: State) -> State:
     """The state after one step: y + dt * sum_i b_i k_i with k_i = f(t + c_i dt, y + dt * sum_j a_ij k_j).
 
@@ -97,7 +102,7 @@ def combine(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]
 def increment(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]) -> State:
     """dt * sum_i w_i k_i, in the dtypes of y."""
     used = [(w, rate) for w, rate in zip(weights, k, strict=False) if w != 0]
-    return [dt.to(value.dtype) * _sum(used, leaf) for leaf, value in enumerate(y)]
+    return [dt.to(real_dtype(value.dtype)) * _sum(used, leaf) for leaf, value in enumerate(y)]
 
 
 def _sum(used: list[tuple[float, State]], leaf: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 EXPONENT_BITS = 0x7F800000  # of a float32
+VANISHING = 2.0**-25  # half of float16's least subnormal number
 LEAST, MOST = 2.0**-126, 2.0**120  # the least normal float32; a bound on s that keeps 1 / s normal too
 
 
@@ -29,3 +30,20 @@ def power_of_two_scale(target: torch.Tensor | float, *values: torch.Tensor) -> t
     power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
     scale = torch.clamp(target / torch.clamp(power, min=LEAST), max=MOST)
     return torch.where(torch.isfinite(largest), scale, torch.ones_like(scale))
+
+
+def are_finite(values: torch.Tensor) -> torch.Tensor:
+    """Which numbers of a tensor are finite, one by one; of a complex one its parts."""
+    return torch.isfinite(torch.view_as_real(values) if values.is_complex() else values)
+
+
+def vanishing_entries(scaled: torch.Tensor) -> torch.Tensor:
+    """How many entries of a scaled tensor are not zero, and become zero in float16: float32, 0-d.
+
+    They are found by their magnitude, at most half of the least subnormal number: a compiler may leave a rounding out.
+
+    >>> vanishing_entries(torch.tensor([0.0, 1.0, 1e-8])).item()
+    1.0
+    """
+    size = scaled.abs()
+    return ((size != 0) & (size <= VANISHING)).sum().to(torch.float32)

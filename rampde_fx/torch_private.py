@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
@@ -169,9 +170,14 @@ def trace(
             node.target = aten.reshape.default
         if node.op == "get_attr" and isinstance(constant := getattr(graph_module, node.target, None), torch.Tensor):
             _spell_out(node, constant)
+        assert not _writes(node), f"{node.target} writes to a tensor: what reads it would not depend on what is written"
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _spell_out(node: fx.Node, constant: torch.Tensor) -> None:
@@ -264,6 +270,24 @@ def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
     if isinstance(size, torch.SymInt):
         return torch.sym_int(torch.sym_sqrt(size - 1)) + 1
     return math.isqrt(size - 1) + 1
+
+
+class LinalgChecks(TorchDispatchMode):
+    """Collects what linear algebra would check, and raise, where it is captured: a graph has no place for that.
+
+    Attributes:
+        infos: LAPACK's codes, 0 for each matrix that could be solved, factored or decomposed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.infos: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._linalg_check_errors.default:
+            self.infos.append(args[0])
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

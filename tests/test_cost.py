@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
-from rampde_fx import PrecisionPolicy, backend, graphs, torch_private
+from rampde_fx import PrecisionPolicy, backend, graphs, operator_table, torch_private
 from tests.benchmarks.cases import QUICK
 from tests.benchmarks.contenders import solve_by_odeint
 from tests.benchmarks.measure import saved_bytes
@@ -63,8 +63,8 @@ def counted(graph_module):
     for node in graphs.body(graph_module):
         if not torch.utils._pytree.tree_any(torch.is_tensor, node.meta.get("val")) or graphs.is_view(node):
             continue
-        name = graphs.operator_name(node.target)
-        if graphs.is_product(node):
+        name = operator_table.name_of(node.target)
+        if operator_table.is_product(node):
             kinds["products"] += 1
         elif node.target is operator.getitem:
             continue
@@ -80,7 +80,7 @@ def counted(graph_module):
 def host_reads(graph_module):
     """Nodes by which the host reads a value of the device: conditions of while loops, and numbers from tensors."""
     modules = [m for m in graph_module.modules() if isinstance(m, fx.GraphModule)]
-    names = [graphs.operator_name(node.target) for module in modules for node in module.graph.nodes]
+    names = [operator_table.name_of(node.target) for module in modules for node in module.graph.nodes]
     return sum(name in ("while_loop", "_local_scalar_dense") for name in names)
 
 

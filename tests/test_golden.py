@@ -39,17 +39,20 @@ class GraphModule(torch.nn.Module):
         getitem: "f32[3, 5]" = velocity_0[0]
         mul: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
         add_1: "f32[3, 5]" = aten.add.Tensor(y, mul)
+        count_underflow_default: "i64[2]" = rampde_fx.count_underflow.default([y])
         _to_copy_default: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-        return (add_1, _to_copy_default)
+        return (add_1, count_underflow_default, _to_copy_default)
     class velocity_0(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
-            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y)
-            _to_copy: "f16[5, 5]" = aten._to_copy.default(weight, dtype = torch.float16)
-            mm: "f16[3, 5]" = aten.mm.default(narrow, _to_copy)
-            add: "f16[3, 5]" = aten.add.Tensor(mm, t)
-            tanh: "f16[3, 5]" = aten.tanh.default(add)
-            _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
-            return (_to_copy_1,)
+            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
+            narrow_1: "f16[5, 5]" = rampde_fx.narrow.default(weight, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(narrow, narrow_1)
+            mark_overflow: "f16[3, 5]" = rampde_fx.mark_overflow.default(mm, [])
+            add: "f16[3, 5]" = aten.add.Tensor(mark_overflow, t)
+            mark_overflow_1: "f16[3, 5]" = rampde_fx.mark_overflow.default(add, [t])
+            tanh: "f16[3, 5]" = aten.tanh.default(mark_overflow_1)
+            _to_copy: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            return (_to_copy,)
 """,
         )
 
@@ -67,6 +70,7 @@ class GraphModule(torch.nn.Module):
         mul_1: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_1)
         getitem_6: "f32[]" = adjoint_scale_0[0]
+        getitem_7: "f32[]" = adjoint_scale_0[1]
         mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_1, getitem_6)
         velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, getitem_2, mul_tensor)
         getitem_4: "f32[3, 5]" = velocity_0_pullback[0]
@@ -75,18 +79,20 @@ class GraphModule(torch.nn.Module):
         div_tensor_1: "f32[5, 5]" = aten.div.Tensor(getitem_5, getitem_6)
         add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_y, div_tensor)
         add_tensor_1: "f32[5, 5]" = aten.add.Tensor(total_weight, div_tensor_1)
-        return (add_tensor, add_tensor_1)
+        return (add_tensor, add_tensor_1, getitem_7)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
-            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y)
-            _to_copy: "f16[5, 5]" = aten._to_copy.default(weight, dtype = torch.float16)
-            mm: "f16[3, 5]" = aten.mm.default(narrow, _to_copy)
-            add: "f16[3, 5]" = aten.add.Tensor(mm, t)
-            tanh: "f16[3, 5]" = aten.tanh.default(add)
-            _to_copy_1: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
+            narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
+            narrow_1: "f16[5, 5]" = rampde_fx.narrow.default(weight, dtype = torch.float16)
+            mm: "f16[3, 5]" = aten.mm.default(narrow, narrow_1)
+            mark_overflow: "f16[3, 5]" = rampde_fx.mark_overflow.default(mm, [])
+            add: "f16[3, 5]" = aten.add.Tensor(mark_overflow, t)
+            mark_overflow_1: "f16[3, 5]" = rampde_fx.mark_overflow.default(add, [t])
+            tanh: "f16[3, 5]" = aten.tanh.default(mark_overflow_1)
+            _to_copy: "f32[3, 5]" = aten._to_copy.default(tanh, dtype = torch.float32)
             t_1: "f16[5, 3]" = aten.t.default(narrow)
-            t_2: "f16[5, 5]" = aten.t.default(_to_copy)
-            return (_to_copy_1, tanh, t_1, t_2)
+            t_2: "f16[5, 5]" = aten.t.default(narrow_1)
+            return (_to_copy, tanh, t_1, t_2)
     class adjoint_scale_0(torch.nn.Module):
         def forward(self, target: "f32[]", cotangent_0: "f32[3, 5]"):
             abs_1: "f32[3, 5]" = aten.abs.default(cotangent_0)
@@ -103,11 +109,18 @@ class GraphModule(torch.nn.Module):
             mul: "b8[]" = aten.mul.Tensor(eq, ne)
             ones_like: "f32[]" = aten.ones_like.default(clamp_1, pin_memory = False)
             where: "f32[]" = aten.where.self(mul, clamp_1, ones_like)
-            return [where]
+            mul_1: "f32[3, 5]" = aten.mul.Tensor(cotangent_0, where)
+            abs_3: "f32[3, 5]" = aten.abs.default(mul_1)
+            ne_1: "b8[3, 5]" = aten.ne.Scalar(abs_3, 0)
+            le: "b8[3, 5]" = aten.le.Scalar(abs_3, 2.9802322387695312e-08)
+            bitwise_and_1: "b8[3, 5]" = aten.bitwise_and.Tensor(ne_1, le)
+            sum_1: "i64[]" = aten.sum.default(bitwise_and_1)
+            _to_copy: "f32[]" = aten._to_copy.default(sum_1, dtype = torch.float32)
+            return [where, _to_copy]
     class velocity_0_pullback(torch.nn.Module):
         def forward(self, tanh: "f16[3, 5]", t_1: "f16[5, 3]", t_2: "f16[5, 5]", cotangent_0: "f32[3, 5]"):
-            _to_copy_2: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
-            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_2, tanh)
+            _to_copy_1: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
+            tanh_backward: "f16[3, 5]" = aten.tanh_backward.default(_to_copy_1, tanh)
             _to_copy_default: "f32[5, 3]" = aten._to_copy.default(t_1, dtype = torch.float32)
             _to_copy_default_1: "f32[3, 5]" = aten._to_copy.default(tanh_backward, dtype = torch.float32)
             mm_1: "f32[5, 5]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
@@ -199,20 +212,23 @@ class GraphModule(torch.nn.Module):
         add_8: "f32[3, 5]" = aten.add.Tensor(add_7, getitem_3)
         mul_5: "f32[3, 5]" = aten.mul.Tensor(div_4, add_8)
         add_9: "f32[3, 5]" = aten.add.Tensor(y, mul_5)
+        count_underflow_default: "i64[2]" = rampde_fx.count_underflow.default([cat, cat_1, cat_2, cat_3])
         _to_copy_default: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-        return (add_9, _to_copy_default)
+        return (add_9, count_underflow_default, _to_copy_default)
     class velocity_0(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
-            _to_copy: "f16[7]" = aten._to_copy.default(velocity_linear_0_bias, dtype = torch.float16)
-            narrow: "f16[3, 6]" = rampde_fx.narrow.default(y)
-            _to_copy_1: "f16[6, 7]" = aten._to_copy.default(velocity_linear_0_weight, dtype = torch.float16)
-            _to_copy_2: "f16[5]" = aten._to_copy.default(velocity_linear_1_bias, dtype = torch.float16)
-            _to_copy_3: "f16[7, 5]" = aten._to_copy.default(velocity_linear_1_weight, dtype = torch.float16)
-            addmm: "f16[3, 7]" = aten.addmm.default(_to_copy, narrow, _to_copy_1)
-            tanh: "f16[3, 7]" = aten.tanh.default(addmm)
-            addmm_1: "f16[3, 5]" = aten.addmm.default(_to_copy_2, tanh, _to_copy_3)
-            _to_copy_4: "f32[3, 5]" = aten._to_copy.default(addmm_1, dtype = torch.float32)
-            return (_to_copy_4,)
+            narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)
+            narrow_1: "f16[3, 6]" = rampde_fx.narrow.default(y, dtype = torch.float16)
+            narrow_2: "f16[6, 7]" = rampde_fx.narrow.default(velocity_linear_0_weight, dtype = torch.float16)
+            narrow_3: "f16[5]" = rampde_fx.narrow.default(velocity_linear_1_bias, dtype = torch.float16)
+            narrow_4: "f16[7, 5]" = rampde_fx.narrow.default(velocity_linear_1_weight, dtype = torch.float16)
+            addmm: "f16[3, 7]" = aten.addmm.default(narrow, narrow_1, narrow_2)
+            mark_overflow: "f16[3, 7]" = rampde_fx.mark_overflow.default(addmm, [narrow])
+            tanh: "f16[3, 7]" = aten.tanh.default(mark_overflow)
+            addmm_1: "f16[3, 5]" = aten.addmm.default(narrow_3, tanh, narrow_4)
+            mark_overflow_1: "f16[3, 5]" = rampde_fx.mark_overflow.default(addmm_1, [narrow_3])
+            _to_copy: "f32[3, 5]" = aten._to_copy.default(mark_overflow_1, dtype = torch.float32)
+            return (_to_copy,)
 """,
         )
 
@@ -270,6 +286,7 @@ class GraphModule(torch.nn.Module):
         mul_8: "f32[3, 5]" = aten.mul.Tensor(mul_6, 2)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_6)
         getitem_40: "f32[]" = adjoint_scale_0[0]
+        getitem_41: "f32[]" = adjoint_scale_0[1]
         mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_6, getitem_40)
         velocity_0_pullback = self.velocity_0_pullback(getitem_15, getitem_16, getitem_17, getitem_18, mul_tensor)
         getitem_20: "f32[7]" = velocity_0_pullback[0]
@@ -286,19 +303,20 @@ class GraphModule(torch.nn.Module):
         mul_9: "f32[3, 5]" = aten.mul.Tensor(slice_1, dt)
         add_tensor: "f32[3, 5]" = aten.add.Tensor(mul_7, mul_9)
         adjoint_scale_1 = self.adjoint_scale_0(target, add_tensor)
-        getitem_41: "f32[]" = adjoint_scale_1[0]
-        mul_tensor_1: "f32[3, 5]" = aten.mul.Tensor(add_tensor, getitem_41)
+        getitem_42: "f32[]" = adjoint_scale_1[0]
+        getitem_43: "f32[]" = adjoint_scale_1[1]
+        mul_tensor_1: "f32[3, 5]" = aten.mul.Tensor(add_tensor, getitem_42)
         velocity_0_pullback_1 = self.velocity_0_pullback(getitem_10, getitem_11, getitem_12, getitem_13, mul_tensor_1)
         getitem_25: "f32[7]" = velocity_0_pullback_1[0]
-        div_tensor_5: "f32[7]" = aten.div.Tensor(getitem_25, getitem_41)
+        div_tensor_5: "f32[7]" = aten.div.Tensor(getitem_25, getitem_42)
         getitem_26: "f32[3, 6]" = velocity_0_pullback_1[1]
-        div_tensor_6: "f32[3, 6]" = aten.div.Tensor(getitem_26, getitem_41)
+        div_tensor_6: "f32[3, 6]" = aten.div.Tensor(getitem_26, getitem_42)
         getitem_27: "f32[6, 7]" = velocity_0_pullback_1[2]
-        div_tensor_7: "f32[6, 7]" = aten.div.Tensor(getitem_27, getitem_41)
+        div_tensor_7: "f32[6, 7]" = aten.div.Tensor(getitem_27, getitem_42)
         getitem_28: "f32[5]" = velocity_0_pullback_1[3]
-        div_tensor_8: "f32[5]" = aten.div.Tensor(getitem_28, getitem_41)
+        div_tensor_8: "f32[5]" = aten.div.Tensor(getitem_28, getitem_42)
         getitem_29: "f32[7, 5]" = velocity_0_pullback_1[4]
-        div_tensor_9: "f32[7, 5]" = aten.div.Tensor(getitem_29, getitem_41)
+        div_tensor_9: "f32[7, 5]" = aten.div.Tensor(getitem_29, getitem_42)
         add_tensor_1: "f32[7]" = aten.add.Tensor(div_tensor, div_tensor_5)
         add_tensor_2: "f32[6, 7]" = aten.add.Tensor(div_tensor_2, div_tensor_7)
         add_tensor_3: "f32[5]" = aten.add.Tensor(div_tensor_3, div_tensor_8)
@@ -308,19 +326,20 @@ class GraphModule(torch.nn.Module):
         mul_10: "f32[3, 5]" = aten.mul.Tensor(slice_2, div)
         add_tensor_6: "f32[3, 5]" = aten.add.Tensor(mul_8, mul_10)
         adjoint_scale_2 = self.adjoint_scale_0(target, add_tensor_6)
-        getitem_42: "f32[]" = adjoint_scale_2[0]
-        mul_tensor_2: "f32[3, 5]" = aten.mul.Tensor(add_tensor_6, getitem_42)
+        getitem_44: "f32[]" = adjoint_scale_2[0]
+        getitem_45: "f32[]" = adjoint_scale_2[1]
+        mul_tensor_2: "f32[3, 5]" = aten.mul.Tensor(add_tensor_6, getitem_44)
         velocity_0_pullback_2 = self.velocity_0_pullback(getitem_5, getitem_6, getitem_7, getitem_8, mul_tensor_2)
         getitem_30: "f32[7]" = velocity_0_pullback_2[0]
-        div_tensor_10: "f32[7]" = aten.div.Tensor(getitem_30, getitem_42)
+        div_tensor_10: "f32[7]" = aten.div.Tensor(getitem_30, getitem_44)
         getitem_31: "f32[3, 6]" = velocity_0_pullback_2[1]
-        div_tensor_11: "f32[3, 6]" = aten.div.Tensor(getitem_31, getitem_42)
+        div_tensor_11: "f32[3, 6]" = aten.div.Tensor(getitem_31, getitem_44)
         getitem_32: "f32[6, 7]" = velocity_0_pullback_2[2]
-        div_tensor_12: "f32[6, 7]" = aten.div.Tensor(getitem_32, getitem_42)
+        div_tensor_12: "f32[6, 7]" = aten.div.Tensor(getitem_32, getitem_44)
         getitem_33: "f32[5]" = velocity_0_pullback_2[3]
-        div_tensor_13: "f32[5]" = aten.div.Tensor(getitem_33, getitem_42)
+        div_tensor_13: "f32[5]" = aten.div.Tensor(getitem_33, getitem_44)
         getitem_34: "f32[7, 5]" = velocity_0_pullback_2[4]
-        div_tensor_14: "f32[7, 5]" = aten.div.Tensor(getitem_34, getitem_42)
+        div_tensor_14: "f32[7, 5]" = aten.div.Tensor(getitem_34, getitem_44)
         add_tensor_7: "f32[7]" = aten.add.Tensor(add_tensor_1, div_tensor_10)
         add_tensor_8: "f32[6, 7]" = aten.add.Tensor(add_tensor_2, div_tensor_12)
         add_tensor_9: "f32[5]" = aten.add.Tensor(add_tensor_3, div_tensor_13)
@@ -330,19 +349,20 @@ class GraphModule(torch.nn.Module):
         mul_11: "f32[3, 5]" = aten.mul.Tensor(slice_3, div)
         add_tensor_12: "f32[3, 5]" = aten.add.Tensor(mul_6, mul_11)
         adjoint_scale_3 = self.adjoint_scale_0(target, add_tensor_12)
-        getitem_43: "f32[]" = adjoint_scale_3[0]
-        mul_tensor_3: "f32[3, 5]" = aten.mul.Tensor(add_tensor_12, getitem_43)
+        getitem_46: "f32[]" = adjoint_scale_3[0]
+        getitem_47: "f32[]" = adjoint_scale_3[1]
+        mul_tensor_3: "f32[3, 5]" = aten.mul.Tensor(add_tensor_12, getitem_46)
         velocity_0_pullback_3 = self.velocity_0_pullback(getitem, getitem_1, getitem_2, getitem_3, mul_tensor_3)
         getitem_35: "f32[7]" = velocity_0_pullback_3[0]
-        div_tensor_15: "f32[7]" = aten.div.Tensor(getitem_35, getitem_43)
+        div_tensor_15: "f32[7]" = aten.div.Tensor(getitem_35, getitem_46)
         getitem_36: "f32[3, 6]" = velocity_0_pullback_3[1]
-        div_tensor_16: "f32[3, 6]" = aten.div.Tensor(getitem_36, getitem_43)
+        div_tensor_16: "f32[3, 6]" = aten.div.Tensor(getitem_36, getitem_46)
         getitem_37: "f32[6, 7]" = velocity_0_pullback_3[2]
-        div_tensor_17: "f32[6, 7]" = aten.div.Tensor(getitem_37, getitem_43)
+        div_tensor_17: "f32[6, 7]" = aten.div.Tensor(getitem_37, getitem_46)
         getitem_38: "f32[5]" = velocity_0_pullback_3[3]
-        div_tensor_18: "f32[5]" = aten.div.Tensor(getitem_38, getitem_43)
+        div_tensor_18: "f32[5]" = aten.div.Tensor(getitem_38, getitem_46)
         getitem_39: "f32[7, 5]" = velocity_0_pullback_3[4]
-        div_tensor_19: "f32[7, 5]" = aten.div.Tensor(getitem_39, getitem_43)
+        div_tensor_19: "f32[7, 5]" = aten.div.Tensor(getitem_39, getitem_46)
         add_tensor_13: "f32[7]" = aten.add.Tensor(add_tensor_7, div_tensor_15)
         add_tensor_14: "f32[6, 7]" = aten.add.Tensor(add_tensor_8, div_tensor_17)
         add_tensor_15: "f32[5]" = aten.add.Tensor(add_tensor_9, div_tensor_18)
@@ -356,21 +376,26 @@ class GraphModule(torch.nn.Module):
         add_tensor_20: "f32[7]" = aten.add.Tensor(total_velocity_linear_0_bias, add_tensor_13)
         add_tensor_21: "f32[5, 7]" = aten.add.Tensor(total_velocity_linear_1_weight, t_3)
         add_tensor_22: "f32[5]" = aten.add.Tensor(total_velocity_linear_1_bias, add_tensor_15)
-        return (add_tensor_18, add_tensor_19, add_tensor_20, add_tensor_21, add_tensor_22)
+        add_tensor_23: "f32[]" = aten.add.Tensor(getitem_41, getitem_43)
+        add_tensor_24: "f32[]" = aten.add.Tensor(add_tensor_23, getitem_45)
+        add_tensor_25: "f32[]" = aten.add.Tensor(add_tensor_24, getitem_47)
+        return (add_tensor_18, add_tensor_19, add_tensor_20, add_tensor_21, add_tensor_22, add_tensor_25)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
-            _to_copy: "f16[7]" = aten._to_copy.default(velocity_linear_0_bias, dtype = torch.float16)
-            narrow: "f16[3, 6]" = rampde_fx.narrow.default(y)
-            _to_copy_1: "f16[6, 7]" = aten._to_copy.default(velocity_linear_0_weight, dtype = torch.float16)
-            _to_copy_2: "f16[5]" = aten._to_copy.default(velocity_linear_1_bias, dtype = torch.float16)
-            _to_copy_3: "f16[7, 5]" = aten._to_copy.default(velocity_linear_1_weight, dtype = torch.float16)
-            addmm: "f16[3, 7]" = aten.addmm.default(_to_copy, narrow, _to_copy_1)
-            tanh: "f16[3, 7]" = aten.tanh.default(addmm)
-            addmm_1: "f16[3, 5]" = aten.addmm.default(_to_copy_2, tanh, _to_copy_3)
-            _to_copy_4: "f32[3, 5]" = aten._to_copy.default(addmm_1, dtype = torch.float32)
-            t: "f16[5, 7]" = aten.t.default(_to_copy_3)
-            t_3: "f16[7, 6]" = aten.t.default(_to_copy_1)
-            return (_to_copy_4, narrow, tanh, t, t_3)
+            narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)
+            narrow_1: "f16[3, 6]" = rampde_fx.narrow.default(y, dtype = torch.float16)
+            narrow_2: "f16[6, 7]" = rampde_fx.narrow.default(velocity_linear_0_weight, dtype = torch.float16)
+            narrow_3: "f16[5]" = rampde_fx.narrow.default(velocity_linear_1_bias, dtype = torch.float16)
+            narrow_4: "f16[7, 5]" = rampde_fx.narrow.default(velocity_linear_1_weight, dtype = torch.float16)
+            addmm: "f16[3, 7]" = aten.addmm.default(narrow, narrow_1, narrow_2)
+            mark_overflow: "f16[3, 7]" = rampde_fx.mark_overflow.default(addmm, [narrow])
+            tanh: "f16[3, 7]" = aten.tanh.default(mark_overflow)
+            addmm_1: "f16[3, 5]" = aten.addmm.default(narrow_3, tanh, narrow_4)
+            mark_overflow_1: "f16[3, 5]" = rampde_fx.mark_overflow.default(addmm_1, [narrow_3])
+            _to_copy: "f32[3, 5]" = aten._to_copy.default(mark_overflow_1, dtype = torch.float32)
+            t: "f16[5, 7]" = aten.t.default(narrow_4)
+            t_3: "f16[7, 6]" = aten.t.default(narrow_2)
+            return (_to_copy, narrow_1, tanh, t, t_3)
     class adjoint_scale_0(torch.nn.Module):
         def forward(self, target: "f32[]", cotangent_0: "f32[3, 5]"):
             abs_1: "f32[3, 5]" = aten.abs.default(cotangent_0)
@@ -387,17 +412,24 @@ class GraphModule(torch.nn.Module):
             mul: "b8[]" = aten.mul.Tensor(eq, ne)
             ones_like: "f32[]" = aten.ones_like.default(clamp_1, pin_memory = False)
             where: "f32[]" = aten.where.self(mul, clamp_1, ones_like)
-            return [where]
+            mul_1: "f32[3, 5]" = aten.mul.Tensor(cotangent_0, where)
+            abs_3: "f32[3, 5]" = aten.abs.default(mul_1)
+            ne_1: "b8[3, 5]" = aten.ne.Scalar(abs_3, 0)
+            le: "b8[3, 5]" = aten.le.Scalar(abs_3, 2.9802322387695312e-08)
+            bitwise_and_1: "b8[3, 5]" = aten.bitwise_and.Tensor(ne_1, le)
+            sum_1: "i64[]" = aten.sum.default(bitwise_and_1)
+            _to_copy: "f32[]" = aten._to_copy.default(sum_1, dtype = torch.float32)
+            return [where, _to_copy]
     class velocity_0_pullback(torch.nn.Module):
-        def forward(self, narrow: "f16[3, 6]", tanh: "f16[3, 7]", t: "f16[5, 7]", t_3: "f16[7, 6]", cotangent_0: "f32[3, 5]"):
-            _to_copy_5: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
-            mm: "f16[3, 7]" = aten.mm.default(_to_copy_5, t)
-            t_1: "f16[5, 3]" = aten.t.default(_to_copy_5)
+        def forward(self, narrow_1: "f16[3, 6]", tanh: "f16[3, 7]", t: "f16[5, 7]", t_3: "f16[7, 6]", cotangent_0: "f32[3, 5]"):
+            _to_copy_1: "f16[3, 5]" = aten._to_copy.default(cotangent_0, dtype = torch.float16)
+            mm: "f16[3, 7]" = aten.mm.default(_to_copy_1, t)
+            t_1: "f16[5, 3]" = aten.t.default(_to_copy_1)
             _to_copy_default: "f32[5, 3]" = aten._to_copy.default(t_1, dtype = torch.float32)
             _to_copy_default_1: "f32[3, 7]" = aten._to_copy.default(tanh, dtype = torch.float32)
             mm_1: "f32[5, 7]" = aten.mm.default(_to_copy_default, _to_copy_default_1)
             t_2: "f32[7, 5]" = aten.t.default(mm_1)
-            sum_1: "f32[1, 5]" = aten.sum.dim_IntList(_to_copy_5, [0], True, dtype = torch.float32)
+            sum_1: "f32[1, 5]" = aten.sum.dim_IntList(_to_copy_1, [0], True, dtype = torch.float32)
             view: "f32[5]" = aten.reshape.default(sum_1, [5])
             tanh_backward: "f16[3, 7]" = aten.tanh_backward.default(mm, tanh)
             _to_copy_default_4: "f32[3, 7]" = aten._to_copy.default(tanh_backward, dtype = torch.float32)
@@ -405,7 +437,7 @@ class GraphModule(torch.nn.Module):
             mm_2: "f32[3, 6]" = aten.mm.default(_to_copy_default_4, _to_copy_default_5)
             t_4: "f16[7, 3]" = aten.t.default(tanh_backward)
             _to_copy_default_2: "f32[7, 3]" = aten._to_copy.default(t_4, dtype = torch.float32)
-            _to_copy_default_3: "f32[3, 6]" = aten._to_copy.default(narrow, dtype = torch.float32)
+            _to_copy_default_3: "f32[3, 6]" = aten._to_copy.default(narrow_1, dtype = torch.float32)
             mm_3: "f32[7, 6]" = aten.mm.default(_to_copy_default_2, _to_copy_default_3)
             t_5: "f32[6, 7]" = aten.t.default(mm_3)
             sum_2: "f32[1, 7]" = aten.sum.dim_IntList(tanh_backward, [0], True, dtype = torch.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx import graphs
+from rampde_fx import operator_table
 
 for name in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(name)
@@ -185,7 +185,7 @@ def test_products_are_low_and_sums_wide(cancer):
     assert len(calls) == 4
     for node in loop.step.graph.find_nodes(op="placeholder"):
         assert node.meta["val"].dtype is torch.float32
-    products = [node for node in loop.step.velocity_0.graph.nodes if graphs.is_product(node)]
+    products = [node for node in loop.step.velocity_0.graph.nodes if operator_table.is_product(node)]
     assert len(products) >= 7
     assert {node.meta["val"].dtype for node in products} == {torch.float16}
     # One product with the batch's Jacobians, no batch of products.
