@@ -39,7 +39,8 @@ class Lowering(fx.Interpreter):
         super().__init__(velocity)
         self.dtype = dtype
         read_wide = find_read_wide(velocity, dtype)
-        self.feeds_wide = {node for node in read_wide if _follows_readers(node, dtype)}
+        compared = {node for node in velocity.graph.nodes if any(map(compares, node.users))}
+        self.feeds_wide = {node for node in read_wide | compared if _follows_readers(node, dtype)}
         inputs = zip(graphs.placeholders(velocity), varies, strict=True)
         self.enters_low = [varied or (_is_array(node) and node not in read_wide) for node, varied in inputs]
         self.wide: Counter[tuple[str, str]] = Counter()
@@ -90,7 +91,7 @@ class Lowering(fx.Interpreter):
             reason = "autocast's policy: fp32" if name in operator_table.WIDE else UNKNOWN
             return self._widened(name, leaves, torch.float32, reason)
         if self.current in self.feeds_wide:
-            return self._widened(name, leaves, torch.float32, "read by operations in fp32 alone")
+            return self._widened(name, leaves, torch.float32, "read by operations in fp32")
         if is_beyond(self.dtype, operator_table.numbers(target, args, kwargs)):
             return self._widened(name, leaves, torch.float32, f"a constant beyond the range of {self.dtype}")
         return _widest([leaf for leaf in leaves if is_float(leaf) and leaf.ndim > 0])
@@ -145,7 +146,8 @@ def find_read_wide(velocity: fx.GraphModule, dtype: torch.dtype) -> set[fx.Node]
     """The nodes that operations in float32 alone read, or that are results, of a velocity in the dtype.
 
     In float16 such operations are also elementwise ones whose results they alone read: what a sum adds up, and what is
-    added to a softmax's argument, a mask of -1e9, has float32's range at no cost.
+    added to a softmax's argument, a mask of -1e9, has float32's range at no cost. So has what a comparison reads, which
+    would take a NaN for a number that is not less.
     """
     found: set[fx.Node] = set()
     wide: set[fx.Node] = set()
@@ -163,8 +165,17 @@ def _is_wide(node: fx.Node, dtype: torch.dtype, read_wide: bool) -> bool:
     """Whether an operation of a velocity in the dtype is evaluated in float32."""
     if operator_table.name_of(node.target) in operator_table.LOW:
         return False
+    if dtype is torch.float16 and compares(node):
+        return True
     follows = operator_table.follows_operands(node.target, node.args, node.kwargs)
-    return not follows or (read_wide and _follows_readers(node, dtype))
+    return not follows or ((read_wide or any(map(compares, node.users))) and _follows_readers(node, dtype))
+
+
+def compares(node: fx.Node) -> bool:
+    """Whether a node compares floating tensors, entry by entry."""
+    value = graphs.value(node) if node.op == "call_function" else None
+    is_bool = isinstance(value, torch.Tensor) and value.dtype is torch.bool
+    return is_bool and operator_table.is_elementwise(node.target) and any(map(graphs.is_float, node.all_input_nodes))
 
 
 def _follows_readers(node: fx.Node, dtype: torch.dtype) -> bool:

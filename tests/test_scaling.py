@@ -161,3 +161,82 @@ def test_adjoint_scaling_problem():
     errors = [abs(p.grad.item() / w - 1) for p, w in zip((y0, *theta), wanted, strict=True)]
     assert abs(result.item() / y - 1) < 5e-4
     assert max(errors) < 1e-3, errors
+
+
+def heads(y, first, second, trunk, a, b, t):
+    """Three states on one trunk: a trajectory, and two that it feeds."""
+    for _, dt in rampde_fx.steps(t):
+        h = torch.tanh(y @ trunk)
+        y, first, second = y + dt * (h @ a), first + dt * (h @ b), second + dt * torch.sin(h @ b)
+    return y, first, second
+
+
+def gradients_of_heads(function, weights, dtype):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((8, 4), (4, 16), (16, 4), (16, 1))
+    y, *leaves = (torch.randn(n, m, generator=generator).div(2).to(dtype).requires_grad_() for n, m in sizes)
+    zeros = torch.zeros(8, 1, dtype=dtype)
+    outputs = function(y, zeros, zeros.clone(), *leaves, torch.linspace(0, 1, 9, dtype=dtype))
+    loss = sum(w * out.sum() for w, out in zip(weights, outputs, strict=True))
+    return torch.autograd.grad(loss, [y, *leaves])
+
+
+@pytest.mark.parametrize("policy", [{}, {"checkpoint": "none"}, {"checkpoint": 3}, {"loop": "unroll"}], ids=str)
+def test_outputs_of_any_weight_have_gradients_of_their_own_scale(policy):
+    function = compiled(heads, torch.float16, **policy)
+    for weights in ((1, 1e-8, 1e-8), (1e-8, 1, 1), (1, 1e-6, 1e-12), (1e-20, 1e-25, 1e-30), (1, 0, 1e-10)):
+        got = gradients_of_heads(function, weights, torch.float32)
+        wanted = gradients_of_heads(heads, weights, torch.float64)
+        assert max(relative_errors(list(got), [w.float() for w in wanted])) <= 5e-3, weights
+
+
+def test_a_gradient_that_vanishes_within_one_cotangent_is_counted_and_warned_of():
+    """One column of a state has a weight of 1e-9 beside the other: its own parameter's gradient becomes zero."""
+
+    def flow(y, a, b, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.cat([torch.sin(y[:, :1] * a), torch.sin(y[:, 1:] * b)], 1)
+        return y
+
+    y, a, b, t = torch.ones(4, 2), torch.ones(1), torch.ones(1), torch.linspace(0, 1, 5)
+    rampde_fx.backward_counts(reset=True)
+    leaves = [a.requires_grad_(), b.requires_grad_()]
+    out = compiled(flow, torch.float16)(y, *leaves, t)
+    with pytest.warns(UserWarning, match="1 gradients are zero as a whole"):
+        torch.autograd.grad((out * torch.tensor([1.0, 1e-9])).sum(), leaves)
+    (count,) = rampde_fx.backward_counts(reset=True).values()
+    assert count.passes == 1 and count.vanished == 4 * 4  # the entries of that column, in four steps
+
+
+def test_a_loss_of_zero_is_not_warned_of(recwarn):
+    out = gradients_of_heads(compiled(heads, torch.float16), (1, 0, 0), torch.float32)
+    assert out[-1].abs().max() == 0 and not recwarn.list
+
+
+def test_states_that_lose_their_digits_where_they_enter_are_counted_and_warned_of():
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.sin(3 * y)
+        return y
+
+    t = torch.linspace(0, 1, 5)
+    rampde_fx.state_counts(reset=True)
+    function = compiled(flow, torch.float16)
+    with pytest.warns(UserWarning, match="lie below 2\\^-17"):
+        function(1e-7 * torch.linspace(-2, 1, 12), t)
+    (count,) = rampde_fx.state_counts(reset=True).values()
+    assert count == rampde_fx.StateCount(entries=48, underflowed=48)
+    function(torch.linspace(-2, 1, 12), t)
+    (count,) = rampde_fx.state_counts(reset=True).values()
+    assert count == rampde_fx.StateCount(entries=48, underflowed=0)
+
+
+def test_states_are_not_counted_in_other_dtypes():
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.sin(3 * y)
+        return y
+
+    rampde_fx.state_counts(reset=True)
+    compiled(flow, torch.bfloat16)(1e-7 * torch.linspace(-2, 1, 12), torch.linspace(0, 1, 5))
+    assert rampde_fx.state_counts() == {}

@@ -1,0 +1,169 @@
+"""What a velocity computes in low precision: no overflow is hidden, sums are wide, and constants keep their values."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import rampde_fx
+from tests.comparison import compiled, relative_errors
+
+MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4).sin()
+MASK = torch.tensor([0.0, 0.0, -1e9, float("-inf")])
+
+INFINITE = torch.tensor([0.0, 0.0, 0.0, float("-inf")])
+
+
+def stepped(velocity):
+    """Three Euler steps of a velocity of the state alone."""
+
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * velocity(y)
+        return y
+
+    return flow
+
+
+def outcome(function, y, dtype):
+    """The final state and the gradient of the first one."""
+    y = y.to(dtype).clone().requires_grad_()
+    final = function(y, torch.linspace(0, 1, 4, dtype=dtype))
+    weights = torch.linspace(0.5, 1.5, final.numel(), dtype=dtype).view(final.shape)
+    return [final.detach(), *torch.autograd.grad((final * weights).sum(), y)]
+
+
+LARGE = 300 + torch.arange(8.0, dtype=torch.float64).view(2, 4)
+# Each holds an intermediate value beyond 65504, which what follows would hide.
+OVERFLOWS = {
+    "a quotient": lambda y: 10 * y / (1 + (y * y) * 1e-3),
+    "a sigmoid of a product": lambda y: torch.sigmoid(-((y @ (MATRIX.to(y) * 300)) * 1e-4)),
+    "a relu": lambda y: torch.relu(-(y * y)) + 0.1,
+    "a clamp": lambda y: (y * y).clamp(-1, 1) * y / 300,
+    "a minimum": lambda y: torch.minimum(y * y, torch.ones_like(y)) * y / 300,
+    "a maximum of parts": lambda y: torch.cat([-(y * y), y], -1).amax(-1, keepdim=True) / 300 + 0 * y,
+    "a comparison": lambda y: torch.where(y * y * 1e-4 < 1e3, y / 300, torch.ones_like(y)),
+    "a comparison with itself": lambda y: torch.where((z := y * y) < 1e6, y / 300, z * 1e-9),
+    "a difference of two": lambda y: 1 / (1 + (300 * y - 1e-3 * y**2).abs()),
+    "a quotient by what vanishes": lambda y: torch.tanh(1e-3 / ((y * 1e-4) * (y * 1e-4) * 1e-4 + 0 * y)),
+    "a sum of products": lambda y: torch.exp(-torch.einsum("bi,bj->b", y, y)[:, None] * 1e-6) * y,
+    "a cast between two products": lambda y: torch.tanh((y @ (MATRIX.to(y) * 100) @ MATRIX.to(y)) * 1e-4),
+    "a derivative's denominator": lambda y: torch.atan2(300 * y, y),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_an_overflow_in_float16_is_not_hidden(name):
+    """Right, or not finite: the values, and the gradients."""
+    flow = stepped(OVERFLOWS[name])
+    wanted = outcome(flow, LARGE, torch.float64)
+    for got, want in zip(outcome(compiled(flow, torch.float16), LARGE, torch.float32), wanted, strict=True):
+        right = (got - want).norm() <= 2e-2 * want.norm()
+        assert right or not got.isfinite().all(), f"{name}: {got} instead of {want}"
+
+
+# Each has an infinity of the user's, or a constant beyond float16's range, and is right.
+INFINITIES = {
+    "a mask of -inf and -1e9 before a softmax": lambda y: torch.softmax(y @ MATRIX.to(y) + MASK.to(y), -1),
+    "masked_fill with -inf": lambda y: torch.softmax((y @ MATRIX.to(y)).masked_fill(MASK.isinf(), float("-inf")), -1),
+    "masked_fill with an int": lambda y: torch.softmax((y @ MATRIX.to(y)).masked_fill(MASK.isinf(), -(10**9)), -1),
+    "clamp at an int": lambda y: torch.sin(y).clamp(max=10**6),
+    "clamp at infinity": lambda y: torch.sin(y).clamp(max=float("inf")),
+    "a mask that baddbmm adds": lambda y: torch.softmax(
+        torch.baddbmm(MASK[2:].sum().to(y), y[None], MATRIX.to(y)[None])[0], -1
+    ),
+    "a number beyond the range": lambda y: torch.tanh(y * 1e6 * 1e-6),
+    "a number that vanishes": lambda y: torch.tanh(y * 1e-9 * 1e9),
+    "a number that loses its digits": lambda y: torch.tanh(y * 3e-7 * 3e6),
+    "an epsilon below the range": lambda y: y * torch.rsqrt((0 * y * y).mean(-1, keepdim=True) + 1e-8) * 1e-4,
+    "a norm of large entries": lambda y: 1e2 * y / (1e4 * (y * y)).sum(-1, keepdim=True).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", INFINITIES)
+def test_infinities_of_the_users_and_constants_beyond_the_range_are_right(name):
+    flow, y = stepped(INFINITIES[name]), torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+    errors = relative_errors(
+        [x.double() for x in outcome(compiled(flow, torch.float16), y, torch.float32)], outcome(flow, y, torch.float64)
+    )
+    assert max(errors) <= 5e-3, errors
+
+
+BATCH = 4096
+READS = torch.zeros(BATCH, dtype=torch.long)
+SEGMENTS = torch.arange(BATCH) % 3
+
+
+def hub(y, w):
+    """Three rows that depend on the state, so that they are a part of the velocity."""
+    return torch.tanh(w) + 0 * y[:3]
+
+
+# Sums over many rows, in the velocity or in its derivative.
+SUMS = {
+    "index": lambda y, w: torch.sin(y * hub(y, w)[READS]),
+    "index_select": lambda y, w: torch.sin(y * hub(y, w).index_select(0, SEGMENTS)),
+    "embedding": lambda y, w: torch.sin(y * F.embedding(READS, hub(y, w))),
+    "gather": lambda y, w: torch.sin(y * hub(y, w).gather(0, SEGMENTS[:, None].expand(BATCH, 4))),
+    "expand": lambda y, w: torch.sin(y * hub(y, w)[:1].expand(BATCH, 4)),
+    "repeat": lambda y, w: torch.sin(y * hub(y, w)[:1].repeat(BATCH, 1)),
+    "take": lambda y, w: torch.sin(y * hub(y, w).take(READS[:, None].expand(BATCH, 4))),
+    "scatter_add": lambda y, w: pooled(y, lambda z: z.scatter_add(0, SEGMENTS[:, None].expand(BATCH, 4), y * w[0])),
+    "index_add": lambda y, w: pooled(y, lambda z: z.index_add(0, SEGMENTS, y * w[0])),
+    "index_put": lambda y, w: pooled(y, lambda z: z.index_put((SEGMENTS,), y * w[0], accumulate=True)),
+    "scatter_reduce": lambda y, w: pooled(
+        y, lambda z: z.scatter_reduce(0, SEGMENTS[:, None].expand(BATCH, 4), y * w[0], "sum")
+    ),
+    "cumsum": lambda y, w: torch.sin(y) * torch.cumsum(y * w[0], 0) / BATCH,
+    "upsample": lambda y, w: torch.sin(y) * F.interpolate(hub(y, w).T[None], size=BATCH)[0].T,
+    "avg_pool": lambda y, w: torch.sin(y) * F.avg_pool1d((y * w[0]).T, 801, 1, 400).T,
+}
+
+
+def pooled(y, add):
+    return torch.sin(y) * (add(torch.zeros_like(y[:3])) / BATCH)[SEGMENTS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_many_terms_are_wide(name, dtype):
+    def flow(y, w, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * SUMS[name](y, w)
+        return y
+
+    def run(function, precision):
+        torch.manual_seed(0)
+        y, w = (torch.rand(n, 4, dtype=torch.float64).add(0.5).to(precision).requires_grad_() for n in (BATCH, 3))
+        final = function(y, w, torch.linspace(0, 1, 3, dtype=precision))
+        return [final.detach(), *torch.autograd.grad(final.sum(), (y, w))]
+
+    got = [x.double() for x in run(compiled(flow, dtype), torch.float32)]
+    errors = relative_errors(got, run(flow, torch.float64))
+    assert max(errors) <= 8 * torch.finfo(dtype).eps, errors
+
+
+ALGEBRA = {
+    "solve": lambda y, m: torch.linalg.solve(m, y.T).T,
+    "inv": lambda y, m: y @ torch.linalg.inv(m),
+    "cholesky": lambda y, m: y @ torch.linalg.cholesky(m),
+    "eigh": lambda y, m: y * torch.linalg.eigh(m)[0],
+    "a batch of matrices": lambda y, m: torch.linalg.solve(m.expand(y.shape[0], 4, 4), y),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ALGEBRA)
+def test_linear_algebra(name, dtype):
+    flow = stepped(lambda y: ALGEBRA[name](y, torch.diag(torch.arange(1.0, 5.0)).to(y) + y.T @ y))
+    y = torch.linspace(-1, 1, 20, dtype=torch.float64).sin().view(5, 4)
+    got = [x.double() for x in outcome(compiled(flow, dtype), y, torch.float32)]
+    assert max(relative_errors(got, outcome(flow, y, torch.float64))) <= (1e-5 if dtype is torch.float32 else 1e-2)
+
+
+def test_what_linear_algebra_cannot_factor_is_nan():
+    """Eager code raises an error, for which a compiled loop has no place."""
+    flow = stepped(lambda y: y @ torch.linalg.cholesky(-torch.eye(4).to(y) + 0 * y.T @ y))
+    y = torch.ones(2, 4)
+    with pytest.raises(torch.linalg.LinAlgError):
+        flow(y, torch.linspace(0, 1, 4))
+    assert compiled(flow, torch.float32)(y, torch.linspace(0, 1, 4)).isnan().all()

@@ -1,0 +1,105 @@
+"""Which part of a step is state: products in which the next state is linear stay wide, and all others are low."""
+
+import pytest
+import torch
+
+import rampde_fx
+from tests.comparison import compiled
+
+A = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 0.5
+R = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
+
+
+def rate(y):
+    return torch.tanh(y @ A.to(y)) @ A.to(y)
+
+
+def looped(step):
+    def flow(y, t):
+        n = len(t) - 1
+        for _, dt in rampde_fx.steps(t):
+            y = step(y, dt, n)
+        return y
+
+    return flow
+
+
+# Ways to write y + h f(y), or a linear propagator beside it, in which products of the state's could round it.
+SPELLINGS = {
+    "addmm with alpha": lambda y, dt, n: torch.addmm(y, torch.tanh(y @ A.to(y)), A.to(y), alpha=1 / n),
+    "addmm with beta": lambda y, dt, n: torch.addmm(2 * y, torch.tanh(y @ A.to(y)), A.to(y), beta=0.5, alpha=1 / n),
+    "baddbmm": lambda y, dt, n: torch.baddbmm(y[None], torch.tanh(y @ A.to(y))[None] * dt, A.to(y)[None])[0],
+    "addbmm": lambda y, dt, n: torch.addbmm(y, torch.tanh(y @ A.to(y))[None] * dt, A.to(y)[None]),
+    "einsum of a stack": lambda y, dt, n: torch.einsum(
+        "sbd,s->bd", torch.stack([y, rate(y)]), torch.stack([torch.ones_like(dt), dt])
+    ),
+    "matmul of a concatenation": lambda y, dt, n: (
+        torch.cat([y, rate(y)], 1) @ torch.cat([torch.eye(4).to(y), dt * torch.eye(4).to(y)], 0)
+    ),
+    "a rotation": lambda y, dt, n: (y + dt * rate(y)) @ R.to(y),
+    "a rotation in parts": lambda y, dt, n: y @ R.to(y) + dt * rate(y),
+    "half of two": lambda y, dt, n: 0.5 * (y @ R.to(y)) + 0.5 * (y @ R.to(y)) + dt * rate(y),
+    "an exponential": lambda y, dt, n: y @ torch.matrix_exp(dt * (A - A.T).to(y)) + dt * rate(y),
+    "an implicit step": lambda y, dt, n: (
+        torch.linalg.solve(torch.eye(4).to(y) - dt * (A - A.T).to(y), (y + dt * rate(y)).T).T
+    ),
+    "a convolution": lambda y, dt, n: (
+        torch.conv1d(y[:, None], torch.tensor([[[0.0, 1.0, 0.0]]]).to(y), padding=1)[:, 0] + dt * rate(y)
+    ),
+    "an index": lambda y, dt, n: (y.repeat(2, 1)[: y.shape[0]] @ R.to(y)).flip(1) + dt * rate(y),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_the_state_is_summed_wide_however_the_update_is_spelled(name):
+    """The error of 256 steps in bfloat16 is that of one evaluation, not of the sums."""
+    flow, y, t = looped(SPELLINGS[name]), torch.linspace(1, 3, 12).view(3, 4), torch.linspace(0, 1, 257)
+    wanted = flow(y.double(), t.double())
+    got = compiled(flow, torch.bfloat16)(y, t)
+    assert (got - wanted).norm() <= 4 * torch.finfo(torch.bfloat16).eps * wanted.norm()
+
+
+def products(step, *more):
+    """For every product of one step whether it is low, in order."""
+    marked = rampde_fx.mixed_precision(looped(step), dtype=torch.bfloat16)
+    (loop,) = rampde_fx.explain(marked, torch.ones(3, 4), torch.linspace(0, 1, 5), *more).loops
+    kept = "state: the next state is linear in this product"
+    return loop, sum(f.count for f in loop.fallbacks if f.reason == kept)
+
+
+@pytest.mark.parametrize(
+    ("step", "wide"),
+    [
+        (lambda y, dt, n: y + dt * (y @ A), 0),  # a linear velocity is an increment
+        (lambda y, dt, n: y + y @ (dt * A), 0),
+        (lambda y, dt, n: y + 0.1 * (y @ A), 0),
+        (lambda y, dt, n: y @ R + dt * (y @ A), 1),
+        (lambda y, dt, n: y + y @ A, 1),
+        (lambda y, dt, n: dt * (y @ A), 1),
+        (lambda y, dt, n: torch.relu(y + dt * (y @ A)), 0),
+    ],
+)
+def test_products_that_stay_wide_are_listed(step, wide):
+    _, kept = products(step)
+    assert kept == wide
+
+
+def test_a_recurrent_cell_is_low_and_the_report_says_that_its_state_is_rounded():
+    loop, kept = products(lambda y, dt, n: torch.tanh(y @ A + 0.1))
+    assert kept == 0 and loop.evaluations == 1
+    assert loop.notes == (
+        "the state 'y' follows from itself through a product and a nonlinearity alone: each step rounds it",
+    )
+
+
+def test_a_multistep_velocity_is_low_though_it_is_linear():
+    def adams(y, t):
+        k = y @ A
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * k
+            k = y @ A
+        return y
+
+    marked = rampde_fx.mixed_precision(adams, dtype=torch.bfloat16)
+    (loop,) = rampde_fx.explain(marked, torch.ones(3, 4), torch.linspace(0, 1, 5)).loops
+    assert loop.evaluations == 1 and loop.notes == ()
