@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._functorch._aot_autograd.graph_compile as graph_compile
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import fx
@@ -353,14 +354,17 @@ def compile_settings() -> Iterator[None]:
     """The settings of torch under which a graph with rewritten loops compiles correctly, and caches.
 
     Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
-    overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960).
+    overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960). No
+    buffer is named as one, instead of donated_buffer=False: the backward takes that for unknown, and refuses to run with
+    retain_graph=True where the setting is on, as it is outside of this patch.
     Caches: a graph with a custom backward is cached only where that is allowed; one with scan, see compile_graph. What
     is cached holds the backward's graph, and traces it again when it is loaded: a scan inside a while loop then takes
     the tracer's proxies for operands of a wrong type.
     Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so.
     """
     with (
-        functorch_config.patch(donated_buffer=False, autograd_cache_allow_custom_autograd_functions=True),
+        functorch_config.patch(autograd_cache_allow_custom_autograd_functions=True),
+        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: []),
         mock.patch.object(_scan_module, "validate_subgraph_args_types", _validate_operands),
         mock.patch.object(_CachingTorchDispatchMode, "supports_higher_order_operators", True),
         mock.patch.object(_CachedTorchDispatchMode, "supports_higher_order_operators", True),
