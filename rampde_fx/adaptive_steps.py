@@ -98,7 +98,8 @@ def _adapt_later(
         t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
         first = entered[len(y) :] if tableau.fsal else None
         nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
-        results = [*nexts, *k[-1]] if tableau.fsal else nexts
+        # A velocity may return what stands outside of the loop.
+        results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
         order, most, rtol, atol = controller[:4]
         intervals, positions, fractions, count, status, reached = operators.leave_search(
             states, results, errors, times, numbers, order, most, rtol, atol, max(problems)
@@ -114,8 +115,7 @@ def _adapt_later(
     starts, sizes = step_control.place(ends, intervals, positions, fractions)
     if interpolates:
         # One more step, of size 0, has the velocity at the end.
-        last = torch.where(status == step_control.DONE, t[-1], reached)
-        starts = torch.where(torch.arange(steps, device=t.device) == count, last, starts)
+        starts = torch.where(torch.arange(steps, device=t.device) == count, _end(t, status, reached), starts)
         collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy)
         return _between(tableau, t, count, _Steps(starts, sizes, *collected)), status, reached
     on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy)
@@ -178,8 +178,14 @@ def _adapt_now(
     reached = step_control.reached(times, search)
     if raises:
         operators.found(search.count, search.status, reached)
-    end = t[-1] if int(search.status) == step_control.DONE else reached
-    return taken.solution(velocity, end, y, first), search.status, reached
+    return taken.solution(velocity, _end(t, search.status, reached), y, first), search.status, reached
+
+
+def _end(t: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+    """The time that was reached, differentiable in the first and the last one: it is a share of their distance."""
+    first, last = t[0], t[-1]
+    share = (reached - first.detach()) / (last - first).detach()
+    return torch.where(status == step_control.DONE, last, first + share * (last - first))
 
 
 class _Taken:

@@ -39,7 +39,7 @@ library.define("needs_backend(Tensor x) -> Tensor")
 # step_control.Controller, whose constants and tolerances are given beside them.
 library.define(
     "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, Tensor numbers, int order,"
-    " SymInt max_steps, float rtol, float atol, str problem) -> Tensor[]"
+    " SymInt max_steps, Scalar rtol, Scalar atol, str problem) -> Tensor[]"
 )
 # How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
 library.define("count_steps(Tensor t, Tensor step_size) -> Tensor")
