@@ -31,7 +31,7 @@ FIELDS = len(step_control.Search._fields)
 
 
 def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
-    """Replace the call of a LoopNode by the search; its operands are those of the step, with t and the numbers of the control."""
+    """Replace the call of a LoopNode by the search; its times are ends of intervals, and the control's numbers."""
     _warn_of_tolerance(loop)
     inputs = graphs.placeholders(loop.step)
     values = list(map(graphs.value, inputs))

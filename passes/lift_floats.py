@@ -18,8 +18,6 @@ Raises:   TensorifyScalarRestartAnalysis, which Dynamo catches.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -92,26 +90,26 @@ class _Lifting:
         self._lift(product, head)
 
     def _lift(self, node: fx.Node, head: fx.Node) -> None:
+        kind = _kind(node)
+        assert kind is not None, "it takes tensors"
         for number in self._numbers(node):
             with self.graph.inserting_before(head):
-                node.replace_input_with(number, self._tensor(number, *_kind(node)))
+                node.replace_input_with(number, self._tensor(number, *kind))
 
     def _tensor(self, number: fx.Node, dtype: torch.dtype, device: torch.device) -> fx.Node:
         """The number as a 0-d tensor: a sum with a tensor, for AOTAutograd makes tensors of numbers in sums alone."""
         key = (number, dtype, device)
         if key not in self.made:
-            wide = (torch.float64, torch.device("cpu"))
-            zero = self._call(torch.zeros, ((),), *wide, dtype=torch.float64)
-            total = self._call(torch.add, (zero, number), *wide)
-            self.made[key] = self._call(torch.Tensor.to, (total, device, dtype), dtype, device)
+            graph, wide = self.graph, (torch.float64, torch.device("cpu"))
+            zero = _valued(graph.call_function(torch.zeros, ((),), {"dtype": torch.float64}), *wide)
+            total = _valued(graph.call_function(torch.add, (zero, number)), *wide)
+            self.made[key] = _valued(graph.call_method("to", (total, device, dtype)), dtype, device)
         return self.made[key]
 
-    def _call(
-        self, target: Any, args: tuple[Any, ...], as_dtype: torch.dtype, device: torch.device, **kwargs: Any
-    ) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta["example_value"] = torch_private.fake_number(as_dtype, device)
-        return node
+
+def _valued(node: fx.Node, dtype: torch.dtype, device: torch.device) -> fx.Node:
+    node.meta["example_value"] = torch_private.fake_number(dtype, device)
+    return node
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -119,7 +117,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _of_floats(node: fx.Node) -> bool:
-    """Whether a node computes a number from Python floats, or is one; one from a tensor may depend on where it stands."""
+    """Whether a node computes a number from Python floats; one from a tensor may depend on where it stands."""
     if isinstance(value(node), torch.SymFloat):
         return torch_private.hint_of(value(node)) is not None
     return isinstance(value(node), (torch.SymBool, torch.SymInt)) and any(map(_is_float, node.all_input_nodes))

@@ -133,6 +133,7 @@ def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, step
     step = torch.minimum(passed, count).clamp(min=1) - 1
     size = steps.sizes[step]
     share = (inner - steps.starts[step]) / torch.where(size == 0, 1.0, size)  # of size 0 where no step counts
+    share = torch.where(passed > count, 1.0, share)  # not reached, or just
 
     def states(leaf: int) -> torch.Tensor:
         grid, rates = steps.states[leaf], steps.rates[leaf]

@@ -56,12 +56,12 @@ class Controller(NamedTuple):
 
 
 def scalar(value: float | torch.SymFloat, device: torch.device) -> torch.Tensor:
-    """A Python number as a 0-d float64 tensor: a sum, for AOTAutograd makes tensors of symbolic numbers in sums alone."""
+    """A number as a 0-d float64 tensor: a sum, for AOTAutograd makes tensors of symbolic numbers in sums."""
     return torch.zeros((), dtype=torch.float64, device=device) + value
 
 
 class Search(NamedTuple):
-    """The steps so far. All are 0-d tensors but the last three, which hold the steps that count, of shape (max_steps + 1,).
+    """The steps so far. All are 0-d tensors but the last three, for the steps that count, of shape (max_steps + 1,).
 
     Attributes:
         interval: Index of the interval's end that the next step starts from, or has passed.

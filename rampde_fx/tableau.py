@@ -40,8 +40,8 @@ class ButcherTableau:
         name: Name for messages.
         b_error: The s weights of the embedded method, not their difference from b.
         order_error: Order of the embedded method, given if and only if b_error is.
-        interpolant: What makes the cubic Hermite interpolant of a step one of order 4: the s + 1 weights d_i, the last one
-            of the velocity at the end of the step. Within a step, 0 <= x <= 1, the solution is
+        interpolant: What makes the cubic Hermite interpolant of a step one of order 4: the s + 1 weights d_i, the last
+            one of the velocity at the end of the step. Within a step, 0 <= x <= 1, the solution is
             y(t + x h) = H(x) + x^2 (1 - x)^2 h sum_i d_i k_i, H the cubic through the states and velocities at the
             step's start and end.
         source: Where the coefficients were published.
@@ -97,7 +97,7 @@ class ButcherTableau:
 
     @property
     def interpolates(self) -> bool:
-        """Whether the interpolant has at least the order of the error estimate, so that steps need not end at outputs."""
+        """Whether the interpolant has the order of the embedded method, so that steps need not end at output times."""
         reached = min(self.order, 3) if self.interpolant is None else INTERPOLANT_ORDER
         return self.order_error is not None and reached >= min(self.order, self.order_error)
 
@@ -224,8 +224,8 @@ class ButcherTableau:
                 terms = tuple(map(mul, weights, factors))
                 if not _is_close(terms, wanted):
                     raise TableauError(
-                        f"{self._label} has an interpolant that is not of order {INTERPOLANT_ORDER}: the coefficient of "
-                        f"x^{power} in the elementary weight of the tree {bracket(tree)} is {sum(terms)!r}, not {wanted!r}",
+                        f"{self._label} has an interpolant that is not of order {INTERPOLANT_ORDER}: the coefficient "
+                        f"of x^{power} for the tree {bracket(tree)} is {sum(terms)!r}, not {wanted!r}",
                         required=f"every condition up to order {INTERPOLANT_ORDER} met",
                         fix="correct a weight, or leave interpolant out",
                     )

@@ -20,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._functorch._aot_autograd.graph_compile as graph_compile
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import fx
@@ -28,6 +27,7 @@ from torch._decomp import get_decompositions
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
@@ -395,8 +395,8 @@ def compile_settings() -> Iterator[None]:
 
     Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
     overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960). No
-    buffer is named as one, instead of donated_buffer=False: the backward takes that for unknown, and refuses to run with
-    retain_graph=True where the setting is on, as it is outside of this patch.
+    buffer is named as one, instead of donated_buffer=False: with that the backward would not know that there is none,
+    and would refuse to run with retain_graph=True where the setting is on, as it is outside of this patch.
     Caches: a graph with a custom backward is cached only where that is allowed; one with scan, see compile_graph. What
     is cached holds the backward's graph, and traces it again when it is loaded: a scan inside a while loop then takes
     the tracer's proxies for operands of a wrong type.
