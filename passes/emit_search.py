@@ -1,6 +1,6 @@
-"""Emit the search of an adaptive odeint: a while loop that tries steps until the last output time is reached.
+"""Emit the search of an adaptive odeint: a while loop that tries steps until the last time is reached.
 
-Before:  intervals, positions, fractions, count, status, reached, ended = loop(y_0, k_0, t, (first step), w)
+Before:  intervals, positions, fractions, count, status, reached = loop(y_0, k_0, t, numbers, w)
 After:   while running:  t_i, dt = propose(t, search);  y', k', e = step(y, k, t_i, dt, w)
                          counts, search = judge(norm(e));  y, k = (y', k') if counts else (y, k)
 
@@ -30,7 +30,7 @@ FIELDS = len(step_control.Search._fields)
 
 
 def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
-    """Replace the call of a LoopNode by the search; its operands are those of the step, with t and the first step."""
+    """Replace the call of a LoopNode by the search; its times are ends of intervals, and the control's numbers."""
     _warn_of_tolerance(loop)
     inputs = graphs.placeholders(loop.step)
     values = list(map(graphs.value, inputs))
@@ -51,6 +51,8 @@ def _warn_of_tolerance(loop: Loop) -> None:
     assert loop.controller is not None, "a search has a controller"
     rtol, atol = loop.controller.rtol, loop.controller.atol
     roundoff = torch.finfo(loop.policy.velocity).eps / 2
+    if None in (rtol, atol):
+        return
     if rtol + atol < roundoff:
         reached = atol / (roundoff - rtol)
         _warn_once(
@@ -80,26 +82,27 @@ class _Search:
     def run(self, *operands: Any) -> tuple[torch.Tensor, ...]:
         """What leave_search gives."""
         starts = self.body.starts(operands[: self.carries])
-        t, first_step = operands[self.carries : self.first]
+        t, numbers = operands[self.carries : self.first]
         invariants = self.body.prepare(operands[self.first :])
-        begun = step_control.begin(t, first_step[0], self.controller.max_steps)
-        varying, fixed = [*begun, *starts], [t, *invariants]
+        begun = step_control.begin(t, numbers[0], self.controller.max_steps)
+        varying, fixed = [*begun, *starts], [t, numbers[1:].clone(), *invariants]
 
         def running(*args: Any) -> torch.Tensor:
             return step_control.Search(*args[:FIELDS]).status == step_control.RUNNING
 
         def attempt(*args: Any) -> tuple[torch.Tensor, ...]:
             search, carries = step_control.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
-            t, *invariants = args[len(varying) :][: len(fixed)]
+            t, numbers, *invariants = args[len(varying) :][: len(fixed)]
+            controller = self.controller.with_numbers(numbers)
             trial = step_control.propose(t, search)
             results = self.body(*carries, trial.t, trial.dt, *invariants)
             nexts, errors = results[: self.carries], results[self.carries :]
-            norm = step_control.error_norm(errors, carries[: self.states], nexts[: self.states], self.controller)
-            counts, search = step_control.judge(t, search, trial, norm, self.controller)
+            norm = step_control.error_norm(errors, carries[: self.states], nexts[: self.states], controller)
+            counts, search = step_control.judge(t, search, trial, norm, controller)
             kept = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
             return *(value.clone() for value in search), *kept
 
         results = repeat(running, attempt, varying, fixed)
         search = step_control.Search(*results[:FIELDS])
         found = (search.intervals, search.positions, search.fractions, search.count, search.status)
-        return *found, step_control.reached(t, search), search.interval
+        return *found, step_control.reached(t, search)

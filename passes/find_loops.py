@@ -20,14 +20,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx import operators, torch_private
+from rampde_fx import torch_private
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.graphs import user_line, value
-from rampde_fx.loop import MarkedLoop
+from rampde_fx.loop import MarkedLoop, begins_loop, ends_loop, is_marker
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 
-STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
-END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
@@ -40,11 +38,7 @@ def has_loop(graph_module: fx.GraphModule) -> bool:
 
 def _first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
     inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
-    return next((node for module in inner for node in module.graph.nodes if _is_marker(node)), None)
-
-
-def _is_marker(node: fx.Node) -> bool:
-    return node.target in STEP or node.target is operators.enter
+    return next((node for module in inner for node in module.graph.nodes if is_marker(node)), None)
 
 
 def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:
@@ -53,14 +47,14 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     open_loop: MarkedLoop | None = None
     transforms, regions = 0, int(autocast)
     for node in graph_module.graph.nodes:
-        if _is_marker(node):
-            if node.target is operators.enter or node.args[1] == 0:
+        if is_marker(node):
+            if begins_loop(node):
                 _check_surroundings(node, open_loop, transforms, regions)
                 open_loop = _opened(node, gradients)
             assert open_loop is not None, "iteration 0 comes first"
             open_loop.markers.append(node)
             open_loop.iterations.append([])
-        elif node.target in END and open_loop is not None:
+        elif ends_loop(node) and open_loop is not None:
             loops.append(replace(open_loop, end=node))
             if open_loop.once and node.args[-1]:
                 raise velocity_error(str(node.args[-1]), user_line(open_loop.markers[0]))

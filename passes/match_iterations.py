@@ -60,10 +60,10 @@ def match_iterations(marked: MarkedLoop) -> Run:
 def _captured_once(marked: MarkedLoop) -> Run:
     """The one iteration that stands for all: enter names its states, leave what they become."""
     (enter,), leave = marked.markers, marked.end
-    states, nexts = leave.args[:2]
+    states, nexts, collected = leave.args[:3]
     nodes = [n for n in marked.iterations[0] if not (n.target is operator.getitem and n.args[0] is enter)]
     position = {node: i for i, node in enumerate(nodes)}
-    keys = [position[node] for node in nexts]
+    keys, further = ([position[node] for node in results] for results in (nexts, collected))
     entered: list[Source] = [Source("time", (), "t"), Source("time", (), "dt")]
     entered += [Source("carry", (state,), key) for state, key in zip(states, keys, strict=True)]
 
@@ -82,16 +82,18 @@ def _captured_once(marked: MarkedLoop) -> Run:
                 where=graphs.user_line(node),
             )
     sources = [[source(operand) for operand in graphs.operands(node)] for node in nodes]
-    return Run([nodes], sources, {key: [] for key in _stacked(marked, position, keys)}, tuple(entered))
+    return Run([nodes], sources, {key: [] for key in _stacked(marked, keys, further)}, tuple(entered))
 
 
-def _stacked(marked: MarkedLoop, position: dict[fx.Node, int], keys: list[int]) -> list[int]:
-    """Keys of what is wanted of every step: errors of a search; states whose trajectory is read, not its end alone."""
-    leave = marked.end
+def _stacked(marked: MarkedLoop, keys: list[int], further: list[int]) -> list[int]:
+    """Keys of what is wanted of every step: errors of a search; what is collected, and the trajectories of states.
+
+    Of a trajectory whose end alone is read nothing is wanted.
+    """
     if marked.searches:
-        return [position[node] for node in leave.args[2]]
-    read = {user.args[1] for user in leave.users if not all(map(reads_end, user.users))}
-    return [key for j, key in enumerate(keys) if j in read]
+        return further
+    whole = {user.args[1] for user in marked.end.users if not all(map(reads_end, user.users))}
+    return [key for j, key in enumerate([*keys, *further]) if j in whole]
 
 
 def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:

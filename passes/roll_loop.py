@@ -57,12 +57,23 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         needs_grad=wanted,
         differentiated=any(wanted),
         monitored=marked.monitored,
-        controller=Controller.of(marked.end.args[4]) if marked.searches else None,
+        controller=_controller(marked) if marked.searches else None,
     )
 
 
+def _controller(marked: MarkedLoop) -> Controller:
+    """That of a search; what may change is as it was at the capture, and an operand of the loop beside."""
+    *_, order, max_steps, rtol, atol, _ = fx.map_arg(marked.end.args, graphs.value)
+    return Controller(order, int(max_steps), torch_private.hint_of(rtol), torch_private.hint_of(atol))
+
+
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:
-    """The tensor behind a time: the grid t, or of a loop captured once its starts or its step sizes."""
+    """The tensor behind a time: the grid t, or of a loop captured once its starts or its step sizes.
+
+    Of a search it is the ends of its intervals, or the numbers of its control.
+    """
+    if marked.searches:
+        return marked.end.args[4 if key == "dt" else 3]
     return marked.markers[0].args[marked.once and key == "dt"]
 
 
@@ -186,13 +197,17 @@ def _replace_trajectories(
     graph: fx.Graph, marked: MarkedLoop, run: Run, captured: CapturedStep, results: list[fx.Node]
 ) -> None:
     """Let the readers of leave read the loop's results."""
-    leave, (states, nexts, _, every, _) = marked.end, marked.end.args
+    leave, (states, nexts, collected, _, every, _) = marked.end, marked.end.args
     carries = captured.carries()
     stacked = dict(zip(captured.outputs, results[carries:], strict=True))
-    keys = [run.iterations[0].index(node) for node in nexts]
+    keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]
     finals = {(s.values, s.key): results[i] for i, s in enumerate(captured.inputs[:carries])}
     for trajectory in list(leave.users):
         j = trajectory.args[1]
+        if j >= len(states):
+            trajectory.replace_all_uses_with(stacked[keys[j]])
+            graph.erase_node(trajectory)
+            continue
         for user in [user for user in trajectory.users if reads_end(user)]:
             index = user.args[1]
             last = finals[(states[j],), keys[j]]

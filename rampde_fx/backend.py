@@ -22,6 +22,7 @@ from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.keep_activations import keep_activations
+from rampde_fx.passes.lift_floats import lift_floats
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
@@ -68,7 +69,7 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
     try:
         with torch_private.fake_mode_of(graph_module):
             return _rewrite(graph_module, watch)
-    except RampdeError:
+    except (RampdeError, torch_private.TensorifyScalarRestartAnalysis):
         raise
     except Exception as error:
         raise RewriteError(
@@ -79,6 +80,7 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
 
 
 def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop]:
+    lift_floats(graph_module)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
     rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
     loops: list[Loop] = []

@@ -10,7 +10,8 @@ import torch
 from rampde_fx import marking, operators, torch_private
 from rampde_fx.errors import OptionError, refuse, velocity_error
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.runge_kutta import State, Velocity, advance
+from rampde_fx.runge_kutta import State, Velocity, advance, advance_collecting
+from rampde_fx.step_control import scalar
 from rampde_fx.tableau import ButcherTableau
 
 # Gives a derivative, and what is wrong with it, or an empty string.
@@ -77,7 +78,24 @@ def captured_once(
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)
-    return list(operators.leave(y, nexts, outputs, every, max(problems)))
+    return list(operators.leave(y, nexts, [], outputs, every, max(problems)))
+
+
+def captured_collecting(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    steps: int,
+    policy: PrecisionPolicy | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
+    checked, problems = noting(velocity)
+    t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
+    nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
+    found = list(operators.leave(y, nexts, [*rates, *quartics], steps + 1, 1, max(problems)))
+    return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 
 
 def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
@@ -113,14 +131,14 @@ def equal_steps(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """The states at every t, interpolated linearly between steps of one size from t[0] on."""
-    span = (t[-1] - t[0]).detach()
+    span, size = (t[-1] - t[0]).detach(), scalar(step_size, t.device)
     with torch_private.capturing_scalars():
-        count = int(operators.count_steps(t.detach(), step_size).item())
+        count = int(operators.count_steps(t.detach(), size).item())
     torch._check(count >= 1)
     forward = torch.sign(span)
     index = torch.arange(count, device=t.device)
     # No slices of a grid: Inductor of torch 2.11 knows nothing of a size that is read from a tensor.
-    starts, ends = (t[0] + i.to(t.dtype) * (step_size * forward) for i in (index, index + 1))
+    starts, ends = (t[0] + i.to(t.dtype) * (size.to(t.dtype) * forward) for i in (index, index + 1))
     sizes = torch.where(index + 1 == count, t[-1], ends) - starts
     on_grid = steps_from(tableau, velocity, y, starts, sizes, count + 1, 1, policy)
     if t.shape[0] == 2:

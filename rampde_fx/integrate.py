@@ -52,7 +52,7 @@ def odeint(
               is interpolated linearly.
 
             Methods with embedded weights (bosh3, dopri5, tsit5, dopri8) adapt their steps unless one of the above is
-            given, and take these.
+            given: these do not end at output times where the method interpolates (all but dopri8). They take these.
 
             - "first_step": its size; no step is smaller than t resolves.
             - "max_steps" (4096): the most that may count, over all of t.

@@ -13,6 +13,8 @@ from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.step_control import Controller
 
+STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
+END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}
 # In place of a placeholder: results of the adjoint that are no gradients.
 WATCHED = -1  # what a monitor records
 VANISHED = -2  # how many entries of scaled cotangents became zero
@@ -128,6 +130,21 @@ class CapturedStep:
     def carries(self) -> int:
         """Number of carried states."""
         return sum(source.kind == "carry" for source in self.inputs)
+
+
+def is_marker(node: fx.Node) -> bool:
+    """Whether a captured node marks the start of an iteration."""
+    return node.target in STEP or node.target is operators.enter
+
+
+def begins_loop(node: fx.Node) -> bool:
+    """Whether a captured node marks the start of a loop's first iteration."""
+    return is_marker(node) and (node.target is operators.enter or node.args[1] == 0)
+
+
+def ends_loop(node: fx.Node) -> bool:
+    """Whether a captured node marks the end of a loop."""
+    return node.target in END
 
 
 def reads_end(user: fx.Node) -> bool:

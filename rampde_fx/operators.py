@@ -27,19 +27,22 @@ library = torch.library.Library("rampde_fx", "DEF")
 library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
 library.define("end(Tensor t) -> Tensor")
 # A loop of which one step is captured: enter gives that step's (t, dt, *states), leave the trajectories of the states,
-# the initial ones included, at the end of every few steps; and what is wrong with the velocity, if anything.
+# the initial ones included, at the end of every few steps, then what is collected of each of these; it is told what is
+# wrong with the velocity, if anything.
 library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tensor[]")
-library.define("leave(Tensor[] states, Tensor[] nexts, SymInt outputs, SymInt every, str problem) -> Tensor[]")
+library.define(
+    "leave(Tensor[] states, Tensor[] nexts, Tensor[] collected, SymInt outputs, SymInt every, str problem) -> Tensor[]"
+)
 library.define("needs_backend(Tensor x) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
-# count, their number, the status, the time that was reached and how many intervals ended. The numbers are those of a
-# step_control.Controller.
+# count, their number, the status and the time that was reached. The numbers are the first step's size and those of a
+# step_control.Controller, whose constants and tolerances are given beside them.
 library.define(
-    "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, float[] controller, str problem)"
-    " -> Tensor[]"
+    "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, Tensor numbers, int order,"
+    " SymInt max_steps, Scalar rtol, Scalar atol, str problem) -> Tensor[]"
 )
 # How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
-library.define("count_steps(Tensor t, float step_size) -> Tensor")
+library.define("count_steps(Tensor t, Tensor step_size) -> Tensor")
 # The number of steps that a search found, once the host has seen that it found them all.
 library.define("found(Tensor count, Tensor status, Tensor reached) -> Tensor")
 # What to add to the time points of odeint: 0, once they are checked where they are known. A sum, so that it has every
@@ -92,12 +95,18 @@ def _enter(t: torch.Tensor, dt: torch.Tensor, states: list[torch.Tensor], policy
 
 
 def _leave(
-    states: list[torch.Tensor], nexts: list[torch.Tensor], outputs: int, every: int, problem: str
+    states: list[torch.Tensor],
+    nexts: list[torch.Tensor],
+    collected: list[torch.Tensor],
+    outputs: int,
+    every: int,
+    problem: str,
 ) -> list[torch.Tensor]:
-    return [
+    trajectories = [
         torch.cat([state[None], after.expand(outputs - 1, *after.shape)])
         for state, after in zip(states, nexts, strict=True)
     ]
+    return [*trajectories, *(value[None].repeat(outputs - 1, *[1] * value.ndim) for value in collected)]
 
 
 def _leave_search(
@@ -105,17 +114,20 @@ def _leave_search(
     nexts: list[torch.Tensor],
     errors: list[torch.Tensor],
     t: torch.Tensor,
-    controller: list[float],
+    numbers: torch.Tensor,
+    order: int,
+    max_steps: int,
+    rtol: float,
+    atol: float,
     problem: str,
 ) -> list[torch.Tensor]:
-    search = step_control.begin(t, t[0], step_control.Controller.of(controller).max_steps)
+    search = step_control.begin(t, numbers[0], max_steps)
     count, status = search.count + 1, search.status + step_control.DONE
-    ended = search.interval + (t.shape[0] - 1)
-    return [search.intervals, search.positions, search.fractions, count, status, t[0].clone(), ended]
+    return [search.intervals, search.positions, search.fractions, count, status, t[-1].clone()]
 
 
-def _count_steps(t: torch.Tensor, step_size: float) -> torch.Tensor:
-    ends = t[[0, -1]].cpu()
+def _count_steps(t: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    ends, step_size = t[[0, -1]].cpu(), float(size)
     least = torch.finfo(t.dtype).eps * float(ends.abs().amax())
     if step_size < least:
         raise OptionError(

@@ -62,6 +62,54 @@ def attempt(
     return combine(y, dt, tableau.b, k), k, increment(y, dt, difference, k)
 
 
+def advance_collecting(
+    tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: torch.Tensor, y: State
+) -> tuple[State, State, State]:
+    """The state after one step, and what interpolate asks for: the velocity at its start and the quartic term."""
+    k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, _quartic(tableau)))
+    return combine(y, dt, tableau.b, k), [rate.clone() for rate in k[0]], quartic_term(tableau, k)
+
+
+def _quartic(tableau: ButcherTableau) -> Sequence[float]:
+    return [0.0] * tableau.stages if tableau.interpolant is None else tableau.interpolant[:-1]
+
+
+def quartic_term(tableau: ButcherTableau, k: list[State]) -> State:
+    """sum_i d_i k_i over the stages, without the velocity at the end of the step; empty where there are no weights."""
+    used = _used(_quartic(tableau), k)
+    return [_sum(used, leaf) for leaf in range(len(k[0]))] if used else []
+
+
+def interpolate(
+    tableau: ButcherTableau,
+    share: torch.Tensor,
+    size: torch.Tensor,
+    states: tuple[torch.Tensor, torch.Tensor],
+    rates: tuple[torch.Tensor, torch.Tensor],
+    quartic: torch.Tensor | None,
+) -> torch.Tensor:
+    """One tensor of the state within steps, in its own dtype.
+
+    Args:
+        tableau: The method.
+        share: Where in the step, from 0 to 1; of a shape that broadcasts with the states, like size.
+        size: The size of the step.
+        states: At the start and at the end of the step.
+        rates: The velocities there.
+        quartic: The quartic term without the velocity at the end, None where the method has none.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.6.
+    """
+    (start, end), (first, last) = states, rates
+    rest, change = 1 - share, end - start
+    at_start = size * first - change
+    at_end = change - size * last - at_start
+    if quartic is None or tableau.interpolant is None:
+        return start + share * (change + rest * (at_start + share * at_end))
+    term = size * (quartic + tableau.interpolant[-1] * last)
+    return start + share * (change + rest * (at_start + share * (at_end + rest * term)))
+
+
 def needed(tableau: ButcherTableau, *weights: Sequence[float]) -> list[bool]:
     """Which stages sums with these weights depend on."""
     found = [any(row[i] != 0 for row in weights) for i in range(tableau.stages)]
@@ -101,8 +149,12 @@ def combine(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]
 
 def increment(y: State, dt: torch.Tensor, weights: Sequence[float], k: list[State]) -> State:
     """dt * sum_i w_i k_i, in the dtypes of y."""
-    used = [(w, rate) for w, rate in zip(weights, k, strict=False) if w != 0]
+    used = _used(weights, k)
     return [dt.to(real_dtype(value.dtype)) * _sum(used, leaf) for leaf, value in enumerate(y)]
+
+
+def _used(weights: Sequence[float], k: list[State]) -> list[tuple[float, State]]:
+    return [(w, rate) for w, rate in zip(weights, k, strict=False) if w != 0]
 
 
 def _sum(used: list[tuple[float, State]], leaf: int) -> torch.Tensor:

@@ -1,19 +1,20 @@
 """Adaptive steps: how large the next one is, and whether the last one counts. Plain torch code on 0-d tensors.
 
 It runs as it stands in an uncompiled odeint, and inside the while loop that the backend emits for a compiled one. A
-step never passes an output time: its place is a fraction of the interval between two output times, and the fractions
-are constants of the derivative. So the times' gradients are those of the steps that were taken.
+step never passes the end of an interval: of the one from the first time to the last where the method interpolates,
+otherwise of that between two output times. Its place is a fraction of the interval, and the fractions are constants of
+the derivative. So the times' gradients are those of the steps that were taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL, NOT_FINITE = range(5)
-# How far a step may be stretched so that no sliver is left before an output time.
+# How far a step may be stretched so that no sliver is left before the end of an interval.
 STRETCH = 1.01
 
 
@@ -25,9 +26,10 @@ class Controller(NamedTuple):
 
     Args:
         order: q, the order of the error estimate in the step size.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         max_steps: The most steps that may count; four times as many may be tried.
+        rtol: Relative tolerance. Like all that follow a number, or a 0-d tensor: then its value may change from call to
+            call of one compilation.
+        atol: Absolute tolerance.
         safety: Factor below 1.
         ifactor: The most that a step may be larger than the one before.
         dfactor: The least that it may be of the one before.
@@ -37,29 +39,32 @@ class Controller(NamedTuple):
     """
 
     order: int
-    rtol: float
-    atol: float
     max_steps: int
-    safety: float = 0.9
-    ifactor: float = 10.0
-    dfactor: float = 0.2
+    rtol: Any
+    atol: Any
+    safety: Any = 0.9
+    ifactor: Any = 10.0
+    dfactor: Any = 0.2
 
-    def numbers(self) -> list[float]:
-        """The controller as it travels through a captured graph."""
-        return [float(value) for value in self]
+    def numbers(self, device: torch.device) -> torch.Tensor:
+        """What may change from call to call, as one float64 tensor: all but order and max_steps."""
+        return torch.stack([scalar(value, device) for value in self[2:]])
 
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> Controller:
-        """The controller that numbers() gave."""
-        order, rtol, atol, max_steps, *rest = numbers
-        return cls(int(order), rtol, atol, int(max_steps), *rest)
+    def with_numbers(self, numbers: torch.Tensor) -> Controller:
+        """The controller with these numbers instead of its own."""
+        return Controller(self.order, self.max_steps, *(numbers[i] for i in range(len(self) - 2)))
+
+
+def scalar(value: float | torch.SymFloat, device: torch.device) -> torch.Tensor:
+    """A number as a 0-d float64 tensor: a sum, for AOTAutograd makes tensors of symbolic numbers in sums."""
+    return torch.zeros((), dtype=torch.float64, device=device) + value
 
 
 class Search(NamedTuple):
-    """The steps so far. All are 0-d tensors but the last three, of shape (max_steps,), which hold the steps that count.
+    """The steps so far. All are 0-d tensors but the last three, for the steps that count, of shape (max_steps + 1,).
 
     Attributes:
-        interval: Index of the output time that the next step starts from, or has passed.
+        interval: Index of the interval's end that the next step starts from, or has passed.
         position: Where in the interval the next step starts, from 0 to 1.
         size: Proposed size of the next step, positive.
         previous: Norm of the error of the last step that counted.
@@ -92,7 +97,7 @@ class Trial(NamedTuple):
         t: Its start, differentiable in the times.
         dt: Its size, differentiable in the times.
         fraction: Its size as a fraction of its interval.
-        ends_interval: Whether it ends at an output time.
+        ends_interval: Whether it ends at the end of its interval.
         smallest: Whether t resolves no smaller one.
     """
 
@@ -117,9 +122,9 @@ def begin(t: torch.Tensor, first_step: torch.Tensor, max_steps: int) -> Search:
         status=torch.where(usable, RUNNING, torch.full_like(index, NOT_FINITE)),
         count=index.clone(),
         tried=index.clone(),
-        intervals=torch.zeros(max_steps, dtype=torch.int64, device=t.device),
-        positions=torch.zeros(max_steps, dtype=t.dtype, device=t.device),
-        fractions=torch.zeros(max_steps, dtype=t.dtype, device=t.device),
+        intervals=torch.zeros(max_steps + 1, dtype=torch.int64, device=t.device),
+        positions=torch.zeros(max_steps + 1, dtype=t.dtype, device=t.device),
+        fractions=torch.zeros(max_steps + 1, dtype=t.dtype, device=t.device),
     )
 
 
@@ -134,12 +139,13 @@ def place(
 
 def reached(t: torch.Tensor, search: Search) -> torch.Tensor:
     """The time up to which the steps that count lead."""
-    last = search.interval.clamp(max=t.shape[0] - 2)
-    return place(t, last, search.position, search.size)[0]
+    end = t.index_select(0, search.interval.reshape(1)).reshape(())
+    _, passed = place(t, search.interval.clamp(max=t.shape[0] - 2), search.position, search.position)
+    return end + passed
 
 
 def propose(t: torch.Tensor, search: Search) -> Trial:
-    """The next step to be tried: as large as proposed and as t resolves, or up to the next output time."""
+    """The next step to be tried: as large as proposed and as t resolves, or up to the end of the interval."""
     left, length = place(t, search.interval, torch.zeros_like(search.position), torch.ones_like(search.position))
     start, rest = left + search.position * length, 1 - search.position
     least = _resolution(start.detach(), search.position * length.detach())
@@ -164,7 +170,7 @@ def error_norm(
 ) -> torch.Tensor:
     """The largest root mean square, over the tensors of the state, of the error over atol + rtol max(|y|, |y'|)."""
     norms = [
-        _norm(error, torch.maximum(y.abs(), y_next.abs()), controller)
+        _norm(error.abs(), torch.maximum(y.abs(), y_next.abs()), controller)
         for error, y, y_next in zip(errors, before, after, strict=True)
         if error.numel()
     ]
@@ -176,7 +182,8 @@ def error_norm(
 def _norm(error: torch.Tensor, height: torch.Tensor, controller: Controller) -> torch.Tensor:
     """The root mean square of the error over atol + rtol height, in float32 at least, without an overflow."""
     dtype = torch.promote_types(error.dtype, torch.float32)
-    weight = controller.atol + controller.rtol * height.to(dtype)
+    rtol, atol = (number.to(dtype) for number in (controller.rtol, controller.atol))
+    weight = atol + rtol * height.to(dtype)
     ratio = torch.where(error == 0, 0.0, error.to(dtype) / weight)  # atol may be 0 and the state as well
     ratio = torch.where(weight.isfinite(), ratio, torch.inf)
     largest = ratio.abs().amax()
@@ -193,9 +200,9 @@ def judge(
     # A step that is rounded up must not be proposed again when it does not count.
     used = torch.where(counts, trial.dt.abs(), torch.minimum(trial.dt.abs(), search.size))
     size = used * _factor(norm, search, controller)
-    # A step that was cut at an output time says nothing against the size that had been proposed.
+    # A step that was cut at the end of an interval says nothing against the size that had been proposed.
     size = torch.where(counts & trial.ends_interval, torch.maximum(size, search.size), size)
-    here = (torch.arange(controller.max_steps, device=t.device) == search.count) & counts
+    here = (torch.arange(controller.max_steps + 1, device=t.device) == search.count) & counts
     ended = counts & trial.ends_interval
     interval, count = search.interval + ended, search.count + counts
     tried = search.tried + 1
@@ -222,10 +229,11 @@ def judge(
 
 def _factor(norm: torch.Tensor, search: Search, controller: Controller) -> torch.Tensor:
     q = controller.order
-    plain = controller.safety * norm ** (-0.7 / q) * search.previous ** (0.4 / q)
-    most = torch.where((norm > 1) | search.rejected, 1.0, controller.ifactor)
-    factor = torch.where(norm > 1, controller.safety * norm ** (-1 / q), plain)
-    return torch.minimum(factor, most.to(factor.dtype)).clamp(min=controller.dfactor)
+    safety, most, least = (x.to(norm.dtype) for x in (controller.safety, controller.ifactor, controller.dfactor))
+    plain = safety * norm ** (-0.7 / q) * search.previous ** (0.4 / q)
+    most = torch.where((norm > 1) | search.rejected, 1.0, most)
+    factor = torch.where(norm > 1, safety * norm ** (-1 / q), plain)
+    return torch.maximum(torch.minimum(factor, most), least)
 
 
 def first_step(

@@ -21,6 +21,7 @@ Tree: TypeAlias = "tuple[Tree, ...]"  # the sorted branches of the root; () is t
 # least. Between these, 1e-12 admits coefficients that are printed to 13 digits. What it lets pass changes a step of
 # size h by about 1e-12 h, far below the unit roundoff of float32.
 TOLERANCE = 1e-12
+INTERPOLANT_ORDER = 4  # of Hermite's cubic with the quartic term
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,16 @@ class ButcherTableau:
         name: Name for messages.
         b_error: The s weights of the embedded method, not their difference from b.
         order_error: Order of the embedded method, given if and only if b_error is.
+        interpolant: What makes the cubic Hermite interpolant of a step one of order 4: the s + 1 weights d_i, the last
+            one of the velocity at the end of the step. Within a step, 0 <= x <= 1, the solution is
+            y(t + x h) = H(x) + x^2 (1 - x)^2 h sum_i d_i k_i, H the cubic through the states and velocities at the
+            step's start and end.
         source: Where the coefficients were published.
 
     Raises:
         TableauError: if the lengths do not fit, a number is not finite, the method is implicit, the embedded method is
-            the method itself, a row sum of a is not its node, or a condition up to an order that is claimed is not met.
+            the method itself, a row sum of a is not its node, or a condition up to an order that is claimed, or up to
+            order 4 of an interpolant that is given, is not met.
 
     Source: E. Hairer, S. P. Norsett, G. Wanner, Solving Ordinary Differential Equations I, 2nd edition, 1993, section
         II.2, theorem 2.13; doi 10.1007/978-3-540-78862-1.
@@ -60,6 +66,7 @@ class ButcherTableau:
     name: str = ""
     b_error: Row | None = None
     order_error: int | None = None
+    interpolant: Row | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -71,6 +78,7 @@ class ButcherTableau:
         object.__setattr__(self, "a", tuple(row[:i] for i, row in enumerate(self.a)))
         self._check_row_sums()
         self._check_order_conditions()
+        self._check_interpolant()
 
     @property
     def stages(self) -> int:
@@ -87,15 +95,23 @@ class ButcherTableau:
         """Whether there is an embedded method, from which the error of a step can be estimated."""
         return self.b_error is not None
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether the interpolant has the order of the embedded method, so that steps need not end at output times."""
+        reached = min(self.order, 3) if self.interpolant is None else INTERPOLANT_ORDER
+        return self.order_error is not None and reached >= min(self.order, self.order_error)
+
     def _to_floats(self) -> None:
         try:
             object.__setattr__(self, "a", tuple(tuple(map(float, row)) for row in self.a))
-            for field in ("b", "c") if self.b_error is None else ("b", "c", "b_error"):
+            for field in ("b", "c", "b_error", "interpolant"):
+                if getattr(self, field) is None and field in ("b_error", "interpolant"):
+                    continue
                 object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
         except (TypeError, ValueError, OverflowError) as error:
             raise TableauError(
                 f"{self._label} cannot be read as floats: {error}",
-                required="a as a sequence of rows of numbers; b, c and b_error as sequences of numbers",
+                required="a as a sequence of rows of numbers; b, c, b_error and interpolant as sequences of numbers",
                 fix="give tuples of floats",
             ) from error
 
@@ -131,6 +147,12 @@ class ButcherTableau:
                 required="as many rows of a as entries in each of the others, at least one",
                 fix="give a row, a weight and a node for every stage; the first row of a is empty",
             )
+        if self.interpolant is not None and len(self.interpolant) != self.stages + 1:
+            raise TableauError(
+                f"{self._label} has len(interpolant) = {len(self.interpolant)}",
+                required=f"a weight of each of the {self.stages} stages, and one of the velocity at the step's end",
+                fix="add zeros for what the interpolant does not use",
+            )
         for i, row in enumerate(self.a):
             if len(row) not in (i, self.stages):
                 raise TableauError(
@@ -140,7 +162,8 @@ class ButcherTableau:
                 )
 
     def _check_finite(self) -> None:
-        for field, entries in {"a": chain(*self.a), "b": self.b, "c": self.c, "b_error": self.b_error or ()}.items():
+        fields = {field: getattr(self, field) or () for field in ("b", "c", "b_error", "interpolant")}
+        for field, entries in {"a": chain(*self.a), **fields}.items():
             for entry in entries:
                 if not math.isfinite(entry):
                     raise TableauError(
@@ -187,6 +210,33 @@ class ButcherTableau:
                     required="every condition up to that order met",
                     fix=f"correct a coefficient, or claim order {vertices(tree) - 1}",
                 )
+
+    def _check_interpolant(self) -> None:
+        """The weights of a step of size x h are polynomials in x; so are the two sides of each condition."""
+        if self.interpolant is None:
+            return
+        known: dict[Tree, list[float]] = {}
+        stages = (*self.a, self.b)  # with the velocity at the end of the step
+        for tree in chain.from_iterable(map(rooted_trees, range(1, INTERPOLANT_ORDER + 1))):
+            factors = _stage_weights(stages, tree, known)
+            for power, weights in enumerate(self._weights_by_power(), 1):
+                wanted = 1 / density(tree) if power == vertices(tree) else 0.0
+                terms = tuple(map(mul, weights, factors))
+                if not _is_close(terms, wanted):
+                    raise TableauError(
+                        f"{self._label} has an interpolant that is not of order {INTERPOLANT_ORDER}: the coefficient "
+                        f"of x^{power} for the tree {bracket(tree)} is {sum(terms)!r}, not {wanted!r}",
+                        required=f"every condition up to order {INTERPOLANT_ORDER} met",
+                        fix="correct a weight, or leave interpolant out",
+                    )
+
+    def _weights_by_power(self) -> list[Row]:
+        """The weights of x, x^2, x^3 and x^4 in the interpolant: of its stages and of the velocity at the end."""
+        assert self.interpolant is not None, "Hermite's cubic needs none"
+        last = self.stages
+        start, end = ([float(i == j) for i in range(last + 1)] for j in (0, last))
+        rows = zip((*self.b, 0.0), start, end, self.interpolant, strict=True)
+        return list(zip(*((f, 3 * b - 2 * f - g + d, f + g - 2 * b - 2 * d, d) for b, f, g, d in rows), strict=True))
 
     @property
     def _label(self) -> str:
@@ -379,8 +429,19 @@ _METHODS = (
         c=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
         b_error=(5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40),
         order_error=4,
+        interpolant=(
+            -12715105075 / 11282082432,
+            0,
+            87487479700 / 32700410799,
+            -10690763975 / 1880347072,
+            701980252875 / 199316789632,
+            -1453857185 / 822651844,
+            0,
+            69997945 / 29380423,
+        ),
         source="J. R. Dormand, P. J. Prince, A family of embedded Runge-Kutta formulae, J. Comput. Appl. Math. 6, "
-        "1980, 19-26; doi 10.1016/0771-050X(80)90013-3",
+        "1980, 19-26; doi 10.1016/0771-050X(80)90013-3. Interpolant: E. Hairer, S. P. Norsett, G. Wanner, Solving "
+        "Ordinary Differential Equations I, 2nd edition, 1993, section II.6, and its program dopri5",
     ),
     # The source prints b - b_error for the first six stages, beside b_error itself for the seventh. b advances the
     # solution; some programs advance b_error, which has a weight on the last stage and order 4.
@@ -408,6 +469,17 @@ _METHODS = (
             1 / 66,
         ),
         order_error=4,
+        # The source prints the weights as polynomials in x; these are their coefficients of x^4.
+        interpolant=(
+            -1.0530884977290216,
+            0.1017,
+            2.490627285651252793,
+            -16.54810288924490272,
+            47.37952196281928122,
+            -34.87065786149660974,
+            0,
+            2.5,
+        ),
         source="Ch. Tsitouras, Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying "
         "assumption, Comput. Math. Appl. 62, 2011, 770-775; doi 10.1016/j.camwa.2011.06.002",
     ),

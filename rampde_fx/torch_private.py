@@ -12,7 +12,7 @@ import importlib
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,9 @@ import torch._inductor.config as inductor_config
 from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
@@ -38,14 +41,23 @@ from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from rampde_fx.errors import UnsupportedLoopError
 
-__all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "tag_activation_checkpoint", "while_loop_op"]
+__all__ = [
+    "TensorifyScalarRestartAnalysis",
+    "autograd_function_apply",
+    "lookup_backend",
+    "scan_op",
+    "tag_activation_checkpoint",
+    "while_loop_op",
+]
 
 aten = torch.ops.aten
 
@@ -265,6 +277,35 @@ def is_data_dependent(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
+def capture_again_with(numbers: Iterable[torch.SymFloat]) -> None:
+    """Have Dynamo capture the model again, with the present values of its Python floats behind these numbers.
+
+    It guards them then, and compiles anew when one changes. A number that is read from a tensor stays as it is.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: which Dynamo catches; unless all of the numbers are read from tensors.
+    """
+    symbols = {symbol for number in numbers for symbol in number.node._expr.free_symbols}
+    floats = {str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)}
+    for name in floats:
+        TensorifyState.specialize(name)
+    if floats:
+        raise TensorifyScalarRestartAnalysis
+
+
+def fake_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A fake 0-d tensor."""
+    with fake_mode(), torch.no_grad():
+        return torch.empty((), dtype=dtype, device=device)
+
+
+def hint_of(number: float | torch.SymFloat) -> float | None:
+    """The number, or what a symbolic one was when the graph was captured; None of one that is read from a tensor."""
+    if not isinstance(number, torch.SymFloat):
+        return number
+    return None if free_unbacked_symbols(number) else float(number.node.hint)
+
+
 def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
     """The square root of a positive size, rounded up."""
     if isinstance(size, torch.SymInt):
@@ -377,14 +418,17 @@ def compile_settings() -> Iterator[None]:
     """The settings of torch under which a graph with rewritten loops compiles correctly, and caches.
 
     Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
-    overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960).
+    overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960). No
+    buffer is named as one, instead of donated_buffer=False: with that the backward would not know that there is none,
+    and would refuse to run with retain_graph=True where the setting is on, as it is outside of this patch.
     Caches: a graph with a custom backward is cached only where that is allowed; one with scan, see compile_graph. What
     is cached holds the backward's graph, and traces it again when it is loaded: a scan inside a while loop then takes
     the tracer's proxies for operands of a wrong type.
     Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so.
     """
     with (
-        functorch_config.patch(donated_buffer=False, autograd_cache_allow_custom_autograd_functions=True),
+        functorch_config.patch(autograd_cache_allow_custom_autograd_functions=True),
+        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: []),
         mock.patch.object(_scan_module, "validate_subgraph_args_types", _validate_operands),
         mock.patch.object(_CachingTorchDispatchMode, "supports_higher_order_operators", True),
         mock.patch.object(_CachedTorchDispatchMode, "supports_higher_order_operators", True),

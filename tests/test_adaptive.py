@@ -19,6 +19,7 @@ from tests.models import Solved, Velocity
 from tests.test_odeint import compiled
 
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
+INTERPOLATING = [name for name, tableau in METHODS.items() if tableau.interpolates]
 
 
 def decay(t, y):
@@ -88,6 +89,152 @@ def test_steps_grow_where_the_solution_is_smooth():
     )
     assert abs(y[-1].item() - math.sqrt(math.pi) / 10) < 1e-6
     assert sum(0.5 < t < 1.5 for t in times) > 5 * sum(3 < t < 10 for t in times)
+
+
+def tried(monkeypatch, run):
+    """The start and the size of every step that a solver tries."""
+    found, propose = [], step_control.propose
+
+    def proposed(*args):
+        trial = propose(*args)
+        found.append((trial.t.item(), trial.dt.item()))
+        return trial
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_control, "propose", proposed)
+        run()
+    return found
+
+
+@pytest.mark.parametrize("method", INTERPOLATING)
+@pytest.mark.parametrize("end", [4.0, -4.0])
+def test_the_steps_do_not_depend_on_the_output_times(method, end, monkeypatch):
+    y0, ends = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, end], dtype=torch.float64)
+    many = torch.linspace(0, end, 1001, dtype=torch.float64)
+    solutions = []
+
+    def solve(t):
+        solutions.append(rampde_fx.odeint(decay, y0, t, method=method, rtol=1e-6, atol=1e-6))
+
+    assert tried(monkeypatch, lambda: solve(ends)) == tried(monkeypatch, lambda: solve(many))
+    assert torch.equal(solutions[0][-1], solutions[1][-1])
+    assert (solutions[1] - exact(many)[:, None]).abs().max() < 20e-6
+
+
+def test_a_method_that_does_not_interpolate_ends_steps_at_the_output_times(monkeypatch):
+    y0, t = torch.ones(2, dtype=torch.float64), torch.linspace(0, 4, 9, dtype=torch.float64)
+    steps = tried(monkeypatch, lambda: rampde_fx.odeint(decay, y0, t, method="dopri8", rtol=1e-6, atol=1e-6))
+    assert {0.5 * i for i in range(9)} <= {round(start, 12) for start, _ in steps} | {4.0}
+
+
+@torch.library.custom_op("rampde_fx_tests::evaluated", mutates_args=())
+def evaluated(x: torch.Tensor) -> torch.Tensor:
+    evaluations.append(1)
+    return x.clone()
+
+
+evaluations: list[int] = []
+evaluated.register_fake(torch.empty_like)
+evaluated.register_autograd(lambda ctx, gradient: gradient)
+
+
+@pytest.mark.parametrize("method", INTERPOLATING)
+@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+def test_outputs_cost_no_evaluations(method, as_compiled):
+    """Compiled, one step more than the search found has the velocity at the end."""
+    counts = []
+    for points in (2, 1001):
+        model = Solved(lambda t, y: evaluated(decay(t, y)), method=method, rtol=1e-4, atol=1e-4)
+        run = compiled(model, compiler="eager") if as_compiled else model
+        y0, t = torch.ones(2, requires_grad=True), torch.linspace(0, 4, points)
+        run(y0, t)
+        evaluations.clear()
+        run(y0, t)
+        counts.append(len(evaluations))
+    assert counts[0] > 30
+    assert counts[1] == counts[0] if not as_compiled else counts[0] < counts[1] < 1.1 * counts[0]
+
+
+@pytest.mark.parametrize("method", INTERPOLATING)
+@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+@pytest.mark.parametrize("end", [2.0, -2.0])
+def test_gradients_between_the_ends_of_steps_in_closed_form(method, as_compiled, end):
+    """y' = -a y cos t from y(0) = y0: of an output, dy/dy0, dy/da and, of its own time, the velocity."""
+    rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    model = Solved(lambda t, y: -rate * y * torch.cos(t), method=method, rtol=1e-8, atol=1e-8)
+    run = compiled(model, torch.float64) if as_compiled else model
+    y0 = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, end, 41, dtype=torch.float64, requires_grad=True)
+    y = run(y0, t)
+    wanted = torch.exp(-0.7 * torch.sin(t.detach()))
+    for i in (1, 17, 39):
+        of_y0, of_t, of_rate = torch.autograd.grad(y[i, 0], (y0, t, rate), retain_graph=True)
+        close = dict(rtol=1e-5, atol=1e-6)  # a derivative of the interpolant is less accurate than itself
+        torch.testing.assert_close(of_y0, torch.stack([wanted[i], torch.zeros_like(wanted[i])]), **close)
+        torch.testing.assert_close(of_rate, -torch.sin(t[i]).detach() * wanted[i], **close)
+        velocity = -0.7 * torch.cos(t[i]).detach() * wanted[i]
+        assert of_t[i].item() == pytest.approx(velocity.item(), abs=1e-4)
+        others = torch.arange(41)[1:-1] != i
+        assert (of_t[1:-1][others] == 0).all()
+
+
+FORMS = {
+    "nested": ({"a": torch.ones(3), "b": (torch.tensor(0.5),)}, lambda t, y: {"a": -y["a"] * y["b"][0], "b": (t * t,)}),
+    "scalar": (torch.tensor(0.5), decay),
+    "empty": (torch.ones(0, 3), decay),
+    "the state itself": (torch.ones(3), lambda t, y: y),
+    "from outside": (torch.ones(3), lambda t, y: OUTSIDE.to(y.dtype)),
+    "a jump": (torch.ones(3), lambda t, y: torch.where(t > 0.777, y, -y)),
+}
+OUTSIDE = torch.tensor([0.5, -1.0, 2.0])
+
+
+@pytest.mark.parametrize("method", ["bosh3", "tsit5", "dopri8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_outputs_of_any_state_and_velocity(method, form):
+    y0, velocity = FORMS[form]
+    y0 = pytree.tree_map(torch.Tensor.double, y0)
+    model = Solved(velocity, method=method, rtol=1e-5, atol=1e-5)
+    run, t, found = compiled(model, torch.float64), torch.linspace(0, 2, 9, dtype=torch.float64), []
+    for solve in (run, model):
+        leaves, structure = pytree.tree_flatten(y0)
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        times = t.clone().requires_grad_()
+        outputs = pytree.tree_leaves(solve(pytree.tree_unflatten(leaves, structure), times))
+        loss = sum((y.square().reshape(9, -1).sum(1) * torch.arange(9)).sum() for y in outputs)
+        found.append([*outputs, *torch.autograd.grad(loss, (*leaves, times))])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("as_compiled", [False, True], ids=["uncompiled", "compiled"])
+@pytest.mark.parametrize("method", ["bosh3", "dopri5"])
+def test_what_was_not_reached_has_no_part_in_gradients(method, as_compiled):
+    """y = 1 / (1 / y0 - t) up to t = 1: of y(0.3) and y(0.8) the gradients are right, and all are finite."""
+    options = {"status": True, "max_steps": 1000}
+    model = Solved(lambda t, y: y * y, method=method, rtol=1e-7, atol=1e-7, options=options)
+    run = compiled(model, torch.float64) if as_compiled else model
+    y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.0, 0.3, 0.8, 1.5, 2.0], dtype=torch.float64, requires_grad=True)
+    solution, status = run(y0, t)
+    assert status in (step_control.TOO_MANY_STEPS, step_control.STEP_TOO_SMALL)
+    assert solution[:3].isfinite().all() and solution[3:].isnan().all()
+    of_y0, of_t = torch.autograd.grad(solution[1:3, 0].sum(), (y0, t))
+    torch.testing.assert_close(
+        of_y0, torch.tensor([1 / 0.7**2 + 1 / 0.2**2, 0], dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    assert of_t[1].item() == pytest.approx(1 / 0.7**2, rel=1e-3)
+    assert of_t.isfinite().all()
+
+
+def test_two_times_store_and_evaluate_what_they_did():
+    """No velocity leaves a step, and no state but the last, where nothing lies between the ends."""
+    model = Solved(Velocity(), method="dopri5", rtol=1e-3, policy=rampde_fx.PrecisionPolicy(torch.float16))
+    outputs = []
+    for points in (2, 3):
+        _, loop = rampde_fx.explain(model, torch.randn(3, 5, requires_grad=True), torch.linspace(0, 1, points)).loops
+        assert loop.evaluations == 6
+        outputs.append(len(loop.step.graph.output_node().args[0]))
+    assert outputs == [2, 5]  # the next state and what is stored; and the state, the first velocity, the quartic term
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rampde_fx.errors import MethodError, RampdeError, TableauError
+from rampde_fx.runge_kutta import advance_collecting, interpolate
 from rampde_fx.tableau import METHODS, ButcherTableau, bracket, density, rooted_trees, tableau_of, vertices
 
 
@@ -19,7 +20,7 @@ def embedded(tableau):
     )
 
 
-NOT_ADAPTIVE = {"b_error": None, "order_error": None}
+NOT_ADAPTIVE = {"b_error": None, "order_error": None, "interpolant": None}
 ALONE = [*METHODS.values(), *(embedded(tableau) for tableau in METHODS.values() if tableau.adaptive)]
 every_method = pytest.mark.parametrize("tableau", ALONE, ids=lambda tableau: tableau.name)
 
@@ -235,6 +236,58 @@ def test_embedded_method():
     refused("has b_error = b", b_error=RK4["b"], order_error=4)
 
 
+def test_which_methods_interpolate():
+    """Hermite's cubic is of order 3, enough for bosh3's order 2; with a quartic term it is of order 4."""
+    assert [name for name, tableau in METHODS.items() if tableau.interpolates] == ["bosh3", "dopri5", "tsit5"]
+    assert ButcherTableau(**RK4, b_error=(0, 1, 0, 0), order_error=2).interpolates
+    without = dataclasses.replace(METHODS["dopri5"], interpolant=None)
+    assert without.adaptive and not without.interpolates
+
+
+@pytest.mark.parametrize("name", ["dopri5", "tsit5"])
+def test_an_interpolant_that_is_off_is_found(name):
+    tableau = METHODS[name]
+    weights = list(tableau.interpolant)
+    for stage in (i for i, weight in enumerate(weights) if weight):
+        changed = [*weights[:stage], weights[stage] + 1e-9, *weights[stage + 1 :]]
+        with pytest.raises(TableauError, match="not of order 4: the coefficient of x"):
+            dataclasses.replace(tableau, interpolant=changed)
+    with pytest.raises(TableauError, match=r"len\(interpolant\) = 7.\n.*one of the velocity at the step's end"):
+        dataclasses.replace(tableau, interpolant=weights[:-1])
+    with pytest.raises(TableauError, match="inf in interpolant"):
+        dataclasses.replace(tableau, interpolant=[math.inf, *weights[1:]])
+    with pytest.raises(TableauError, match="cannot be read as floats"):
+        dataclasses.replace(tableau, interpolant=["a", *weights[1:]])
+    refused("an interpolant that is not of order 4", interpolant=(0, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("name", ["dopri5", "tsit5"])
+def test_weights_of_an_interpolant_against_its_source(name):
+    """dopri5's as in section II.6 of Hairer, Norsett and Wanner; tsit5's as Tsitouras prints them."""
+    x = 0.3
+    by_power = METHODS[name]._weights_by_power()
+    found = [sum(weights[i] * x ** (power + 1) for power, weights in enumerate(by_power)) for i in range(8)]
+    if name == "dopri5":
+        hermite = x**2 * (3 - 2 * x)
+        quartic = x**2 * (x - 1) ** 2
+        d = METHODS[name].interpolant
+        b = METHODS[name].b
+        wanted = {0: hermite * b[0] + x * (x - 1) ** 2 + quartic * d[0], 3: hermite * b[3] + quartic * d[3]}
+        wanted[7] = x**2 * (x - 1) + quartic * d[7]
+    else:
+        wanted = {
+            0: -1.0530884977290216
+            * x
+            * (x - 1.3299890189751412)
+            * (x**2 - 1.4364028541716351 * x + 0.7139816917074209),
+            1: 0.1017 * x**2 * (x**2 - 2.1966568338249754 * x + 1.2949852507374631),
+            2: 2.490627285651252793 * x**2 * (x**2 - 2.38535645472061657 * x + 1.57803468208092486),
+            7: 2.5 * (x - 1) * (x - 0.6) * x**2,
+        }
+    for stage, weight in wanted.items():
+        assert found[stage] == pytest.approx(weight, abs=1e-13)
+
+
 @every_method
 def test_a_coefficient_that_is_off_is_found(tableau):
     """1e-9 in one weight or one row is found in every method; 1e-14 is rounding."""
@@ -312,3 +365,25 @@ def test_convergence_on_a_linear_system(tableau):
 def test_convergence_on_a_nonlinear_problem(tableau):
     found = slope(tableau, nonlinear, solution(0.0), 2.0, solution(2.0))
     assert found == pytest.approx(tableau.order, abs=0.3)
+
+
+@pytest.mark.parametrize("name, order", [("bosh3", 3), ("dopri5", 4), ("tsit5", 4)])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_convergence_of_an_interpolant(name, order, share):
+    """Within one step of size h the error is of h to the order + 1."""
+    tableau, found = METHODS[name], []
+    for h in (0.04, 0.02, 0.01):
+        t, dt = (torch.tensor(number, dtype=torch.float64) for number in (0.3, h))
+
+        def velocity(t, y):
+            return [nonlinear(t.item(), y[0])]
+
+        y = [solution(0.3)]
+        nexts, rates, quartics = advance_collecting(tableau, velocity, t, dt, y)
+        ends = (y[0], nexts[0]), (rates[0], velocity(t + dt, nexts)[0])
+        between = interpolate(
+            tableau, torch.tensor(share, dtype=torch.float64), dt, *ends, quartics[0] if quartics else None
+        )
+        found.append((between - solution(0.3 + share * h)).norm().item())
+    assert found[-1] > FLOOR / 10
+    assert math.log2(found[-2] / found[-1]) == pytest.approx(order + 1, abs=0.3)
