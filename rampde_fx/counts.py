@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # When a loop is told to lower its target: after this many passes, at this share of repeated ones.
@@ -26,7 +28,8 @@ class BackwardCount:
 
 
 _lock = threading.Lock()
-_counts: dict[str, BackwardCount] = {}
+# The last one counts; the others wait for their contexts to end.
+_counts: list[dict[str, BackwardCount]] = [{}]
 _warned: set[str] = set()
 
 
@@ -47,10 +50,23 @@ def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
     0
     """
     with _lock:
-        found = dict(_counts)
+        found = dict(_counts[0])
         if reset:
-            _counts.clear()
+            _counts[0].clear()
     return found
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[dict[str, BackwardCount]]:
+    """Count the backward passes of the context, in all threads, in a dict of its own and not in backward_counts."""
+    own: dict[str, BackwardCount] = {}
+    with _lock:
+        _counts.append(own)
+    try:
+        yield own
+    finally:
+        with _lock:
+            _counts.remove(own)
 
 
 def record(loop: str, attempt: int, *, overflow: bool, last: bool) -> None:
@@ -63,12 +79,13 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool) -> None:
         last: Whether no further run follows an overflow.
     """
     with _lock:
-        count = _counts.get(loop, BackwardCount())
-        count = _counts[loop] = BackwardCount(
+        counted, apart = _counts[-1], len(_counts) > 1
+        count = counted.get(loop, BackwardCount())
+        count = counted[loop] = BackwardCount(
             count.passes + (attempt == 0), count.repeated + (attempt == 1), count.overflowed + (overflow and last)
         )
         often = count.passes >= WARN_AFTER and count.repeated >= WARN_SHARE * count.passes
-        warn = attempt == 1 and often and loop not in _warned
+        warn = attempt == 1 and often and loop not in _warned and not apart
         _warned.update([loop] if warn else [])
     if warn:
         warnings.warn(

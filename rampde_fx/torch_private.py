@@ -12,6 +12,7 @@ import importlib
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -329,6 +330,11 @@ def storage_of(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def is_wrapped(value: torch.Tensor) -> bool:
+    """Whether a tensor is one of a torch.func transform's."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def recompute_in_backward(node: fx.Node) -> None:
     """Have the backward compute a node again, instead of that the forward saves it: activation checkpointing's tag."""
     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
@@ -567,6 +573,34 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """Leave a text in torch's structured trace (TORCH_TRACE, tlparse); it is made only if somebody traces."""
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """The user's name of an input of a captured graph, such as velocity.linear.0.weight; a readable one if unknown."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    text = name() if callable(name) else name  # a method up to torch 2.11
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", text)
+    text = re.sub(r"\.__closure__\[\d+\]\.cell_contents", "", text)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", text).removeprefix("self.")
+
+
+@contextlib.contextmanager
+def kept_random_state(seed: int | None = None) -> Iterator[Callable[[], bool]]:
+    """Leave torch's random number generators as they are, and tell whether numbers were drawn meanwhile.
+
+    Args:
+        seed: What to seed them with meanwhile; None to go on as they are.
+    """
+    with torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        before = _random_states()
+        yield lambda: any(not torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True))
+
+
+def _random_states() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
