@@ -158,8 +158,9 @@ def rampde_fx(
                 fix='leave "compiler" out for Inductor',
             )
         marked = has_loop(graph_module)
-        verification = Verification(graphs.copied(graph_module), rewrite) if verify and marked else None
+        captured = graphs.copied(graph_module) if verify and marked else None
         loops = rewrite(graph_module) if marked else []
+        verification = None if captured is None else Verification(captured, rewrite)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:

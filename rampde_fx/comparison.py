@@ -125,17 +125,11 @@ def relative_error(got: torch.Tensor | None, wanted: torch.Tensor | None, larges
     return error / scale if scale else error
 
 
-def cotangents(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Fixed random weights of the outputs, of whose sum the gradients are compared where no loss is known."""
-    generator = torch.Generator().manual_seed(0)
-    found: list[torch.Tensor] = []
-    for output in outputs:
-        real = torch.randn((*output.shape, 2), generator=generator, dtype=torch.float64)
-        weights = torch.view_as_complex(real) if output.is_complex() else real[..., 0]
-        found.append(weights.to(output))
-    return found
-
-
-def differentiable(values: Sequence[Any]) -> list[torch.Tensor]:
-    """Those of the values that have a gradient to give."""
-    return [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]
+def weights_of(results: Sequence[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every tensor with fixed random weights, of whose sum gradients are compared where no loss is known."""
+    for position, result in enumerate(results):
+        if isinstance(result, torch.Tensor) and (result.is_floating_point() or result.is_complex()):
+            generator = torch.Generator().manual_seed(position)
+            pairs = torch.randn((*result.shape, 2), generator=generator, dtype=torch.float64)
+            weights = torch.view_as_complex(pairs) if result.is_complex() else pairs[..., 0]
+            yield result, weights.to(result)

@@ -585,6 +585,12 @@ def source_name(placeholder: fx.Node) -> str:
     return re.sub(r"^[LG]\['(\w+)'\]", r"\1", text).removeprefix("self.")
 
 
+def captured_frame() -> tuple[str, dict[str, Any]]:
+    """The file of the function that Dynamo captures, and its local and free variables."""
+    frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+    return frame.f_code.co_filename, dict(frame.f_locals)
+
+
 @contextlib.contextmanager
 def kept_random_state(seed: int | None = None) -> Iterator[Callable[[], bool]]:
     """Leave torch's random number generators as they are, and tell whether numbers were drawn meanwhile.

@@ -7,16 +7,18 @@ that of programs in general: translation validation (Pnueli, Siegel and Singerma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import fx
 
-from rampde_fx import counts, graphs, torch_private
-from rampde_fx.comparison import Mismatch, Outcome, cotangents, differentiable, first_mismatch
-from rampde_fx.errors import CheckError, RewriteMismatchError
+from rampde_fx import counts, graphs, marking, torch_private
+from rampde_fx.comparison import Mismatch, Named, Outcome, first_mismatch, weights_of
+from rampde_fx.errors import CheckError, RampdeError, RewriteMismatchError
 from rampde_fx.loop import Loop
 from rampde_fx.operators import enter
 from rampde_fx.passes.find_loops import STEP
@@ -59,6 +61,10 @@ class Twin:
         graph_module: The captured graph, which stays as it is.
         rewrite: The backend's.
         policy: What stands in for the policy of each loop.
+
+    Attributes:
+        rewritten: The rewrite in float64.
+        loops: Its loops.
     """
 
     def __init__(
@@ -68,24 +74,38 @@ class Twin:
         policy: Callable[[PrecisionPolicy], PrecisionPolicy] = lambda own: own,
     ) -> None:
         self._captured, self._rewrite, self._policy = graph_module, rewrite, policy
-        self.wide = widened(graph_module)
-        self.rewritten, self.loops = self._rewritten()
+        try:
+            wide = widened(graph_module)
+        except Exception as error:
+            raise _cannot_run(error) from error
+        self.rewritten, self.loops = self._rewritten(wide)
 
-    def _rewritten(self, only: Container[int] | None = None) -> tuple[fx.GraphModule, list[Loop]]:
-        twin = widened(self._captured)
+    def _rewritten(
+        self, twin: fx.GraphModule, only: Container[int] | None = None, dtype: torch.dtype = torch.float64
+    ) -> tuple[fx.GraphModule, list[Loop]]:
         change_policies(twin, lambda own: in_float64(self._policy(own)))
-        with default_dtype(torch.float64):
+        with default_dtype(dtype):
             return twin, self._rewrite(twin, lambda *_: None, only)
 
-    def as_written(self, *, rolled: bool) -> fx.GraphModule:
-        """The graph in float64, its loops as the user wrote them or, rolled up, with the rewrite's random numbers."""
-        return self._rewritten(only=())[0] if rolled else self.wide
+    def as_written(self, *, widen: bool, rolled: bool) -> AsWritten:
+        """The captured graph, ready to run.
 
-    def mismatch_error(self, mismatch: Mismatch, fails: Callable[[fx.GraphModule], Mismatch | None]) -> Exception:
+        Args:
+            widen: Whether in float64.
+            rolled: Whether its loops are rolled up, with the random numbers of the rewrite, or as the user wrote them.
+        """
+        graph_module = widened(self._captured) if widen else graphs.copied(self._captured)
+        if not rolled:
+            return AsWritten(graph_module)
+        dtype = torch.float64 if widen else torch.get_default_dtype()
+        return AsWritten(self._rewritten(graph_module, only=(), dtype=dtype)[0])
+
+    def mismatch_error(self, mismatch: Mismatch, compare: Callable[[fx.GraphModule], Mismatch | None]) -> RampdeError:
         """The error that names the tensor and the loop: of several, the first one whose rewrite alone fails."""
         wrong = self.loops
         if len(self.loops) > 1:
-            wrong = [loop for i, loop in enumerate(self.loops) if fails(self._rewritten(only=(i,))[0])] or self.loops
+            alone = (self._rewritten(widened(self._captured), only=(i,))[0] for i in range(len(wrong)))
+            wrong = [loop for loop, rewritten in zip(wrong, alone, strict=True) if compare(rewritten)] or self.loops
         return RewriteMismatchError(mismatch.tensor, mismatch.found, wrong[0].where)
 
 
@@ -109,9 +129,9 @@ class Verification:
     """
 
     def __init__(self, graph_module: fx.GraphModule, rewrite: Rewrite) -> None:
-        self._captured = graph_module
         self._twin = Twin(graph_module, rewrite)
-        self._names = [torch_private.source_name(node) for node in graphs.placeholders(graph_module)]
+        self._names = _names(graph_module)
+        self._draws = False  # whether the last run drew random numbers
 
     def __call__(self, inputs: Sequence[Any]) -> None:
         """Compare on these inputs, of which nothing is changed.
@@ -119,45 +139,68 @@ class Verification:
         Raises:
             RewriteMismatchError: naming the tensor and the loop.
         """
-        wanted, draws = self._run(AsWritten(self._twin.wide).run, inputs, widen=True)
-        rounded, _ = self._run(AsWritten(self._captured).run, inputs, widen=False)
-        if draws:  # eager's numbers are others
-            wanted, _ = self._run(AsWritten(self._twin.as_written(rolled=True)).run, inputs, widen=True)
+        wanted, rounded = self._references(inputs, rolled=False)
+        if self._draws:  # eager's numbers are others
+            wanted, rounded = self._references(inputs, rolled=True)
 
-        def fails(rewritten: fx.GraphModule) -> Mismatch | None:
-            return first_mismatch(wanted, self._run(AsWritten(rewritten).run, inputs, widen=True)[0], rounded)
+        def compare(rewritten: fx.GraphModule) -> Mismatch | None:
+            return first_mismatch(wanted, self._run(AsWritten(rewritten), inputs, widen=True), rounded)
 
-        got, _ = self._run(AsWritten(self._twin.rewritten).run, inputs, widen=True)
-        if (mismatch := first_mismatch(wanted, got, rounded)) is not None:
-            raise self._twin.mismatch_error(mismatch, fails)
+        if (mismatch := compare(self._twin.rewritten)) is not None:
+            raise self._twin.mismatch_error(mismatch, compare)
 
-    def _run(self, function: Callable[..., Any], inputs: Sequence[Any], *, widen: bool) -> tuple[Outcome, bool]:
-        """What a run on copies of the inputs leaves, and whether it drew random numbers."""
+    def _references(self, inputs: Sequence[Any], *, rolled: bool) -> list[Outcome]:
+        """The graph as it was captured, in float64 and in its own dtypes."""
+        return [
+            self._run(self._twin.as_written(widen=widen, rolled=rolled), inputs, widen=widen) for widen in (True, False)
+        ]
+
+    def _run(self, graph: AsWritten, inputs: Sequence[Any], *, widen: bool) -> Outcome:
+        """What a run on copies of the inputs leaves."""
         called, leaves = inputs_like(inputs, widen=widen)
         dtype = torch.float64 if widen else torch.get_default_dtype()
         with counts.apart(), default_dtype(dtype), torch_private.kept_random_state(SEED) as drew:
             try:
-                outputs = list(function(*called))
+                outputs = list(graph.run(*called))
             except Exception as error:
                 raise _cannot_run(error) from error
-            random = drew()
-            gradients = self._gradients([*outputs, *called], leaves)
-        tensors = {f"output {i}": x for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}
+            self._draws = drew()
+            gradients = self._gradients(outputs, called, leaves)
+        values = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}
         written = {n: x.detach() for n, x in zip(self._names, called, strict=True) if isinstance(x, torch.Tensor)}
-        return Outcome({n: x.detach() for n, x in tensors.items()}, gradients, written), random
+        return Outcome(values, gradients, written)
 
-    def _gradients(self, results: Sequence[Any], leaves: Sequence[Any]) -> dict[str, torch.Tensor | None]:
+    def _gradients(self, outputs: Sequence[Any], called: Sequence[Any], leaves: Sequence[Any]) -> Named:
+        """Gradients of a weighted sum of all that the graph leaves, its inputs that it has updated included."""
         by = {n: x for n, x in zip(self._names, leaves, strict=True) if isinstance(x, torch.Tensor) and x.requires_grad}
-        given = [x for x in differentiable(results) if x.grad_fn is not None]
-        if not by or not given:
+        updated = [x if isinstance(x, torch.Tensor) and x.grad_fn is not None else None for x in called]
+        weighted = [(x, w) for x, w in weights_of([*outputs, *updated]) if x.requires_grad]
+        if not by or not weighted:
             return dict.fromkeys(by)
-        found = torch.autograd.grad(given, list(by.values()), cotangents(given), allow_unused=True)
+        found = torch.autograd.grad(
+            [x for x, _ in weighted], list(by.values()), [w for _, w in weighted], allow_unused=True
+        )
         return dict(zip(by, found, strict=True))
+
+
+def _names(graph_module: fx.GraphModule) -> list[str]:
+    """The user's names of the inputs of the graph that is being captured."""
+    file, variables = torch_private.captured_frame()
+    parameters: list[str] = []
+    if file == marking.__file__:  # what mixed_precision has wrapped has *args and **kwargs
+        parameters = list(signature(variables["function"]).parameters)
+
+    def named(position: re.Match[str]) -> str:
+        return parameters[int(position[1])] if int(position[1]) < len(parameters) else position[0]
+
+    found = [torch_private.source_name(node) for node in graphs.placeholders(graph_module)]
+    found = [re.sub(r"^args\[(\d+)\]", named, name) for name in found]
+    return [re.sub(r"^kwargs\['(\w+)'\]", r"\1", name).removeprefix("self.") for name in found]
 
 
 def _cannot_run(error: Exception) -> CheckError:
     return CheckError(
-        f"a captured graph cannot be verified: it does not run on copies of its inputs, {type(error).__name__}: {error}",
+        f"a graph cannot be verified: it does not run on copies of its inputs ({type(error).__name__}: {error})",
         required="a graph of plain torch operations that float64 tensors can take",
         fix='leave "verify" out',
     )
