@@ -26,6 +26,7 @@ import torch._inductor.config as inductor_config
 from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import Unsupported
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
@@ -45,7 +46,14 @@ from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _
 
 from rampde_fx.errors import UnsupportedLoopError
 
-__all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "tag_activation_checkpoint", "while_loop_op"]
+__all__ = [
+    "Unsupported",
+    "autograd_function_apply",
+    "lookup_backend",
+    "scan_op",
+    "tag_activation_checkpoint",
+    "while_loop_op",
+]
 
 aten = torch.ops.aten
 
@@ -615,14 +623,34 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def capture(
-    function: Callable[..., Any], backend: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> None:
-    """Run a function once under torch.compile with a backend, and forget the compiled code."""
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    fullgraph: bool = False,
+) -> Any:
+    """Run a function once under torch.compile with a backend, and forget the compiled code; what it returns."""
 
     def run() -> Any:
         return function(*args, **kwargs)
 
     try:
-        torch.compile(run, backend=backend, dynamic=False)()
+        return torch.compile(run, backend=backend, dynamic=False, fullgraph=fullgraph)()
     finally:
         torch._dynamo.reset_code(run.__code__)
+
+
+def compiled_by_torch(function: Callable[[], Any], compiler: str) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """A function compiled by a backend of torch's own, and what forgets the compiled code."""
+
+    def run() -> Any:
+        return function()
+
+    return torch.compile(run, backend=compiler, dynamic=False), lambda: torch._dynamo.reset_code(run.__code__)
+
+
+def wait_for_devices() -> None:
+    """Wait for what was launched on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -41,17 +41,25 @@ def in_float64(policy: PrecisionPolicy) -> PrecisionPolicy:
     )
 
 
-def change_policies(graph_module: fx.GraphModule, change: Callable[[PrecisionPolicy], PrecisionPolicy]) -> None:
+def change_policies(
+    graph_module: fx.GraphModule,
+    change: Callable[[PrecisionPolicy], PrecisionPolicy],
+    *,
+    monitored: bool = False,
+) -> None:
     """Change the policy of every marker of a captured graph, in place; a marker without one counts as the default.
 
-    No monitor watches the loops any more.
+    Args:
+        graph_module: The captured graph.
+        change: Takes a policy and gives another.
+        monitored: Whether monitors watch the loops from now on.
     """
     for module in graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target in STEP or node.target is enter:
                 told = str(node.args[-1]).removeprefix(MONITORED)
                 policy = PrecisionPolicy.decode(told) if told else PrecisionPolicy()
-                node.args = (*node.args[:-1], change(policy).encoded)
+                node.args = (*node.args[:-1], (MONITORED if monitored else "") + change(policy).encoded)
 
 
 class Twin:

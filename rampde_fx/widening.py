@@ -25,6 +25,8 @@ WIDE = {
     torch.complex64: torch.complex128,
 }
 CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
+# Mean the very tensors that they are given, of which a cast would be another.
+BY_IDENTITY = {torch.autograd.grad, torch.Tensor.requires_grad_, torch.Tensor.backward}
 # Run the graph that they are given.
 TRANSPARENT = {torch_private.tag_activation_checkpoint, torch.ops.higher_order.wrap}
 
@@ -167,11 +169,12 @@ class Twins(TorchFunctionMode):
         twin = self._twins.get(id(value), value)
         return twin.to(wide_dtype(twin.dtype)) if self._widen and twin.dtype in WIDE else twin
 
+    def _known_twin(self, value: Any) -> Any:
+        return self._twins.get(id(value), value) if isinstance(value, torch.Tensor) else value
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
-            with self:  # what a backward computes again is the user's code, too
-                return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map(self.of, (tuple(args), kwargs or {}))
+        stand_in = self._known_twin if func in BY_IDENTITY else self.of
+        args, kwargs = pytree.tree_map(stand_in, (tuple(args), kwargs or {}))
         cast = CASTS.get(getattr(func, "__name__", "")) if self._widen else None
         return getattr(args[0], cast)() if cast and isinstance(args[0], torch.Tensor) else func(*args, **kwargs)
 
