@@ -39,16 +39,43 @@ def _registers(module: nn.Module, *, own: bool = False) -> list[dict[str, Any]]:
     return found if own else [dict(register) for register in found]
 
 
-def _modules_of(function: Callable[..., Any]) -> list[nn.Module]:
-    """The module, or those that a function finds in its closure and its globals; with all inside."""
+def _held_by(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a model reads beside its arguments, by name: itself, or what a function's closure and globals hold."""
     owner = getattr(function, "__self__", None) if ismethod(function) else function
-    roots = [owner]
+    if isinstance(owner, nn.Module):
+        return {"": owner}
     plain = getattr(function, "__wrapped__", function)
-    if isfunction(plain):
-        names = getclosurevars(plain)
-        roots = [*names.nonlocals.values(), *names.globals.values()]
-    inner = (module for root in roots if isinstance(root, nn.Module) for module in root.modules())
-    return list(dict.fromkeys(inner))
+    if not isfunction(plain):
+        return {}
+    names = getclosurevars(plain)
+    held = {**names.globals, **names.nonlocals}
+    return {
+        name + pytree.keystr(path): leaf
+        for name, value in held.items()
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]
+        if isinstance(leaf, (nn.Module, torch.Tensor))
+    }
+
+
+def _modules_of(function: Callable[..., Any]) -> dict[nn.Module, str]:
+    """The modules that a model reads, with those inside, and their names."""
+    found: dict[nn.Module, str] = {}
+    for name, held in _held_by(function).items():
+        if isinstance(held, nn.Module):
+            for inner, module in held.named_modules(prefix=name):
+                found.setdefault(module, inner)
+    return found
+
+
+def _tensors_of(function: Callable[..., Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a model reads beside its arguments, by name."""
+    for name, held in _held_by(function).items():
+        if isinstance(held, torch.Tensor):
+            yield name, held
+    for module, prefix in _modules_of(function).items():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}".removeprefix("."), value
 
 
 class Call:
@@ -92,9 +119,8 @@ class Call:
     def tensors(self) -> dict[int, tuple[torch.Tensor, str]]:
         """The tensors that have a name of the user's, by their identity."""
         found = {id(x): (x, n) for x, n in zip(self.leaves, self.names, strict=True) if isinstance(x, torch.Tensor)}
-        if isinstance(self.function, nn.Module):
-            for name, tensor in (*self.function.named_parameters(), *self.function.named_buffers()):
-                found.setdefault(id(tensor), (tensor, name))
+        for name, tensor in _tensors_of(self.function):
+            found.setdefault(id(tensor), (tensor, name))
         return found
 
     def _copies(self) -> list[Any]:
@@ -218,15 +244,8 @@ class Captured:
 
 
 def tensor_attributes(function: Callable[..., Any]) -> dict[str, torch.Tensor]:
-    """The tensors that the modules of a model hold but as parameters, by name."""
-    roots = [function] if isinstance(function, nn.Module) else _modules_of(function)
-    return {
-        f"{prefix}.{name}".removeprefix("."): value
-        for root in roots
-        for prefix, module in root.named_modules(prefix="" if root is function else type(root).__name__)
-        for name, value in (*module._buffers.items(), *module.__dict__.items())
-        if isinstance(value, torch.Tensor)
-    }
+    """The tensors that the modules of a model hold now, by name."""
+    return dict(_tensors_of(function))
 
 
 def _no_loop() -> CheckError:

@@ -34,10 +34,10 @@ class Outcome:
     written: Named
 
     def kinds(self) -> Iterator[tuple[str, Named]]:
-        """What an error calls each kind of tensor, and the tensors."""
+        """What an error calls each kind of tensor, and the tensors; causes before their effects."""
         yield "", self.values
-        yield "the gradient of ", self.gradients
         yield "what the model leaves in ", self.written
+        yield "the gradient of ", self.gradients
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def apart() -> Iterator[dict[str, BackwardCount]]:
         yield own
     finally:
         with _lock:
-            _counts.remove(own)
+            _counts[:] = [counted for counted in _counts if counted is not own]  # equal ones are others
 
 
 def record(loop: str, attempt: int, *, overflow: bool, last: bool) -> None:

@@ -170,10 +170,10 @@ class Verification:
         with counts.apart(), default_dtype(dtype), torch_private.kept_random_state(SEED) as drew:
             try:
                 outputs = list(graph.run(*called))
+                self._draws = drew()
+                gradients = self._gradients(outputs, called, leaves)
             except Exception as error:
                 raise _cannot_run(error) from error
-            self._draws = drew()
-            gradients = self._gradients(outputs, called, leaves)
         values = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}
         written = {n: x.detach() for n, x in zip(self._names, called, strict=True) if isinstance(x, torch.Tensor)}
         return Outcome(values, gradients, written)
