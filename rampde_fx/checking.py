@@ -180,7 +180,7 @@ class _Check:
         if all(prepared.refusal for prepared in self.prepared if prepared.policy in self.policies):
             raise next(p.refusal for p in self.prepared if p.refusal is not None and p.policy in self.policies)
         for policy in dict.fromkeys(self._structures(accepted)):
-            self.twins.append(verification.Twin(graph_module, rewrite, lambda _, policy=policy: policy))
+            self.twins.append(verification.Twin(graph_module, rewrite, _always(policy)))
 
     def _structures(self, accepted: list[_Prepared]) -> Iterator[PrecisionPolicy]:
         """The policies in float64 whose structure is checked."""
@@ -200,7 +200,7 @@ class _Check:
         try:
             for monitored in (True, False) if self.time else (True,):
                 twin = graphs.copied(graph_module)
-                verification.change_policies(twin, lambda _: policy, monitored=monitored)
+                verification.change_policies(twin, _always(policy), monitored=monitored)
                 reports = report.rewritten(twin)
                 compiled = _compile(self.compiler, twin, example_inputs)
                 if monitored:
@@ -236,7 +236,7 @@ class _Check:
         try:
             wanted = self._eager(widen=True)
         except (RuntimeError, TypeError, ValueError) as error:
-            mismatch = Mismatch("", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            mismatch: Mismatch | None = Mismatch("", f"{type(error).__name__}: {str(error).splitlines()[0]}")
             wanted = captured
         else:
             mismatch = first_mismatch(wanted, captured, rounded)
@@ -432,6 +432,10 @@ class _Seeded(AsWritten):
         if n.target is torch.randint and any(isinstance(self.fetch_attr(str(u.target)), LoopNode) for u in loops):
             return torch.zeros((), dtype=torch.int64, device=n.kwargs["device"])
         return super().run_node(n)
+
+
+def _always(policy: PrecisionPolicy) -> Callable[[PrecisionPolicy], PrecisionPolicy]:
+    return lambda _: policy
 
 
 def _policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
