@@ -16,16 +16,14 @@ from torch import nn
 import rampde_fx
 
 T = TypeVar("T")
-# Features that fail today, each with what fails. They are drawn by the long run with --pending alone.
-PENDING: set[str] = {
-    "complex",
-    "no_grad",
-    "out",
-    "scatter",
+# What is not drawn but by --pending: features of which some program fails today, or that were not run enough.
+PENDING = {
+    "complex",  # complex_square: no derivative of view_as_real in the backward's graph, gradients of complex values
+    "out",  # out_write: what is read after out= has the old values
+    "scaled_segments",  # scaled storage with segments and a second carry: RewriteError
     "low_parameters",
     "loss_weights",
     "magnitudes",
-    "scaled_segments",
 }
 Choose = Callable[[Sequence[T]], T]
 
