@@ -269,6 +269,7 @@ class Runs:
     Args:
         workload: What is trained.
         settings: Those of the first run.
+        verify: Whether the first call of each compiled graph is checked in float64.
 
     Attributes:
         dtype: A key of POLICIES.
@@ -276,13 +277,16 @@ class Runs:
         model: The same module, compiled.
     """
 
-    def __init__(self, workload: Workload, settings: Settings) -> None:
+    def __init__(self, workload: Workload, settings: Settings, verify: bool = False) -> None:
         self._workload, self._device, self.dtype = workload, settings.device, settings.dtype
         torch.compiler.reset()  # what was compiled for another dtype is of no more use
         module = workload.module().to(settings.device)
         self.module = rampde_fx.mixed_precision(module, policy=POLICIES[settings.dtype])
         self.model = torch.compile(
-            self.module, backend="rampde_fx", options={"compiler": settings.compiler}, fullgraph=True
+            self.module,
+            backend="rampde_fx",
+            options={"compiler": settings.compiler, "verify": verify},
+            fullgraph=True,
         )
         self._stored: tuple[int, int] | None = None
 
@@ -366,6 +370,11 @@ def parser(description: str, out: str, *, iterations: int, batch: int, lr: float
         default="inductor",
         help="what compiles the rewritten graph, default %(default)s; aot_eager starts sooner and runs slower",
     )
+    shared.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the first call of each compiled graph in float64 before it is used; takes seconds to minutes",
+    )
     shared.add_argument("--out", metavar="DIR", type=Path, default=Path(out), help="output folder, default %(default)s")
     shared.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     return found
@@ -389,7 +398,7 @@ def list_runs(options: argparse.Namespace) -> list[Settings]:
     named = vars(options)
     shared = {name: named[name] for name in SHARED}
     # Where files are does not decide what is trained.
-    other = {*SHARED, "dtype", "seed", "compare", "resume"}
+    other = {*SHARED, "dtype", "seed", "compare", "verify", "resume"}
     own = {name: value for name, value in named.items() if name not in other and not isinstance(value, Path)}
     return [Settings(dtype, seed, **shared, own=own) for dtype in options.dtype for seed in options.seed]
 
@@ -416,7 +425,7 @@ def run(workload: Workload, options: argparse.Namespace) -> int:
                 print(f"{path.stem}: finished before")
                 continue
             if runs is None or runs.dtype != one.dtype:
-                runs = Runs(workload, one)
+                runs = Runs(workload, one, options.verify)
             state = runs.start(one)
             if checkpoint:
                 state.restore(checkpoint)

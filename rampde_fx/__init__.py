@@ -1,6 +1,8 @@
 """Mixed-precision training of neural ODEs as a compiler pass (arXiv 2510.23498)."""
 
 from rampde_fx import errors
+from rampde_fx.check_table import CheckResult, CheckRow
+from rampde_fx.checking import check
 from rampde_fx.counts import BackwardCount, StateCount, backward_counts, state_counts
 from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, steps
@@ -15,10 +17,13 @@ __all__ = [
     "AdjointScaling",
     "BackwardCount",
     "ButcherTableau",
+    "CheckResult",
+    "CheckRow",
     "Monitor",
     "PrecisionPolicy",
     "StateCount",
     "backward_counts",
+    "check",
     "errors",
     "explain",
     "mixed_precision",

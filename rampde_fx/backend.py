@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, pass_log, torch_private
+from rampde_fx import cpu_products, graphs, pass_log, torch_private
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
@@ -33,6 +33,7 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
+from rampde_fx.verification import Verification, on_first_call
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method.
@@ -52,12 +53,15 @@ STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
 )
 
 
-def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tell) -> list[Loop]:
+def rewrite(
+    graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tell, only: Container[int] | None = None
+) -> list[Loop]:
     """Rewrite every marked loop of a captured graph in place.
 
     Args:
         graph_module: A graph captured by Dynamo, with its metadata.
         watch: Called with every loop, after roll_loop and after each of STEP_PASSES.
+        only: The numbers of the loops to rewrite; the others stay rolled up, as calls of a LoopNode. All where None.
 
     Returns:
         The loops as they were emitted, in graph order.
@@ -68,7 +72,7 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
     """
     try:
         with torch_private.fake_mode_of(graph_module):
-            return _rewrite(graph_module, watch)
+            return _rewrite(graph_module, watch, only)
     except (RampdeError, torch_private.TensorifyScalarRestartAnalysis):
         raise
     except Exception as error:
@@ -79,7 +83,7 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
         ) from error
 
 
-def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop]:
+def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Container[int] | None) -> list[Loop]:
     lift_floats(graph_module)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
     rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
@@ -89,12 +93,15 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop
         number, loop = len(loops), holder.get_submodule(name).loop
         loop = replace(loop, notes=notes, number=1 + sum(other.where == loop.where for other in loops))
         watch(number, roll_loop.__name__, loop)
+        loops.append(loop)
+        if only is not None and number not in only:
+            continue
         for step_pass in STEP_PASSES:
             loop = step_pass(loop)
             watch(number, step_pass.__name__, loop)
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
-        loops.append(loop)
+        loops[-1] = loop
     for holder in dict.fromkeys(holder for holder, *_ in rolled):
         if holder is not graph_module:
             torch_private.recompute_loops(holder)
@@ -134,7 +141,8 @@ def rampde_fx(
         graph_module: The captured graph.
         example_inputs: Its inputs, as Dynamo gives them.
         options: "compiler" is "inductor" (the default), "aot_eager" (AOTAutograd alone) or "eager" (the rewritten graph
-            as it is); all others go to Inductor.
+            as it is); "verify", if True, has the first call of each graph with a loop checked in float64 before it is
+            used, which takes about as long as a few eager training steps; all others go to Inductor.
         mode: A mode of torch.compile, for Inductor. Under "reduce-overhead" and "max-autotune", which ask for CUDA
             graphs, every rewritten loop on a GPU is captured as one, and the rest of the graph is not.
 
@@ -143,15 +151,22 @@ def rampde_fx(
         reaches the user as it is.
     """
     options = dict(options or {})
-    compiler = options.pop("compiler", "inductor")
+    compiler, verify = options.pop("compiler", "inductor"), options.pop("verify", False)
     try:
+        if not isinstance(verify, bool):
+            raise PolicyError(
+                f'options={{"verify": {verify!r}}}', required="True or False", fix='write options={"verify": True}'
+            )
         if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
             raise PolicyError(
                 f'options={{"compiler": {compiler!r}}} with {options}, mode={mode!r}',
                 required='a compiler of "inductor", "aot_eager" or "eager"; further options and modes are for Inductor',
                 fix='leave "compiler" out for Inductor',
             )
-        loops = rewrite(graph_module) if has_loop(graph_module) else []
+        marked = has_loop(graph_module)
+        captured = graphs.copied(graph_module) if verify and marked else None
+        loops = rewrite(graph_module) if marked else []
+        verification = None if captured is None else Verification(captured, rewrite)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
@@ -160,7 +175,9 @@ def rampde_fx(
         compiled = torch_private.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayed
         )
-    return _refusing_second_derivatives(compiled, loops) if any(loop.adjoint for loop in loops) else compiled
+    if any(loop.adjoint for loop in loops):
+        compiled = _refusing_second_derivatives(compiled, loops)
+    return compiled if verification is None else on_first_call(compiled, verification)
 
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:

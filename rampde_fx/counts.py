@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +48,9 @@ class StateCount:
 
 
 _lock = threading.Lock()
-_counts: dict[str, BackwardCount] = {}
-_states: dict[str, StateCount] = {}
+# The last of each counts; the others wait for their contexts to end.
+_counts: list[dict[str, BackwardCount]] = [{}]
+_states: list[dict[str, StateCount]] = [{}]
 _on_devices: dict[str, torch.Tensor] = {}  # what was not read yet: (underflowed, entries)
 _warned: set[tuple[str, str]] = set()
 
@@ -69,9 +72,9 @@ def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
     0
     """
     with _lock:
-        found = dict(_counts)
+        found = dict(_counts[0])
         if reset:
-            _counts.clear()
+            _counts[0].clear()
     return found
 
 
@@ -91,9 +94,9 @@ def state_counts(*, reset: bool = False) -> dict[str, StateCount]:
     """
     _read_devices()
     with _lock:
-        found = dict(_states)
+        found = dict(_states[-1])
         if reset:
-            _states.clear()
+            _states[-1].clear()
     return found
 
 
@@ -117,10 +120,11 @@ def _read_devices() -> None:
         waiting = {loop: counts.tolist() for loop, counts in _on_devices.items()}
         _on_devices.clear()
         for loop, (underflowed, entries) in waiting.items():
-            before = _states.get(loop, StateCount())
-            _states[loop] = StateCount(before.entries + entries, before.underflowed + underflowed)
+            before = _states[-1].get(loop, StateCount())
+            _states[-1][loop] = StateCount(before.entries + entries, before.underflowed + underflowed)
+        apart = len(_states) > 1
     for loop, (underflowed, entries) in waiting.items():
-        if underflowed >= WARN_UNDERFLOW * entries and underflowed:
+        if underflowed >= WARN_UNDERFLOW * entries and underflowed and not apart:
             warn_once(
                 "underflow",
                 loop,
@@ -128,6 +132,23 @@ def _read_devices() -> None:
                 f"{loop} lie below 2^-17, where float16 keeps few digits or none; scale the state, or use "
                 "dtype=torch.bfloat16",
             )
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[tuple[dict[str, BackwardCount], dict[str, StateCount]]]:
+    """Count what the context runs, in all threads, in dicts of its own: not in backward_counts, nor state_counts."""
+    _read_devices()
+    own: tuple[dict[str, BackwardCount], dict[str, StateCount]] = ({}, {})
+    with _lock:
+        _counts.append(own[0])
+        _states.append(own[1])
+    try:
+        yield own
+    finally:
+        _read_devices()
+        with _lock:
+            _counts[:] = [counted for counted in _counts if counted is not own[0]]  # equal ones are others
+            _states[:] = [counted for counted in _states if counted is not own[1]]
 
 
 def record(loop: str, attempt: int, *, overflow: bool, last: bool, vanished: int, zeros: int) -> None:
@@ -144,13 +165,16 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool, vanished: int
     _read_devices()
     final = last or not overflow
     with _lock:
-        count = _counts.get(loop, BackwardCount())
-        count = _counts[loop] = BackwardCount(
+        counted, apart = _counts[-1], len(_counts) > 1
+        count = counted.get(loop, BackwardCount())
+        count = counted[loop] = BackwardCount(
             passes=count.passes + (attempt == 0),
             repeated=count.repeated + (attempt == 1),
             overflowed=count.overflowed + (overflow and last),
             vanished=count.vanished + (vanished if final else 0),
         )
+    if apart:
+        return
     if attempt == 1 and count.passes >= WARN_AFTER and count.repeated >= WARN_SHARE * count.passes:
         warn_once(
             "repeated",

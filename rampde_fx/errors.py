@@ -106,6 +106,32 @@ class RewriteError(RampdeError):
     """The passes failed on a loop in a way that they do not foresee; its __cause__ is what they met."""
 
 
+class RewriteMismatchError(RampdeError):
+    """A rewritten graph that computes something else than the user's code, both in float64: a fault of the rewrite.
+
+    Args:
+        tensor: What differs, by the user's names, such as "the gradient of velocity.linear.0.weight".
+        found: How it differs.
+        where: The user's line of the loop.
+    """
+
+    def __init__(self, tensor: str, found: str, where: str = "") -> None:
+        self.tensor, self.difference = tensor, found
+        super().__init__(
+            f"{tensor} of the rewritten graph is not that of the model as it is written: {found}",
+            required="the same values and gradients to rounding, in float64",
+            fix="report this as a bug, with the loop; until then train the uncompiled model",
+            where=where,
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.tensor, self.difference, self.where)
+
+
+class CheckError(RampdeError):
+    """A model that check() cannot compare with float64, or a bound that none of the checked policies satisfies."""
+
+
 class StateChangeError(UnsupportedLoopError):
     """A carried state whose shape, dtype or device changes from one step to the next."""
 

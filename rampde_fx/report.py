@@ -166,26 +166,31 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     fn = torch_private.uncompiled(fn)
     names = list(signature(getattr(fn, "forward", fn)).parameters)
     loops: list[LoopReport] = []
+
+    def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        if not has_loop(graph_module):
+            return graph_module.forward
+        try:
+            loops.extend(rewritten(_with_names(graphs.copied(graph_module), names)))
+        except RampdeError as error:
+            return raising(error)
+        return _without_odeint(graph_module).forward
+
+    torch_private.capture(fn, inspect, args, kwargs)
+    return Report(tuple(loops))
+
+
+def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:
+    """Rewrite the loops of a captured graph in place, and report on each."""
     passes: dict[int, list[PassReport]] = {}
 
     def watch(number: int, pass_name: str, loop: Loop) -> None:
         pass_log.tell(number, pass_name, loop)
         passes.setdefault(number, []).append(PassReport(pass_name, loop))
 
-    def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        if not has_loop(graph_module):
-            return graph_module.forward
-        passes.clear()  # the loops of each captured graph are numbered from 0
-        try:
-            rewrite(_with_names(graphs.copied(graph_module), names), watch)
-        except RampdeError as error:
-            return raising(error)
-        with torch_private.fake_mode_of(graph_module):
-            loops.extend(_report(tuple(history)) for history in passes.values())
-        return _without_odeint(graph_module).forward
-
-    torch_private.capture(fn, inspect, args, kwargs)
-    return Report(tuple(loops))
+    rewrite(graph_module, watch)
+    with torch_private.fake_mode_of(graph_module):
+        return [_report(tuple(history)) for history in passes.values()]
 
 
 def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -12,6 +12,7 @@ import importlib
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch._inductor.config as inductor_config
 from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.autograd_function import autograd_function_apply
@@ -52,6 +53,7 @@ from rampde_fx.errors import UnsupportedLoopError
 
 __all__ = [
     "TensorifyScalarRestartAnalysis",
+    "Unsupported",
     "autograd_function_apply",
     "lookup_backend",
     "scan_op",
@@ -394,6 +396,11 @@ def storage_of(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def is_wrapped(value: torch.Tensor) -> bool:
+    """Whether a tensor is one of a torch.func transform's."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def recompute_in_backward(node: fx.Node) -> None:
     """Have the backward compute a node again, instead of that the forward saves it: activation checkpointing's tag."""
     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
@@ -637,20 +644,74 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
+def source_name(placeholder: fx.Node) -> str:
+    """The user's name of an input of a captured graph, such as velocity.linear.0.weight; a readable one if unknown."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    text = name() if callable(name) else name  # a method up to torch 2.11
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", text)
+    text = re.sub(r"\.__closure__\[\d+\]\.cell_contents", "", text)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", text).removeprefix("self.")
+
+
+def captured_frame() -> tuple[str, dict[str, Any]]:
+    """The file of the function that Dynamo captures, and its local and free variables."""
+    frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+    return frame.f_code.co_filename, dict(frame.f_locals)
+
+
+@contextlib.contextmanager
+def kept_random_state(seed: int | None = None) -> Iterator[Callable[[], bool]]:
+    """Leave torch's random number generators as they are, and tell whether numbers were drawn meanwhile.
+
+    Args:
+        seed: What to seed them with meanwhile; None to go on as they are.
+    """
+    with torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        before = _random_states()
+        yield lambda: any(not torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True))
+
+
+def _random_states() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """What torch.compile was given, or the function itself."""
     return getattr(function, "_orig_mod", None) or getattr(function, "_torchdynamo_orig_callable", None) or function
 
 
 def capture(
-    function: Callable[..., Any], backend: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> None:
-    """Run a function once under torch.compile with a backend, and forget the compiled code."""
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    fullgraph: bool = False,
+) -> Any:
+    """Run a function once under torch.compile with a backend, and forget the compiled code; what it returns."""
 
     def run() -> Any:
         return function(*args, **kwargs)
 
     try:
-        torch.compile(run, backend=backend, dynamic=False)()
+        return torch.compile(run, backend=backend, dynamic=False, fullgraph=fullgraph)()
     finally:
         torch._dynamo.reset_code(run.__code__)
+
+
+def compiled_by_torch(function: Callable[[], Any], compiler: str) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """A function compiled by a backend of torch's own, and what forgets the compiled code."""
+
+    def run() -> Any:
+        return function()
+
+    return torch.compile(run, backend=compiler, dynamic=False), lambda: torch._dynamo.reset_code(run.__code__)
+
+
+def wait_for_devices() -> None:
+    """Wait for what was launched on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

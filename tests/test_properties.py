@@ -31,11 +31,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rampde_fx
 from rampde_fx import errors
 from rampde_fx.errors import RampdeError
 from rampde_fx.passes.store_states import TARGETS
-from tests.comparison import compiled
-from tests.random_models import DTYPES, Problem, RandomODE, data, random_problem
+from tests.random_models import DTYPES, NEEDS, PENDING, Problem, RandomODE, data, layer_names, random_problem
 
 UNIT = {
     torch.float8_e4m3fn: 2.0**-4,
@@ -46,6 +46,8 @@ UNIT = {
 }
 # Half the distance of subnormal numbers, where it matters.
 SMALLEST = {torch.float16: 2.0**-25, torch.float8_e4m3fn: 2.0**-10}
+# Beyond it a low velocity may overflow, which is loud.
+LARGEST = {torch.float16: 2.0**14}
 # How many times the largest deviation of the perturbed runs an error may reach; the runs on a second, closer look.
 FACTOR, DRAWS, MORE_DRAWS = 2.0, 3, 64
 
@@ -70,7 +72,7 @@ class Perturbation(TorchDispatchMode):
         self.scaled_storage = TARGETS.get(policy.storage_dtype) if policy.scales_storage else None
         self.scaling = policy.adjoint_scaling
         self.generator = torch.Generator().manual_seed(seed)
-        self.inside, self.scale = False, 1.0
+        self.inside, self.scale, self.largest = False, 1.0, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -85,6 +87,7 @@ class Perturbation(TorchDispatchMode):
         """The tensor with the roundings of where the computation is."""
         if not self.inside:
             return x * (1 + self.state * self._signs(x))
+        self.largest = max(self.largest, x.detach().abs().max().item()) if x.numel() else self.largest
         return x * (1 + self.velocity * self._signs(x)) + self.smallest / self.scale * self._signs(x)
 
     def rounded_for_storage(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +181,9 @@ def run(problem: Problem, function: Callable[..., Any], model: nn.Module, y: tor
         outputs = [output for output in outputs if isinstance(output, torch.Tensor)]
         generator = torch.Generator().manual_seed(problem.seed + 1)
         weights = [torch.randn(o.shape, generator=generator, dtype=torch.float32).to(o.dtype) for o in outputs]
-        loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+        shares = [1.0, *[problem.second_weight] * (len(outputs) - 1)]
+        terms = zip(shares, outputs, weights, strict=True)
+        loss = sum(share * (output * weight).sum() for share, output, weight in terms)
     if loss.requires_grad:
         (loss * problem.loss_scale).backward()
     inputs = [y, t, *model.parameters()]
@@ -207,6 +212,8 @@ def deviations(
         perturbed = Perturbed(wide, mode, stored=bool(draw % 2 and stored))
         with mode:
             outcome = run(problem, perturbed, wide, y.double(), t.double())
+        if mode.largest > LARGEST.get(problem.policy().velocity, math.inf):
+            raise Invalid("a number of the velocity is beyond its dtype")
         for j, (got, wanted) in enumerate(zip(outcome.values(), exact.values(), strict=True)):
             output_of_stored = draw % 2 and stored and j < len(exact.outputs)
             if got is not None and not output_of_stored:
@@ -237,6 +244,8 @@ def ratios(problem: Problem) -> list[float]:
     torch.manual_seed(problem.seed)
     try:
         model = RandomODE(problem).to(DTYPES[problem.state_dtype])
+        if problem.parameters != "same":
+            model.nets.to(DTYPES[problem.parameters])
         y, t = data(problem)
         eager = run(problem, model, model, y, t)
     except Exception as error:
@@ -245,13 +254,17 @@ def ratios(problem: Problem) -> list[float]:
     if not all(v is None or v.isfinite().all() for v in exact.values()):
         raise Invalid("the fp64 reference is not finite")
     mine = copy.deepcopy(model)
-    function = compiled(mine, problem.policy().velocity, **policy_fields(problem))
+    marked = rampde_fx.mixed_precision(mine, policy=problem.policy())
+    options = {"compiler": problem.compiler, "verify": True}  # its structure is compared in float64
+    function = torch.compile(marked, backend="rampde_fx", options=options, fullgraph=True)
     got = run(problem, function, mine, y, t)
     _check_kinds(got, eager)
     unit = UNIT[DTYPES[problem.state_dtype]]
     found: list[float] = []
     # Eager has its share: an operation may cancel inside.
     own = [0.0 if e is None else _norm(e, x) for e, x in zip(eager.values(), exact.values(), strict=True)]
+    if not all(v is None or v.isfinite().all() for v in got.values()):
+        deviations(problem, model, y, t, exact, 1)  # raises Invalid where a float16 state or activation overflows
     for draws in (DRAWS, MORE_DRAWS):
         spread = list(map(max, own, deviations(problem, model, y, t, exact, draws)))
         found = [
@@ -263,18 +276,12 @@ def ratios(problem: Problem) -> list[float]:
     return found
 
 
-def policy_fields(problem: Problem) -> dict[str, Any]:
-    """The policy's fields but the velocity dtype, and the compiler."""
-    policy = problem.policy()
-    fields = ("storage", "storage_scaling", "scaling", "accumulation", "loop")
-    return {**{field: getattr(policy, field) for field in fields}, "compiler": problem.compiler}
-
-
 def _ratio(got: Any, wanted: Any, deviation: float, unit: float) -> float:
     if got is None or wanted is None:  # no gradient and a gradient of zero are the same
         value = got if wanted is None else wanted
         return 0.0 if value is None or value.count_nonzero() == 0 else float("inf")
     error = _norm(got, wanted)
+    unit = max(unit, UNIT[got.dtype])  # a parameter's gradient has the parameter's dtype
     bound = deviation + unit * wanted.double().norm().item() + torch.finfo(torch.float32).tiny
     return error / bound if math.isfinite(error) else float("inf")
 
@@ -389,10 +396,32 @@ def test_random_models_agree_with_eager(given):
         hypothesis.reject()
 
 
-def cases(count: int, seed: int, first: int = 0) -> Iterator[tuple[int, Problem]]:
-    """Numbered random problems; each follows from the seed and its number alone."""
+def test_every_field_of_a_policy_is_drawn():
+    problems = [problem for _, problem in cases(600, 0, pending=set())]
+    for field in dataclasses.fields(rampde_fx.PrecisionPolicy):
+        if field.compare:
+            assert len({getattr(problem.policy(), field.name) for problem in problems}) > 1, field.name
+
+
+def test_every_field_of_a_problem_and_every_layer_is_drawn():
+    problems = [problem for _, problem in cases(3000, 0, pending=set())]
+    for field in dataclasses.fields(Problem):
+        assert len({getattr(problem, field.name) for problem in problems}) > 1, field.name
+    drawn = {layer for problem in problems for layer in problem.layers}
+    assert drawn >= {name for problem in problems for name in layer_names(problem.space)}
+
+
+def test_what_is_pending_is_not_drawn():
+    problems = [problem for _, problem in cases(300, 0)]
+    assert not {NEEDS.get(layer) for problem in problems for layer in problem.layers} & PENDING
+
+
+def cases(
+    count: int, seed: int, first: int = 0, pending: set[str] = PENDING, *, inductor: bool = False
+) -> Iterator[tuple[int, Problem]]:
+    """Numbered random problems; each follows from the seed, its number and what may be drawn."""
     for number in range(first, first + count):
-        yield number, random_problem(random.Random(f"{seed}/{number}").choice)
+        yield number, random_problem(random.Random(f"{seed}/{number}").choice, pending, inductor=inductor)
 
 
 def verdict(problem: Problem) -> tuple[str, str]:
@@ -403,7 +432,8 @@ def verdict(problem: Problem) -> tuple[str, str]:
         return "invalid", str(error)
     except RampdeError as error:
         kind = type(error).__name__
-        return f"{'FAILS' if kind == 'RewriteError' else 'refused'} {kind}", str(error)
+        fails = isinstance(error, (errors.RewriteError, errors.RewriteMismatchError, errors.CheckError))
+        return f"{'FAILS' if fails else 'refused'} {kind}", str(error)
     except Exception as error:
         text = "".join(traceback.format_exception(error)[-4:])
         return f"FAILS {type(error).__name__}", text if not isinstance(error, Disagreement) else str(error)
@@ -444,13 +474,17 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--pending", action="store_true", help="draw what is known to fail, too")
+    parser.add_argument("--inductor", action="store_true", help="compile a small share by Inductor, which takes long")
     parser.add_argument("--minimise", action="store_true", help="simplify every failure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     counts: collections.Counter[str] = collections.Counter()
     largest = 0.0
     begin = time.perf_counter()
-    for number, problem in cases(arguments.cases, arguments.seed, arguments.first):
+    pending = set() if arguments.pending else PENDING
+    drawn = cases(arguments.cases, arguments.seed, arguments.first, pending, inductor=arguments.inductor)
+    for number, problem in drawn:
         kind, text = verdict(problem)
         counts[kind] += 1
         largest = max(largest, float(text)) if kind == "agrees" else largest
