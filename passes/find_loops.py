@@ -118,13 +118,6 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
-    if torch_private.cut_by_ddp(loop.markers[0].graph.owning_module):
-        return UnsupportedLoopError(
-            "torch.compile cuts a DistributedDataParallel module at its gradient buckets, here inside a marked loop",
-            required="a graph that holds the whole loop",
-            fix="compile inside: DDP(torch.compile(model)); or set torch._dynamo.config.optimize_ddp = False",
-            where=user_line(loop.markers[-1]),
-        )
     if loop.once:
         return UnsupportedLoopError(
             "there is a graph break in the velocity of an odeint",

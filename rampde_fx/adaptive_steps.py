@@ -42,8 +42,7 @@ def adaptive_steps(
     Where it does not raise, the states at times that were not reached are NaN.
     """
     if not is_captured():
-        marking.warn_if_uncompiled()
-        return _adapt_now(tableau, raising(velocity), y, t, controller, first_size, raises=raises)
+        return _adapt_now(tableau, raising(velocity), y, t, controller, first_size, policy, raises=raises)
     checked, problems = noting(velocity)
     with torch.no_grad():
         start, times = [leaf.detach() for leaf in y], t.detach()
@@ -77,6 +76,7 @@ def adaptive_steps(
     return [torch.cat([value[None], values]) for value, values in zip(y, found, strict=True)], status
 
 
+@torch_private.never_alone
 def _adapt_now(
     tableau: ButcherTableau,
     velocity: Velocity,
@@ -84,10 +84,12 @@ def _adapt_now(
     t: torch.Tensor,
     controller: step_control.Controller,
     first_size: float | None,
+    policy: PrecisionPolicy | None,
     *,
     raises: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Uncompiled: step by step. k_1 is not evaluated again where it is known."""
+    marking.meet_loop(policy)
     times, found, rate = t.detach(), [y], velocity(t[0], y)
     size = _first_size(velocity, _detached(y), _detached(rate), times, controller, first_size).detach()
     search = step_control.begin(times, size, controller.max_steps)

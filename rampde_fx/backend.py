@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, pass_log, torch_private
+from rampde_fx import cpu_products, pass_log, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
@@ -61,6 +61,7 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
         RampdeError: of the type that says what cannot be rewritten. Whatever else goes wrong is a RewriteError: Dynamo
             would take some exceptions for a wish to run the loop uncompiled, in fp32.
     """
+    graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
     try:
         with torch_private.fake_mode_of(graph_module):
             return _rewrite(graph_module, watch)
@@ -136,6 +137,7 @@ def rampde_fx(
         The compiled callable. Where the graph cannot be rewritten, a callable that raises the typed error, so that it
         reaches the user as it is.
     """
+    graph_module.meta[unrewritten.BACKEND] = "backend"
     options = dict(options or {})
     compiler = options.pop("compiler", "inductor")
     try:

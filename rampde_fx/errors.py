@@ -140,3 +140,7 @@ class MethodError(RampdeError, ValueError):
 
 class MonitorError(RampdeError):
     """A plot of a monitor that recorded nothing, or without matplotlib."""
+
+
+class FullPrecisionWarning(UserWarning):
+    """A marked loop, or a marked target, that was to be compiled in mixed precision, and is not."""

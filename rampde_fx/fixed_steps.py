@@ -47,9 +47,9 @@ def steps_from(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """The initial states, and those after every few of the given steps: `outputs` of each."""
+    marking.meet_loop(policy)
     if is_captured():
         return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy)
-    marking.warn_if_uncompiled()
     found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
         y = advance(tableau, checked, starts[i], sizes[i], y)

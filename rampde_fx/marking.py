@@ -8,43 +8,40 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
-from rampde_fx import operators, torch_private
+from rampde_fx import operators, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, TimeGridError, refuse
 from rampde_fx.monitoring import open_here
 from rampde_fx.policy import DTYPES, MONITORED, PrecisionPolicy
+from rampde_fx.unrewritten import Target
 
 T = TypeVar("T")
 NO_POLICY = ""
-UNCOMPILED = (
-    "a loop over rampde_fx.steps(t) in a compiled model runs uncompiled, without mixed precision: there is a graph "
-    "break in the loop, or Dynamo has compiled the model torch._dynamo.config.recompile_limit times already. "
-    "torch.compile(..., fullgraph=True) raises an error that says which"
-)
 
 
 class _UnderWay(threading.local):
-    """The policy of the innermost mixed_precision call that is under way in a thread."""
+    """The innermost mixed_precision call that is under way in a thread."""
 
     def __init__(self) -> None:  # runs once per thread; a class attribute would hide the thread's own from Dynamo
-        self.policy = NO_POLICY
+        self.target: Target | None = None
 
 
 # Dynamo traces it away: it reads it, and guards it, in the thread that runs.
 _under_way = _UnderWay()
 
 
+@torch_private.never_alone
 def is_time_grid(t: Any) -> bool:
     """Whether t is a floating 1-D tensor of at least two points."""
     return is_real(t) and t.ndim == 1 and t.shape[0] >= 2
 
 
+@torch_private.never_alone
 def is_real(value: Any) -> bool:
     """Whether it is a tensor of a floating dtype in which torch computes: those of eight bits only store."""
     return isinstance(value, torch.Tensor) and value.dtype in DTYPES.values()
@@ -74,8 +71,8 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
+    meet_loop()
     if not torch.compiler.is_compiling():
-        warn_if_uncompiled()
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
@@ -90,26 +87,56 @@ def policy_in_force(own: PrecisionPolicy | None = None) -> str:
 
     Encoded, behind MONITORED where a monitor is open; empty where there is none.
     """
-    policy = _under_way.policy if own is None else own.encoded
+    target = _under_way.target
+    policy = own.encoded if own is not None else NO_POLICY if target is None else target.policy
     return MONITORED + policy if policy and open_here.any else policy
 
 
-def warn_if_uncompiled() -> None:
-    """Warn where a marked loop runs uncompiled inside of a call that torch.compile was asked to compile."""
-    if _under_way.policy and torch_private.inside_compiled_region():
-        warnings.warn(UNCOMPILED, stacklevel=3)
+@torch_private.never_alone
+def meet_loop(own: PrecisionPolicy | None = None) -> None:
+    """Where a marked loop begins, see to it that it is said if nothing rewrites it."""
+    if not torch.compiler.is_compiling():
+        target = _under_way.target
+        unrewritten.loop_runs(target, has_policy=own is not None or target is not None)
+    elif policy_in_force(own):
+        _loop_is_captured()
+
+
+@torch.compiler.assume_constant_result
+def _loop_is_captured() -> bool:
+    unrewritten.loop_is_captured(_under_way.target)
+    return True
 
 
 def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with the policy in force while it runs."""
+    place = unrewritten.place_of(function)
+
+    @torch.compiler.assume_constant_result
+    def enters() -> bool:
+        unrewritten.target_is_entered(place)
+        return True
+
+    @torch.compiler.assume_constant_result
+    def leaves() -> bool:
+        unrewritten.target_is_left(place)
+        return True
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        outer, _under_way.policy = _under_way.policy, policy
+        outer = _under_way.target
+        _under_way.target = Target(policy, place, outer)
+        if torch.compiler.is_compiling():
+            enters()
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
         finally:
-            _under_way.policy = outer
+            _under_way.target = outer
+        if torch.compiler.is_compiling():
+            leaves()
+        else:
+            unrewritten.target_ends(place)
+        return result
 
     return torch_private.with_own_code(marked)
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from rampde_fx import graphs, operators, pass_log, report_html, torch_private
+from rampde_fx import graphs, operators, pass_log, report_html, torch_private, unrewritten
 from rampde_fx.backend import raising, rewrite
 from rampde_fx.errors import RampdeError
 from rampde_fx.loop import Fallback, Loop
@@ -175,6 +175,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if not has_loop(graph_module):
             return graph_module.forward
+        graph_module.meta[unrewritten.BACKEND] = "explain"
         passes.clear()  # the loops of each captured graph are numbered from 0
         try:
             rewrite(_with_names(graphs.copied(graph_module), names), watch)

@@ -12,6 +12,8 @@ import importlib
 import itertools
 import math
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import fx
 from torch._decomp import get_decompositions
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
@@ -213,11 +216,6 @@ def _no_saved_tensors_hooks() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def cut_by_ddp(graph_module: fx.GraphModule) -> bool:
-    """Whether a graph is one of the parts into which Dynamo cuts a DistributedDataParallel module, bucket by bucket."""
-    return "DDPOptimizer" in getattr(getattr(graph_module, "compile_subgraph_reason", None), "reason", "")
-
-
 def autocast_enabled() -> bool:
     """Whether torch.autocast is on, for any device, where the backend was called."""
     return torch._C._is_any_autocast_enabled()
@@ -286,21 +284,112 @@ def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def inside_compiled_region() -> bool:
-    """Whether the code runs uncompiled inside of a call that torch.compile was asked to compile.
+def never_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which Dynamo captures as part of another one only, and otherwise runs as it is."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+    return function
 
-    The callback is None outside of such calls, and False where Dynamo has given up on compiling once more.
+
+@never_alone
+def compilation_asked() -> Any:
+    """Dynamo's callback of the call of torch.compile in which the code that runs was to be compiled, and is not.
+
+    None where nobody asked for it, or it is turned off on purpose. Dynamo itself has none outside of torch.compile, but
+    neither in code under fullgraph=True that was compiled before, with a graph break in it; and it has False where it
+    has given up on compiling once more.
     """
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    if torch._dynamo.config.disable or torch._dynamo.eval_frame._stance.stance not in _COMPILING_STANCES:
+        return None
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() or _callback_of_caller()
+
+
+_COMPILING_STANCES = ("default", "eager_on_recompile", "fail_on_recompile")
+
+
+@never_alone
+def _callback_of_caller() -> Any:
+    """Dynamo's callback in the innermost call of torch.compile, or of torch.compiler.disable, which has none."""
+    frame: Any = sys._getframe()
+    while (frame := frame.f_back) is not None:
+        if frame.f_code.co_filename != torch._dynamo.eval_frame.__file__:
+            continue
+        if frame.f_code.co_qualname.startswith(("_TorchDynamoContext.__call__", "DisableContext.__call__")):
+            return getattr(frame.f_locals.get("self"), "callback", None)
+    return None
+
+
+@never_alone
+def innermost(backend: Any) -> Any:
+    """The user's backend, behind what Dynamo wraps round it."""
+    names = ("_torchdynamo_orig_backend", "compiler_fn")
+    while (inner := next((getattr(backend, name) for name in names if hasattr(backend, name)), None)) is not None:
+        backend = inner
+    optimizer = getattr(backend, "__self__", None)
+    return innermost(optimizer.backend_compile_fn) if isinstance(optimizer, DDPOptimizer) else backend
+
+
+def is_of(function: Any, package: str) -> bool:
+    """Whether a function is defined in a package."""
+    return str(getattr(function, "__module__", "")).startswith(f"{package}.")
 
 
 @torch.compiler.assume_constant_result
 def rewritten_later() -> bool:
     """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own."""
-    backend: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.compiler_fn
-    while (inner := getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "compiler_fn", None))) is not None:
-        backend = inner
-    return not str(getattr(backend, "__module__", "")).startswith("torch.")
+    return not is_of(innermost(_capture().compiler_fn), "torch")
+
+
+def _capture() -> Any:
+    """Dynamo's capture that is under way."""
+    return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+
+
+def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]], None]) -> dict[str, list[Any]]:
+    """Notes on the graph that is being captured, which are lost if Dynamo begins anew.
+
+    `after` is given the graph, the backend and the notes when it is compiled. The graph goes to the backend whole:
+    DDPOptimizer, which cuts the graph of a DistributedDataParallel module at its gradient buckets, would cut the loops.
+    """
+    capture = _capture()
+    notes: dict[str, list[Any]] | None = getattr(capture.compiler_fn, "notes", None)
+    if notes is not None:
+        return notes
+    notes, backend = {}, capture.compiler_fn
+    optimizer = getattr(backend, "__self__", None)
+    if isinstance(optimizer, DDPOptimizer):
+        backend = optimizer.backend_compile_fn
+
+    @functools.wraps(backend, updated=())
+    def compile_whole(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        compiled = backend(graph_module, example_inputs)
+        after(graph_module, backend, notes)
+        return compiled
+
+    compile_whole.notes, compile_whole._torchdynamo_orig_backend = notes, backend  # type: ignore[attr-defined]
+    capture.compiler_fn = compile_whole
+    return notes
+
+
+def captured_line() -> tuple[str, int]:
+    """File and line of the user's code that Dynamo is tracing."""
+    stack = torch._guards.TracingContext.extract_stack()
+    return next(((frame.filename, frame.lineno or 0) for frame in reversed(stack) if is_users(frame.filename)), ("", 0))
+
+
+def running_line() -> tuple[str, int]:
+    """File and line of the user's code that runs."""
+    frame: Any = sys._getframe()
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def is_users(file: str) -> bool:
+    """Whether code of a file is the user's, and not of torch or of this package."""
+    return not file.startswith((_TORCH, _PACKAGE)) and "<" not in file
+
+
+_TORCH, _PACKAGE = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
@@ -313,8 +402,7 @@ def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
 @torch.compiler.assume_constant_result
 def _allow_scalar_outputs() -> bool:
     """Let the capture that is under way make sizes of such numbers: without fullgraph=True it began without."""
-    output: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
-    output.fake_mode.allow_scalar_outputs = True
+    _capture().fake_mode.allow_scalar_outputs = True
     return True
 
 
