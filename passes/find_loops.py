@@ -35,10 +35,11 @@ FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(
 
 def has_loop(graph_module: fx.GraphModule) -> bool:
     """Whether the graph, or one inside it, holds any marker."""
-    return _first_marker(graph_module) is not None
+    return first_marker(graph_module) is not None
 
 
-def _first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
+def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The first marker of the graph, or of one inside it."""
     inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
     return next((node for module in inner for node in module.graph.nodes if _is_marker(node)), None)
 
@@ -68,7 +69,7 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
                 _check_iteration(nodes, open_loop.differentiated)
             open_loop = None
         elif (body := _body_with_loop(node)) is not None:
-            marker = _first_marker(body)
+            marker = first_marker(body)
             assert marker is not None
             _check_surroundings(marker, open_loop, transforms, regions)
             if node.target is not torch_private.tag_activation_checkpoint:

@@ -16,11 +16,12 @@ from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.emit_search import emit_search
-from rampde_fx.passes.find_loops import find_loops, has_loop
+from rampde_fx.passes.find_loops import find_loops, first_marker, has_loop
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.keep_activations import keep_activations
+from rampde_fx.passes.lift_numbers import lift_numbers
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
@@ -76,6 +77,8 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
 
 
 def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop]:
+    if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
+        lift_numbers(graph_module, first)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
     rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
     loops: list[Loop] = []

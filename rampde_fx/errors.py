@@ -36,7 +36,7 @@ def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> N
     Of an exception that it meets Dynamo shows the type and the arguments, and it knows those of built-in types alone.
     With fullgraph=True it raises its own error with this text in it; without, the code runs again, uncompiled.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         raise ValueError(f"{kind.__name__}: {found}. required: {required}. fix: {fix}.")
     raise kind(found, required=required, fix=fix)
 

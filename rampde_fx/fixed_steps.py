@@ -47,9 +47,9 @@ def steps_from(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """The initial states, and those after every few of the given steps: `outputs` of each."""
-    marking.meet_loop(policy)
     if is_captured():
         return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy)
+    marking.meet_loop(policy)
     found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
         y = advance(tableau, checked, starts[i], sizes[i], y)
@@ -60,7 +60,7 @@ def steps_from(
 
 def is_captured() -> bool:
     """Whether Dynamo captures the code for a backend that may rewrite it."""
-    return torch.compiler.is_compiling() and torch_private.rewritten_later()
+    return torch.compiler.is_dynamo_compiling() and torch_private.rewritten_later()
 
 
 def captured_once(
@@ -74,6 +74,7 @@ def captured_once(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """One step between markers, which stands for all of them."""
+    marking.meet_loop(policy)
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)

@@ -72,7 +72,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
     meet_loop()
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
@@ -95,7 +95,7 @@ def policy_in_force(own: PrecisionPolicy | None = None) -> str:
 @torch_private.never_alone
 def meet_loop(own: PrecisionPolicy | None = None) -> None:
     """Where a marked loop begins, see to it that it is said if nothing rewrites it."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         target = _under_way.target
         unrewritten.loop_runs(target, has_policy=own is not None or target is not None)
     elif policy_in_force(own):
@@ -126,13 +126,13 @@ def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def marked(*args: Any, **kwargs: Any) -> Any:
         outer = _under_way.target
         _under_way.target = Target(policy, place, outer)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             enters()
         try:
             result = function(*args, **kwargs)
         finally:
             _under_way.target = outer
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             leaves()
         else:
             unrewritten.target_ends(place)

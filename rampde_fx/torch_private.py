@@ -257,6 +257,17 @@ def is_data_dependent(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
+def is_known(number: int | float | torch.SymInt | torch.SymFloat) -> bool:
+    """Whether a number has a value when the graph is compiled, which is then guarded where it is asked for."""
+    return not isinstance(number, (torch.SymInt, torch.SymFloat)) or number.node.has_hint()
+
+
+def number_like(like: torch.Tensor) -> torch.Tensor:
+    """A fake 0-d tensor of the dtype and on the device of another."""
+    with fake_mode(), torch.no_grad():
+        return torch.empty((), dtype=like.dtype, device=like.device)
+
+
 def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
     """The square root of a positive size, rounded up."""
     if isinstance(size, torch.SymInt):
@@ -394,7 +405,7 @@ _TORCH, _PACKAGE = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, 
 
 def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
     """Let Dynamo capture a number that is read from a tensor."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         _allow_scalar_outputs()
     return torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True)
 
