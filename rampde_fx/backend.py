@@ -28,6 +28,7 @@ from rampde_fx.passes.partition_velocity import partition_velocity
 from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
+from rampde_fx.passes.spell_indices import spell_indices
 from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
@@ -77,6 +78,7 @@ def rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tel
 
 
 def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher) -> list[Loop]:
+    spell_indices(graph_module)
     if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
         lift_numbers(graph_module, first)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
@@ -155,6 +157,8 @@ def rampde_fx(
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
         return raising(error)
+    if not loops:  # as torch compiles it: our settings are for our loops
+        return torch_private.compile_plainly(compiler, graph_module, example_inputs, options, mode)
     with torch_private.compile_settings():
         compiled = torch_private.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayed

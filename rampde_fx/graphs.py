@@ -56,6 +56,15 @@ def operator_name(target: Any) -> str:
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
+_IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")}
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a captured node changes a tensor in place."""
+    name = function_name(node)
+    return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a product of whole tensors, the cost of a velocity."""
     return operator_name(node.target) in PRODUCTS

@@ -168,12 +168,12 @@ def _rebuild_marked(module_class: Any, policy: str) -> Any:
 
 @overload
 def mixed_precision(
-    target: None = None, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...
+    target: None = None, /, *, dtype: torch.dtype | None = ..., policy: PrecisionPolicy | None = ...
 ) -> Callable[[T], T]: ...
 @overload
-def mixed_precision(target: T, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...) -> T: ...
+def mixed_precision(target: T, /, *, dtype: torch.dtype | None = ..., policy: PrecisionPolicy | None = ...) -> T: ...
 def mixed_precision(
-    target: Any = None, /, *, dtype: torch.dtype = torch.float16, policy: PrecisionPolicy | None = None
+    target: Any = None, /, *, dtype: torch.dtype | None = None, policy: PrecisionPolicy | None = None
 ) -> Any:
     """Mark a model, so that the rampde_fx backend rewrites its marked loops in mixed precision.
 
@@ -184,7 +184,8 @@ def mixed_precision(
         target: A Module class, a Module instance or a function. A class and an instance are marked in place and
             returned (their parameters, state_dict keys and isinstance relations stay; an instance that is marked again
             takes the new policy); for a function a marked one is returned. Without a target, a decorator is returned.
-        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype).
+        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype); float16 where
+            None, without a policy.
         policy: The whole policy, instead of dtype.
 
     Returns:
@@ -195,13 +196,20 @@ def mixed_precision(
 
     Source: arXiv 2510.23498.
     """
-    if policy is not None and (not isinstance(policy, PrecisionPolicy) or dtype is not torch.float16):
+    if torch.compiler.is_dynamo_compiling():
+        refuse(
+            PolicyError,
+            "mixed_precision is applied in code that is compiled",
+            required="a target that is marked once, before torch.compile",
+            fix="apply mixed_precision outside of the compiled function",
+        )
+    if policy is not None and (not isinstance(policy, PrecisionPolicy) or dtype is not None):
         raise PolicyError(
             f"mixed_precision(dtype={dtype!r}, policy={policy!r})",
             required="either a dtype or a PrecisionPolicy",
             fix="write policy=PrecisionPolicy(velocity=...) alone",
         )
-    policy = policy or PrecisionPolicy(velocity=dtype)
+    policy = policy or (PrecisionPolicy() if dtype is None else PrecisionPolicy(velocity=dtype))
     if target is None:
         return lambda target: mixed_precision(target, policy=policy)
     encoded = policy.encoded

@@ -232,6 +232,14 @@ def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
         FakeTensorProp(graph_module, fake_mode()).propagate_dont_convert_inputs(*args)
 
 
+def run_fake(node: fx.Node) -> Any:
+    """The fake value of a captured node from those of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["example_value"])
+    called: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    with fake_mode(), torch.no_grad():
+        return called(*args[1:], **kwargs) if node.op == "call_method" else called(*args, **kwargs)
+
+
 def size_hint(size: Any) -> int:
     """The size, or what a symbolic one was when the graph was captured."""
     return size.node.hint if isinstance(size, torch.SymInt) else int(size)
@@ -257,15 +265,9 @@ def is_data_dependent(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
-def is_known(number: int | float | torch.SymInt | torch.SymFloat) -> bool:
-    """Whether a number has a value when the graph is compiled, which is then guarded where it is asked for."""
-    return not isinstance(number, (torch.SymInt, torch.SymFloat)) or number.node.has_hint()
-
-
-def number_like(like: torch.Tensor) -> torch.Tensor:
-    """A fake 0-d tensor of the dtype and on the device of another."""
-    with fake_mode(), torch.no_grad():
-        return torch.empty((), dtype=like.dtype, device=like.device)
+def is_known(number: torch.SymFloat) -> bool:
+    """Whether a number has a value when the graph is compiled, which is guarded where it is asked for."""
+    return bool(number.node.has_hint())
 
 
 def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
@@ -403,18 +405,22 @@ def is_users(file: str) -> bool:
 _TORCH, _PACKAGE = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
-def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
-    """Let Dynamo capture a number that is read from a tensor."""
+@contextlib.contextmanager
+def capturing_scalars() -> Iterator[None]:
+    """Let Dynamo capture a number that is read from a tensor: here alone, for it then reads indices as numbers too."""
+    before = torch.compiler.is_dynamo_compiling() and _allow_scalar_outputs(allowed=True)
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+        yield
     if torch.compiler.is_dynamo_compiling():
-        _allow_scalar_outputs()
-    return torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True)
+        _allow_scalar_outputs(allowed=before)
 
 
 @torch.compiler.assume_constant_result
-def _allow_scalar_outputs() -> bool:
-    """Let the capture that is under way make sizes of such numbers: without fullgraph=True it began without."""
-    _capture().fake_mode.allow_scalar_outputs = True
-    return True
+def _allow_scalar_outputs(*, allowed: bool) -> bool:
+    """Say whether the capture that is under way makes sizes of such numbers, and whether it did."""
+    mode = _capture().fake_mode
+    before, mode.allow_scalar_outputs = mode.allow_scalar_outputs, allowed
+    return bool(before)
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -481,7 +487,7 @@ def compile_graph(
     lower: Any,
     replayed: bool,
 ) -> Callable[..., Any]:
-    """Compile a graph with one of torch's backends; Inductor applies lower, which has a uuid, to each graph.
+    """Compile a graph with rewritten loops by one of torch's backends; Inductor applies lower, which has a uuid.
 
     Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If the loops are to be
     replayed, it is these that become CUDA graphs instead, and nothing else.
@@ -505,6 +511,20 @@ def compile_graph(
     return lookup_backend(compiler)(
         graph_module, list(example_inputs), config_patches=patches, inner_compile=_compile_replayed
     )
+
+
+def compile_plainly(
+    compiler: str,
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    mode: str | None,
+) -> Callable[..., Any]:
+    """Compile a graph without rewritten loops as torch.compile does by one of torch's backends."""
+    backend = lookup_backend(compiler)
+    if compiler != "inductor":
+        return backend(graph_module, list(example_inputs))
+    return backend(graph_module, list(example_inputs), config_patches=_options(options, mode))
 
 
 def _options(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
@@ -640,7 +660,7 @@ class _Lowering(CustomGraphPass):
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
         keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
-        return None if None in keys else (*keys, _digest_of_this_file() if self.replayed else None)
+        return None if None in keys else (*keys, self.replayed, _digest_of_package())
 
 
 def cpp_wrapper_calls_loops() -> bool:
@@ -649,9 +669,12 @@ def cpp_wrapper_calls_loops() -> bool:
 
 
 @functools.cache
-def _digest_of_this_file() -> str:
-    """Changes with what is generated here."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def _digest_of_package() -> str:
+    """Changes with the package: what it generates is not to be taken from a cache that another version filled."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for file in sorted([*folder.glob("*.py"), *(folder / "passes").glob("*.py")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
