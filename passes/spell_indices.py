@@ -1,7 +1,9 @@
 """Read entries by 0-d integer tensors as tensor indices.
 
 Before:  getitem(u, i)                     u[..., i, 1:]
-After:   aten.index(u, [i])                aten.index(u, [None, i])[..., 1:]
+After:   read_at(u, (i,), {0: 0})          read_at(u, (..., i, 1:), {1: 1}), of the places and dimensions of tensors
+
+read_at is aten.index(u, [i]), and aten.index(u, [None, i])[..., 1:].
 
 Python's indexing reads the number out of such a tensor, to take a view. In a graph whose numbers may become sizes, as
 they may where loops are, it then stays a number that nobody knows: of a tensor that depends on time, for one.
@@ -34,57 +36,22 @@ def spell_indices(graph_module: fx.GraphModule) -> None:
 
 
 def _places(node: fx.Node) -> dict[int, int]:
-    """For each 0-d integer tensor in the index, by its position there, the dimension that it indexes."""
     source, index = node.args
     if not isinstance(source, fx.Node) or not isinstance(value(source), torch.Tensor):
         return {}
     entries = index if isinstance(index, tuple) else (index,)
-    used = [_dimensions(entry) for entry in entries]
-    rest = value(source).ndim - sum(used)
-    dimension, places = 0, {}
-    for position, (entry, count) in enumerate(zip(entries, used, strict=True)):
-        if _is_scalar(entry):
-            places[position] = dimension
-        dimension += rest if entry is Ellipsis else count
-    return places
+    return torch_private.scalar_places(value(source), [_known(entry) for entry in entries])
 
 
-def _dimensions(entry: Any) -> int:
-    """How many dimensions an entry of an index takes."""
-    if entry is None or entry is Ellipsis or isinstance(entry, bool):
-        return 0
-    indexing = value(entry) if isinstance(entry, fx.Node) else None
-    mask = isinstance(indexing, torch.Tensor) and indexing.dtype in (torch.bool, torch.uint8)
-    return indexing.ndim if mask and indexing is not None else 1
-
-
-def _is_scalar(entry: Any) -> bool:
-    indexing = value(entry) if isinstance(entry, fx.Node) else None
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8)
-    return isinstance(indexing, torch.Tensor) and indexing.ndim == 0 and indexing.dtype in integers
+def _known(entry: Any) -> Any:
+    return value(entry) if isinstance(entry, fx.Node) else entry
 
 
 def _spell(node: fx.Node, places: dict[int, int]) -> None:
     source, index = node.args
     entries = index if isinstance(index, tuple) else (index,)
-    indices: list[Any] = [None] * (1 + max(places.values()))
-    rest = tuple(entry for position, entry in enumerate(entries) if position not in places)
     with node.graph.inserting_before(node):
-        for position, dimension in places.items():
-            indices[dimension] = _as_index(node.graph, entries[position])
-        read = node.graph.call_function(torch.ops.aten.index.Tensor, (source, indices))
-        read.meta = {**node.meta, "example_value": torch_private.run_fake(read)}
-        if any(entry is not Ellipsis and entry != slice(None) for entry in rest):
-            twin = node.graph.call_function(operator.getitem, (read, rest))
-            twin.meta = dict(node.meta)
-            read = twin
+        read = node.graph.call_function(torch_private.read_at, (source, entries, places))
+    read.meta = dict(node.meta)
     node.replace_all_uses_with(read)
     node.graph.erase_node(node)
-
-
-def _as_index(graph: fx.Graph, entry: fx.Node) -> fx.Node:
-    if value(entry).dtype is torch.int64:
-        return entry
-    wide = graph.call_method("long", (entry,))
-    wide.meta = {**entry.meta, "example_value": torch_private.run_fake(wide)}
-    return wide

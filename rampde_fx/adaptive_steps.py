@@ -44,6 +44,7 @@ def adaptive_steps(
     if not is_captured():
         return _adapt_now(tableau, raising(velocity), y, t, controller, first_size, policy, raises=raises)
     checked, problems = noting(velocity)
+    marking.meet_loop(policy)
     with torch.no_grad():
         start, times = [leaf.detach() for leaf in y], t.detach()
         rate = checked(times[0], start)
@@ -52,6 +53,7 @@ def adaptive_steps(
         t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
         first = entered[len(y) :] if tableau.fsal else None
         nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+        marking.loop_ends()
         results = [*nexts, *k[-1]] if tableau.fsal else nexts
         intervals, positions, fractions, count, status, reached, ended = operators.leave_search(
             states, results, errors, times, controller.numbers(), max(problems)

@@ -80,6 +80,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for i in range(t.shape[0] - 1):
         yield operators.step(t, i, policy)
     operators.end(t)
+    loop_ends()
 
 
 def policy_in_force(own: PrecisionPolicy | None = None) -> str:
@@ -105,6 +106,13 @@ def meet_loop(own: PrecisionPolicy | None = None) -> None:
 @torch.compiler.assume_constant_result
 def _loop_is_captured() -> bool:
     unrewritten.loop_is_captured(_under_way.target)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def loop_ends() -> bool:
+    """Where Dynamo captures the end of a marked loop."""
+    unrewritten.loop_ends()
     return True
 
 

@@ -232,14 +232,6 @@ def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
         FakeTensorProp(graph_module, fake_mode()).propagate_dont_convert_inputs(*args)
 
 
-def run_fake(node: fx.Node) -> Any:
-    """The fake value of a captured node from those of its operands."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["example_value"])
-    called: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-    with fake_mode(), torch.no_grad():
-        return called(*args[1:], **kwargs) if node.op == "call_method" else called(*args, **kwargs)
-
-
 def size_hint(size: Any) -> int:
     """The size, or what a symbolic one was when the graph was captured."""
     return size.node.hint if isinstance(size, torch.SymInt) else int(size)
@@ -421,6 +413,54 @@ def _allow_scalar_outputs(*, allowed: bool) -> bool:
     mode = _capture().fake_mode
     before, mode.allow_scalar_outputs = mode.allow_scalar_outputs, allowed
     return bool(before)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def scalar_places(source: torch.Tensor, entries: Sequence[Any]) -> dict[int, int]:
+    """For each 0-d integer tensor in an index, by its position there, the dimension that it indexes."""
+    used = [_dimensions(entry) for entry in entries]
+    dimension, places = 0, {}
+    for position, (entry, count) in enumerate(zip(entries, used, strict=True)):
+        if isinstance(entry, torch.Tensor) and entry.ndim == 0 and entry.dtype in _INTEGERS:
+            places[position] = dimension
+        dimension += source.ndim - sum(used) if entry is Ellipsis else count
+    return places
+
+
+def _dimensions(entry: Any) -> int:
+    """How many dimensions an entry of an index takes."""
+    if entry is None or entry is Ellipsis or isinstance(entry, bool):
+        return 0
+    mask = isinstance(entry, torch.Tensor) and entry.dtype in (torch.bool, torch.uint8)
+    return entry.ndim if mask else 1
+
+
+def read_at(source: torch.Tensor, entries: Sequence[Any], places: dict[int, int]) -> torch.Tensor:
+    """What an index with 0-d integer tensors reads, by a tensor index, which does not ask for their numbers."""
+    indices: list[Any] = [None] * (1 + max(places.values()))
+    for position, dimension in places.items():
+        indices[dimension] = entries[position].long()
+    rest = tuple(entry for position, entry in enumerate(entries) if position not in places)
+    return aten.index.Tensor(source, indices)[rest]
+
+
+_run_node = torch._dynamo.utils.run_node
+
+
+@functools.wraps(_run_node)
+def _read_in_loop(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
+    """Run a captured node on fake tensors; of an index by 0-d integer tensors torch would ask the unknown numbers."""
+    notes: dict[str, list[Any]] = getattr(_capture().compiler_fn, "notes", {})
+    if node.target is operator.getitem and notes.get("open") and isinstance(args[0], torch.Tensor):
+        entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if places := scalar_places(args[0], entries):
+            return read_at(args[0], entries, places)
+    return _run_node(tracer, node, args, kwargs, nnmodule)
+
+
+torch._dynamo.utils.run_node = _read_in_loop
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,6 +73,12 @@ def loop_is_captured(target: Target | None) -> None:
     notes = torch_private.notes_of_capture(_after_backend)
     _met.update(notes.get("entered", ()))
     notes.setdefault("loops", []).append(torch_private.captured_line())
+    notes["open"] = [True]
+
+
+def loop_ends() -> None:
+    """The end of a marked loop is captured."""
+    torch_private.notes_of_capture(_after_backend)["open"] = []
 
 
 def target_is_entered(place: Place) -> None:
