@@ -53,7 +53,7 @@ def adaptive_steps(
         t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
         first = entered[len(y) :] if tableau.fsal else None
         nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
-        marking.loop_ends()
+        marking.loop_ends(once=True)
         results = [*nexts, *k[-1]] if tableau.fsal else nexts
         intervals, positions, fractions, count, status, reached, ended = operators.leave_search(
             states, results, errors, times, controller.numbers(), max(problems)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from rampde_fx import cpu_products, pass_log, torch_private, unrewritten
-from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
+from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.compensate_sums import compensate_sums
@@ -184,16 +184,6 @@ def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
             fix='leave "cpp_wrapper" out: a replayed loop has nothing left that it would call',
         )
     return False
-
-
-def raising(error: RampdeError) -> Callable[..., Any]:
-    """What to give Dynamo instead of a compiled graph, so that the error reaches the user as it is."""
-
-    @torch.compiler.disable
-    def refuse(*_: Any) -> Any:
-        raise error.with_traceback(None) from error.__cause__
-
-    return refuse
 
 
 def _refusing_second_derivatives(compiled: Callable[..., Any], loops: list[Loop]) -> Callable[..., Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,6 +40,16 @@ def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> N
     if torch.compiler.is_dynamo_compiling():
         raise ValueError(f"{kind.__name__}: {found}. required: {required}. fix: {fix}.")
     raise kind(found, required=required, fix=fix)
+
+
+def raising(error: RampdeError) -> Callable[..., Any]:
+    """What to give Dynamo instead of a compiled graph, so that the error reaches the user as it is."""
+
+    @torch.compiler.disable
+    def refuse(*_: Any) -> Any:
+        raise error.with_traceback(None) from error.__cause__
+
+    return refuse
 
 
 class PolicyError(RampdeError, ValueError):
@@ -120,6 +131,10 @@ class UnsupportedVelocityError(RampdeError):
 
 class RandomVelocityError(UnsupportedVelocityError):
     """A step that draws random numbers of a distribution that the backward's recomputation cannot draw again."""
+
+
+class CounterError(UnsupportedVelocityError):
+    """A number in Python that a marked loop changes, such as a count of evaluations."""
 
 
 class SecondDerivativeError(RampdeError):

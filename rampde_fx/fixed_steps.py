@@ -78,7 +78,7 @@ def captured_once(
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)
-    marking.loop_ends()
+    marking.loop_ends(once=True)
     return list(operators.leave(y, nexts, outputs, every, max(problems)))
 
 

@@ -80,7 +80,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for i in range(t.shape[0] - 1):
         yield operators.step(t, i, policy)
     operators.end(t)
-    loop_ends()
+    loop_ends(once=False)
 
 
 def policy_in_force(own: PrecisionPolicy | None = None) -> str:
@@ -110,9 +110,9 @@ def _loop_is_captured() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def loop_ends() -> bool:
-    """Where Dynamo captures the end of a marked loop."""
-    unrewritten.loop_ends()
+def loop_ends(*, once: bool) -> bool:
+    """Where Dynamo captures the end of a marked loop, or of the one step that stands for all."""
+    unrewritten.loop_ends(once=once)
     return True
 
 

@@ -16,8 +16,8 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from rampde_fx import graphs, operators, pass_log, report_html, torch_private, unrewritten
-from rampde_fx.backend import raising, rewrite
-from rampde_fx.errors import RampdeError
+from rampde_fx.backend import rewrite
+from rampde_fx.errors import RampdeError, raising
 from rampde_fx.loop import Fallback, Loop
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.policy import PrecisionPolicy

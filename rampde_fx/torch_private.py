@@ -28,6 +28,8 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.variables import ListVariable, SymNodeVariable
+from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._higher_order_ops.scan import scan_op
@@ -349,10 +351,11 @@ def _capture() -> Any:
     return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
 
 
-def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]], None]) -> dict[str, list[Any]]:
+def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]], Any]) -> dict[str, list[Any]]:
     """Notes on the graph that is being captured, which are lost if Dynamo begins anew.
 
-    `after` is given the graph, the backend and the notes when it is compiled. The graph goes to the backend whole:
+    `after` is given the graph, the backend and the notes when it is compiled; what it returns, if anything, runs
+    instead. The graph goes to the backend whole:
     DDPOptimizer, which cuts the graph of a DistributedDataParallel module at its gradient buckets, would cut the loops.
     """
     capture = _capture()
@@ -367,12 +370,56 @@ def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]]
     @functools.wraps(backend, updated=())
     def compile_whole(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         compiled = backend(graph_module, example_inputs)
-        after(graph_module, backend, notes)
-        return compiled
+        return after(graph_module, backend, notes) or compiled
 
     compile_whole.notes, compile_whole._torchdynamo_orig_backend = notes, backend  # type: ignore[attr-defined]
     capture.compiler_fn = compile_whole
     return notes
+
+
+def numbers_kept() -> dict[tuple[Any, str], Any]:
+    """The numbers that the capture under way has put into attributes, globals and lists from outside of it.
+
+    By the variable and the name of each; of a list by the variable and what its entries are.
+    """
+    effects, found = _capture().side_effects, {}
+    for owner, attributes in effects.store_attr_mutations.items():
+        if isinstance(owner.mutation_type, AttributeMutationExisting):
+            found.update({(owner, name): _number(value) for name, value in attributes.items()})
+    for entries in effects.id_to_variable.values():
+        changed = isinstance(entries.mutation_type, ValueMutationExisting) and effects.is_modified(entries)
+        if changed and isinstance(entries, ListVariable):
+            found.update({(entries, str(i)): _number(value) for i, value in enumerate(entries.items)})
+    return {key: number for key, number in found.items() if number is not None}
+
+
+def _number(variable: Any) -> Any:
+    """The number that a variable of Dynamo's holds, as text if it is symbolic; None if it holds anything else."""
+    if isinstance(variable, SymNodeVariable):
+        return str(variable.sym_num)
+    value = variable.as_python_constant() if variable.is_python_constant() else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def name_of(owner: Any, name: str) -> str:
+    """How the user writes an attribute, a global or an entry of a list that is a variable of Dynamo's."""
+    source = getattr(owner.source, "name", "")
+    source = source() if callable(source) else source
+    return f"{source}[{name}]" if isinstance(owner, ListVariable) else name
+
+
+def was_read(owner: Any, name: str) -> bool:
+    """Whether the capture under way has read such a number, which it guards then, before it put another there."""
+    guards = [guard.name() if callable(guard.name) else guard.name for guard in _capture().guards]
+    wanted = (f"[{name}]",) if isinstance(owner, ListVariable) else (f".{name}", f"['{name}']")
+    return any(guard.endswith(wanted) for guard in guards) or any(
+        key.endswith(wanted) for key in _capture().unspec_variable_map
+    )
+
+
+def is_specialized(owner: Any) -> bool:
+    """Whether Dynamo compiles anew for every number that it finds in an attribute of this owner."""
+    return isinstance(getattr(owner, "value", None), torch.nn.Module)
 
 
 def captured_line() -> tuple[str, int]:

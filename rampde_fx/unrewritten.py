@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from rampde_fx import torch_private
-from rampde_fx.errors import FullPrecisionWarning
+from rampde_fx.errors import CounterError, FullPrecisionWarning, raising
 
 BACKEND = "rampde_fx"  # key of a graph's meta: whether the rewrite, or the whole backend, has taken it
 FULLGRAPH = (
@@ -73,12 +73,25 @@ def loop_is_captured(target: Target | None) -> None:
     notes = torch_private.notes_of_capture(_after_backend)
     _met.update(notes.get("entered", ()))
     notes.setdefault("loops", []).append(torch_private.captured_line())
-    notes["open"] = [True]
+    notes["open"] = [torch_private.numbers_kept()]
 
 
-def loop_ends() -> None:
-    """The end of a marked loop is captured."""
-    torch_private.notes_of_capture(_after_backend)["open"] = []
+def loop_ends(*, once: bool) -> None:
+    """The end of a marked loop is captured: of all of its steps, or of the one that stands for all.
+
+    A number that one step changes counts captures, and no steps. One that all steps change is counted, but where Dynamo
+    finds another number in a module at the next call, it compiles anew.
+    """
+    notes = torch_private.notes_of_capture(_after_backend)
+    opened = notes.pop("open", [])
+    before: dict[Any, Any] = opened[0] if opened else {}
+    for (owner, name), number in torch_private.numbers_kept().items():
+        if (owner, name) in before:
+            counts = once and before[owner, name] != number
+        else:
+            counts = torch_private.was_read(owner, name) and (once or torch_private.is_specialized(owner))
+        if counts:
+            notes.setdefault("counters", []).append(torch_private.name_of(owner, name))
 
 
 def target_is_entered(place: Place) -> None:
@@ -116,8 +129,11 @@ def _meet(target: Target | None) -> None:
         target = target.outer
 
 
-def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, list[Any]]) -> None:
+def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, list[Any]]) -> Any:
+    """Say what is wrong with a graph that is compiled; what is to run instead of it, if anything."""
     taken = graph_module.meta.get(BACKEND)
+    if taken and notes.get("counters"):
+        return raising(_counts(notes["counters"][0], notes["loops"][-1]))
     for file, line in () if taken else notes.get("loops", ()):
         _say_at(
             backend,
@@ -130,6 +146,17 @@ def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, 
     for target in notes.get("left", ()) if taken == "backend" else ():
         if target not in _met:
             _say_empty(backend, target)
+    return None
+
+
+def _counts(name: str, line: tuple[str, int]) -> CounterError:
+    return CounterError(
+        f"a marked loop changes the number {name!r} in Python, as a counter of evaluations does",
+        required="a loop that keeps its numbers in tensors: one compiled step stands for all",
+        fix=f"leave {name!r} out: the velocity of fixed steps is evaluated steps times stages times, as "
+        "rampde_fx.explain(model, ...) reports",
+        where=f"{line[0]}:{line[1]}",
+    )
 
 
 @torch.compiler.disable
