@@ -90,6 +90,8 @@ def policy_in_force(own: PrecisionPolicy | None = None) -> str:
     """
     target = _under_way.target
     policy = own.encoded if own is not None else NO_POLICY if target is None else target.policy
+    if own is None and torch.compiler.is_dynamo_compiling():
+        policy = _policy_of_body() or policy
     return MONITORED + policy if policy and open_here.any else policy
 
 
@@ -106,6 +108,22 @@ def meet_loop(own: PrecisionPolicy | None = None) -> None:
 @torch.compiler.assume_constant_result
 def _loop_is_captured() -> bool:
     unrewritten.loop_is_captured(_under_way.target)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _policy_of_body() -> str:
+    return unrewritten.policy_of_body()
+
+
+@torch.compiler.assume_constant_result
+def _body_begins(policy: str) -> bool:
+    return unrewritten.body_begins(policy)
+
+
+@torch.compiler.assume_constant_result
+def _body_ends() -> bool:
+    unrewritten.body_ends()
     return True
 
 
@@ -132,6 +150,11 @@ def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and _body_begins(policy):
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _body_ends()
         outer = _under_way.target
         _under_way.target = Target(policy, place, outer)
         if torch.compiler.is_dynamo_compiling():

@@ -315,13 +315,16 @@ _COMPILING_STANCES = ("default", "eager_on_recompile", "fail_on_recompile")
 
 @never_alone
 def _callback_of_caller() -> Any:
-    """Dynamo's callback in the innermost call of torch.compile, or of torch.compiler.disable, which has none."""
+    """Dynamo's callback in the innermost call of torch.compile; None in what the user has disabled."""
     frame: Any = sys._getframe()
     while (frame := frame.f_back) is not None:
         if frame.f_code.co_filename != torch._dynamo.eval_frame.__file__:
             continue
-        if frame.f_code.co_qualname.startswith(("_TorchDynamoContext.__call__", "DisableContext.__call__")):
+        if frame.f_code.co_qualname.startswith("_TorchDynamoContext.__call__"):
             return getattr(frame.f_locals.get("self"), "callback", None)
+        off = frame.f_code.co_qualname.startswith("DisableContext.__call__")
+        if off and not is_of(frame.f_locals.get("fn"), "torch"):  # torch turns it off in its own, in checkpoint for one
+            return None
     return None
 
 
@@ -420,6 +423,11 @@ def was_read(owner: Any, name: str) -> bool:
 def is_specialized(owner: Any) -> bool:
     """Whether Dynamo compiles anew for every number that it finds in an attribute of this owner."""
     return isinstance(getattr(owner, "value", None), torch.nn.Module)
+
+
+def captures_body() -> bool:
+    """Whether Dynamo captures the body of a higher-order operation, such as a checkpoint, which may change nothing."""
+    return _capture().current_tracer.parent is not None
 
 
 def captured_line() -> tuple[str, int]:

@@ -99,6 +99,25 @@ def target_is_entered(place: Place) -> None:
     torch_private.notes_of_capture(_after_backend).setdefault("entered", []).append(place)
 
 
+def body_begins(policy: str) -> bool:
+    """Whether a marked target is captured in the body of a higher-order operation; the notes then hold its policy."""
+    if not torch_private.captures_body():
+        return False
+    torch_private.notes_of_capture(_after_backend).setdefault("policies", []).append(policy)
+    return True
+
+
+def body_ends() -> None:
+    """The marked target in the body has ended."""
+    torch_private.notes_of_capture(_after_backend)["policies"].pop()
+
+
+def policy_of_body() -> str:
+    """The policy of the innermost marked target in the body that is captured, or an empty string."""
+    policies = torch_private.notes_of_capture(_after_backend).get("policies") if torch_private.captures_body() else None
+    return policies[-1] if policies else ""
+
+
 def target_is_left(place: Place) -> None:
     """Dynamo captures the end of a marked target."""
     notes = torch_private.notes_of_capture(_after_backend)

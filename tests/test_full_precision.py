@@ -298,6 +298,27 @@ def test_a_loop_in_a_checkpoint():
     in_silence(torch.compile(marked, fullgraph=True, **OURS), Y.clone().requires_grad_(), T)
 
 
+def test_a_marked_target_in_a_checkpoint():
+    inner = rampde_fx.mixed_precision(with_marks)
+
+    def loss(y, t):
+        return torch.utils.checkpoint.checkpoint(inner, y, t, use_reentrant=False).square().sum()
+
+    y = Y.clone().requires_grad_()
+    (got,) = torch.autograd.grad(in_silence(torch.compile(loss, fullgraph=True, **OURS), y, T), y)
+    (wanted,) = torch.autograd.grad(with_marks(y, T).square().sum(), y)
+    assert 1e-6 < (got - wanted).norm() / wanted.norm() < 2.5e-3
+
+
+def test_a_target_in_a_checkpoint_that_breaks_is_said():
+    inner = rampde_fx.mixed_precision(printing)
+
+    def loss(y, t):
+        return torch.utils.checkpoint.checkpoint(inner, y, t, use_reentrant=False).square().sum()
+
+    assert "runs uncompiled" in said(torch.compile(loss, **OURS), Y.clone().requires_grad_(), T)[0]
+
+
 def test_explain():
     for target in (without_marks, with_marks, solved):
         assert in_silence(rampde_fx.explain, rampde_fx.mixed_precision(target), Y, T) is not None
