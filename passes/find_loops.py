@@ -33,10 +33,11 @@ FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(
 
 def has_loop(graph_module: fx.GraphModule) -> bool:
     """Whether the graph, or one inside it, holds any marker."""
-    return _first_marker(graph_module) is not None
+    return first_marker(graph_module) is not None
 
 
-def _first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
+def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The first marker of the graph, or of one inside it."""
     inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
     return next((node for module in inner for node in module.graph.nodes if is_marker(node)), None)
 
@@ -62,7 +63,7 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
                 _check_iteration(nodes, open_loop.differentiated)
             open_loop = None
         elif (body := _body_with_loop(node)) is not None:
-            marker = _first_marker(body)
+            marker = first_marker(body)
             assert marker is not None
             _check_surroundings(marker, open_loop, transforms, regions)
             if node.target is not torch_private.tag_activation_checkpoint:
@@ -112,13 +113,6 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
-    if torch_private.cut_by_ddp(loop.markers[0].graph.owning_module):
-        return UnsupportedLoopError(
-            "torch.compile cuts a DistributedDataParallel module at its gradient buckets, here inside a marked loop",
-            required="a graph that holds the whole loop",
-            fix="compile inside: DDP(torch.compile(model)); or set torch._dynamo.config.optimize_ddp = False",
-            where=user_line(loop.markers[-1]),
-        )
     if loop.once:
         return UnsupportedLoopError(
             "there is a graph break in the velocity of an odeint",

@@ -29,7 +29,6 @@ from rampde_fx.loop import MarkedLoop, Run, Source, reads_end
 
 Key = int | str
 Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a value from outside
-IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")}
 
 
 def match_iterations(marked: MarkedLoop) -> Run:
@@ -113,11 +112,6 @@ def _operation(node: fx.Node) -> str:
     return f"{node.op} {target} {args!r} {kwargs!r}"
 
 
-def _mutates(node: fx.Node) -> bool:
-    name = graphs.function_name(node)
-    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
-
-
 def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> list[list[fx.Node]]:
     """Move operations on outside values whose constants differ between iterations before the loop."""
     if len({len(nodes) for nodes in iterations}) != 1:
@@ -126,7 +120,7 @@ def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> li
     markers = {
         n for n in first_marker.graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))
     }
-    mutated = {torch_private.storage_of(value(node.args[0])) for node in inside if _mutates(node) and node.args}
+    mutated = {torch_private.storage_of(value(node.args[0])) for node in inside if graphs.mutates(node) and node.args}
     moved: set[fx.Node] = set()
     for column in zip(*iterations, strict=True):
         from_outside = all(
@@ -135,7 +129,7 @@ def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> li
             for i in node.all_input_nodes
         )
         varying = len({_operation(node) for node in column}) > 1 or any(i in moved for i in column[0].all_input_nodes)
-        if from_outside and varying and not any(map(_mutates, column)) and column[0].all_input_nodes:
+        if from_outside and varying and not any(map(graphs.mutates, column)) and column[0].all_input_nodes:
             for node in column:
                 first_marker.prepend(node)
             moved.update(column)

@@ -66,8 +66,9 @@ def adaptive_steps(
     """
     ends = torch.stack([t[0], t[-1]]) if tableau.interpolates else t
     if not is_captured():
-        marking.warn_if_uncompiled()
-        found, status, reached = _adapt_now(tableau, raising(velocity), y, t, ends, controller, first_size, raises)
+        found, status, reached = _adapt_now(
+            tableau, raising(velocity), y, t, ends, controller, first_size, policy, raises
+        )
     else:
         found, status, reached = _adapt_later(tableau, velocity, y, t, ends, controller, first_size, policy, raises)
     if not raises:
@@ -89,6 +90,7 @@ def _adapt_later(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Captured: a search, and a loop over what it found. The states at every t but the first, status, time reached."""
     checked, problems = noting(velocity)
+    marking.meet_loop(policy)
     with torch.no_grad():
         start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(t.device)
         rate = checked(times[0], start)
@@ -98,6 +100,7 @@ def _adapt_later(
         t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
         first = entered[len(y) :] if tableau.fsal else None
         nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+        marking.loop_ends(once=True)
         # A velocity may return what stands outside of the loop.
         results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
         order, most, rtol, atol = controller[:4]
@@ -150,6 +153,7 @@ def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, step
     return [states(leaf) for leaf in range(len(steps.states))]
 
 
+@torch_private.never_alone
 def _adapt_now(
     tableau: ButcherTableau,
     velocity: Velocity,
@@ -158,9 +162,11 @@ def _adapt_now(
     ends: torch.Tensor,
     controller: step_control.Controller,
     first_size: float | None,
+    policy: PrecisionPolicy | None,
     raises: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Uncompiled: step by step. k_1 is not evaluated again where it is known."""
+    marking.meet_loop(policy)
     controller = controller.with_numbers(controller.numbers(t.device))
     times, taken, rate = ends.detach(), _Taken(tableau, t, ends), velocity(t[0], y)
     size = _first_size(velocity, _detached(y), _detached(rate), times, controller, first_size).detach()

@@ -9,26 +9,28 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, graphs, pass_log, torch_private
-from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
+from rampde_fx import cpu_products, graphs, pass_log, torch_private, unrewritten
+from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.count_underflow import count_underflow
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.emit_search import emit_search
-from rampde_fx.passes.find_loops import find_loops, has_loop
+from rampde_fx.passes.find_loops import find_loops, first_marker, has_loop
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.keep_activations import keep_activations
 from rampde_fx.passes.lift_floats import lift_floats
+from rampde_fx.passes.lift_numbers import lift_numbers
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
 from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
+from rampde_fx.passes.spell_indices import spell_indices
 from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
@@ -70,6 +72,7 @@ def rewrite(
         RampdeError: of the type that says what cannot be rewritten. Whatever else goes wrong is a RewriteError: Dynamo
             would take some exceptions for a wish to run the loop uncompiled, in fp32.
     """
+    graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
     try:
         with torch_private.fake_mode_of(graph_module):
             return _rewrite(graph_module, watch, only)
@@ -85,6 +88,9 @@ def rewrite(
 
 def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Container[int] | None) -> list[Loop]:
     lift_floats(graph_module)
+    spell_indices(graph_module)
+    if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
+        lift_numbers(graph_module, first)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
     rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
     loops: list[Loop] = []
@@ -150,6 +156,7 @@ def rampde_fx(
         The compiled callable. Where the graph cannot be rewritten, a callable that raises the typed error, so that it
         reaches the user as it is.
     """
+    graph_module.meta[unrewritten.BACKEND] = "backend"
     options = dict(options or {})
     compiler, verify = options.pop("compiler", "inductor"), options.pop("verify", False)
     try:
@@ -171,6 +178,8 @@ def rampde_fx(
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
         return raising(error)
+    if not loops:  # as torch compiles it: our settings are for our loops
+        return torch_private.compile_plainly(compiler, graph_module, example_inputs, options, mode)
     with torch_private.compile_settings():
         compiled = torch_private.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayed
@@ -198,16 +207,6 @@ def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
             fix='leave "cpp_wrapper" out: a replayed loop has nothing left that it would call',
         )
     return False
-
-
-def raising(error: RampdeError) -> Callable[..., Any]:
-    """What to give Dynamo instead of a compiled graph, so that the error reaches the user as it is."""
-
-    @torch.compiler.disable
-    def refuse(*_: Any) -> Any:
-        raise error.with_traceback(None) from error.__cause__
-
-    return refuse
 
 
 def _refusing_second_derivatives(compiled: Callable[..., Any], loops: list[Loop]) -> Callable[..., Any]:

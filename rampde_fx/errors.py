@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,9 +37,19 @@ def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> N
     Of an exception that it meets Dynamo shows the type and the arguments, and it knows those of built-in types alone.
     With fullgraph=True it raises its own error with this text in it; without, the code runs again, uncompiled.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         raise ValueError(f"{kind.__name__}: {found}. required: {required}. fix: {fix}.")
     raise kind(found, required=required, fix=fix)
+
+
+def raising(error: RampdeError) -> Callable[..., Any]:
+    """What to give Dynamo instead of a compiled graph, so that the error reaches the user as it is."""
+
+    @torch.compiler.disable
+    def refuse(*_: Any) -> Any:
+        raise error.with_traceback(None) from error.__cause__
+
+    return refuse
 
 
 class PolicyError(RampdeError, ValueError):
@@ -148,6 +159,10 @@ class RandomVelocityError(UnsupportedVelocityError):
     """A step that draws random numbers of a distribution that the backward's recomputation cannot draw again."""
 
 
+class CounterError(UnsupportedVelocityError):
+    """A number in Python that a marked loop changes, such as a count of evaluations."""
+
+
 class SecondDerivativeError(RampdeError):
     """A second derivative asked for through a rewritten loop."""
 
@@ -166,3 +181,7 @@ class MethodError(RampdeError, ValueError):
 
 class MonitorError(RampdeError):
     """A plot of a monitor that recorded nothing, or without matplotlib."""
+
+
+class FullPrecisionWarning(UserWarning):
+    """A marked loop, or a marked target, that was to be compiled in mixed precision, and is not."""

@@ -50,7 +50,7 @@ def steps_from(
     """The initial states, and those after every few of the given steps: `outputs` of each."""
     if is_captured():
         return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy)
-    marking.warn_if_uncompiled()
+    marking.meet_loop(policy)
     found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
         y = advance(tableau, checked, starts[i], sizes[i], y)
@@ -61,7 +61,7 @@ def steps_from(
 
 def is_captured() -> bool:
     """Whether Dynamo captures the code for a backend that may rewrite it."""
-    return torch.compiler.is_compiling() and torch_private.rewritten_later()
+    return torch.compiler.is_dynamo_compiling() and torch_private.rewritten_later()
 
 
 def captured_once(
@@ -75,9 +75,11 @@ def captured_once(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """One step between markers, which stands for all of them."""
+    marking.meet_loop(policy)
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)
+    marking.loop_ends(once=True)
     return list(operators.leave(y, nexts, [], outputs, every, max(problems)))
 
 
@@ -91,9 +93,11 @@ def captured_collecting(
     policy: PrecisionPolicy | None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
+    marking.meet_loop(policy)
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
+    marking.loop_ends(once=True)
     found = list(operators.leave(y, nexts, [*rates, *quartics], steps + 1, 1, max(problems)))
     return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 

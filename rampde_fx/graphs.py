@@ -45,6 +45,15 @@ def function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+_IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")}
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a captured node changes a tensor in place."""
+    name = function_name(node)
+    return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
 def is_float(node: Any) -> bool:
     """Whether a node's value is a floating tensor."""
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).is_floating_point()

@@ -99,7 +99,7 @@ def odeint(
         )
         solution = pytree.tree_unflatten(trajectories, structure)
         return (solution, status) if asks_status else solution
-    if (rtol, atol) != (1e-7, 1e-9) and not torch.compiler.is_compiling():
+    if (rtol, atol) != (1e-7, 1e-9) and not torch.compiler.is_dynamo_compiling():
         warnings.warn("rtol and atol mean nothing to fixed steps", stacklevel=2)
     step_size, count = fixed_options(given)
     if step_size is not None:

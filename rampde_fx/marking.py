@@ -8,43 +8,40 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
-from rampde_fx import operators, torch_private
+from rampde_fx import operators, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, TimeGridError, refuse
 from rampde_fx.monitoring import open_here
 from rampde_fx.policy import DTYPES, MONITORED, PrecisionPolicy
+from rampde_fx.unrewritten import Target
 
 T = TypeVar("T")
 NO_POLICY = ""
-UNCOMPILED = (
-    "a loop over rampde_fx.steps(t) in a compiled model runs uncompiled, without mixed precision: there is a graph "
-    "break in the loop, or Dynamo has compiled the model torch._dynamo.config.recompile_limit times already. "
-    "torch.compile(..., fullgraph=True) raises an error that says which"
-)
 
 
 class _UnderWay(threading.local):
-    """The policy of the innermost mixed_precision call that is under way in a thread."""
+    """The innermost mixed_precision call that is under way in a thread."""
 
     def __init__(self) -> None:  # runs once per thread; a class attribute would hide the thread's own from Dynamo
-        self.policy = NO_POLICY
+        self.target: Target | None = None
 
 
 # Dynamo traces it away: it reads it, and guards it, in the thread that runs.
 _under_way = _UnderWay()
 
 
+@torch_private.never_alone
 def is_time_grid(t: Any) -> bool:
     """Whether t is a floating 1-D tensor of at least two points."""
     return is_real(t) and t.ndim == 1 and t.shape[0] >= 2
 
 
+@torch_private.never_alone
 def is_real(value: Any) -> bool:
     """Whether it is a tensor of a floating dtype in which torch computes: those of eight bits only store."""
     return isinstance(value, torch.Tensor) and value.dtype in DTYPES.values()
@@ -74,8 +71,8 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
-    if not torch.compiler.is_compiling():
-        warn_if_uncompiled()
+    meet_loop()
+    if not torch.compiler.is_dynamo_compiling():
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
@@ -83,6 +80,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for i in range(t.shape[0] - 1):
         yield operators.step(t, i, policy)
     operators.end(t)
+    loop_ends(once=False)
 
 
 def policy_in_force(own: PrecisionPolicy | None = None) -> str:
@@ -90,26 +88,86 @@ def policy_in_force(own: PrecisionPolicy | None = None) -> str:
 
     Encoded, behind MONITORED where a monitor is open; empty where there is none.
     """
-    policy = _under_way.policy if own is None else own.encoded
+    target = _under_way.target
+    policy = own.encoded if own is not None else NO_POLICY if target is None else target.policy
+    if own is None and torch.compiler.is_dynamo_compiling():
+        policy = _policy_of_body() or policy
     return MONITORED + policy if policy and open_here.any else policy
 
 
-def warn_if_uncompiled() -> None:
-    """Warn where a marked loop runs uncompiled inside of a call that torch.compile was asked to compile."""
-    if _under_way.policy and torch_private.inside_compiled_region():
-        warnings.warn(UNCOMPILED, stacklevel=3)
+@torch_private.never_alone
+def meet_loop(own: PrecisionPolicy | None = None) -> None:
+    """Where a marked loop begins, see to it that it is said if nothing rewrites it."""
+    if not torch.compiler.is_dynamo_compiling():
+        target = _under_way.target
+        unrewritten.loop_runs(target, has_policy=own is not None or target is not None)
+    elif policy_in_force(own):
+        _loop_is_captured()
+
+
+@torch.compiler.assume_constant_result
+def _loop_is_captured() -> bool:
+    unrewritten.loop_is_captured(_under_way.target)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _policy_of_body() -> str:
+    return unrewritten.policy_of_body()
+
+
+@torch.compiler.assume_constant_result
+def _body_begins(policy: str) -> bool:
+    return unrewritten.body_begins(policy)
+
+
+@torch.compiler.assume_constant_result
+def _body_ends() -> bool:
+    unrewritten.body_ends()
+    return True
+
+
+@torch.compiler.assume_constant_result
+def loop_ends(*, once: bool) -> bool:
+    """Where Dynamo captures the end of a marked loop, or of the one step that stands for all."""
+    unrewritten.loop_ends(once=once)
+    return True
 
 
 def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with the policy in force while it runs."""
+    place = unrewritten.place_of(function)
+
+    @torch.compiler.assume_constant_result
+    def enters() -> bool:
+        unrewritten.target_is_entered(place)
+        return True
+
+    @torch.compiler.assume_constant_result
+    def leaves() -> bool:
+        unrewritten.target_is_left(place)
+        return True
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        outer, _under_way.policy = _under_way.policy, policy
+        if torch.compiler.is_dynamo_compiling() and _body_begins(policy):
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _body_ends()
+        outer = _under_way.target
+        _under_way.target = Target(policy, place, outer)
+        if torch.compiler.is_dynamo_compiling():
+            enters()
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
         finally:
-            _under_way.policy = outer
+            _under_way.target = outer
+        if torch.compiler.is_dynamo_compiling():
+            leaves()
+        else:
+            unrewritten.target_ends(place)
+        return result
 
     return torch_private.with_own_code(marked)
 
@@ -141,12 +199,12 @@ def _rebuild_marked(module_class: Any, policy: str) -> Any:
 
 @overload
 def mixed_precision(
-    target: None = None, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...
+    target: None = None, /, *, dtype: torch.dtype | None = ..., policy: PrecisionPolicy | None = ...
 ) -> Callable[[T], T]: ...
 @overload
-def mixed_precision(target: T, /, *, dtype: torch.dtype = ..., policy: PrecisionPolicy | None = ...) -> T: ...
+def mixed_precision(target: T, /, *, dtype: torch.dtype | None = ..., policy: PrecisionPolicy | None = ...) -> T: ...
 def mixed_precision(
-    target: Any = None, /, *, dtype: torch.dtype = torch.float16, policy: PrecisionPolicy | None = None
+    target: Any = None, /, *, dtype: torch.dtype | None = None, policy: PrecisionPolicy | None = None
 ) -> Any:
     """Mark a model, so that the rampde_fx backend rewrites its marked loops in mixed precision.
 
@@ -157,7 +215,8 @@ def mixed_precision(
         target: A Module class, a Module instance or a function. A class and an instance are marked in place and
             returned (their parameters, state_dict keys and isinstance relations stay; an instance that is marked again
             takes the new policy); for a function a marked one is returned. Without a target, a decorator is returned.
-        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype).
+        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype); float16 where
+            None, without a policy.
         policy: The whole policy, instead of dtype.
 
     Returns:
@@ -168,13 +227,20 @@ def mixed_precision(
 
     Source: arXiv 2510.23498.
     """
-    if policy is not None and (not isinstance(policy, PrecisionPolicy) or dtype is not torch.float16):
+    if torch.compiler.is_dynamo_compiling():
+        refuse(
+            PolicyError,
+            "mixed_precision is applied in code that is compiled",
+            required="a target that is marked once, before torch.compile",
+            fix="apply mixed_precision outside of the compiled function",
+        )
+    if policy is not None and (not isinstance(policy, PrecisionPolicy) or dtype is not None):
         raise PolicyError(
             f"mixed_precision(dtype={dtype!r}, policy={policy!r})",
             required="either a dtype or a PrecisionPolicy",
             fix="write policy=PrecisionPolicy(velocity=...) alone",
         )
-    policy = policy or PrecisionPolicy(velocity=dtype)
+    policy = policy or (PrecisionPolicy() if dtype is None else PrecisionPolicy(velocity=dtype))
     if target is None:
         return lambda target: mixed_precision(target, policy=policy)
     encoded = policy.encoded

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from rampde_fx.errors import PolicyError
+from rampde_fx.errors import PolicyError, refuse
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,19 +46,31 @@ class AdjointScaling:
     max_attempts: int = 3
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.target, (int, float))
-        if self.target is not None and not (is_number and self.target > 0 and math.frexp(self.target)[0] == 0.5):
-            raise PolicyError(
-                f"AdjointScaling(target={self.target!r})",
-                required="a positive power of two, so that scaling is exact, or None",
-                fix="leave it out, or use a value such as 1.0 or 2.0**-4",
-            )
-        if type(self.max_attempts) is not int or self.max_attempts < 1:
-            raise PolicyError(
-                f"AdjointScaling(max_attempts={self.max_attempts!r})",
-                required="an int of at least 1",
-                fix="use the default, 3",
-            )
+        _refuse(_wrong_scaling(self.target, self.max_attempts))
+
+
+# Found, required, fix; empty where nothing is wrong.
+_Problem = tuple[str, ...]
+
+
+def _refuse(problem: _Problem) -> None:
+    if problem:
+        refuse(PolicyError, problem[0], required=problem[1], fix=problem[2])
+
+
+@torch.compiler.assume_constant_result  # a policy that is made in compiled code is a constant
+def _wrong_scaling(target: float | None, max_attempts: int) -> _Problem:
+    """What is wrong with the fields of an AdjointScaling."""
+    is_number = isinstance(target, (int, float))
+    if target is not None and not (is_number and target > 0 and math.frexp(target)[0] == 0.5):
+        return (
+            f"AdjointScaling(target={target!r})",
+            "a positive power of two, so that scaling is exact, or None",
+            "leave it out, or use a value such as 1.0 or 2.0**-4",
+        )
+    if type(max_attempts) is not int or max_attempts < 1:
+        return f"AdjointScaling(max_attempts={max_attempts!r})", "an int of at least 1", "use the default, 3"
+    return ()
 
 
 @dataclass(frozen=True)
@@ -108,47 +121,19 @@ class PrecisionPolicy:
     encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("velocity", "storage"):
-            dtype = getattr(self, name)
-            allowed = DTYPES if name == "velocity" else STORAGE_DTYPES
-            if dtype not in allowed.values() and not (name == "storage" and dtype is None):
-                raise PolicyError(
-                    f"PrecisionPolicy({name}={dtype!r})",
-                    required="one of " + ", ".join(map(str, allowed.values())),
-                    fix="use torch.float16 or torch.bfloat16",
-                )
-        if not (self.scaling in (None, "dynamic", "none") or isinstance(self.scaling, AdjointScaling)):
-            raise PolicyError(
-                f"PrecisionPolicy(scaling={self.scaling!r})",
-                required='"dynamic", "none" or an AdjointScaling',
-                fix="leave it out: float16 is then scaled and the other dtypes are not",
-            )
-        if self.storage is torch.float8_e4m3fn and self.storage_scaling == "none":
-            raise PolicyError(
-                'PrecisionPolicy(storage=torch.float8_e4m3fn, storage_scaling="none")',
-                required="scaling: float8_e4m3fn ends at 448",
-                fix="leave storage_scaling out",
-            )
-        if self.checkpoint not in CHECKPOINTS and not (type(self.checkpoint) is int and self.checkpoint >= 1):
-            raise PolicyError(
-                f"PrecisionPolicy(checkpoint={self.checkpoint!r})",
-                required=f"one of {CHECKPOINTS}, or an int of at least 1",
-                fix="use the default, 'step', or \"sqrt\" to save memory",
-            )
-        choices = {"storage_scaling": STORAGE_SCALINGS, "accumulation": ACCUMULATIONS, "loop": LOOPS}
-        for name, options in choices.items():
-            if getattr(self, name) not in options:
-                raise PolicyError(
-                    f"PrecisionPolicy({name}={getattr(self, name)!r})",
-                    required=f"one of {options}",
-                    fix=f"use the default, {options[0]!r}",
-                )
-        object.__setattr__(self, "encoded", self._encode())
+        scaling: Any = self.scaling
+        if isinstance(scaling, AdjointScaling):
+            scaling = (scaling.target, scaling.max_attempts)
+        elif isinstance(scaling, tuple):  # which stands for an AdjointScaling below
+            scaling = str(scaling)
+        fields = (self.velocity, self.storage, self.storage_scaling, self.accumulation, self.loop, self.checkpoint)
+        _refuse(_wrong_policy(scaling, *fields))
+        object.__setattr__(self, "encoded", _encode(scaling, *fields))
 
     @property
     def storage_dtype(self) -> torch.dtype:
         """Dtype in which a wide state is stored for the backward."""
-        return self.storage or self.velocity
+        return self.velocity if self.storage is None else self.storage
 
     @property
     def scales_storage(self) -> bool:
@@ -168,19 +153,6 @@ class PrecisionPolicy:
         """Whether a loop of this many equal steps is emitted step by step rather than as a scan."""
         return self.loop == "unroll" or (self.loop == "auto" and isinstance(steps, int) and steps <= 2)
 
-    def _encode(self) -> str:
-        scaling = self.adjoint_scaling
-        fields = {
-            "velocity": str(self.velocity).removeprefix("torch."),
-            "storage": str(self.storage_dtype).removeprefix("torch."),
-            "storage_scaling": "dynamic" if self.scales_storage else "none",
-            "scaling": [scaling.target, scaling.max_attempts] if scaling else "none",
-            "accumulation": self.accumulation,
-            "loop": self.loop,
-            "checkpoint": self.checkpoint,
-        }
-        return json.dumps(fields)
-
     @classmethod
     def decode(cls, text: str) -> PrecisionPolicy:
         """The policy that was encoded, with its defaults filled in."""
@@ -195,3 +167,75 @@ class PrecisionPolicy:
             loop=fields["loop"],
             checkpoint=fields["checkpoint"],
         )
+
+
+@torch.compiler.assume_constant_result
+def _wrong_policy(
+    scaling: Any,
+    velocity: Any,
+    storage: Any,
+    storage_scaling: Any,
+    accumulation: Any,
+    loop: Any,
+    checkpoint: Any,
+) -> _Problem:
+    """What is wrong with the fields of a policy; an AdjointScaling comes as the tuple of its fields."""
+    for name, dtype, allowed in (("velocity", velocity, DTYPES), ("storage", storage, STORAGE_DTYPES)):
+        if dtype not in allowed.values() and not (name == "storage" and dtype is None):
+            required = "one of " + ", ".join(map(str, allowed.values()))
+            return f"PrecisionPolicy({name}={dtype!r})", required, "use torch.float16 or torch.bfloat16"
+    if not (scaling in (None, "dynamic", "none") or isinstance(scaling, tuple)):
+        return (
+            f"PrecisionPolicy(scaling={scaling!r})",
+            '"dynamic", "none" or an AdjointScaling',
+            "leave it out: float16 is then scaled and the other dtypes are not",
+        )
+    if storage is torch.float8_e4m3fn and storage_scaling == "none":
+        return (
+            'PrecisionPolicy(storage=torch.float8_e4m3fn, storage_scaling="none")',
+            "scaling: float8_e4m3fn ends at 448",
+            "leave storage_scaling out",
+        )
+    if checkpoint not in CHECKPOINTS and not (type(checkpoint) is int and checkpoint >= 1):
+        return (
+            f"PrecisionPolicy(checkpoint={checkpoint!r})",
+            f"one of {CHECKPOINTS}, or an int of at least 1",
+            "use the default, 'step', or \"sqrt\" to save memory",
+        )
+    choices = (
+        ("storage_scaling", storage_scaling, STORAGE_SCALINGS),
+        ("accumulation", accumulation, ACCUMULATIONS),
+        ("loop", loop, LOOPS),
+    )
+    for name, value, options in choices:
+        if value not in options:
+            return f"PrecisionPolicy({name}={value!r})", f"one of {options}", f"use the default, {options[0]!r}"
+    return ()
+
+
+@torch.compiler.assume_constant_result
+def _encode(
+    scaling: Any,
+    velocity: torch.dtype,
+    storage: torch.dtype | None,
+    storage_scaling: str | None,
+    accumulation: str,
+    loop: str,
+    checkpoint: str | int,
+) -> str:
+    """A policy as one string, its defaults filled in."""
+    storage = velocity if storage is None else storage
+    if scaling == "dynamic" or (scaling is None and velocity is torch.float16):
+        default = AdjointScaling()
+        scaling = (default.target, default.max_attempts)
+    scales_storage = storage is torch.float8_e4m3fn or storage_scaling == "dynamic"
+    fields = {
+        "velocity": str(velocity).removeprefix("torch."),
+        "storage": str(storage).removeprefix("torch."),
+        "storage_scaling": "dynamic" if scales_storage else "none",
+        "scaling": list(scaling) if isinstance(scaling, tuple) else "none",
+        "accumulation": accumulation,
+        "loop": loop,
+        "checkpoint": checkpoint,
+    }
+    return json.dumps(fields)

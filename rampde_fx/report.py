@@ -15,9 +15,9 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from rampde_fx import graphs, operators, pass_log, report_html, torch_private
-from rampde_fx.backend import raising, rewrite
-from rampde_fx.errors import RampdeError
+from rampde_fx import graphs, operators, pass_log, report_html, torch_private, unrewritten
+from rampde_fx.backend import rewrite
+from rampde_fx.errors import RampdeError, raising
 from rampde_fx.loop import Fallback, Loop
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.policy import PrecisionPolicy
@@ -170,6 +170,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if not has_loop(graph_module):
             return graph_module.forward
+        graph_module.meta[unrewritten.BACKEND] = "explain"
         try:
             loops.extend(rewritten(_with_names(graphs.copied(graph_module), names)))
         except RampdeError as error:

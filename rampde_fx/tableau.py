@@ -11,6 +11,8 @@ from operator import mul
 from types import MappingProxyType
 from typing import TypeAlias
 
+import torch
+
 from rampde_fx.errors import MethodError, TableauError, refuse
 
 Row: TypeAlias = tuple[float, ...]
@@ -317,6 +319,11 @@ def tableau_of(method: str | ButcherTableau) -> ButcherTableau:
             required="a ButcherTableau, or one of " + ", ".join(METHODS),
             fix='use "rk4" for fixed steps, "dopri5" for adaptive ones',
         )
+    return _known(method)
+
+
+@torch.compiler.assume_constant_result  # or under dynamic=True Dynamo makes inputs of the weights
+def _known(method: str) -> ButcherTableau:
     return METHODS[method]
 
 

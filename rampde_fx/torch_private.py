@@ -12,7 +12,9 @@ import importlib
 import itertools
 import math
 import operator
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,9 +27,12 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import fx
 from torch._decomp import get_decompositions
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.variables import ListVariable, SymNodeVariable
+from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
@@ -233,11 +238,6 @@ def _no_saved_tensors_hooks() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def cut_by_ddp(graph_module: fx.GraphModule) -> bool:
-    """Whether a graph is one of the parts into which Dynamo cuts a DistributedDataParallel module, bucket by bucket."""
-    return "DDPOptimizer" in getattr(getattr(graph_module, "compile_subgraph_reason", None), "reason", "")
-
-
 def autocast_enabled() -> bool:
     """Whether torch.autocast is on, for any device, where the backend was called."""
     return torch._C._is_any_autocast_enabled()
@@ -353,36 +353,231 @@ def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def inside_compiled_region() -> bool:
-    """Whether the code runs uncompiled inside of a call that torch.compile was asked to compile.
+def never_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which Dynamo captures as part of another one only, and otherwise runs as it is."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+    return function
 
-    The callback is None outside of such calls, and False where Dynamo has given up on compiling once more.
+
+@never_alone
+def compilation_asked() -> Any:
+    """Dynamo's callback of the call of torch.compile in which the code that runs was to be compiled, and is not.
+
+    None where nobody asked for it, or it is turned off on purpose. Dynamo itself has none outside of torch.compile, but
+    neither in code under fullgraph=True that was compiled before, with a graph break in it; and it has False where it
+    has given up on compiling once more.
     """
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    if torch._dynamo.config.disable or torch._dynamo.eval_frame._stance.stance not in _COMPILING_STANCES:
+        return None
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() or _callback_of_caller()
+
+
+_COMPILING_STANCES = ("default", "eager_on_recompile", "fail_on_recompile")
+
+
+@never_alone
+def _callback_of_caller() -> Any:
+    """Dynamo's callback in the innermost call of torch.compile; None in what the user has disabled."""
+    frame: Any = sys._getframe()
+    while (frame := frame.f_back) is not None:
+        if frame.f_code.co_filename != torch._dynamo.eval_frame.__file__:
+            continue
+        if frame.f_code.co_qualname.startswith("_TorchDynamoContext.__call__"):
+            return getattr(frame.f_locals.get("self"), "callback", None)
+        off = frame.f_code.co_qualname.startswith("DisableContext.__call__")
+        if off and not is_of(frame.f_locals.get("fn"), "torch"):  # torch turns it off in its own, in checkpoint for one
+            return None
+    return None
+
+
+@never_alone
+def innermost(backend: Any) -> Any:
+    """The user's backend, behind what Dynamo wraps round it."""
+    names = ("_torchdynamo_orig_backend", "compiler_fn")
+    while (inner := next((getattr(backend, name) for name in names if hasattr(backend, name)), None)) is not None:
+        backend = inner
+    optimizer = getattr(backend, "__self__", None)
+    return innermost(optimizer.backend_compile_fn) if isinstance(optimizer, DDPOptimizer) else backend
+
+
+def is_of(function: Any, package: str) -> bool:
+    """Whether a function is defined in a package."""
+    return str(getattr(function, "__module__", "")).startswith(f"{package}.")
 
 
 @torch.compiler.assume_constant_result
 def rewritten_later() -> bool:
     """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own."""
-    backend: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.compiler_fn
-    while (inner := getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "compiler_fn", None))) is not None:
-        backend = inner
-    return not str(getattr(backend, "__module__", "")).startswith("torch.")
+    return not is_of(innermost(_capture().compiler_fn), "torch")
 
 
-def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
-    """Let Dynamo capture a number that is read from a tensor."""
-    if torch.compiler.is_compiling():
-        _allow_scalar_outputs()
-    return torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True)
+def _capture() -> Any:
+    """Dynamo's capture that is under way."""
+    return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+
+
+def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]], Any]) -> dict[str, list[Any]]:
+    """Notes on the graph that is being captured, which are lost if Dynamo begins anew.
+
+    `after` is given the graph, the backend and the notes when it is compiled; what it returns, if anything, runs
+    instead. The graph goes to the backend whole:
+    DDPOptimizer, which cuts the graph of a DistributedDataParallel module at its gradient buckets, would cut the loops.
+    """
+    capture = _capture()
+    notes: dict[str, list[Any]] | None = getattr(capture.compiler_fn, "notes", None)
+    if notes is not None:
+        return notes
+    notes, backend = {}, capture.compiler_fn
+    optimizer = getattr(backend, "__self__", None)
+    if isinstance(optimizer, DDPOptimizer):
+        backend = optimizer.backend_compile_fn
+
+    @functools.wraps(backend, updated=())
+    def compile_whole(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        compiled = backend(graph_module, example_inputs)
+        return after(graph_module, backend, notes) or compiled
+
+    compile_whole.notes, compile_whole._torchdynamo_orig_backend = notes, backend  # type: ignore[attr-defined]
+    capture.compiler_fn = compile_whole
+    return notes
+
+
+def numbers_kept() -> dict[tuple[Any, str], Any]:
+    """The numbers that the capture under way has put into attributes, globals and lists from outside of it.
+
+    By the variable and the name of each; of a list by the variable and what its entries are.
+    """
+    effects, found = _capture().side_effects, {}
+    for owner, attributes in effects.store_attr_mutations.items():
+        if isinstance(owner.mutation_type, AttributeMutationExisting):
+            found.update({(owner, name): _number(value) for name, value in attributes.items()})
+    for entries in effects.id_to_variable.values():
+        changed = isinstance(entries.mutation_type, ValueMutationExisting) and effects.is_modified(entries)
+        if changed and isinstance(entries, ListVariable):
+            found.update({(entries, str(i)): _number(value) for i, value in enumerate(entries.items)})
+    return {key: number for key, number in found.items() if number is not None}
+
+
+def _number(variable: Any) -> Any:
+    """The number that a variable of Dynamo's holds, as text if it is symbolic; None if it holds anything else."""
+    if isinstance(variable, SymNodeVariable):
+        return str(variable.sym_num)
+    value = variable.as_python_constant() if variable.is_python_constant() else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def name_of(owner: Any, name: str) -> str:
+    """How the user writes an attribute, a global or an entry of a list that is a variable of Dynamo's."""
+    source = getattr(owner.source, "name", "")
+    source = source() if callable(source) else source
+    return f"{source}[{name}]" if isinstance(owner, ListVariable) else name
+
+
+def was_read(owner: Any, name: str) -> bool:
+    """Whether the capture under way has read such a number, which it guards then, before it put another there."""
+    guards = [guard.name() if callable(guard.name) else guard.name for guard in _capture().guards]
+    wanted = (f"[{name}]",) if isinstance(owner, ListVariable) else (f".{name}", f"['{name}']")
+    return any(guard.endswith(wanted) for guard in guards) or any(
+        key.endswith(wanted) for key in _capture().unspec_variable_map
+    )
+
+
+def is_specialized(owner: Any) -> bool:
+    """Whether Dynamo compiles anew for every number that it finds in an attribute of this owner."""
+    return isinstance(getattr(owner, "value", None), torch.nn.Module)
+
+
+def captures_body() -> bool:
+    """Whether Dynamo captures the body of a higher-order operation, such as a checkpoint, which may change nothing."""
+    return _capture().current_tracer.parent is not None
+
+
+def captured_line() -> tuple[str, int]:
+    """File and line of the user's code that Dynamo is tracing."""
+    stack = torch._guards.TracingContext.extract_stack()
+    return next(((frame.filename, frame.lineno or 0) for frame in reversed(stack) if is_users(frame.filename)), ("", 0))
+
+
+def running_line() -> tuple[str, int]:
+    """File and line of the user's code that runs."""
+    frame: Any = sys._getframe()
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def is_users(file: str) -> bool:
+    """Whether code of a file is the user's, and not of torch or of this package."""
+    return not file.startswith((_TORCH, _PACKAGE)) and "<" not in file
+
+
+_TORCH, _PACKAGE = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+
+
+@contextlib.contextmanager
+def capturing_scalars() -> Iterator[None]:
+    """Let Dynamo capture a number that is read from a tensor: here alone, for it then reads indices as numbers too."""
+    before = torch.compiler.is_dynamo_compiling() and _allow_scalar_outputs(allowed=True)
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+        yield
+    if torch.compiler.is_dynamo_compiling():
+        _allow_scalar_outputs(allowed=before)
 
 
 @torch.compiler.assume_constant_result
-def _allow_scalar_outputs() -> bool:
-    """Let the capture that is under way make sizes of such numbers: without fullgraph=True it began without."""
-    output: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
-    output.fake_mode.allow_scalar_outputs = True
-    return True
+def _allow_scalar_outputs(*, allowed: bool) -> bool:
+    """Say whether the capture that is under way makes sizes of such numbers, and whether it did."""
+    mode = _capture().fake_mode
+    before, mode.allow_scalar_outputs = mode.allow_scalar_outputs, allowed
+    return bool(before)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def scalar_places(source: torch.Tensor, entries: Sequence[Any]) -> dict[int, int]:
+    """For each 0-d integer tensor in an index, by its position there, the dimension that it indexes."""
+    used = [_dimensions(entry) for entry in entries]
+    dimension, places = 0, {}
+    for position, (entry, count) in enumerate(zip(entries, used, strict=True)):
+        if isinstance(entry, torch.Tensor) and entry.ndim == 0 and entry.dtype in _INTEGERS:
+            places[position] = dimension
+        dimension += source.ndim - sum(used) if entry is Ellipsis else count
+    return places
+
+
+def _dimensions(entry: Any) -> int:
+    """How many dimensions an entry of an index takes."""
+    if entry is None or entry is Ellipsis or isinstance(entry, bool):
+        return 0
+    mask = isinstance(entry, torch.Tensor) and entry.dtype in (torch.bool, torch.uint8)
+    return entry.ndim if mask else 1
+
+
+def read_at(source: torch.Tensor, entries: Sequence[Any], places: dict[int, int]) -> torch.Tensor:
+    """What an index with 0-d integer tensors reads, by a tensor index, which does not ask for their numbers."""
+    indices: list[Any] = [None] * (1 + max(places.values()))
+    for position, dimension in places.items():
+        indices[dimension] = entries[position].long()
+    rest = tuple(entry for position, entry in enumerate(entries) if position not in places)
+    return aten.index.Tensor(source, indices)[rest]
+
+
+_run_node = torch._dynamo.utils.run_node
+
+
+@functools.wraps(_run_node)
+def _read_in_loop(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
+    """Run a captured node on fake tensors; of an index by 0-d integer tensors torch would ask the unknown numbers."""
+    notes: dict[str, list[Any]] = getattr(_capture().compiler_fn, "notes", {})
+    if node.target is operator.getitem and notes.get("open") and isinstance(args[0], torch.Tensor):
+        entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if places := scalar_places(args[0], entries):
+            return read_at(args[0], entries, places)
+    return _run_node(tracer, node, args, kwargs, nnmodule)
+
+
+torch._dynamo.utils.run_node = _read_in_loop
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -457,7 +652,7 @@ def compile_graph(
     lower: Any,
     replayed: bool,
 ) -> Callable[..., Any]:
-    """Compile a graph with one of torch's backends; Inductor applies lower, which has a uuid, to each graph.
+    """Compile a graph with rewritten loops by one of torch's backends; Inductor applies lower, which has a uuid.
 
     Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If the loops are to be
     replayed, it is these that become CUDA graphs instead, and nothing else.
@@ -481,6 +676,20 @@ def compile_graph(
     return lookup_backend(compiler)(
         graph_module, list(example_inputs), config_patches=patches, inner_compile=_compile_replayed
     )
+
+
+def compile_plainly(
+    compiler: str,
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    mode: str | None,
+) -> Callable[..., Any]:
+    """Compile a graph without rewritten loops as torch.compile does by one of torch's backends."""
+    backend = lookup_backend(compiler)
+    if compiler != "inductor":
+        return backend(graph_module, list(example_inputs))
+    return backend(graph_module, list(example_inputs), config_patches=_options(options, mode))
 
 
 def _options(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
@@ -616,7 +825,7 @@ class _Lowering(CustomGraphPass):
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
         keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
-        return None if None in keys else (*keys, _digest_of_this_file() if self.replayed else None)
+        return None if None in keys else (*keys, self.replayed, _digest_of_package())
 
 
 def cpp_wrapper_calls_loops() -> bool:
@@ -625,9 +834,12 @@ def cpp_wrapper_calls_loops() -> bool:
 
 
 @functools.cache
-def _digest_of_this_file() -> str:
-    """Changes with what is generated here."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def _digest_of_package() -> str:
+    """Changes with the package: what it generates is not to be taken from a cache that another version filled."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for file in sorted([*folder.glob("*.py"), *(folder / "passes").glob("*.py")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

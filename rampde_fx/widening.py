@@ -218,19 +218,21 @@ class AsWritten(fx.Interpreter):
         return self._values(end.args)
 
     def run_steps(self, loop: list[fx.Node]) -> list[torch.Tensor]:
-        """The trajectories that leave gives."""
+        """The trajectories that leave gives, and what it collects of each step."""
         starts, sizes, states, _ = self._values(loop[0].args)
-        kept = [states]
+        kept, collected = [states], []
         for i in range(starts.shape[0]):
-            _, states, _, every, _ = self._step(loop, starts[i], sizes[i], states)
+            _, states, found, _, every, _ = self._step(loop, starts[i], sizes[i], states)
+            collected.append(found)
             if (i + 1) % every == 0:
                 kept.append(states)
-        return [torch.stack(values) for values in zip(*kept, strict=True)]
+        return [torch.stack(values) for rows in (kept, collected) for values in zip(*rows, strict=True)]
 
     def run_search(self, loop: list[fx.Node]) -> list[torch.Tensor]:
         """What leave_search gives."""
         t, first, states, _ = self._values(loop[0].args)
-        controller = step_control.Controller.of(loop[-1].args[4])
+        _, _, _, _, numbers, order, max_steps, *_ = self._values(loop[-1].args)
+        controller = step_control.Controller(order, max_steps, 0.0, 0.0).with_numbers(numbers[1:])
         search = step_control.begin(t, first[0], controller.max_steps)
         while int(search.status) == step_control.RUNNING:
             trial = step_control.propose(t, search)
@@ -239,7 +241,7 @@ class AsWritten(fx.Interpreter):
             counts, search = step_control.judge(t, search, trial, norm, controller)
             states = nexts if counts else states
         found = [search.intervals, search.positions, search.fractions, search.count, search.status]
-        return [*found, step_control.reached(t, search), search.interval]
+        return [*found, step_control.reached(t, search)]
 
 
 RUNNERS: dict[Any, Callable[[AsWritten, list[fx.Node]], list[torch.Tensor]]] = {

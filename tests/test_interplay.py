@@ -1,6 +1,7 @@
 """Rewritten models among the other tools of a training loop: each agrees with eager, or with the plain run."""
 
 import copy
+import itertools
 import pickle
 import threading
 import time
@@ -285,17 +286,33 @@ def test_a_loop_beyond_the_recompile_limit_is_said():
 
 
 class Distributed(nn.Module):
-    def __init__(self):
+    def __init__(self, flow):
         super().__init__()
-        self.stem, self.flow, self.head = nn.Linear(5, 5), Midpoint(), nn.Linear(5, 2)
+        self.stem, self.flow, self.head = nn.Linear(5, 5), flow(), nn.Linear(5, 2)
 
     def forward(self, y, t):
         return self.head(self.flow(torch.tanh(self.stem(y)), t))
 
 
-def seeded():
+class SolvedMidpoint(Flow):
+    def forward(self, y, t):
+        return rampde_fx.odeint(self.velocity, y, t, method="midpoint")[-1]
+
+
+class SolvedAdaptively(Flow):
+    def forward(self, y, t):
+        return rampde_fx.odeint(self.velocity, y, t[[0, -1]], method="bosh3", rtol=1e-2, atol=1e-3)[-1]
+
+
+FLOWS = {"steps": Midpoint, "odeint": SolvedMidpoint, "adaptive": SolvedAdaptively}
+ORDERS = ("compiled inside", "compiled outside")
+# Bytes of the first bucket: torch's own, in which all of a small model lies, and one that every parameter exceeds.
+BUCKETS = {"one bucket": dist._DEFAULT_FIRST_BUCKET_BYTES, "many buckets": 1}
+
+
+def seeded(flow):
     torch.manual_seed(0)
-    return Distributed(), torch.randn(8, 5)
+    return Distributed(FLOWS[flow]), torch.randn(8, 5)
 
 
 def train_distributed(function, model, y):
@@ -309,36 +326,50 @@ def train_distributed(function, model, y):
     return [*found, *(p.detach() for p in model.parameters())]
 
 
-def one_rank(rank, folder):
+def distributed(model, order, **buckets):
+    if order == "compiled inside":
+        return DistributedDataParallel(compiled(model, torch.float16), **buckets)
+    wrapped = DistributedDataParallel(rampde_fx.mixed_precision(model), **buckets)
+    return torch.compile(wrapped, backend="rampde_fx", options={"compiler": "aot_eager"})
+
+
+# By the number of processes: the flow, which of the two wraps the other, and the buckets.
+RUNS = {
+    1: [("adaptive", order, "many buckets") for order in ORDERS],
+    2: list(itertools.product(("steps", "odeint"), ORDERS, BUCKETS)),
+}
+
+
+def one_rank(rank, folder, world_size):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name in ("compiled inside", "compiled outside"):
-        model, y = seeded()
-        if name == "compiled inside":
-            function = DistributedDataParallel(compiled(model, torch.float16))
-        else:
-            marked = rampde_fx.mixed_precision(model)
-            wrapped = DistributedDataParallel(marked)
-            function = torch.compile(wrapped, backend="rampde_fx", options={"compiler": "aot_eager"})
-        torch.save(train_distributed(function, model, y.chunk(2)[rank]), f"{folder}/{name} {rank}")
-    torch._dynamo.reset()
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 1  # every use of a parameter counts: real models reach the default, 1 MiB
-    wrapped = DistributedDataParallel(rampde_fx.mixed_precision(seeded()[0]), bucket_cap_mb=1e-5)
-    cut = torch.compile(wrapped, backend="rampde_fx", options={"compiler": "aot_eager"})
-    with pytest.raises(errors.UnsupportedLoopError, match="optimize_ddp"):
-        cut(seeded()[1], T)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    warnings.simplefilter("error", errors.FullPrecisionWarning)
+    for flow, order, name in RUNS[world_size]:
+        torch._dynamo.reset()
+        dist._DEFAULT_FIRST_BUCKET_BYTES = BUCKETS[name]
+        model, y = seeded(flow)
+        function = distributed(model, order, **({} if name == "one bucket" else {"bucket_cap_mb": 1e-5}))
+        found = train_distributed(function, model, y.chunk(world_size)[rank])
+        torch.save(found, f"{folder}/{flow} {order} {name} {rank}")
     dist.destroy_process_group()
 
 
-def test_distributed_data_parallel(tmp_path):
-    """Two processes do what one does on the whole batch, and stay bitwise equal."""
-    ranks = mp.spawn(one_rank, (str(tmp_path),), 2, join=False)
-    model, y = seeded()
-    wanted = train_distributed(compiled(model, torch.float16), model, y)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_distributed_data_parallel(tmp_path, world_size):
+    """The processes do what one does on the whole batch, in mixed precision, and stay bitwise equal."""
+    ranks = mp.spawn(one_rank, (str(tmp_path), world_size), world_size, join=False)
+    wanted, wide = {}, {}
+    for flow in {flow for flow, *_ in RUNS[world_size]}:
+        torch._dynamo.reset()
+        model, y = seeded(flow)
+        plain = copy.deepcopy(model)
+        wanted[flow] = train_distributed(compiled(model, torch.float16), model, y)
+        wide[flow] = train_distributed(plain, plain, y)
     deadline = time.monotonic() + 240
     while not ranks.join(timeout=5):
         assert time.monotonic() < deadline
-    for name in ("compiled inside", "compiled outside"):
-        first, second = (torch.load(tmp_path / f"{name} {rank}") for rank in (0, 1))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert max(relative_errors(first, wanted)) < FP16
+    for flow, order, name in RUNS[world_size]:
+        found = [torch.load(tmp_path / f"{flow} {order} {name} {rank}") for rank in range(world_size)]
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[-1], strict=True))
+        assert max(relative_errors(found[0], wanted[flow])) < FP16
+        assert max(relative_errors(found[0], wide[flow])) > 1e-5, "no mixed precision"
