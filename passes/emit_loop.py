@@ -121,17 +121,24 @@ class _Emission:
             finals, stacks = self.iterate(self.step, starts, per_step, invariants)
             outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
         results = [*finals[:carries], *outputs]
-        if self.loop.counted:
-            self._record_states(results, outputs[-1])
+        self._record_forward(results, per_step, outputs[-1].sum(0) if self.loop.counted else None)
         return tuple(results), (*stored, *(operands[i] for i in self.kept))
 
-    def _record_states(self, results: list[Any], counts: torch.Tensor) -> None:
-        """Add a zero, behind a record of the states' counts, to the smallest result that is read."""
-        read = [j for j in self.used if graphs.has_derivatives(results[j].dtype)]
-        if read:
-            j = min(read, key=lambda j: torch_private.size_hint(results[j].numel()))
-            record = torch.ops.rampde_fx.record_states
-            results[j] = results[j] + record(counts.sum(0), results[j], self.loop.name)
+    def _record_forward(self, results: list[Any], stacks: list[Any], counts: torch.Tensor | None) -> None:
+        """Note the run, by a zero that is added to the smallest result that is read."""
+        read = [results[j] for j in self.used if graphs.has_derivatives(results[j].dtype)]
+        if read and (number := self.number_of_steps(stacks)) is not None:
+            smallest = _smallest(read)
+            j = next(j for j in self.used if results[j] is smallest)
+            record = torch.ops.rampde_fx.record_forward
+            each = self.loop.evaluations_per_step
+            results[j] = results[j] + record(results[j], *number, each, counts, self.loop.name)
+
+    def number_of_steps(self, stacks: list[Any]) -> tuple[torch.Tensor | None, int] | None:
+        """N as a stack of this length, or as a number; None where neither is there."""
+        if isinstance(self.loop.steps, int):
+            return None, self.loop.steps
+        return (stacks[0], 0) if stacks else None
 
     def iterate(
         self, body: Callable[..., list[Any]], starts: list[Any], per_step: list[Any], invariants: list[Any]
@@ -157,6 +164,7 @@ class _Backward:
 
     def __init__(self, emission: _Emission) -> None:
         self.emission, self.loop = emission, emission.loop
+        self.runs: torch.Tensor | None = None  # how often the reverse loop ran, where that is decided on the way
         self.kinds = self.loop.adjoint_inputs
         # The adjoint reads: its carries, what a step has of its own, and what is the same in all steps.
         self.carried = list(range(self.loop.adjoint_carries))
@@ -183,8 +191,20 @@ class _Backward:
         scaling = self.loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
         fits = self._stored_states_fit([given["stored", p] for p in range(len(emission.stored))])
         gradients = self._once(given) if scaling is None else self._repeat(given, scaling, fits)
-        gradients = _usable(gradients, fits)
+        gradients = self._noted(_usable(gradients, fits), given)
         return tuple(gradients.get(i) for i in range(len(emission.inputs)))
+
+    def _noted(self, gradients: dict[int, Any], given: dict[tuple[str, int], Any]) -> dict[int, Any]:
+        """The gradients, the smallest of them behind a note of the run."""
+        stacks = [given[key] for key in given if key[0] == "operand" and key[1] < self.loop.first_invariant()]
+        number = self.emission.number_of_steps(stacks)
+        carries = self.loop.plain_needs_grad[: self.loop.carries]
+        read = {i: gradient for i, gradient in gradients.items() if i >= len(carries) or carries[i]}
+        if not read or number is None:
+            return gradients
+        i = next(i for i, gradient in read.items() if gradient is _smallest(list(read.values())))
+        each, record = self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
+        return {**gradients, i: gradients[i] + record(gradients[i], *number, each, self.runs, self.loop.name)}
 
     def _once(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
         gradients = self._sweep(given)
@@ -295,7 +315,12 @@ class _Backward:
             return attempt + 1, overflow, target * RETRY, *found
 
         results = repeat(again, sweep, start, [*tensors, usable])
+        self.runs = results[0]
         return dict(zip(order, results[3:], strict=True))
+
+
+def _smallest(values: list[Any]) -> Any:
+    return min(values, key=lambda value: torch_private.size_hint(value.numel()))
 
 
 def _usable(gradients: dict[int, Any], fits: torch.Tensor | None) -> dict[int, Any]:

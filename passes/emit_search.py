@@ -75,6 +75,7 @@ class _Search:
     def __init__(self, loop: Loop) -> None:
         assert loop.controller is not None, "a search has a controller"
         self.controller, self.carries, self.first = loop.controller, loop.carries, loop.first_invariant()
+        self.evaluations, self.name = loop.evaluations_per_step, loop.name
         self.states = len(loop.step_outputs()[0])  # one error estimate for each
         count = len(graphs.placeholders(loop.step))
         self.body = Body(loop.step, range(count), self.first, self.carries)
@@ -104,5 +105,7 @@ class _Search:
 
         results = repeat(running, attempt, varying, fixed)
         search = step_control.Search(*results[:FIELDS])
-        found = (search.intervals, search.positions, search.fractions, search.count, search.status)
+        record = torch.ops.rampde_fx.record_search
+        count = search.count + record(search.tried, search.count, self.evaluations, self.name)
+        found = (search.intervals, search.positions, search.fractions, count, search.status)
         return *found, step_control.reached(t, search)

@@ -58,12 +58,13 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         differentiated=any(wanted),
         monitored=marked.monitored,
         controller=_controller(marked) if marked.searches else None,
+        evaluations=marked.end.args[-2] if marked.once else None,
     )
 
 
 def _controller(marked: MarkedLoop) -> Controller:
     """That of a search; what may change is as it was at the capture, and an operand of the loop beside."""
-    *_, order, max_steps, rtol, atol, _ = fx.map_arg(marked.end.args, graphs.value)
+    *_, order, max_steps, rtol, atol, _, _ = fx.map_arg(marked.end.args, graphs.value)
     return Controller(order, int(max_steps), torch_private.hint_of(rtol), torch_private.hint_of(atol))
 
 
@@ -197,7 +198,7 @@ def _replace_trajectories(
     graph: fx.Graph, marked: MarkedLoop, run: Run, captured: CapturedStep, results: list[fx.Node]
 ) -> None:
     """Let the readers of leave read the loop's results."""
-    leave, (states, nexts, collected, _, every, _) = marked.end, marked.end.args
+    leave, (states, nexts, collected, _, every, *_) = marked.end, marked.end.args
     carries = captured.carries()
     stacked = dict(zip(captured.outputs, results[carries:], strict=True))
     keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]

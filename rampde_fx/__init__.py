@@ -3,7 +3,14 @@
 from rampde_fx import errors
 from rampde_fx.check_table import CheckResult, CheckRow
 from rampde_fx.checking import check
-from rampde_fx.counts import BackwardCount, StateCount, backward_counts, state_counts
+from rampde_fx.counts import (
+    BackwardCount,
+    EvaluationCount,
+    StateCount,
+    backward_counts,
+    evaluation_counts,
+    state_counts,
+)
 from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, steps
 from rampde_fx.monitoring import AdjointRecord, Monitor, monitor
@@ -19,12 +26,14 @@ __all__ = [
     "ButcherTableau",
     "CheckResult",
     "CheckRow",
+    "EvaluationCount",
     "Monitor",
     "PrecisionPolicy",
     "StateCount",
     "backward_counts",
     "check",
     "errors",
+    "evaluation_counts",
     "explain",
     "mixed_precision",
     "monitor",

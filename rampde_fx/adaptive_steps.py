@@ -99,13 +99,14 @@ def _adapt_later(
         states = [*start, *rate] if tableau.fsal else start
         t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
         first = entered[len(y) :] if tableau.fsal else None
+        before = len(problems)
         nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
         marking.loop_ends(once=True)
         # A velocity may return what stands outside of the loop.
         results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
         order, most, rtol, atol = controller[:4]
         intervals, positions, fractions, count, status, reached = operators.leave_search(
-            states, results, errors, times, numbers, order, most, rtol, atol, max(problems)
+            states, results, errors, times, numbers, order, most, rtol, atol, len(problems) - before, max(problems)
         )
     # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
     count = operators.found(count, status, reached) if raises else count.clamp(min=1)

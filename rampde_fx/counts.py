@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,11 +47,32 @@ class StateCount:
     underflowed: int = 0
 
 
+@dataclass(frozen=True)
+class EvaluationCount:
+    """What the last run of one loop evaluated.
+
+    Attributes:
+        forward: Evaluations of the velocity in the forward pass: steps times evaluations of each; of a search for
+            adaptive steps, steps that were tried. None before one.
+        backward: VJPs of the velocity in the backward pass that ended last, repetitions included. Each evaluates the
+            velocity once more, unless checkpoint="none". None before one.
+        accepted: Steps that count, of a search; None of another loop.
+        rejected: Steps that were tried and do not count, of a search.
+    """
+
+    forward: int | None = None
+    backward: int | None = None
+    accepted: int | None = None
+    rejected: int | None = None
+
+
 _lock = threading.Lock()
 # The last of each counts; the others wait for their contexts to end.
 _counts: list[dict[str, BackwardCount]] = [{}]
 _states: list[dict[str, StateCount]] = [{}]
 _on_devices: dict[str, torch.Tensor] = {}  # what was not read yet: (underflowed, entries)
+_evaluations: dict[str, EvaluationCount] = {}
+_searches: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}  # not read yet: tried, accepted, evaluations of each
 _warned: set[tuple[str, str]] = set()
 
 
@@ -98,6 +119,46 @@ def state_counts(*, reset: bool = False) -> dict[str, StateCount]:
         if reset:
             _states[-1].clear()
     return found
+
+
+def evaluation_counts(*, reset: bool = False) -> dict[str, EvaluationCount]:
+    """Count the evaluations of the velocity in the last run of every compiled loop, instead of a counter in Python.
+
+    An adaptive odeint has two loops: the search, which tries steps, and the loop over the steps that it found. What a
+    search counted on an accelerator is read here, where the host waits for it, and nowhere else.
+
+    Args:
+        reset: Whether to forget the runs.
+
+    Returns:
+        An EvaluationCount for each loop, named as in backward_counts.
+
+    >>> evaluation_counts(reset=True)
+    {}
+    """
+    with _lock:
+        for loop, (tried, accepted, each) in _searches.items():
+            number = int(accepted)
+            _evaluations[loop] = EvaluationCount(each * int(tried), None, number, int(tried) - number)
+        _searches.clear()
+        found = dict(_evaluations)
+        if reset:
+            _evaluations.clear()
+    return found
+
+
+def record_evaluations(loop: str, **counted: int) -> None:
+    """Note the forward or the backward evaluations of a run."""
+    with _lock:
+        if len(_counts) == 1:
+            _evaluations[loop] = replace(_evaluations.get(loop, EvaluationCount()), **counted)
+
+
+def record_search(loop: str, tried: torch.Tensor, accepted: torch.Tensor, each: int) -> None:
+    """Note a search's numbers of steps, 0-d tensors that are not waited for."""
+    with _lock:
+        if len(_counts) == 1:
+            _searches[loop] = tried.clone(), accepted.clone(), each
 
 
 def record_states(loop: str, counts: torch.Tensor) -> None:

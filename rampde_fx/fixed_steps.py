@@ -80,7 +80,7 @@ def captured_once(
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)
     marking.loop_ends(once=True)
-    return list(operators.leave(y, nexts, [], outputs, every, max(problems)))
+    return list(operators.leave(y, nexts, [], outputs, every, len(problems), max(problems)))
 
 
 def captured_collecting(
@@ -98,7 +98,7 @@ def captured_collecting(
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
     marking.loop_ends(once=True)
-    found = list(operators.leave(y, nexts, [*rates, *quartics], steps + 1, 1, max(problems)))
+    found = list(operators.leave(y, nexts, [*rates, *quartics], steps + 1, 1, len(problems), max(problems)))
     return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 
 

@@ -201,6 +201,7 @@ class Loop:
         adjoint_corrections: The carries of the adjoint whose sums are compensated.
         counted: Whether the last per-step output counts the entries that underflow where states enter a velocity.
         stages: Names of the velocity submodules in the order of their evaluation.
+        evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
         low_operations: How many operations of the step's evaluations are in the velocity dtype.
         fallbacks: What stayed in the accumulation dtype.
         notes: Sentences for the report.
@@ -231,6 +232,7 @@ class Loop:
     adjoint_corrections: tuple[int, ...] = ()
     counted: bool = False
     stages: tuple[str, ...] = ()
+    evaluations: int | None = None
     low_operations: int = 0
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
@@ -240,6 +242,11 @@ class Loop:
         """The file and line of its head, numbered from the second loop of that line on."""
         line = self.where.partition(", in ")[0] or "an unknown line"
         return line if self.number == 1 else f"{line} ({self.number})"
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """How often a step evaluates the velocity; of a loop over steps(t) its parts that are no sums of states."""
+        return len(self.stages) if self.evaluations is None else self.evaluations
 
     def first_invariant(self) -> int:
         """Index of the first invariant among the step's placeholders."""

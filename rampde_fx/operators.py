@@ -31,7 +31,8 @@ library.define("end(Tensor t) -> Tensor")
 # wrong with the velocity, if anything.
 library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tensor[]")
 library.define(
-    "leave(Tensor[] states, Tensor[] nexts, Tensor[] collected, SymInt outputs, SymInt every, str problem) -> Tensor[]"
+    "leave(Tensor[] states, Tensor[] nexts, Tensor[] collected, SymInt outputs, SymInt every,"
+    " int evaluations, str problem) -> Tensor[]"
 )
 library.define("needs_backend(Tensor x) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
@@ -39,7 +40,7 @@ library.define("needs_backend(Tensor x) -> Tensor")
 # step_control.Controller, whose constants and tolerances are given beside them.
 library.define(
     "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, Tensor numbers, int order,"
-    " SymInt max_steps, Scalar rtol, Scalar atol, str problem) -> Tensor[]"
+    " SymInt max_steps, Scalar rtol, Scalar atol, int evaluations, str problem) -> Tensor[]"
 )
 # How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
 library.define("count_steps(Tensor t, Tensor step_size) -> Tensor")
@@ -63,8 +64,13 @@ for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")
 library.define("record_sweep(Tensor outcome, Tensor attempt, int attempts, str loop) -> Tensor")
 # Of states that enter a velocity in float16 how many entries are not zero and lose digits, and how many are not zero.
 library.define("count_underflow(Tensor[] states) -> Tensor")
-# A zero of the dtype of like, once these counts, over all steps of a loop, are taken to the loop's.
-library.define("record_states(Tensor counts, Tensor like, str loop) -> Tensor")
+# A zero of the dtype of like, once a run of a loop is noted: its number of steps, as a number or as the length of a
+# stack; the evaluations, or VJPs, of each; and what count_underflow gave in all steps, or how often a reverse loop ran.
+_run = "Tensor like, Tensor? stack, int steps, int each"
+library.define(f"record_forward({_run}, Tensor? counts, str loop) -> Tensor")
+library.define(f"record_backward({_run}, Tensor? runs, str loop) -> Tensor")
+# A zero, once it is noted how many steps a search tried, and how many of them count; neither is waited for.
+library.define("record_search(Tensor tried, Tensor accepted, int each, str loop) -> Tensor")
 # The same values, once the open monitors have what a run of the reverse loop returned for them.
 library.define("record_adjoint(Tensor[] values, Tensor statistics, Tensor attempt, str loop) -> Tensor[]")
 
@@ -100,6 +106,7 @@ def _leave(
     collected: list[torch.Tensor],
     outputs: int,
     every: int,
+    evaluations: int,
     problem: str,
 ) -> list[torch.Tensor]:
     trajectories = [
@@ -119,6 +126,7 @@ def _leave_search(
     max_steps: int,
     rtol: float,
     atol: float,
+    evaluations: int,
     problem: str,
 ) -> list[torch.Tensor]:
     search = step_control.begin(t, numbers[0], max_steps)
@@ -235,9 +243,26 @@ def _count_underflow(states: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([sum(lost[1:], lost[0]), sum(present[1:], present[0])])
 
 
-def _record_states(total: torch.Tensor, like: torch.Tensor, loop: str) -> torch.Tensor:
-    counts.record_states(loop, total)
+def _record_forward(
+    like: torch.Tensor, stack: torch.Tensor | None, steps: int, each: int, total: torch.Tensor | None, loop: str
+) -> torch.Tensor:
+    counts.record_evaluations(loop, forward=each * (steps if stack is None else stack.shape[0]))
+    if total is not None:
+        counts.record_states(loop, total)
     return torch.zeros((), dtype=like.dtype, device=like.device)
+
+
+def _record_backward(
+    like: torch.Tensor, stack: torch.Tensor | None, steps: int, each: int, runs: torch.Tensor | None, loop: str
+) -> torch.Tensor:
+    times = 1 if runs is None else int(runs)  # the host's own
+    counts.record_evaluations(loop, backward=times * each * (steps if stack is None else stack.shape[0]))
+    return torch.zeros((), dtype=like.dtype, device=like.device)
+
+
+def _record_search(tried: torch.Tensor, accepted: torch.Tensor, each: int, loop: str) -> torch.Tensor:
+    counts.record_search(loop, tried, accepted, each)
+    return torch.zeros_like(tried)
 
 
 def _record_adjoint(
@@ -276,8 +301,14 @@ torch.library.register_autograd(
 library.impl("record_sweep", _record_sweep, "CPU")
 library.impl("count_underflow", _count_underflow, "CompositeExplicitAutograd")
 library.impl("count_underflow", torch_private.below_autograd(torch.ops.rampde_fx.count_underflow), "Autograd")
-library.impl("record_states", _record_states, "CompositeExplicitAutograd")
-library.impl("record_states", torch_private.below_autograd(torch.ops.rampde_fx.record_states), "Autograd")
+_records: dict[str, _Function] = {
+    "record_forward": _record_forward,
+    "record_backward": _record_backward,
+    "record_search": _record_search,
+}
+for _name, _function in _records.items():
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, torch_private.below_autograd(getattr(torch.ops.rampde_fx, _name)), "Autograd")
 library.impl("record_adjoint", _record_adjoint, "CompositeExplicitAutograd")
 _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, "bernoulli": _bernoulli}
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
@@ -290,7 +321,9 @@ _fakes: dict[str, _Function] = {
     "narrow": lambda x, *, dtype: torch.empty_like(x, dtype=dtype),
     "mark_overflow": lambda x, operands: torch.empty_like(x),
     "count_underflow": lambda states: torch.empty(2, dtype=torch.int64, device=states[0].device),
-    "record_states": lambda total, like, loop: like.new_empty(()),
+    "record_forward": lambda like, *_: like.new_empty(()),
+    "record_backward": lambda like, *_: like.new_empty(()),
+    "record_search": lambda tried, *_: torch.empty_like(tried),
     "record_sweep": lambda outcome, *_: torch.empty((), dtype=torch.bool),
     "record_adjoint": lambda values, *_: [torch.empty_like(value) for value in values],
     **dict.fromkeys(_distributions, lambda seed, index, draw, like, *_: torch.empty_like(like)),

@@ -172,8 +172,7 @@ def _counts(name: str, line: tuple[str, int]) -> CounterError:
     return CounterError(
         f"a marked loop changes the number {name!r} in Python, as a counter of evaluations does",
         required="a loop that keeps its numbers in tensors: one compiled step stands for all",
-        fix=f"leave {name!r} out: the velocity of fixed steps is evaluated steps times stages times, as "
-        "rampde_fx.explain(model, ...) reports",
+        fix=f"leave {name!r} out, and call rampde_fx.evaluation_counts() after the model has run",
         where=f"{line[0]}:{line[1]}",
     )
 

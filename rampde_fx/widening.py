@@ -222,7 +222,7 @@ class AsWritten(fx.Interpreter):
         starts, sizes, states, _ = self._values(loop[0].args)
         kept, collected = [states], []
         for i in range(starts.shape[0]):
-            _, states, found, _, every, _ = self._step(loop, starts[i], sizes[i], states)
+            _, states, found, _, every, *_ = self._step(loop, starts[i], sizes[i], states)
             collected.append(found)
             if (i + 1) % every == 0:
                 kept.append(states)

@@ -526,8 +526,8 @@ class GraphModule(torch.nn.Module):
             getitem_1: "i64[3, 2]" = scan[1]
             getitem_2: "f16[3, 3, 5]" = scan[2]
             sum_1: "i64[2]" = aten.sum.dim_IntList(getitem_1, [0])
-            record_states: "f32[]" = rampde_fx.record_states.default(sum_1, getitem, 'test_passes.py')
-            add: "f32[3, 5]" = aten.add.Tensor(getitem, record_states)
+            record_forward: "f32[]" = rampde_fx.record_forward.default(getitem, None, 3, 1, sum_1, 'test_passes.py')
+            add: "f32[3, 5]" = aten.add.Tensor(getitem, record_forward)
             return ((add, getitem_1), (getitem_2, t, dt, mul))
         class scan_combine_graph_0(torch.nn.Module):
             def forward(self, arg0_1: "f32[3, 5]", arg1_1: "f32[]", arg2_1: "f32[]", arg3_1: "f16[5, 5]"):
@@ -589,10 +589,13 @@ class GraphModule(torch.nn.Module):
             while_loop_cond_graph_0 = self.while_loop_cond_graph_0
             while_loop_body_graph_0 = self.while_loop_body_graph_0
             while_loop = higher_order.while_loop(while_loop_cond_graph_0, while_loop_body_graph_0, (zeros, ones, full, zeros_like), (adjoint_args_0, cotangent_0, stored_args_0, t, dt, mul, bitwise_and))
+            getitem: "i64[]" = while_loop[0]
             getitem_3: "f32[3, 5]" = while_loop[3]
             scalar_tensor: "f32[]" = aten.scalar_tensor.default(nan, dtype = torch.float32)
             where: "f32[3, 5]" = aten.where.self(all_2, getitem_3, scalar_tensor)
-            return (where, None, None, None)
+            record_backward: "f32[]" = rampde_fx.record_backward.default(where, None, 3, 1, getitem, 'test_passes.py')
+            add: "f32[3, 5]" = aten.add.Tensor(where, record_backward)
+            return (add, None, None, None)
         class while_loop_cond_graph_0(torch.nn.Module):
             def forward(self, arg0_1: "i64[]", arg1_1: "b8[]", arg2_1: "f32[]", arg3_1: "f32[3, 5]", arg4_1: "f32[3, 5]", arg5_1: "i64[3, 2]", arg6_1: "f16[3, 3, 5]", arg7_1: "f32[3]", arg8_1: "f32[3]", arg9_1: "f32[5, 5]", arg10_1: "b8[]"):
                 lt: "b8[]" = aten.lt.Scalar(arg0_1, 3)
