@@ -20,6 +20,7 @@ Source:   arXiv 2510.23498.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -320,7 +321,13 @@ class _Backward:
 
 
 def _smallest(values: list[Any]) -> Any:
-    return min(values, key=lambda value: torch_private.size_hint(value.numel()))
+    """The value of the fewest entries; one whose size is known at run time only comes last."""
+
+    def entries(value: torch.Tensor) -> float:
+        number = value.numel()
+        return math.inf if torch_private.is_data_dependent(number) else torch_private.size_hint(number)
+
+    return min(values, key=entries)
 
 
 def _usable(gradients: dict[int, Any], fits: torch.Tensor | None) -> dict[int, Any]:
