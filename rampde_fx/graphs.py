@@ -51,6 +51,24 @@ def function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+def operation(node: fx.Node) -> str:
+    """What a captured node does, its constants included, its operands left out."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
+    body = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    target = _program(body) if isinstance(body, fx.GraphModule) else node.target
+    return f"{node.op} {target} {args!r} {kwargs!r}"
+
+
+def _program(body: fx.GraphModule) -> str:
+    """What a captured body does, whatever its values are called."""
+    number = {node: i for i, node in enumerate(body.graph.nodes)}
+    lines = []
+    for node in body.graph.nodes:
+        read = [number[operand] for operand in operands(node)]
+        lines.append("placeholder" if node.op == "placeholder" else f"{operation(node)} {read}")
+    return "\n".join(lines)
+
+
 def operator_name(target: Any) -> str:
     """The name of an ATen operator up to its overload."""
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)

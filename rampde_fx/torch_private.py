@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
@@ -131,7 +132,7 @@ def detached(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     with fake_mode(), torch.no_grad():
-        return torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def differentiable(value: torch.Tensor) -> torch.Tensor:
@@ -325,8 +326,46 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def storage_of(value: Any) -> int | None:
-    """The identity of a tensor's storage, fake or not; None for anything else."""
+    """The identity of a tensor's storage, fake or not, inside a torch.func transform or not; None for anything else."""
+    while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+class _Observer(TorchDispatchMode):
+    """Notes what the operators that run under it write to, and whether any draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int | None] = set()
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written.update(map(storage_of, tree_leaves(given.get(argument.name))))
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **kwargs)
+
+
+def observe(call: Callable[[], Any]) -> tuple[set[int | None], bool]:
+    """Make a call on fake values: the storages that it writes to, and whether it draws random numbers."""
+    observer = _Observer()
+    with contextlib.ExitStack() as stack:
+        modes = (torch.inference_mode(False), fake_mode(), _fresh_symbols_ignored(), torch.no_grad())
+        for context in (*modes, _no_autocast(), observer):
+            stack.enter_context(context)
+        call()
+    return observer.written, observer.draws
+
+
+def _fresh_symbols_ignored() -> contextlib.AbstractContextManager[Any]:
+    """Sizes that a call on fake values reads from tensors are nobody's."""
+    shapes = fake_mode().shape_env
+    return contextlib.nullcontext() if shapes is None else shapes.ignore_fresh_unbacked_symbols()
 
 
 def recompute_in_backward(node: fx.Node) -> None:
