@@ -45,6 +45,8 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
 
     kinds = [source.kind for source in inputs]
     wanted = tuple(map(needs_grad, inputs))
+    sources = [node for node, needed in zip(graphs.placeholders(step), wanted, strict=True) if needed]
+    reached = graphs.depends_on(step.graph, sources, by_gradient=True)
     return Loop(
         policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
@@ -55,7 +57,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         per_step=sum(kinds.count(kind) for kind in ("time", "per_step", "index")),
         plain_needs_grad=wanted,
         needs_grad=wanted,
-        differentiated=any(wanted),
+        differentiated=any(node in reached and graphs.is_float(node) for node in graphs.results(step)),
         monitored=marked.monitored,
         controller=Controller.of(marked.end.args[4]) if marked.searches else None,
     )

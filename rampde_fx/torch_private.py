@@ -50,9 +50,22 @@ __all__ = ["autograd_function_apply", "lookup_backend", "scan_op", "tag_activati
 aten = torch.ops.aten
 
 # Spellings of the affine update that are more than one operation, and would hide a state inside a velocity.
-_UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.lerp, aten.rsub])
+_UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.rsub])
 # aten.copy, the functional form of a write to a slice, has no derivative of its own.
 _UPDATES[aten.copy.default] = lambda old, new, non_blocking=False: new.to(old.dtype).expand(old.shape).clone()
+
+
+def _lerp(start: torch.Tensor, end: torch.Tensor, weight: Any) -> torch.Tensor:
+    """From the nearer end, as aten does; torch's own decomposition also copies strides, which has no derivative."""
+    if not isinstance(weight, torch.Tensor):
+        near = abs(weight) < 0.5
+        return start + weight * (end - start) if near else end + (weight - 1) * (end - start)
+    far = weight.abs() >= 0.5
+    return torch.where(far, weight - 1, weight) * (end - start) + torch.where(far, end, start)
+
+
+_UPDATES[aten.lerp.Scalar] = _lerp
+_UPDATES[aten.lerp.Tensor] = _lerp
 
 
 def _split_with_sizes(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> list[torch.Tensor]:
@@ -154,13 +167,14 @@ def trace(
 ) -> fx.GraphModule:
     """Trace a function of flat arguments to a functional ATen graph with true metadata.
 
-    Gradients are on by default, for under no_grad a velocity's own torch.func.vjp is traced into zeros; autocast is
-    off, for the policy alone decides dtypes.
+    Gradients are on by default, for under no_grad a velocity's own torch.func.vjp is traced into zeros. Of the modes
+    around the call none is for a trace: autocast, for the policy alone decides dtypes; hooks on saved tensors; the
+    detection of anomalies, which looks for NaN in values that a trace does not have.
     """
     traced = dispatch_functionalize(function, FunctionalTensorMode()) if functionalize else function
     with contextlib.ExitStack() as stack:
         modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
-        for context in (*modes, _no_autocast(), _no_saved_tensors_hooks()):
+        for context in (*modes, _no_autocast(), _no_saved_tensors_hooks(), torch.autograd.set_detect_anomaly(False)):
             stack.enter_context(context)
         graph_module = make_fx(traced, decomposition_table={**_UPDATES, **decompositions})(*args)
     for node in list(graph_module.graph.nodes):
