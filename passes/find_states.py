@@ -140,7 +140,11 @@ def _carry_single_step(captured: CapturedStep) -> CapturedStep:
     first_output, last_output = len(results) - len(outputs), len(results)
     # A new state may also leave the step by a write into a tensor that collects the trajectory.
     results += [_written_value(node) for node in graphs.body(step) if node.target in WRITES]
-    invariants = {nodes[i]: i for i, s in enumerate(inputs) if s.kind == "invariant"}
+    invariants = {
+        node: i
+        for i, (node, s) in enumerate(zip(nodes, inputs, strict=True))
+        if s.kind == "invariant" and isinstance(graphs.value(node), torch.Tensor)
+    }
     pairs: dict[int, int] = {}  # the state of a result
     for way in WAYS:
         for j in reversed(range(first_output, len(results))):

@@ -44,7 +44,7 @@ def match_iterations(marked: MarkedLoop) -> Run:
         for user in marker.users
         if user.target is operator.getitem
     }
-    iterations = _hoist_varying(marked, iterations)
+    iterations = _hoist_varying(marked, _hoist_sizes(marked, iterations))
     owner: dict[fx.Node, tuple[int, Key]] = {}
     for k, (nodes, marker) in enumerate(zip(iterations, marked.markers, strict=True)):
         owner.update({node: (k, position) for position, node in enumerate(nodes)})
@@ -101,6 +101,21 @@ def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:
 
 def _is_marker(node: object) -> bool:
     return isinstance(node, fx.Node) and str(node.target).startswith("rampde_fx.step")
+
+
+def _hoist_sizes(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Move sizes that follow from outside sizes before the loop: Dynamo computes each once, where it is read first."""
+    inside = {node for nodes in iterations for node in nodes}
+    for node in [node for nodes in iterations for node in nodes]:
+        operands = node.all_input_nodes
+        if operands and all(_is_size(n) for n in (node, *operands)) and inside.isdisjoint(operands):
+            marked.markers[0].prepend(node)
+            inside.remove(node)
+    return [[node for node in nodes if node in inside] for nodes in iterations]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(value(node), (int, torch.SymInt))
 
 
 def _hoist_varying(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[list[fx.Node]]:
