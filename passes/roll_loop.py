@@ -83,6 +83,8 @@ def _replace(
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
         operands = _distinct_memory(graph, [_operand(graph, source, marked, loop.steps) for source in inputs])
+        if marked.differentiated and not loop.differentiated:  # torch would derive a scan that no gradient comes back to
+            operands = [_without_gradient(graph, node) for node in operands]
         call = graph.call_module(name, tuple(operands))
         results = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
         for i, target in captured.written.items():
@@ -128,6 +130,11 @@ def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
         made.append(graph.call_method("clone", (node,)) if repeated else node)
         seen.add(storage)
     return made
+
+
+def _without_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    value = graphs.value(node)  # None of what was stacked here
+    return graph.call_method("detach", (node,)) if value is None or getattr(value, "requires_grad", False) else node
 
 
 def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) -> fx.Node:
