@@ -20,6 +20,8 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
+from rampde_fx.effects import Observer
+from rampde_fx.errors import MutationError
 from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source, reads_end
 from rampde_fx.step_control import Controller
 
@@ -168,9 +170,11 @@ def _rewire(
     finals = {s.key: results[i] for i, s in enumerate(inputs) if s.kind == "carry" and len(s.values) == 1}
     carries = sum(source.kind == "carry" for source in inputs)
     stacked = dict(zip(outputs, results[carries:], strict=True))
+    written = _written_afterwards(marked)
+    _check_names(run, marked, written)
     for key in run.outputs:
         nodes = [_value_of(run, marked, k, key) for k in range(last + 1)]
-        if key in stacked:
+        if key in stacked and written.isdisjoint(map(_storage, nodes)):
             _rewrite_stacks(graph, nodes, stacked[key], {node for rest in marked.iterations for node in rest})
         pieces: Callable[[int], fx.Node] = _unbound(graph, stacked.get(key))
         for k, node in enumerate(nodes):
@@ -180,6 +184,38 @@ def _rewire(
                 read.meta.setdefault("example_value", graphs.value(node))
             for user in readers:
                 user.replace_input_with(node, read)
+
+
+def _storage(node: fx.Node | None) -> int | None:
+    return None if node is None else torch_private.storage_of(graphs.value(node))
+
+
+def _written_afterwards(marked: MarkedLoop) -> set[int]:
+    """The storages that are written to behind the loop."""
+    observer, node, found = Observer(), marked.end.next, set()
+    while node.op != "root":
+        found |= observer.written(node)
+        node = node.next
+    return found
+
+
+def _check_names(run: Run, marked: MarkedLoop, written: set[int]) -> None:
+    """Refuse writes to what leaves the loop under two names: the loop's results are tensors of their own."""
+    for k in range(len(run.iterations)):
+        names: dict[int, fx.Node] = {}
+        for node in (_value_of(run, marked, k, key) for key, read in run.outputs.items() if k in read):
+            storage = _storage(node)
+            if node is None or storage is None or storage not in written or node in names.values():
+                continue
+            if storage in names:
+                raise MutationError(
+                    f"'{graphs.readable(node.name)}' and '{graphs.readable(names[storage].name)}' of a step show the same"
+                    " memory, and it is updated in place after the loop",
+                    required="in-place updates of what leaves the loop under one name",
+                    fix="collect a clone(), or write y = y * 2 instead of y *= 2",
+                    where=graphs.user_line(node),
+                )
+            names[storage] = node
 
 
 def _replace_findings(graph: fx.Graph, marked: MarkedLoop, call: fx.Node) -> None:
