@@ -5,7 +5,7 @@ Found by making the call, on fake values of its operands' kinds, and not by its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
+
+OF_TORCH = ("torch", "_operator", "builtins", "math", "einops")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,41 @@ def _kinds(node: fx.Node) -> str:
     positions = [node.all_input_nodes.index(operand) for operand in graphs.operands(node)]
     kinds = [(v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else v for v in values]
     return f"{positions} {kinds}"
+
+
+def with_bodies(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes, and those in the bodies of higher-order operations among them, each before what holds it."""
+    for node in nodes:
+        body = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            yield from with_bodies(body.graph.nodes)
+        yield node
+
+
+def own_backward(node: fx.Node) -> str:
+    """The name of an autograd.Function in the derivative of a function that Dynamo was told to admit; empty if none."""
+    if node.op != "call_function" or not _is_admitted(node.target):
+        return ""
+    with torch_private.fake_mode(), torch.enable_grad():
+        return torch_private.own_derivative(call(node, {n: _varying(stand_in(n)) for n in node.all_input_nodes}))
+
+
+def _is_admitted(target: Any) -> bool:
+    """Whether a function is neither torch's nor Python's own."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
+        return False
+    owner = getattr(target, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return True
+    return (getattr(target, "__module__", None) or "builtins").partition(".")[0] not in OF_TORCH
+
+
+def _varying(value: Any) -> Any:
+    return torch_private.differentiable(value) if isinstance(value, torch.Tensor) and _is_real(value) else value
+
+
+def _is_real(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def shares_memory(node: fx.Node) -> bool:

@@ -376,6 +376,22 @@ def observe(call: Callable[[], Any]) -> tuple[set[int | None], bool]:
     return observer.written, observer.draws
 
 
+def own_derivative(results: Any) -> str:
+    """The name of an autograd.Function, in Python or C++, among what autograd recorded of results; empty if none."""
+    open_nodes = [leaf.grad_fn for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    seen = set(open_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name():
+            return node.name().removesuffix("Backward")
+        parents = {parent for parent, _ in node.next_functions} - seen
+        seen |= parents
+        open_nodes += parents
+    return ""
+
+
 def _fresh_symbols_ignored() -> contextlib.AbstractContextManager[Any]:
     """Sizes that a call on fake values reads from tensors are nobody's."""
     shapes = fake_mode().shape_env
