@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,6 +36,7 @@ Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a
 
 def match_iterations(marked: MarkedLoop) -> Run:
     """The longest run of equal iterations at the beginning of the loop."""
+    _sink_readers(marked)
     if marked.once:
         return _captured_once(marked)
     iterations = [_without_time(nodes) for nodes in marked.iterations]
@@ -56,6 +58,52 @@ def match_iterations(marked: MarkedLoop) -> Run:
         for p, row in enumerate(places)
     ]
     return Run(run, sources, _outputs(run, owner, marked))
+
+
+def _sink_readers(marked: MarkedLoop) -> None:
+    """Move behind the loop what reads a number from a tensor for logging, and what asserts something of one."""
+    readers = [node for nodes in marked.iterations for node in nodes if _reads_number(node)]
+    if not readers:
+        return
+    inside, observer = {node for nodes in marked.iterations for node in nodes}, Observer()
+    written = {storage for node in inside for storage in observer.written(node)}
+    moved: list[fx.Node] = []
+    for node in reversed(readers):
+        shown = {torch_private.storage_of(value(operand)) for operand in node.all_input_nodes}
+        if not (marked.once or shown & written) and inside.isdisjoint(node.users):
+            marked.end.append(node)
+            inside.remove(node)
+            moved.append(node)
+    stays = [node for node in readers if node not in moved]
+    if stays:
+        raise _number_read(stays[0])
+    for nodes in marked.iterations:
+        nodes[:] = [node for node in nodes if node in inside]
+
+
+def _reads_number(node: fx.Node) -> bool:
+    return torch_private.is_data_dependent(value(node)) or graphs.function_name(node) in ("_assert_async", "_assert")
+
+
+def _number_read(node: fx.Node) -> UnsupportedLoopError:
+    sized = [p for p in node.all_input_nodes if any(map(torch_private.is_data_dependent, _shape(p)))]
+    if sized:
+        return UnsupportedLoopError(
+            f"the size of '{sized[0].name}' depends on the values of a tensor",
+            required="sizes that are known before the loop",
+            fix="write torch.where(mask, x, 0) instead of x[mask], and sums over a mask instead of nonzero()",
+            where=graphs.user_line(sized[0]),
+        )
+    return UnsupportedLoopError(
+        f"a step reads a number from a tensor, by item(), float(), int(), bool() or an assertion: '{node.name}'",
+        required="steps that compute with tensors, and numbers that the steps themselves do not read",
+        fix="keep it a tensor in the loop (y.norm() instead of y.norm().item()), and call item() after the loop",
+        where=graphs.user_line(node),
+    )
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(value(node).shape) if isinstance(value(node), torch.Tensor) else ()
 
 
 def _captured_once(marked: MarkedLoop) -> Run:

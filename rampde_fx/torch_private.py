@@ -269,9 +269,9 @@ def symbol_of(size: torch.SymInt) -> torch.SymInt:
     return (size - constant) // factor
 
 
-def is_data_dependent(size: int | torch.SymInt) -> bool:
-    """Whether a size is read from a tensor, so that nothing is known of it when the graph is compiled."""
-    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+def is_data_dependent(number: Any) -> bool:
+    """Whether a number is read from a tensor, so that nothing is known of it when the graph is compiled."""
+    return isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) and not number.node.has_hint()
 
 
 def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
