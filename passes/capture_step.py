@@ -84,7 +84,7 @@ def _ordered_inputs(run: Run) -> list[Source]:
 
 
 def _name(source: Source) -> str:
-    return str(source.key) if source.kind == "time" else graphs.readable(source.values[0].name)
+    return str(source.key) if source.kind == "time" else graphs.user_name(source.values[0])
 
 
 def _fake(source: Source, marked: MarkedLoop) -> Any:
@@ -137,7 +137,7 @@ def _check_writes(run: Run) -> None:
             slot = column[0].all_input_nodes.index(operand)
             if any(_has_gradient(node.all_input_nodes[slot]) for node in column):
                 raise MutationError(
-                    f"a step writes to '{graphs.readable(_shown(operand).name)}' under no_grad, or through detach() or"
+                    f"a step writes to '{graphs.user_name(_shown(operand))}' under no_grad, or through detach() or"
                     " data, and a gradient flows through it",
                     required="writes that autograd sees, or to what needs no gradient",
                     fix="add the change without a gradient instead: y = y + (y.clamp(-1, 1) - y).detach()",

@@ -120,7 +120,7 @@ def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:
-    name = graphs.readable(source.values[0].name) if source.values else source.key
+    name = graphs.user_name(source.values[0]) if source.values else source.key
     return MutationError(
         f"a step changes '{name}' in place, and '{name}' requires a gradient or is also read by another name",
         required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
@@ -269,7 +269,7 @@ def _check_operands(inputs: list[Source], where: str) -> None:
     for source in inputs:
         if any(isinstance(graphs.value(node), torch.SymFloat) for node in source.values):
             raise UnsupportedLoopError(
-                f"the loop reads the Python float '{graphs.readable(source.values[0].name)}', which changes",
+                f"the loop reads the Python float '{graphs.user_name(source.values[0])}', which changes",
                 required="tensors and ints from outside of the loop",
                 fix="pass the number as a 0-d tensor",
                 where=where,

@@ -209,7 +209,7 @@ def _check_names(run: Run, marked: MarkedLoop, written: set[int]) -> None:
                 continue
             if storage in names:
                 raise MutationError(
-                    f"'{graphs.readable(node.name)}' and '{graphs.readable(names[storage].name)}' of a step show the same"
+                    f"'{graphs.user_name(node)}' and '{graphs.user_name(names[storage])}' of a step show the same"
                     " memory, and it is updated in place after the loop",
                     required="in-place updates of what leaves the loop under one name",
                     fix="collect a clone(), or write y = y * 2 instead of y *= 2",

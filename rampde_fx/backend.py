@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, pass_log, torch_private
+from rampde_fx import cpu_products, graphs, pass_log, torch_private
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
@@ -145,7 +145,10 @@ def rampde_fx(
                 required='a compiler of "inductor", "aot_eager" or "eager"; further options and modes are for Inductor',
                 fix='leave "compiler" out for Inductor',
             )
-        loops = rewrite(graph_module) if has_loop(graph_module) else []
+        loops: list[Loop] = []
+        if has_loop(graph_module):
+            graphs.name_arguments(graph_module, torch_private.names_of_arguments())
+            loops = rewrite(graph_module)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:

@@ -125,6 +125,26 @@ def readable(name: str) -> str:
     return name.strip("_") or "value"
 
 
+def user_name(node: fx.Node) -> str:
+    """What the user calls an input of a captured graph, as far as is known."""
+    return str(node.meta.get("user_name") or readable(node.name))
+
+
+def name_arguments(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Note the user's names of inputs that were captured as args[i] and kwargs of a function around the user's."""
+    for node in placeholders(graph_module):
+        name = re.sub("^l_kwargs_", "l_", node.name)
+        position = re.match(r"l_args_(\d+)_", name)
+        if position and int(position[1]) < len(names):
+            name = f"l_{names[int(position[1])]}_{name[position.end() :]}"
+        node.meta["user_name"] = readable(name)
+    for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
+        inner = placeholders(graph_module.get_submodule(call.args[0].target))
+        for node, operand in zip(inner, call.args[1:], strict=True):
+            if operand.op == "placeholder":  # another name may be that of a node inside
+                node.meta["user_name"] = operand.meta["user_name"]
+
+
 def distinct(names: Iterable[str]) -> list[str]:
     """The names, numbered where they repeat."""
     seen: dict[str, int] = {}

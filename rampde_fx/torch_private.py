@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import math
 import operator
@@ -316,6 +317,14 @@ def rewritten_later() -> bool:
     while (inner := getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "compiler_fn", None))) is not None:
         backend = inner
     return not str(getattr(backend, "__module__", "")).startswith("torch.")
+
+
+def names_of_arguments() -> list[str]:
+    """The parameters of the function around which the captured frame was put to mark it; none without one."""
+    tracer = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    frame = getattr(getattr(tracer, "output", None), "root_tx", None)
+    function = getattr(frame, "f_locals", {}).get("function")
+    return list(inspect.signature(function).parameters) if callable(function) else []
 
 
 def capturing_scalars() -> contextlib.AbstractContextManager[Any]:
