@@ -175,16 +175,19 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
                 "a torch.func transform turns gradients off inside, in a loop under no_grad",
                 "detach() what is constant instead",
             )
-        if _opens(node, "_enter_autocast"):
-            _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
-        if node.target is torch_private.autograd_function_apply:
-            _refuse(node, "a step calls a torch.autograd.Function, which has a backward of its own", FIX_OWN_BACKWARD)
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
-            _refuse(
-                node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch"
-            )
-        if differentiated and (backward := own_backward(node)):
-            _refuse(node, f"a step calls '{node.name}', which has a backward of its own, {backward}", FIX_OWN_BACKWARD)
+        _check_operation(node, differentiated)
+
+
+def _check_operation(node: fx.Node, differentiated: bool) -> None:
+    """Refuse an operation whose meaning a trace of its body would lose."""
+    if _opens(node, "_enter_autocast"):
+        _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
+    if node.target is torch_private.autograd_function_apply:
+        _refuse(node, "a step calls a torch.autograd.Function, which has a backward of its own", FIX_OWN_BACKWARD)
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
+        _refuse(node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch")
+    if differentiated and (backward := own_backward(node)):
+        _refuse(node, f"a step calls '{node.name}', which has a backward of its own, {backward}", FIX_OWN_BACKWARD)
 
 
 def _refuse(node: fx.Node, found: str, fix: str) -> None:

@@ -254,7 +254,7 @@ def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _rebuilt(step: fx.GraphModule, order: list[int], results: list[Any]) -> fx.GraphModule:
     """The step with its placeholders in another order and other results; one named again is another placeholder."""
     nodes = graphs.placeholders(step)
-    graph, env = fx.Graph(), {}
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for i, name in zip(order, graphs.distinct(nodes[i].name for i in order), strict=True):
         placeholder = graph.placeholder(name)
         placeholder.meta = dict(nodes[i].meta)

@@ -85,7 +85,9 @@ def _replace(
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
         operands = _distinct_memory(graph, [_operand(graph, source, marked, loop.steps) for source in inputs])
-        if marked.differentiated and not loop.differentiated:  # torch would derive a scan that no gradient comes back to
+        if (
+            marked.differentiated and not loop.differentiated
+        ):  # torch would derive a scan that no gradient comes back to
             operands = [_without_gradient(graph, node) for node in operands]
         call = graph.call_module(name, tuple(operands))
         results = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
