@@ -33,7 +33,7 @@ class Widening(Flow):
 class Growing(Flow):
     def forward(self, y, t):
         y = y[:1]
-        for t_i, dt in rampde_fx.steps(t):
+        for _, dt in rampde_fx.steps(t):
             y = y + dt * torch.tanh(y) + torch.zeros(4, 5)
         return y
 
