@@ -16,22 +16,31 @@ Raises:   UnsupportedLoopError for what cannot be traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.errors import RampdeError, UnsupportedLoopError
+from rampde_fx.effects import Observer, detaches, gradient_modes, shares_memory
+from rampde_fx.errors import MutationError, RampdeError, UnsupportedLoopError
 from rampde_fx.loop import CapturedStep, MarkedLoop, Run, Source
+
+DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
 
 
 def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> CapturedStep:
     """The first iteration of a run of the marked loop as functional ATen."""
+    if marked.differentiated:
+        _check_writes(run)
     inputs, step, outputs = _torch_step(graph_module, run)
-    captured = _Captured(step, differentiated=marked.differentiated)
-    functional, after = _functional(captured, [_fake(source, marked) for source in inputs])
+    values = [_fake(source, marked) for source in inputs]
+    for node, source, value in zip(graphs.placeholders(step), inputs, values, strict=True):
+        node.meta["example_value"] = graphs.value(source.values[0]) if source.values else value
+    functional, after = _functional(_Captured(step, differentiated=marked.differentiated), values)
     return CapturedStep(inputs, functional, outputs, after)
 
 
@@ -76,7 +85,7 @@ def _ordered_inputs(run: Run) -> list[Source]:
 
 
 def _name(source: Source) -> str:
-    return str(source.key) if source.kind == "time" else graphs.readable(source.values[0].name)
+    return str(source.key) if source.kind == "time" else graphs.user_name(source.values[0])
 
 
 def _fake(source: Source, marked: MarkedLoop) -> Any:
@@ -117,8 +126,52 @@ def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule,
     return traced, after
 
 
+def _check_writes(run: Run) -> None:
+    """Refuse writes past autograd to what a gradient flows through: it flows as if nothing had been written."""
+    observer = Observer()
+    modes = gradient_modes(run.iterations[0], outer=True)
+    for position, gradients in enumerate(modes):
+        column = [nodes[position] for nodes in run.iterations]
+        for operand in (column[0].all_input_nodes[i] for i in observer.effects(column[0]).writes):
+            if gradients and not _is_detached(operand):
+                continue
+            slot = column[0].all_input_nodes.index(operand)
+            if any(_has_gradient(node.all_input_nodes[slot]) for node in column):
+                raise MutationError(
+                    f"a step writes to '{graphs.user_name(_shown(operand))}' under no_grad, or through detach() or"
+                    " data, and a gradient flows through it",
+                    required="writes that autograd sees, or to what needs no gradient",
+                    fix="add the change without a gradient instead: y = y + (y.clamp(-1, 1) - y).detach()",
+                    where=graphs.user_line(column[0]),
+                )
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """Whether a node shows the memory of another one without its gradient."""
+    return detaches(node) or (_shown(node) is not node and _is_detached(node.all_input_nodes[0]))
+
+
+def _shown(node: fx.Node) -> fx.Node:
+    """The node whose memory a chain of views shows."""
+    while node.all_input_nodes and shares_memory(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    """Whether a gradient flows through the memory that a node shows, by whatever name."""
+    storage = torch_private.storage_of(graphs.value(node))
+    return any(
+        graphs.value(other).requires_grad
+        for other in node.graph.nodes
+        if isinstance(graphs.value(other), torch.Tensor) and torch_private.storage_of(graphs.value(other)) == storage
+    )
+
+
 class _Captured(fx.Interpreter):
     """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient.
+
+    What it writes to then stays itself: views of it, and detached names, are the same memory.
 
     In a loop that is under no_grad itself the mode says nothing: there is no gradient but those of torch.func
     transforms in the velocity, which turn it on.
@@ -127,23 +180,45 @@ class _Captured(fx.Interpreter):
     def __init__(self, step: fx.GraphModule, *, differentiated: bool) -> None:
         super().__init__(step)
         self.differentiated = differentiated
+        self.observer = Observer()
+        self.written = {storage for node in graphs.body(step) for storage in self.observer.written(node)}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
         with torch_private.LinalgChecks() as checks:
-            result = super().run_node(n)
+            result = self._called(n)
         for info in checks.infos:
             result = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x, info=info: _solved(x, info), result)
-        stopped = (self.differentiated and not torch.is_grad_enabled()) or _detaches(n)
-        if n.op not in ("call_function", "call_method") or not stopped:
-            return result
-        stop = torch.ops.rampde_fx.stop_gradient
-        return torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda x: stop(x) if graphs.has_derivatives(x.dtype) else x, result
-        )
+        return result
+
+    def _called(self, n: fx.Node) -> Any:
+        written = [n.all_input_nodes[i] for i in self.observer.effects(n).writes]
+        if graphs.function_name(n) == "detach_":
+            written, result = n.all_input_nodes, self.env[n.all_input_nodes[0]]
+        elif shares_memory(n) and torch_private.storage_of(graphs.value(n)) in self.written:
+            result = super().run_node(n)
+        else:
+            with _Stops(self._computes_without_gradients):
+                result = super().run_node(n)
+            result = _stopped(result) if detaches(n) else result
+        if self._computes_without_gradients() or graphs.function_name(n) == "detach_":
+            for operand in written:
+                self.env[operand].copy_(_stopped(self.env[operand]))
+        return result
+
+    def _computes_without_gradients(self) -> bool:
+        return self.differentiated and not torch.is_grad_enabled()
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator):  # find_loops lets those in that run their body
             return _Captured(args[0], differentiated=self.differentiated).run(*args[1:])
+        if getattr(target, "__name__", "") == "_enter_inference_mode":  # no_grad, of tensors that are traced
+            before = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(not args[0])
+            return before
+        if getattr(target, "__name__", "") == "_exit_inference_mode":
+            return torch._C._set_grad_enabled(args[0])
         return super().call_function(target, args, kwargs)
 
 
@@ -158,6 +233,20 @@ def _solved(result: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
     return torch.where(solved, result, torch.nan)
 
 
-def _detaches(node: fx.Node) -> bool:
-    name = graphs.function_name(node)
-    return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
+class _Stops(TorchFunctionMode):
+    """Ends the gradient of what is detached, or computed without gradients, in whichever function of the user's."""
+
+    def __init__(self, without_gradients: Callable[[], bool]) -> None:
+        super().__init__()
+        self.without_gradients = without_gradients
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return _stopped(result) if func in DETACHING or self.without_gradients() else result
+
+
+def _stopped(result: Any) -> Any:
+    stop = torch.ops.rampde_fx.stop_gradient
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda x: stop(x) if graphs.has_derivatives(x.dtype) else x, result
+    )

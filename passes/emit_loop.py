@@ -189,6 +189,11 @@ class _Backward:
         kinds = [("cotangent", j) for j in range(outputs)]
         kinds += [("stored", p) for p in range(len(emission.stored))] + [("operand", i) for i in emission.kept]
         given = dict(zip(kinds, args, strict=True))
+        if (
+            not self.loop.unrolled
+        ):  # of two stacks that the user joined these are slices, and a scan takes no two of one
+            stacks = [self.kinds[p] for p in self.stepwise if self.kinds[p][0] == "cotangent"]
+            given.update({kind: given[kind].clone() for kind in stacks[1:]})
         scaling = self.loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
         fits = self._stored_states_fit([given["stored", p] for p in range(len(emission.stored))])
         gradients = self._once(given) if scaling is None else self._repeat(given, scaling, fits)

@@ -10,7 +10,8 @@ Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
 Ensures:  loops in graph order, those of checkpointed bodies included; iteration k holds the nodes between marker k
           and the next one.
 Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a loop, a loop inside a torch.func
-          transform, under autocast or inside another higher-order operation, and a loop outside mixed_precision.
+          transform, under autocast or inside another higher-order operation, and a loop outside mixed_precision; for a
+          function with a backward of its own in a step, which tracing would lose.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import fx
 
 from rampde_fx import torch_private
+from rampde_fx.effects import own_backward, with_bodies
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.graphs import user_line, value
 from rampde_fx.loop import MarkedLoop, begins_loop, ends_loop, is_marker
@@ -28,6 +30,7 @@ from rampde_fx.policy import MONITORED, PrecisionPolicy
 
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
+FIX_OWN_BACKWARD = "make it an operator: torch.library.custom_op with register_fake and register_autograd"
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
 
 
@@ -151,7 +154,7 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
     if modes and modes[-1].args[0] is not differentiated:
         _refuse(modes[-1], "a step leaves gradients off, or on in a loop under no_grad", "move the switch out")
     transforms, gradients = 0, differentiated
-    for node in nodes:
+    for node in with_bodies(nodes):
         transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
         gradients = node.args[0] if node in modes else gradients
         if transforms and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
@@ -160,12 +163,19 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
                 "a torch.func transform turns gradients off inside, in a loop under no_grad",
                 "detach() what is constant instead",
             )
-        if _opens(node, "_enter_autocast"):
-            _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
-            _refuse(
-                node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch"
-            )
+        _check_operation(node, differentiated)
+
+
+def _check_operation(node: fx.Node, differentiated: bool) -> None:
+    """Refuse an operation whose meaning a trace of its body would lose."""
+    if _opens(node, "_enter_autocast"):
+        _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
+    if node.target is torch_private.autograd_function_apply:
+        _refuse(node, "a step calls a torch.autograd.Function, which has a backward of its own", FIX_OWN_BACKWARD)
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
+        _refuse(node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch")
+    if differentiated and (backward := own_backward(node)):
+        _refuse(node, f"a step calls '{node.name}', which has a backward of its own, {backward}", FIX_OWN_BACKWARD)
 
 
 def _refuse(node: fx.Node, found: str, fix: str) -> None:

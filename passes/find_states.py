@@ -4,7 +4,8 @@ Before:  step(y, u, t, dt, w) with y carried; u: updated in place, always the sa
 After:   step(y, u, t, dt, w) with y and u carried; u holds the final value after the loop
 
 A tensor that the iterations update in place is a carry. In a run of one iteration nothing comes back to be compared:
-there a state is an invariant from which a result, or what is written into a collecting tensor, follows by sums.
+there a state is an invariant from which a result, or what is written into a collecting tensor, follows. In a step
+without any state what the outputs follow from is carried as it is: it varies, and so does what follows from it.
 
 Requires: a CapturedStep.
 Ensures:  every carry enters and leaves the step in one shape, dtype and device; no state is in half precision; no
@@ -15,7 +16,8 @@ Raises:   MutationError, StateChangeError, UnsupportedLoopError.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +33,10 @@ CHAIN = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default,
     aten.expand.default, torch.ops.rampde_fx.stop_gradient.default,
 }  # fmt: skip
+SUMS = {
+    aten.add.Tensor, aten.sub.Tensor, aten.addmm.default, aten.baddbmm.default, aten.index_add.default,
+    aten.scatter_add.default,
+}  # fmt: skip
 WRITES = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default}
 
 
@@ -40,6 +46,8 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
     found = _carry_mutated(captured, marked, single)
     if single:
         found = _carry_single_step(found)
+    if found.carries() == 0:
+        found = _carry_unchanged(found)
     _check_operands(found.inputs, where)
     found = replace(found, step=graphs.refresh(torch_private.deduplicated(found.step)))
     _check_states(found, where)
@@ -112,7 +120,7 @@ def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:
-    name = graphs.readable(source.values[0].name) if source.values else source.key
+    name = graphs.user_name(source.values[0]) if source.values else source.key
     return MutationError(
         f"a step changes '{name}' in place, and '{name}' requires a gradient or is also read by another name",
         required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
@@ -122,46 +130,121 @@ def _mutation(source: Source, node: fx.Node) -> MutationError:
 
 
 def _carry_single_step(captured: CapturedStep) -> CapturedStep:
-    """In a run of one step nothing comes back: a state is an invariant from which an output follows by sums alone."""
+    """In a run of one step nothing comes back: a state is an invariant from which a result follows.
+
+    The likelier ones first: by sums, by sums and whatever is no product, without a sum, at last by any path. Of two
+    results that follow from the same state by sums both are states, with the same start.
+    """
     inputs, outputs, step = captured.inputs, captured.outputs, captured.step
     nodes, results = graphs.placeholders(step), graphs.results(step)
     first_output, last_output = len(results) - len(outputs), len(results)
     # A new state may also leave the step by a write into a tensor that collects the trajectory.
-    results += [node.args[1] for node in graphs.body(step) if node.target in WRITES]
-    pairs: dict[int, int] = {}
-    for j in range(first_output, len(results)):
-        free = [i for i, s in enumerate(inputs) if s.kind == "invariant" and i not in pairs]
-        state = _state_behind(results[j], {nodes[i]: i for i in free})
-        if state is not None:
-            pairs[state] = j
+    results += [_written_value(node) for node in graphs.body(step) if node.target in WRITES]
+    invariants = {
+        node: i
+        for i, (node, s) in enumerate(zip(nodes, inputs, strict=True))
+        if s.kind == "invariant" and isinstance(graphs.value(node), torch.Tensor)
+    }
+    pairs: dict[int, int] = {}  # the state of a result
+    for way in WAYS:
+        for j in reversed(range(first_output, len(results))):
+            free = {n: i for n, i in invariants.items() if way.shared or i not in pairs.values()}
+            state = None if j in pairs else _state_behind(results[j], free, way)
+            if state is not None:
+                pairs[j] = state
+    states = sorted(pairs, key=lambda j: (j >= last_output, j))
     carried = [i for i, s in enumerate(inputs) if s.kind == "carry"]
-    order = [*carried, *pairs, *(i for i in range(len(inputs)) if i not in carried and i not in pairs)]
-    rest = [j for j in range(first_output, last_output) if j not in pairs.values()]
-    kept = [results[j] for j in [*range(first_output), *pairs.values(), *rest]]
-    keys = {j: outputs[j - first_output] if j < last_output else -1 - j for j in pairs.values()}
-    sources = [Source("carry", inputs[i].values, keys[pairs[i]]) if i in pairs else inputs[i] for i in order]
+    rest = [i for i in range(len(inputs)) if i not in carried and i not in pairs.values()]
+    order = [*carried, *(pairs[j] for j in states), *rest]
+    others = [j for j in range(first_output, last_output) if j not in pairs]
+    kept = [results[j] for j in [*range(first_output), *states, *others]]
+    keys = [outputs[j - first_output] if j < last_output else -1 - j for j in states]
+    sources = [Source("carry", inputs[pairs[j]].values, key) for j, key in zip(states, keys, strict=True)]
     return replace(
         captured,
-        inputs=sources,
-        outputs=[outputs[j - first_output] for j in rest],
+        inputs=[*(inputs[i] for i in carried), *sources, *(inputs[i] for i in rest)],
+        outputs=[outputs[j - first_output] for j in others],
         step=_rebuilt(step, order, kept),
     )
 
 
-def _state_behind(result: fx.Node, candidates: dict[fx.Node, int]) -> int | None:
-    """The candidate from which the result follows by sums and scalings: if there are several, one that the step reads
-    elsewhere too, and the leftmost of these."""
-    found: list[fx.Node] = []
-    open_nodes, seen = [result], {result}
+def _written_value(write: fx.Node) -> Any:
+    return write.args[2 if write.target is aten.index_put.default else 1]
+
+
+def _by_sums(node: fx.Node) -> list[fx.Node]:
+    return node.all_input_nodes if node.target in CHAIN else []
+
+
+def _without_a_product(node: fx.Node) -> list[fx.Node]:
+    if not operator_table.is_product(node):
+        return node.all_input_nodes
+    return [node.args[0]] if node.target in SUMS else []
+
+
+def _by_any_path(node: fx.Node) -> list[fx.Node]:
+    return node.all_input_nodes
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a result may follow from a state.
+
+    Attributes:
+        operands: Those of a node through which the state may have come.
+        adds: Whether there must be a sum on the way.
+        shared: Whether several results may follow from one state.
+    """
+
+    operands: Callable[[fx.Node], list[fx.Node]]
+    adds: bool = False
+    shared: bool = False
+
+
+WAYS = (Way(_by_sums), Way(_without_a_product, adds=True, shared=True), Way(_without_a_product), Way(_by_any_path))
+
+
+def _state_behind(result: Any, candidates: dict[fx.Node, int], way: Way) -> int | None:
+    """The candidate from which the result follows in the given way.
+
+    If there are several, no parameter, one that the step reads elsewhere too, and the leftmost of these.
+    """
+    if not isinstance(result, fx.Node) or not isinstance(graphs.value(result), torch.Tensor):
+        return None
+    found: dict[fx.Node, None] = {}
+    start = (result, not way.adds)  # and whether the sum has been met
+    open_nodes, seen = [start], {start}
     while open_nodes:
-        node = open_nodes.pop()
-        if node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
-            found.append(node)
-        parents = [p for p in node.all_input_nodes if p not in seen] if node.target in CHAIN else []
+        node, summed = open_nodes.pop()
+        if summed and node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
+            found[node] = None
+        parents = [(p, summed or node.target in SUMS) for p in way.operands(node)]
+        parents = [pair for pair in dict.fromkeys(parents) if pair not in seen]
         seen.update(parents)
         open_nodes += reversed(parents)
-    found.sort(key=lambda node: len(node.users) == 1)
-    return candidates[found[0]] if found else None
+    ranked = sorted(found, key=lambda n: (isinstance(graphs.value(n), torch.nn.Parameter), len(n.users) == 1))
+    return candidates[ranked[0]] if ranked else None
+
+
+def _carry_unchanged(captured: CapturedStep) -> CapturedStep:
+    """In a step without a state what its outputs follow from stands for one, and stays as it is."""
+    inputs, results = captured.inputs, graphs.results(captured.step)
+    needed = graphs.ancestors(results) if results else set(graphs.placeholders(captured.step))
+    found = [
+        (i, node)
+        for i, (node, source) in enumerate(zip(graphs.placeholders(captured.step), inputs, strict=True))
+        if source.kind == "invariant" and node in needed and graphs.is_float(node)
+    ]
+    contexts = [i for i, node in found if not isinstance(graphs.value(node), torch.nn.Parameter)]
+    states = contexts or [i for i, _ in found]
+    order = [*states, *(i for i in range(len(inputs)) if i not in states)]
+    step = _rebuilt(captured.step, order, results)
+    output = step.graph.output_node()
+    with step.graph.inserting_before(output):
+        kept = [step.graph.call_function(aten.clone.default, (n,)) for n in graphs.placeholders(step)[: len(states)]]
+    output.args = ((*kept, *output.args[0]),)
+    sources = [replace(inputs[i], kind="carry", key=-1 - i) if i in states else inputs[i] for i in order]
+    return replace(captured, inputs=sources, step=graphs.refresh(step))
 
 
 def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -169,14 +252,14 @@ def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _rebuilt(step: fx.GraphModule, order: list[int], results: list[Any]) -> fx.GraphModule:
-    """The step with its placeholders in another order and other results."""
+    """The step with its placeholders in another order and other results; one named again is another placeholder."""
     nodes = graphs.placeholders(step)
-    body = [node for node in step.graph.nodes if node.op not in ("placeholder", "output")]
-    graph, env = fx.Graph(), {}
-    for i in order:
-        env[nodes[i]] = graph.placeholder(nodes[i].name)
-        env[nodes[i]].meta = dict(nodes[i].meta)
-    for node in body:
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for i, name in zip(order, graphs.distinct(nodes[i].name for i in order), strict=True):
+        placeholder = graph.placeholder(name)
+        placeholder.meta = dict(nodes[i].meta)
+        env.setdefault(nodes[i], placeholder)
+    for node in graphs.body(step):
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(fx.map_arg(r, env.__getitem__) for r in results))
     return graphs.refresh(fx.GraphModule(step, graph))
@@ -186,7 +269,7 @@ def _check_operands(inputs: list[Source], where: str) -> None:
     for source in inputs:
         if any(isinstance(graphs.value(node), torch.SymFloat) for node in source.values):
             raise UnsupportedLoopError(
-                f"the loop reads the Python float '{graphs.readable(source.values[0].name)}', which changes",
+                f"the loop reads the Python float '{graphs.user_name(source.values[0])}', which changes",
                 required="tensors and ints from outside of the loop",
                 fix="pass the number as a 0-d tensor",
                 where=where,
@@ -197,7 +280,7 @@ def _check_states(captured: CapturedStep, where: str) -> None:
     carries = captured.carries()
     if carries == 0:
         raise StateChangeError(
-            "a step carries no state: no result follows by sums from something of its own shape and dtype",
+            "a step carries no state, and reads no floating tensor from outside of the loop that could stand for one",
             required="a state that keeps its shape, dtype and device",
             fix="iterate over steps(t) itself, and bring the state to its final shape and dtype before the loop",
             where=_first_line(captured.step) or where,

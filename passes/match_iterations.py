@@ -6,7 +6,8 @@ After:   one Run with the carry y: y_init at first, then the value at the positi
 Two iterations are equal if they apply the same operations with the same constants to values from the same places. A
 value that iteration k takes from iteration k - d, and the first d iterations take from outside, is a carry (d > 1 in
 multistep methods). What differs but comes from outside is a per-step input; an operation whose constant differs but
-whose operands all come from outside (weights[i]) is moved before the loop and becomes one.
+whose operands all come from outside (weights[i]) is moved before the loop and becomes one, if it computes the same
+there.
 
 The one iteration of a loop that was captured once is a run as it stands: its markers name the carries.
 
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
+from rampde_fx.effects import Observer, call, gradient_modes
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.graphs import value
 from rampde_fx.loop import MarkedLoop, Run, Source, reads_end
@@ -33,6 +36,7 @@ Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a
 
 def match_iterations(marked: MarkedLoop) -> Run:
     """The longest run of equal iterations at the beginning of the loop."""
+    _sink_readers(marked)
     if marked.once:
         return _captured_once(marked)
     iterations = [_without_time(nodes) for nodes in marked.iterations]
@@ -42,7 +46,7 @@ def match_iterations(marked: MarkedLoop) -> Run:
         for user in marker.users
         if user.target is operator.getitem
     }
-    iterations = _hoist_varying(iterations, marked.markers[0])
+    iterations = _hoist_varying(marked, _hoist_sizes(marked, iterations))
     owner: dict[fx.Node, tuple[int, Key]] = {}
     for k, (nodes, marker) in enumerate(zip(iterations, marked.markers, strict=True)):
         owner.update({node: (k, position) for position, node in enumerate(nodes)})
@@ -54,6 +58,52 @@ def match_iterations(marked: MarkedLoop) -> Run:
         for p, row in enumerate(places)
     ]
     return Run(run, sources, _outputs(run, owner, marked))
+
+
+def _sink_readers(marked: MarkedLoop) -> None:
+    """Move behind the loop what reads a number from a tensor for logging, and what asserts something of one."""
+    readers = [node for nodes in marked.iterations for node in nodes if _reads_number(node)]
+    if not readers:
+        return
+    inside, observer = {node for nodes in marked.iterations for node in nodes}, Observer()
+    written = {storage for node in inside for storage in observer.written(node)}
+    moved: list[fx.Node] = []
+    for node in reversed(readers):
+        shown = {torch_private.storage_of(value(operand)) for operand in node.all_input_nodes}
+        if not (marked.once or shown & written) and inside.isdisjoint(node.users):
+            marked.end.append(node)
+            inside.remove(node)
+            moved.append(node)
+    stays = [node for node in readers if node not in moved]
+    if stays:
+        raise _number_read(stays[0])
+    for nodes in marked.iterations:
+        nodes[:] = [node for node in nodes if node in inside]
+
+
+def _reads_number(node: fx.Node) -> bool:
+    return torch_private.is_data_dependent(value(node)) or graphs.function_name(node) in ("_assert_async", "_assert")
+
+
+def _number_read(node: fx.Node) -> UnsupportedLoopError:
+    sized = [p for p in node.all_input_nodes if any(map(torch_private.is_data_dependent, _shape(p)))]
+    if sized:
+        return UnsupportedLoopError(
+            f"the size of '{sized[0].name}' depends on the values of a tensor",
+            required="sizes that are known before the loop",
+            fix="write torch.where(mask, x, 0) instead of x[mask], and sums over a mask instead of nonzero()",
+            where=graphs.user_line(sized[0]),
+        )
+    return UnsupportedLoopError(
+        f"a step reads a number from a tensor, by item(), float(), int(), bool() or an assertion: '{node.name}'",
+        required="steps that compute with tensors, and numbers that the steps themselves do not read",
+        fix="keep it a tensor in the loop (y.norm() instead of y.norm().item()), and call item() after the loop",
+        where=graphs.user_line(node),
+    )
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(value(node).shape) if isinstance(value(node), torch.Tensor) else ()
 
 
 def _captured_once(marked: MarkedLoop) -> Run:
@@ -103,42 +153,92 @@ def _is_marker(node: object) -> bool:
     return isinstance(node, fx.Node) and str(node.target).startswith("rampde_fx.step")
 
 
-def _operation(node: fx.Node) -> str:
-    """What a node does, its constants included, its operands left out."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
-    owner = node.graph.owning_module
-    body = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
-    target = body.code if isinstance(body, fx.GraphModule) else node.target
-    return f"{node.op} {target} {args!r} {kwargs!r}"
+def _hoist_sizes(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Move sizes that follow from outside sizes before the loop: Dynamo computes each once, where it is read first."""
+    inside = {node for nodes in iterations for node in nodes}
+    for node in [node for nodes in iterations for node in nodes]:
+        operands = node.all_input_nodes
+        if operands and all(_is_size(n) for n in (node, *operands)) and inside.isdisjoint(operands):
+            marked.markers[0].prepend(node)
+            inside.remove(node)
+    return [[node for node in nodes if node in inside] for nodes in iterations]
 
 
-def _hoist_varying(iterations: list[list[fx.Node]], first_marker: fx.Node) -> list[list[fx.Node]]:
-    """Move operations on outside values whose constants differ between iterations before the loop."""
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(value(node), (int, torch.SymInt))
+
+
+def _hoist_varying(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Move operations on outside values whose constants differ between iterations before the loop.
+
+    Only what computes the same there: it writes to nothing, draws no random numbers, and reads nothing that the loop
+    writes to by any name. What is computed without gradients in the loop is before it, too.
+    """
     if len({len(nodes) for nodes in iterations}) != 1:
         return iterations
-    inside = {node for nodes in iterations for node in nodes}
-    markers = {
-        n for n in first_marker.graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))
-    }
-    mutated = {torch_private.storage_of(value(node.args[0])) for node in inside if graphs.mutates(node) and node.args}
-    moved: set[fx.Node] = set()
-    for column in zip(*iterations, strict=True):
-        from_outside = all(
-            i in moved or (i not in inside and i not in markers and not _in(mutated, i))
-            for node in column
-            for i in node.all_input_nodes
-        )
-        varying = len({_operation(node) for node in column}) > 1 or any(i in moved for i in column[0].all_input_nodes)
-        if from_outside and varying and not any(map(graphs.mutates, column)) and column[0].all_input_nodes:
-            for node in column:
-                first_marker.prepend(node)
-            moved.update(column)
+    modes = [gradient_modes(nodes, outer=marked.differentiated) for nodes in iterations]
+    columns = list(zip(*iterations, strict=True))
+    movable = [
+        column if len(set(mode)) == 1 else () for column, mode in zip(columns, zip(*modes, strict=True), strict=True)
+    ]
+    moved = _varying(movable, _computed_outside(marked, iterations, movable))
+    for column, gradients in zip(columns, modes[0], strict=True):
+        if column[0] in moved:
+            _move(list(column), marked.markers[0], gradients, marked.differentiated)
     return [[node for node in nodes if node not in moved] for nodes in iterations]
 
 
-def _in(storages: set[int | None], node: fx.Node) -> bool:
-    storage = torch_private.storage_of(value(node))
-    return storage is not None and storage in storages
+def _computed_outside(
+    marked: MarkedLoop, iterations: list[list[fx.Node]], columns: list[tuple[fx.Node, ...]]
+) -> set[fx.Node]:
+    """The nodes of the columns that compute the same before the loop, all nodes of a column or none."""
+    graph, observer = marked.markers[0].graph, Observer()
+    inside = {node for nodes in iterations for node in nodes}
+    markers = {n for n in graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))}
+    written = {storage for node in inside for storage in observer.written(node)}
+    found: set[fx.Node] = set()
+    for column in columns:
+        reads = {i for node in column for i in node.all_input_nodes}
+        shown = {torch_private.storage_of(value(node)) for node in (*reads, *column)}
+        computed = all(_computes(node) and not observer.has_effects(node) for node in column)
+        if computed and not shown & written and all(i in found or i not in inside | markers for i in reads):
+            found.update(column)
+    return found
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a node makes tensors: of modes, sizes and transforms nothing is moved."""
+    leaves = torch.utils._pytree.tree_leaves(value(node))
+    return node.op in ("call_function", "call_method") and any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+def _varying(columns: list[tuple[fx.Node, ...]], outside: set[fx.Node]) -> set[fx.Node]:
+    """Of what is computed outside, what differs between iterations, and what that is computed from."""
+    found: set[fx.Node] = set()
+    for column in columns:
+        differs = len(set(map(graphs.operation, column))) > 1
+        if outside.issuperset(column) and (differs or any(i in found for node in column for i in node.all_input_nodes)):
+            found.update(column)
+    for column in reversed(columns):
+        if outside.issuperset(column) and any(user in found for node in column for user in node.users):
+            found.update(column)
+    return found
+
+
+def _move(nodes: list[fx.Node], first_marker: fx.Node, gradients: bool, outer: bool) -> None:
+    """Move nodes before the loop, and the mode with them; a transform that they stood in is none of theirs."""
+    for node in nodes:
+        values = dict(zip(node.all_input_nodes, map(value, node.all_input_nodes), strict=True))
+        with torch_private.fake_mode(), torch.set_grad_enabled(gradients):
+            node.meta["example_value"] = call(node, values)
+    if gradients is not outer:
+        nodes = [_switch(first_marker, gradients), *nodes, _switch(first_marker, outer)]
+    for node in nodes:
+        first_marker.prepend(node)
+
+
+def _switch(first_marker: fx.Node, gradients: bool) -> fx.Node:
+    return first_marker.graph.call_function(torch._C._set_grad_enabled, (gradients,))
 
 
 def _longest_run(
@@ -146,10 +246,10 @@ def _longest_run(
 ) -> tuple[int, list[list[Place]]]:
     """How many iterations from the first on are equal, and where each of their operands comes from."""
     first = iterations[0]
-    operations = [_operation(node) for node in first]
+    operations = [graphs.operation(node) for node in first]
     places = [[_place(0, operand, owner) for operand in graphs.operands(node)] for node in first]
     for k, nodes in enumerate(iterations[1:], 1):
-        if [_operation(node) for node in nodes] != operations:
+        if [graphs.operation(node) for node in nodes] != operations:
             return k, places
         now = [[_place(k, operand, owner) for operand in graphs.operands(node)] for node in nodes]
         if not all(

@@ -20,6 +20,8 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
+from rampde_fx.effects import Observer
+from rampde_fx.errors import MutationError
 from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source, reads_end
 from rampde_fx.step_control import Controller
 
@@ -45,6 +47,8 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
 
     kinds = [source.kind for source in inputs]
     wanted = tuple(map(needs_grad, inputs))
+    sources = [node for node, needed in zip(graphs.placeholders(step), wanted, strict=True) if needed]
+    reached = graphs.depends_on(step.graph, sources, by_gradient=True)
     return Loop(
         policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
@@ -55,7 +59,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         per_step=sum(kinds.count(kind) for kind in ("time", "per_step", "index")),
         plain_needs_grad=wanted,
         needs_grad=wanted,
-        differentiated=any(wanted),
+        differentiated=any(node in reached and graphs.is_float(node) for node in graphs.results(step)),
         monitored=marked.monitored,
         controller=_controller(marked) if marked.searches else None,
         evaluations=marked.end.args[-2] if marked.once else None,
@@ -93,6 +97,10 @@ def _replace(
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
         operands = _distinct_memory(graph, [_operand(graph, source, marked, loop.steps) for source in inputs])
+        if (
+            marked.differentiated and not loop.differentiated
+        ):  # torch would derive a scan that no gradient comes back to
+            operands = [_without_gradient(graph, node) for node in operands]
         call = graph.call_module(name, tuple(operands))
         results = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
         for i, target in captured.written.items():
@@ -140,6 +148,11 @@ def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
     return made
 
 
+def _without_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    value = graphs.value(node)  # None of what was stacked here
+    return graph.call_method("detach", (node,)) if value is None or getattr(value, "requires_grad", False) else node
+
+
 def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) -> fx.Node:
     first = 0 if marked.once else marked.markers[0].args[1]
     if source.kind == "index":
@@ -171,9 +184,11 @@ def _rewire(
     finals = {s.key: results[i] for i, s in enumerate(inputs) if s.kind == "carry" and len(s.values) == 1}
     carries = sum(source.kind == "carry" for source in inputs)
     stacked = dict(zip(outputs, results[carries:], strict=True))
+    written = _written_afterwards(marked)
+    _check_names(run, marked, written)
     for key in run.outputs:
         nodes = [_value_of(run, marked, k, key) for k in range(last + 1)]
-        if key in stacked:
+        if key in stacked and written.isdisjoint(map(_storage, nodes)):
             _rewrite_stacks(graph, nodes, stacked[key], {node for rest in marked.iterations for node in rest})
         pieces: Callable[[int], fx.Node] = _unbound(graph, stacked.get(key))
         for k, node in enumerate(nodes):
@@ -183,6 +198,38 @@ def _rewire(
                 read.meta.setdefault("example_value", graphs.value(node))
             for user in readers:
                 user.replace_input_with(node, read)
+
+
+def _storage(node: fx.Node | None) -> int | None:
+    return None if node is None else torch_private.storage_of(graphs.value(node))
+
+
+def _written_afterwards(marked: MarkedLoop) -> set[int]:
+    """The storages that are written to behind the loop."""
+    observer, node, found = Observer(), marked.end.next, set()
+    while node.op != "root":
+        found |= observer.written(node)
+        node = node.next
+    return found
+
+
+def _check_names(run: Run, marked: MarkedLoop, written: set[int]) -> None:
+    """Refuse writes to what leaves the loop under two names: the loop's results are tensors of their own."""
+    for k in range(len(run.iterations)):
+        names: dict[int, fx.Node] = {}
+        for node in (_value_of(run, marked, k, key) for key, read in run.outputs.items() if k in read):
+            storage = _storage(node)
+            if node is None or storage is None or storage not in written or node in names.values():
+                continue
+            if storage in names:
+                raise MutationError(
+                    f"'{graphs.user_name(node)}' and '{graphs.user_name(names[storage])}' of a step show the same"
+                    " memory, and it is updated in place after the loop",
+                    required="in-place updates of what leaves the loop under one name",
+                    fix="collect a clone(), or write y = y * 2 instead of y *= 2",
+                    where=graphs.user_line(node),
+                )
+            names[storage] = node
 
 
 def _replace_findings(graph: fx.Graph, marked: MarkedLoop, call: fx.Node) -> None:

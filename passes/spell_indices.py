@@ -21,17 +21,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import torch_private
+from rampde_fx.effects import Observer
 from rampde_fx.graphs import value
 
 
 def spell_indices(graph_module: fx.GraphModule) -> None:
     """Spell the indices of a graph, and of those inside it, in place."""
+    observer = Observer()
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
                 places = _places(node)
-                if places and not any(map(graphs.mutates, node.users)):
+                if places and not any(observer.effects(user).writes for user in node.users):
                     _spell(node, places)
 
 

@@ -171,6 +171,8 @@ def rampde_fx(
                 fix='leave "compiler" out for Inductor',
             )
         marked = has_loop(graph_module)
+        if marked:
+            graphs.name_arguments(graph_module, torch_private.names_of_arguments())
         captured = graphs.copied(graph_module) if verify and marked else None
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite)

@@ -45,13 +45,22 @@ def function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-_IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")}
+def operation(node: fx.Node) -> str:
+    """What a captured node does, its constants included, its operands left out."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
+    body = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    target = _program(body) if isinstance(body, fx.GraphModule) else node.target
+    return f"{node.op} {target} {args!r} {kwargs!r}"
 
 
-def mutates(node: fx.Node) -> bool:
-    """Whether a captured node changes a tensor in place."""
-    name = function_name(node)
-    return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+def _program(body: fx.GraphModule) -> str:
+    """What a captured body does, whatever its values are called."""
+    number = {node: i for i, node in enumerate(body.graph.nodes)}
+    lines = []
+    for node in body.graph.nodes:
+        read = [number[operand] for operand in operands(node)]
+        lines.append("placeholder" if node.op == "placeholder" else f"{operation(node)} {read}")
+    return "\n".join(lines)
 
 
 def is_float(node: Any) -> bool:
@@ -108,6 +117,26 @@ def readable(name: str) -> str:
     name = re.sub(r"^args_\d+_(?=\w*[a-z])", "", name)  # self, of a marked forward
     name = re.sub(r"(^|_)(self|modules|parameters|buffers)(?=_)", "", name)
     return name.strip("_") or "value"
+
+
+def user_name(node: fx.Node) -> str:
+    """What the user calls an input of a captured graph, as far as is known."""
+    return str(node.meta.get("user_name") or readable(node.name))
+
+
+def name_arguments(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Note the user's names of inputs that were captured as args[i] and kwargs of a function around the user's."""
+    for node in placeholders(graph_module):
+        name = re.sub("^l_kwargs_", "l_", node.name)
+        position = re.match(r"l_args_(\d+)_", name)
+        if position and int(position[1]) < len(names):
+            name = f"l_{names[int(position[1])]}_{name[position.end() :]}"
+        node.meta["user_name"] = readable(name)
+    for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
+        inner = placeholders(graph_module.get_submodule(call.args[0].target))
+        for node, operand in zip(inner, call.args[1:], strict=True):
+            if operand.op == "placeholder":  # another name may be that of a node inside
+                node.meta["user_name"] = operand.meta["user_name"]
 
 
 def distinct(names: Iterable[str]) -> list[str]:

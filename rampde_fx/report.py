@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,16 +207,8 @@ def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:
 def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModule:
     """The captured graph with the user's names instead of those of the function that captured it."""
     for node in graphs.placeholders(graph_module):
-        name = node.name.replace("l_function_", "l_self_")
-        position = re.match(r"l_args_(\d+)_", name)
-        if position and int(position[1]) < len(names):
-            name = f"l_{names[int(position[1])]}_{name[position.end() :]}"
-        node.name = name
-    for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
-        inner = graphs.placeholders(graph_module.get_submodule(call.args[0].target))
-        for node, operand in zip(inner, call.args[1:], strict=True):
-            if operand.op == "placeholder":  # another name may be that of a node inside
-                node.name = operand.name
+        node.name = node.name.replace("l_function_", "l_self_")
+    graphs.name_arguments(graph_module, names)
     return graph_module
 
 

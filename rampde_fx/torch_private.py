@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import math
 import operator
@@ -69,9 +70,22 @@ __all__ = [
 aten = torch.ops.aten
 
 # Spellings of the affine update that are more than one operation, and would hide a state inside a velocity.
-_UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.lerp, aten.rsub])
+_UPDATES = get_decompositions([aten.addcmul, aten.addcdiv, aten.rsub])
 # aten.copy, the functional form of a write to a slice, has no derivative of its own.
 _UPDATES[aten.copy.default] = lambda old, new, non_blocking=False: new.to(old.dtype).expand(old.shape).clone()
+
+
+def _lerp(start: torch.Tensor, end: torch.Tensor, weight: Any) -> torch.Tensor:
+    """From the nearer end, as aten does; torch's own decomposition also copies strides, which has no derivative."""
+    if not isinstance(weight, torch.Tensor):
+        near = abs(weight) < 0.5
+        return start + weight * (end - start) if near else end + (weight - 1) * (end - start)
+    far = weight.abs() >= 0.5
+    return torch.where(far, weight - 1, weight) * (end - start) + torch.where(far, end, start)
+
+
+_UPDATES[aten.lerp.Scalar] = _lerp
+_UPDATES[aten.lerp.Tensor] = _lerp
 
 
 def _split_with_sizes(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> list[torch.Tensor]:
@@ -151,7 +165,7 @@ def detached(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     with fake_mode(), torch.no_grad():
-        return torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def differentiable(value: torch.Tensor) -> torch.Tensor:
@@ -173,13 +187,14 @@ def trace(
 ) -> fx.GraphModule:
     """Trace a function of flat arguments to a functional ATen graph with true metadata.
 
-    Gradients are on by default, for under no_grad a velocity's own torch.func.vjp is traced into zeros; autocast is
-    off, for the policy alone decides dtypes.
+    Gradients are on by default, for under no_grad a velocity's own torch.func.vjp is traced into zeros. Of the modes
+    around the call none is for a trace: autocast, for the policy alone decides dtypes; hooks on saved tensors; the
+    detection of anomalies, which looks for NaN in values that a trace does not have.
     """
     traced = dispatch_functionalize(function, FunctionalTensorMode()) if functionalize else function
     with contextlib.ExitStack() as stack:
         modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
-        for context in (*modes, _no_autocast(), _no_saved_tensors_hooks()):
+        for context in (*modes, _no_autocast(), _no_saved_tensors_hooks(), torch.autograd.set_detect_anomaly(False)):
             stack.enter_context(context)
         graph_module = make_fx(traced, decomposition_table={**_UPDATES, **decompositions})(*args)
     for node in list(graph_module.graph.nodes):
@@ -274,9 +289,9 @@ def symbol_of(size: torch.SymInt) -> torch.SymInt:
     return (size - constant) // factor
 
 
-def is_data_dependent(size: int | torch.SymInt) -> bool:
-    """Whether a size is read from a tensor, so that nothing is known of it when the graph is compiled."""
-    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+def is_data_dependent(number: Any) -> bool:
+    """Whether a number is read from a tensor, so that nothing is known of it when the graph is compiled."""
+    return isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) and not number.node.has_hint()
 
 
 def capture_again_with(numbers: Iterable[torch.SymFloat]) -> None:
@@ -409,6 +424,14 @@ def is_of(function: Any, package: str) -> bool:
 def rewritten_later() -> bool:
     """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own."""
     return not is_of(innermost(_capture().compiler_fn), "torch")
+
+
+def names_of_arguments() -> list[str]:
+    """The parameters of the function around which the captured frame was put to mark it; none without one."""
+    tracer = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    frame = getattr(getattr(tracer, "output", None), "root_tx", None)
+    function = getattr(frame, "f_locals", {}).get("function")
+    return list(inspect.signature(function).parameters) if callable(function) else []
 
 
 def _capture() -> Any:
@@ -587,13 +610,67 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def storage_of(value: Any) -> int | None:
-    """The identity of a tensor's storage, fake or not; None for anything else."""
+    """The identity of a tensor's storage, fake or not, inside a torch.func transform or not; None for anything else."""
+    while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def is_wrapped(value: torch.Tensor) -> bool:
     """Whether a tensor is one of a torch.func transform's."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+class _Observer(TorchDispatchMode):
+    """Notes what the operators that run under it write to, and whether any draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int | None] = set()
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written.update(map(storage_of, tree_leaves(given.get(argument.name))))
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **kwargs)
+
+
+def observe(call: Callable[[], Any]) -> tuple[set[int | None], bool]:
+    """Make a call on fake values: the storages that it writes to, and whether it draws random numbers."""
+    observer = _Observer()
+    with contextlib.ExitStack() as stack:
+        modes = (torch.inference_mode(False), fake_mode(), _fresh_symbols_ignored(), torch.no_grad())
+        for context in (*modes, _no_autocast(), observer):
+            stack.enter_context(context)
+        call()
+    return observer.written, observer.draws
+
+
+def own_derivative(results: Any) -> str:
+    """The name of an autograd.Function, in Python or C++, among what autograd recorded of results; empty if none."""
+    open_nodes = [leaf.grad_fn for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    seen = set(open_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name():
+            return node.name().removesuffix("Backward")
+        parents = {parent for parent, _ in node.next_functions} - seen
+        seen |= parents
+        open_nodes += parents
+    return ""
+
+
+def _fresh_symbols_ignored() -> contextlib.AbstractContextManager[Any]:
+    """Sizes that a call on fake values reads from tensors are nobody's."""
+    shapes = fake_mode().shape_env
+    return contextlib.nullcontext() if shapes is None else shapes.ignore_fresh_unbacked_symbols()
 
 
 def recompute_in_backward(node: fx.Node) -> None:

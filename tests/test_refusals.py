@@ -33,6 +33,16 @@ class Widening(Flow):
 class Growing(Flow):
     def forward(self, y, t):
         y = y[:1]
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(y) + torch.zeros(4, 5)
+        return y
+
+
+class BroadcastAtFirst(Flow):
+    """The velocity tells the sizes apart: a run of one step, and one of the others."""
+
+    def forward(self, y, t):
+        y = y[:1]
         for t_i, dt in rampde_fx.steps(t):
             y = y + dt * self.velocity(t_i, y) + torch.zeros(4, 5)
         return y
@@ -90,6 +100,12 @@ def test_state_that_changes_dtype():
 
 def test_state_that_changes_shape():
     refused(Growing(), errors.StateChangeError, line="+ torch.zeros(4, 5)")
+
+
+def test_state_whose_first_step_alone_changes_its_shape_is_fine():
+    model = BroadcastAtFirst()
+    assert torch.allclose(compiled(model, torch.float32)(Y, T), model(Y, T), rtol=1e-6)
+    assert [loop.steps for loop in rampde_fx.explain(rampde_fx.mixed_precision(model), Y, T).loops] == [1, 2]
 
 
 @pytest.mark.parametrize("points", [2, 4])
