@@ -58,7 +58,9 @@ def lower_velocity(loop: Loop) -> Loop:
         legalize_graph(step)
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
-    return replace(loop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
+    lowered = replace(loop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
+    note = f"nothing of the loop is evaluated in {str(loop.policy.velocity).removeprefix('torch.')}"
+    return replace(lowered, notes=(*loop.notes, note)) if lowered.stays_wide else lowered
 
 
 def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:

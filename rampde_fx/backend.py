@@ -180,6 +180,9 @@ def rampde_fx(
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
         return raising(error)
+    for loop in loops:
+        if loop.stays_wide and loop.controller is None:
+            unrewritten.loop_stays_wide(loop.where, loop.policy.velocity)
     if not loops:  # as torch compiles it: our settings are for our loops
         return torch_private.compile_plainly(compiler, graph_module, example_inputs, options, mode)
     with torch_private.compile_settings():

@@ -244,6 +244,11 @@ class Loop:
         return line if self.number == 1 else f"{line} ({self.number})"
 
     @property
+    def stays_wide(self) -> bool:
+        """Whether nothing of a lowered loop is evaluated in the half precision that its policy asks for."""
+        return self.policy.velocity.itemsize < 4 and self.low_operations == 0
+
+    @property
     def evaluations_per_step(self) -> int:
         """How often a step evaluates the velocity; of a loop over steps(t) its parts that are no sums of states."""
         return len(self.stages) if self.evaluations is None else self.evaluations

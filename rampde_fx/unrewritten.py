@@ -1,11 +1,12 @@
 """Say where a marked loop or target that was to be compiled is not rewritten, and runs in full precision.
 
-Three places know of it:
+Four places know of it:
 
 - A loop that runs as plain Python inside of a call of torch.compile: after a graph break, in code that Dynamo skips,
   beyond its limit of recompilations.
 - A loop that Dynamo captures for a backend that does not rewrite it.
 - A marked target that ends, captured or not, without any marked loop in it.
+- A rewritten loop in which no operation is left for low precision.
 
 What runs uncompiled on purpose is left alone: plain eager code, torch.compiler.disable, a stance of torch.compiler.
 """
@@ -186,6 +187,19 @@ def _say_uncompiled(asked: Any) -> None:
         "there is a graph break in it or around it, torch skips its code after one, or has compiled it "
         "torch._dynamo.config.recompile_limit times already",
         FULLGRAPH,
+    )
+
+
+def loop_stays_wide(where: str, dtype: torch.dtype) -> None:
+    """A loop is rewritten, and nothing of it is in low precision."""
+    file, _, line = where.partition(", in ")[0].rpartition(":")
+    _say_at(
+        loop_stays_wide,
+        file or "an unknown file",
+        int(line or 0),
+        f"nothing in a marked loop is evaluated in {dtype}: its steps are sums and scalings of states, operations that "
+        "stay in fp32, or do not depend on a state",
+        "rampde_fx.explain(model, ...) says what stays wide, and why; leave the mark out if that is meant",
     )
 
 
