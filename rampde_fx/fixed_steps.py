@@ -94,11 +94,12 @@ def captured_collecting(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
     marking.meet_loop(policy)
+    outputs = steps + 1  # before the loop, whose step computes no numbers
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
     marking.loop_ends(once=True)
-    found = list(operators.leave(y, nexts, [*rates, *quartics], steps + 1, 1, len(problems), max(problems)))
+    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, len(problems), max(problems)))
     return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 
 

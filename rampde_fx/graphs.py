@@ -91,7 +91,9 @@ def refresh(graph_module: fx.GraphModule, args: Sequence[Any] | None = None) -> 
 
 def user_line(node: fx.Node) -> str:
     """The user's source line that made a node, as 'file:line, in function: code', or an empty string."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s*(?!File ")([^\n]*))?', node.meta.get("stack_trace") or ""
+    )
     users = [frame for frame in frames if "/torch/" not in frame[0] and os.path.dirname(frame[0]) != PACKAGE]
     if not users:
         return ""
