@@ -93,7 +93,7 @@ class Call:
         self.leaves = self._copies()
         updated = self._updated()
         for leaf, given in zip(self.leaves, self._given, strict=True):
-            if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            if isinstance(leaf, torch.Tensor) and graphs.has_derivatives(leaf.dtype):
                 leaf.requires_grad_(id(leaf) not in updated and (torch.is_grad_enabled() or given.requires_grad))
 
     def __call__(self, stand_in: Callable[[Any], Any] = lambda leaf: leaf) -> Any:

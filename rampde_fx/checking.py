@@ -105,7 +105,7 @@ def check(
 def mean_square(outputs: Any) -> torch.Tensor:
     """The loss where none is given: the mean square of every floating or complex output, summed."""
     tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-    squares = [x.abs().square().mean() for x in tensors if x.is_floating_point() or x.is_complex()]
+    squares = [x.abs().square().mean() for x in tensors if graphs.has_derivatives(x.dtype)]
     if not squares:
         raise CheckError(
             "the model returns no floating tensor",
@@ -496,7 +496,7 @@ def _first_beyond_float32(wanted: Outcome, got: Outcome, rounded: Outcome | None
         largest = max(map(norm, exact.values()), default=0.0)
         for name, value in exact.items():
             like = next((x for x in (found.get(name), eager.get(name)) if x is not None), None)
-            inexact = like is not None and (like.is_floating_point() or like.is_complex())
+            inexact = like is not None and graphs.has_derivatives(like.dtype)
             unit = torch.finfo(like.dtype).eps if like is not None and inexact else 0.0
             bound = SLACK_OF_FLOAT32 * (distance(eager.get(name), value) + unit * (norm(value) + unit**0.5 * largest))
             if (text := difference(value, found.get(name), bound)) is not None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rampde_fx.graphs import has_derivatives
+
 Named = dict[str, torch.Tensor | None]
 
 # Rounding costs a float64 run about 2^-29 of what it costs an eager float32 run of the same code, which tells how
@@ -128,7 +130,7 @@ def relative_error(got: torch.Tensor | None, wanted: torch.Tensor | None, larges
 def weights_of(results: Sequence[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every tensor with fixed random weights, of whose sum gradients are compared where no loss is known."""
     for position, result in enumerate(results):
-        if isinstance(result, torch.Tensor) and (result.is_floating_point() or result.is_complex()):
+        if isinstance(result, torch.Tensor) and has_derivatives(result.dtype):
             generator = torch.Generator().manual_seed(position)
             pairs = torch.randn((*result.shape, 2), generator=generator, dtype=torch.float64)
             weights = torch.view_as_complex(pairs) if result.is_complex() else pairs[..., 0]

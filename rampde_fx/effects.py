@@ -120,11 +120,11 @@ def _is_admitted(target: Any) -> bool:
 
 
 def _varying(value: Any) -> Any:
-    return torch_private.differentiable(value) if isinstance(value, torch.Tensor) and _is_real(value) else value
-
-
-def _is_real(value: torch.Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
+    return (
+        torch_private.differentiable(value)
+        if isinstance(value, torch.Tensor) and graphs.has_derivatives(value.dtype)
+        else value
+    )
 
 
 def shares_memory(node: fx.Node) -> bool:

@@ -16,15 +16,6 @@ from torch import nn
 import rampde_fx
 
 T = TypeVar("T")
-# What is not drawn but by --pending: features of which some program fails today, or that were not run enough.
-PENDING = {
-    "complex",  # complex_square: no derivative of view_as_real in the backward's graph, gradients of complex values
-    "out",  # out_write: what is read after out= has the old values
-    "scaled_segments",  # scaled storage with segments and a second carry: RewriteError
-    "low_parameters",
-    "loss_weights",
-    "magnitudes",
-}
 Choose = Callable[[Sequence[T]], T]
 
 NAMES = ("float8_e4m3fn", "float16", "bfloat16", "float32", "float64")
@@ -594,23 +585,11 @@ def data(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # The layers that need a feature.
-NEEDS = {
-    "complex_square": "complex",
-    "spectral": "complex",
-    "no_grad_part": "no_grad",
-    "out_write": "out",
-    "scatter": "scatter",
-    "index_put": "scatter",
-    "gather": "scatter",
-}
-
-
-def random_problem(choose: Choose[Any], pending: set[str] = PENDING, *, inductor: bool = False) -> Problem:
+def random_problem(choose: Choose[Any], *, inductor: bool = False) -> Problem:
     """A problem from a source of choices; earlier options are simpler.
 
     Args:
         choose: Takes options and gives one of them.
-        pending: The features that are not drawn.
         inductor: Whether a small share is compiled by Inductor.
     """
 
@@ -619,7 +598,7 @@ def random_problem(choose: Choose[Any], pending: set[str] = PENDING, *, inductor
 
     space = choose(["vector"] * 4 + ["sequence", "sequence", "image", "signal", "point", "scalar"])
     batch = mostly(4, 1, 3, 0)
-    names = [name for name in layer_names(space) if NEEDS.get(name) not in pending]
+    names = list(layer_names(space))
     heavy = list(LEARNED[space])
     layers = [choose(heavy)] + [choose(names) for _ in range(choose((1, 1, 0, 2, 2, 3)))]
     stages = choose((1, 1, 1, 2, 2, 2, 3, 4))
@@ -644,9 +623,7 @@ def random_problem(choose: Choose[Any], pending: set[str] = PENDING, *, inductor
     decay = mostly("none", *decays)
     storage = mostly("same", *storages)
     checkpoint = mostly("step", "sqrt", "none", 2)
-    if "scaled_segments" in pending and storage in ("float8_e4m3fn", "scaled float16") and checkpoint in ("sqrt", 2):
-        checkpoint = "step"
-    low_parameters = "low_parameters" not in pending and velocity in ("float16", "bfloat16")
+    low_parameters = velocity in ("float16", "bfloat16")
     # Compensation is for updates of the form y = y + increment.
     compensable = decay == "none" and update in ("sum", "terms", "alpha") and carries in ("state", "energy")
     return Problem(
@@ -682,8 +659,8 @@ def random_problem(choose: Choose[Any], pending: set[str] = PENDING, *, inductor
         accumulation=mostly("plain", "compensated") if compensable else "plain",
         loop=mostly("auto", "scan", "unroll"),
         checkpoint=checkpoint,
-        magnitude=1.0 if "magnitudes" in pending else mostly(1.0, 1e-6, 1e-3, 1e2, 1e4),
-        second_weight=1.0 if "loss_weights" in pending else mostly(1.0, 1e-3, 1e-6),
+        magnitude=mostly(1.0, 1e-6, 1e-3, 1e2, 1e4),
+        second_weight=mostly(1.0, 1e-3, 1e-6),
         parameters=mostly("same", "bfloat16") if low_parameters else "same",
         form=mostly("enumerate", "zip", "zip_slices"),
         compiler=choose(["eager"] * 20 + ["aot_eager"] * 5 + (["inductor"] if inductor else ["aot_eager"])),

@@ -328,3 +328,40 @@ def test_a_midpoint_model_whose_times_are_moved():
     model = compiled(Midpoint(), FP16)
     in_silence(model, Y, T)
     in_silence(model, Y, T * 2)
+
+
+WEIGHT = torch.eye(5) - 0.3
+OTHER = torch.ones(4, 5)
+
+
+def decaying(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y - dt * y
+    return y
+
+
+def normalised(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y + dt * torch.softmax(y, -1)
+    return y
+
+
+def of_another(y, t):
+    """One step that adds to another tensor: what is evaluated depends on no state."""
+    for _, dt in rampde_fx.steps(t[:2]):
+        y = OTHER + dt * torch.tanh(y @ WEIGHT)
+    return y
+
+
+@pytest.mark.parametrize("target", [decaying, normalised, of_another])
+def test_a_loop_in_which_nothing_is_left_for_low_precision(target):
+    function = compiled(target, torch.bfloat16)
+    (warning,) = said(function, Y, T)
+    assert "nothing in a marked loop is evaluated in torch.bfloat16" in warning and "test_full_precision.py" in warning
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(target, dtype=torch.bfloat16), Y, T).loops
+    assert "nothing of the loop is evaluated in bfloat16" in loop.notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_policy_that_asks_for_no_low_precision_is_not_warned_of(dtype):
+    in_silence(compiled(decaying, dtype), Y, T)

@@ -35,7 +35,7 @@ import rampde_fx
 from rampde_fx import errors
 from rampde_fx.errors import RampdeError
 from rampde_fx.passes.store_states import TARGETS
-from tests.random_models import DTYPES, NEEDS, PENDING, Problem, RandomODE, data, layer_names, random_problem
+from tests.random_models import DTYPES, Problem, RandomODE, data, layer_names, random_problem
 
 UNIT = {
     torch.float8_e4m3fn: 2.0**-4,
@@ -397,31 +397,24 @@ def test_random_models_agree_with_eager(given):
 
 
 def test_every_field_of_a_policy_is_drawn():
-    problems = [problem for _, problem in cases(600, 0, pending=set())]
+    problems = [problem for _, problem in cases(600, 0)]
     for field in dataclasses.fields(rampde_fx.PrecisionPolicy):
         if field.compare:
             assert len({getattr(problem.policy(), field.name) for problem in problems}) > 1, field.name
 
 
 def test_every_field_of_a_problem_and_every_layer_is_drawn():
-    problems = [problem for _, problem in cases(3000, 0, pending=set())]
+    problems = [problem for _, problem in cases(3000, 0)]
     for field in dataclasses.fields(Problem):
         assert len({getattr(problem, field.name) for problem in problems}) > 1, field.name
     drawn = {layer for problem in problems for layer in problem.layers}
     assert drawn >= {name for problem in problems for name in layer_names(problem.space)}
 
 
-def test_what_is_pending_is_not_drawn():
-    problems = [problem for _, problem in cases(300, 0)]
-    assert not {NEEDS.get(layer) for problem in problems for layer in problem.layers} & PENDING
-
-
-def cases(
-    count: int, seed: int, first: int = 0, pending: set[str] = PENDING, *, inductor: bool = False
-) -> Iterator[tuple[int, Problem]]:
+def cases(count: int, seed: int, first: int = 0, *, inductor: bool = False) -> Iterator[tuple[int, Problem]]:
     """Numbered random problems; each follows from the seed, its number and what may be drawn."""
     for number in range(first, first + count):
-        yield number, random_problem(random.Random(f"{seed}/{number}").choice, pending, inductor=inductor)
+        yield number, random_problem(random.Random(f"{seed}/{number}").choice, inductor=inductor)
 
 
 def verdict(problem: Problem) -> tuple[str, str]:
@@ -474,7 +467,6 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--pending", action="store_true", help="draw what is known to fail, too")
     parser.add_argument("--inductor", action="store_true", help="compile a small share by Inductor, which takes long")
     parser.add_argument("--minimise", action="store_true", help="simplify every failure")
     arguments = parser.parse_args()
@@ -482,8 +474,7 @@ def main() -> None:
     counts: collections.Counter[str] = collections.Counter()
     largest = 0.0
     begin = time.perf_counter()
-    pending = set() if arguments.pending else PENDING
-    drawn = cases(arguments.cases, arguments.seed, arguments.first, pending, inductor=arguments.inductor)
+    drawn = cases(arguments.cases, arguments.seed, arguments.first, inductor=arguments.inductor)
     for number, problem in drawn:
         kind, text = verdict(problem)
         counts[kind] += 1
