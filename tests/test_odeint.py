@@ -279,7 +279,7 @@ ADAPTIVE = {"method": "bosh3", "rtol": 1e-3}
 FLOAT8 = torch.float8_e4m3fn
 BAD = {
     "integers": (errors.StateError, "y0 holds a int64", dict(y0=torch.ones(3, dtype=torch.int64))),
-    "complex": (errors.StateError, "y0 holds a complex64", dict(y0=torch.ones(3, dtype=torch.complex64))),
+    "half complex": (errors.StateError, "y0 holds a complex32", dict(y0=torch.ones(3, dtype=torch.complex32))),
     "float8": (errors.StateError, "y0 holds a float8", dict(y0=Y.to(FLOAT8))),
     "a number": (errors.StateError, "y0 holds a float", dict(y0=(Y, 1.0))),
     "nothing": (errors.StateError, "y0 holds no tensor", dict(y0=())),

@@ -339,13 +339,6 @@ def loop_checkpointed_under_autocast(f, y, t):
         return checkpointed_loop(f, y, t)
 
 
-def complex_state(f, y, t):
-    y = torch.complex(y, y)
-    for _, dt in steps(t):
-        y = y + dt * 1j * y
-    return y.real
-
-
 def large_constant(f, y, t):
     for t_i, dt in steps(t):
         y = y + dt * f(t_i, y) + torch.tensor([[0.1] * 5] * 16)[: y.shape[0]]
@@ -379,7 +372,6 @@ def own_derivative(f, y, t):
         (loop_in_a_branch, errors.UnsupportedLoopError),
         (loop_checkpointed_inside_a_loop, errors.UnsupportedLoopError),
         (loop_checkpointed_under_autocast, errors.UnsupportedLoopError),
-        (complex_state, errors.UnsupportedLoopError),
         (large_constant, errors.UnsupportedLoopError),
         (own_derivative, errors.UnsupportedLoopError),
     ],
