@@ -130,7 +130,7 @@ class TestCost(TestCase):
 step: 16 products, 0 casts, 0 maxima, 62 others
 adjoint step: 47 products, 0 casts, 0 maxima, 166 others
 host reads: 0
-bytes saved: 25728
+bytes saved: 26244
 graphs: 1, graph breaks: 0""",
         )
 
@@ -139,10 +139,10 @@ graphs: 1, graph breaks: 0""",
             "cnf",
             torch.float16,
             """\
-step: 16 products, 13 casts, 0 maxima, 78 others
-adjoint step: 47 products, 55 casts, 4 maxima, 262 others
+step: 16 products, 17 casts, 0 maxima, 190 others
+adjoint step: 47 products, 64 casts, 4 maxima, 362 others
 host reads: 1
-bytes saved: 13440
+bytes saved: 13956
 graphs: 1, graph breaks: 0""",
         )
 
@@ -151,10 +151,10 @@ graphs: 1, graph breaks: 0""",
             "otflow",
             torch.float16,
             """\
-step: 28 products, 41 casts, 0 maxima, 178 others
-adjoint step: 79 products, 131 casts, 4 maxima, 583 others
+step: 28 products, 37 casts, 0 maxima, 430 others
+adjoint step: 79 products, 135 casts, 4 maxima, 824 others
 host reads: 1
-bytes saved: 13376
+bytes saved: 14148
 graphs: 1, graph breaks: 0""",
         )
 
@@ -164,9 +164,9 @@ graphs: 1, graph breaks: 0""",
             torch.bfloat16,
             """\
 step: 20 products, 21 casts, 0 maxima, 35 others
-adjoint step: 50 products, 59 casts, 0 maxima, 150 others
+adjoint step: 50 products, 55 casts, 0 maxima, 150 others
 host reads: 0
-bytes saved: 98784
+bytes saved: 98788
 graphs: 1, graph breaks: 0""",
         )
 
@@ -175,12 +175,12 @@ graphs: 1, graph breaks: 0""",
             "conv",
             torch.float16,
             """\
-step: 8 products, 19 casts, 0 maxima, 45 others
-adjoint step: 15 products, 41 casts, 4 maxima, 136 others
-step: 8 products, 19 casts, 0 maxima, 45 others
-adjoint step: 15 products, 41 casts, 4 maxima, 136 others
-step: 8 products, 19 casts, 0 maxima, 45 others
-adjoint step: 15 products, 41 casts, 4 maxima, 136 others
+step: 8 products, 19 casts, 0 maxima, 157 others
+adjoint step: 15 products, 45 casts, 4 maxima, 237 others
+step: 8 products, 19 casts, 0 maxima, 157 others
+adjoint step: 15 products, 45 casts, 4 maxima, 237 others
+step: 8 products, 19 casts, 0 maxima, 157 others
+adjoint step: 15 products, 45 casts, 4 maxima, 237 others
 host reads: 3
 bytes saved: 543700
 graphs: 1, graph breaks: 0""",
