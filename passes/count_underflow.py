@@ -1,13 +1,15 @@
-"""Count what a state loses where it enters a velocity in float16.
+"""Count what states and parameters lose where they enter a velocity in float16.
 
 Before:  k = velocity_0(y, w);  ...;  return y_next
-After:   k = velocity_0(y, w);  ...;  n = rampde_fx.count_underflow([y, ...]);  return y_next, n
+After:   k = velocity_0(y, w);  ...;  n = rampde_fx.count_underflow([y, ...]) + rampde_fx.count_underflow([w])
+         return y_next, n
 
-n holds how many entries of the states that enter, over the evaluations of a step, are too small for eight digits in
-float16 but not zero, and how many are not zero. An overflow shows itself, as NaN; this would be silent.
+n holds how many entries that enter, over the evaluations of a step, are too small for eight digits in float16 but not
+zero, how many are not zero, and how many tensors are subnormal there as a whole. An overflow shows itself, as NaN; this
+would be silent. What concerns parameters alone is counted once per call.
 
 Requires: a lowered Loop without adjoint.
-Ensures:  a step whose velocity is float16 has n, int64 (2,), as its last per-step output; a search and all other loops
+Ensures:  a step whose velocity is float16 has n, int64 (3,), as its last per-step output; a search and all other loops
           stay as they are.
 """
 
@@ -21,24 +23,43 @@ from torch import fx
 from rampde_fx import graphs
 from rampde_fx.loop import Loop
 
+COUNT = torch.ops.rampde_fx.count_underflow.default
+NARROW = torch.ops.rampde_fx.narrow.default
+
 
 def count_underflow(loop: Loop) -> Loop:
-    """Return the counts of the states that enter a velocity in float16."""
-    entering = find_entering(loop.step) if loop.policy.velocity is torch.float16 and loop.controller is None else []
-    if not entering:
+    """Return the counts of what enters a velocity in float16."""
+    counts = loop.policy.velocity is torch.float16 and loop.controller is None
+    groups = [group for group in find_entering(loop.step) if group] if counts else []
+    if not groups:
         return loop
     step = graphs.copied(loop.step)
     twins = {node.name: node for node in step.graph.nodes}
     output = step.graph.output_node()
     with step.graph.inserting_before(output):
-        states = [twins[node.name] for node in entering]
-        count = step.graph.call_function(torch.ops.rampde_fx.count_underflow.default, (states,))
+        found = [step.graph.call_function(COUNT, ([twins[node.name] for node in group],)) for group in groups]
+        count = found[0] if len(found) == 1 else step.graph.call_function(torch.ops.aten.add.Tensor, tuple(found))
     output.args = ((*output.args[0], count),)
     return replace(loop, step=graphs.refresh(step), counted=True)
 
 
-def find_entering(step: fx.GraphModule) -> list[fx.Node]:
-    """The states that evaluations read, wider than float16, each once."""
-    calls = [node for node in step.graph.nodes if node.op == "call_module" and node.meta.get("role") == "velocity"]
-    read = dict.fromkeys(graphs.base_of_view(operand) for call in calls for operand in call.args)
-    return [n for n in read if n.meta.get("role") == "state" and graphs.is_float(n) and graphs.value(n).numel() != 0]
+def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The states, and the parameters, that evaluations cast to float16, each once."""
+    states: dict[fx.Node, None] = {}
+    parameters: dict[fx.Node, None] = {}
+    for call in [node for node in step.graph.nodes if node.op == "call_module" and _is_evaluation(node)]:
+        inner = graphs.placeholders(step.get_submodule(str(call.target)))
+        for outer, entry in zip(call.args, inner, strict=True):
+            if _is_narrowed(entry) and graphs.value(outer).numel() != 0:
+                group = states if outer.meta["role"] == "state" else parameters
+                group[graphs.base_of_view(outer)] = None
+    return list(states), [node for node in parameters if node not in states]
+
+
+def _is_evaluation(node: fx.Node) -> bool:
+    return node.meta.get("role") == "velocity"
+
+
+def _is_narrowed(entry: fx.Node) -> bool:
+    """Whether an input of an evaluation, or a view of it, is cast to float16."""
+    return any(user.target is NARROW or (graphs.is_view(user) and _is_narrowed(user)) for user in entry.users)

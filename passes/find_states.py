@@ -233,7 +233,7 @@ def _carry_unchanged(captured: CapturedStep) -> CapturedStep:
     found = [
         (i, node)
         for i, (node, source) in enumerate(zip(graphs.placeholders(captured.step), inputs, strict=True))
-        if source.kind == "invariant" and node in needed and graphs.is_float(node)
+        if source.kind == "invariant" and node in needed and graphs.is_differentiable(node)
     ]
     contexts = [i for i, node in found if not isinstance(graphs.value(node), torch.nn.Parameter)]
     states = contexts or [i for i, _ in found]

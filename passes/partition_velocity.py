@@ -305,12 +305,14 @@ def _keeps_state(node: fx.Node, roles: Roles) -> bool:
 
 
 def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
-    """Make states of the increments that only states and results read: dt * k, and sums of several evaluations."""
+    """Make states of the increments that only states and results read: dt * k, 1 - dt * z, sums of evaluations."""
     numbers = find_evaluations(nodes, roles)
     for node in reversed(nodes):
         if roles[node] != "velocity" or not all(u.op == "output" or roles[u] == "state" for u in node.users):
             continue
-        scaled = _scaled_by_time(node, roles) is not None or _is_weighted_sum(node, roles)
+        # 1 - dt * z, by which a state is multiplied: rounded low, it would lose dt * z.
+        summed = node.target in SUM and _is_increment(node, roles)
+        scaled = summed or _scaled_by_time(node, roles) is not None or _is_weighted_sum(node, roles)
         if scaled or _sums_evaluations(node, roles, numbers):
             roles[node] = "state"
 

@@ -59,7 +59,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         per_step=sum(kinds.count(kind) for kind in ("time", "per_step", "index")),
         plain_needs_grad=wanted,
         needs_grad=wanted,
-        differentiated=any(node in reached and graphs.is_float(node) for node in graphs.results(step)),
+        differentiated=any(node in reached and graphs.is_differentiable(node) for node in graphs.results(step)),
         monitored=marked.monitored,
         controller=_controller(marked) if marked.searches else None,
         evaluations=marked.end.args[-2] if marked.once else None,

@@ -39,12 +39,14 @@ class StateCount:
     """What entered the velocity evaluations of one loop in float16, over all steps, evaluations and passes.
 
     Attributes:
-        entries: Entries of states that were not zero.
+        entries: Entries of states and parameters that were not zero.
         underflowed: Those below 2^-17, of which float16 keeps less than eight binary digits, or nothing.
+        subnormal: Tensors whose largest entry is below 2^-14, where float16's digits begin to be lost.
     """
 
     entries: int = 0
     underflowed: int = 0
+    subnormal: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ _lock = threading.Lock()
 # The last of each counts; the others wait for their contexts to end.
 _counts: list[dict[str, BackwardCount]] = [{}]
 _states: list[dict[str, StateCount]] = [{}]
-_on_devices: dict[str, torch.Tensor] = {}  # what was not read yet: (underflowed, entries)
+_on_devices: dict[str, torch.Tensor] = {}  # what was not read yet: (underflowed, entries, subnormal)
 _evaluations: dict[str, EvaluationCount] = {}
 _searches: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}  # not read yet: tried, accepted, evaluations of each
 _warned: set[tuple[str, str]] = set()
@@ -166,7 +168,8 @@ def record_states(loop: str, counts: torch.Tensor) -> None:
 
     Args:
         loop: The name of the loop.
-        counts: How many entries underflowed, and how many are not zero: int64 (2,). They are not waited for.
+        counts: How many entries underflowed, how many are not zero, and how many tensors are subnormal: int64 (3,).
+            They are not waited for.
     """
     with _lock:
         known = _on_devices.get(loop)
@@ -180,18 +183,20 @@ def _read_devices() -> None:
     with _lock:
         waiting = {loop: counts.tolist() for loop, counts in _on_devices.items()}
         _on_devices.clear()
-        for loop, (underflowed, entries) in waiting.items():
+        for loop, (underflowed, entries, subnormal) in waiting.items():
             before = _states[-1].get(loop, StateCount())
-            _states[-1][loop] = StateCount(before.entries + entries, before.underflowed + underflowed)
+            _states[-1][loop] = StateCount(
+                before.entries + entries, before.underflowed + underflowed, before.subnormal + subnormal
+            )
         apart = len(_states) > 1
-    for loop, (underflowed, entries) in waiting.items():
-        if underflowed >= WARN_UNDERFLOW * entries and underflowed and not apart:
+    for loop, (underflowed, entries, subnormal) in waiting.items():
+        if (subnormal or underflowed > WARN_UNDERFLOW * entries) and not apart:
             warn_once(
                 "underflow",
                 loop,
-                f"{underflowed:,} of {entries:,} entries of states that enter the velocity of the rampde_fx loop at "
-                f"{loop} lie below 2^-17, where float16 keeps few digits or none; scale the state, or use "
-                "dtype=torch.bfloat16",
+                f"{underflowed:,} of {entries:,} entries of the states and parameters that enter the velocity of the "
+                f"rampde_fx loop at {loop} lie below 2^-17, where float16 keeps few digits or none, and {subnormal:,} "
+                "tensors lie below 2^-14 as a whole; scale them, or use dtype=torch.bfloat16",
             )
 
 

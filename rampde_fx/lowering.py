@@ -1,8 +1,9 @@
 """Evaluate a graph of ATen operations under the operator policy of low precision: what lower_velocity traces.
 
-In half precision products are low; elementwise and moving operations take the widest dtype among their operands;
-complex numbers, sums, and whatever operator_table.py does not know are float32. In float16 a number that overflows
-though it follows from finite ones becomes NaN, which no later operation hides; infinities of the user's pass.
+In half precision products of matrices are low; elementwise and moving operations take the widest dtype among their
+operands; complex numbers, sums, and whatever operator_table.py does not know are float32. In float16 products of
+entries are float32 too, for its range; a number that overflows though it follows from finite ones becomes NaN, which no
+later operation hides; infinities of the user's pass.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class Lowering(fx.Interpreter):
         super().__init__(velocity)
         self.dtype = dtype
         read_wide = find_read_wide(velocity, dtype)
-        compared = {node for node in velocity.graph.nodes if any(map(compares, node.users))}
+        compared = {node for node in velocity.graph.nodes if any(map(discretises, node.users))}
         self.feeds_wide = {node for node in read_wide | compared if _follows_readers(node, dtype)}
         inputs = zip(graphs.placeholders(velocity), varies, strict=True)
         self.enters_low = [varied or (_is_array(node) and node not in read_wide) for node, varied in inputs]
         self.wide: Counter[tuple[str, str]] = Counter()
         self.low = 0  # operations that were evaluated in the dtype
+        self.hidden: list[torch.Tensor] = []  # whether a NaN was made an integer or a truth value
         self.finite: set[fx.Node] = set()  # what is never infinite
         self.current: fx.Node | None = None
 
@@ -52,14 +54,27 @@ class Lowering(fx.Interpreter):
         """The outputs in their original dtypes, from inputs in theirs."""
         entered = [cast(value, self.dtype) if low else value for value, low in zip(args, self.enters_low, strict=True)]
         self.wide.clear()
+        self.hidden.clear()
         self.low = 0
         values = self.run(*entered)
         originals = [graphs.value(node) for node in graphs.results(self.module)]
-        return tuple(cast(now, before.dtype) for now, before in zip(values, originals, strict=True))
+        results = [cast(now, before.dtype) for now, before in zip(values, originals, strict=True)]
+        return tuple(self._without_hidden(results))
+
+    def _without_hidden(self, results: list[Any]) -> list[Any]:
+        """The results, NaN where a NaN became an integer or a truth value."""
+        if not self.hidden:
+            return results
+        hidden = torch.stack(self.hidden).any()
+        return [torch.where(hidden, torch.nan, result) if is_float(result) else result for result in results]
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
-        return super().run_node(n)
+        result = super().run_node(n)
+        if self.dtype is torch.float16 and discretises(n):
+            read = [self.env[operand] for operand in n.all_input_nodes]
+            self.hidden += [torch.isnan(value).any() for value in read if is_float(value) and value.numel() > 0]
+        return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem:
@@ -90,6 +105,8 @@ class Lowering(fx.Interpreter):
         if self.dtype in HALF and not operator_table.follows_operands(target, args, kwargs):
             reason = "autocast's policy: fp32" if name in operator_table.WIDE else UNKNOWN
             return self._widened(name, leaves, torch.float32, reason)
+        if self.dtype is torch.float16 and self.current is not None and _multiplies_entries(self.current):
+            return self._widened(name, leaves, torch.float32, "a product of entries, whose range is fp32's")
         if self.current in self.feeds_wide:
             return self._widened(name, leaves, torch.float32, "read by operations in fp32")
         if is_beyond(self.dtype, operator_table.numbers(target, args, kwargs)):
@@ -146,8 +163,8 @@ def find_read_wide(velocity: fx.GraphModule, dtype: torch.dtype) -> set[fx.Node]
     """The nodes that operations in float32 alone read, or that are results, of a velocity in the dtype.
 
     In float16 such operations are also elementwise ones whose results they alone read: what a sum adds up, and what is
-    added to a softmax's argument, a mask of -1e9, has float32's range at no cost. So has what a comparison reads, which
-    would take a NaN for a number that is not less.
+    added to a softmax's argument, a mask of -1e9, has float32's range at no cost. So has what a comparison or an argmax
+    reads, in whose result a NaN would not show, and so have products of entries.
     """
     found: set[fx.Node] = set()
     wide: set[fx.Node] = set()
@@ -165,17 +182,24 @@ def _is_wide(node: fx.Node, dtype: torch.dtype, read_wide: bool) -> bool:
     """Whether an operation of a velocity in the dtype is evaluated in float32."""
     if operator_table.name_of(node.target) in operator_table.LOW:
         return False
-    if dtype is torch.float16 and compares(node):
+    if dtype is torch.float16 and (discretises(node) or _multiplies_entries(node)):
         return True
     follows = operator_table.follows_operands(node.target, node.args, node.kwargs)
-    return not follows or ((read_wide or any(map(compares, node.users))) and _follows_readers(node, dtype))
+    return not follows or ((read_wide or any(map(discretises, node.users))) and _follows_readers(node, dtype))
 
 
-def compares(node: fx.Node) -> bool:
-    """Whether a node compares floating tensors, entry by entry."""
-    value = graphs.value(node) if node.op == "call_function" else None
-    is_bool = isinstance(value, torch.Tensor) and value.dtype is torch.bool
-    return is_bool and operator_table.is_elementwise(node.target) and any(map(graphs.is_float, node.all_input_nodes))
+def _multiplies_entries(node: fx.Node) -> bool:
+    """Whether a node multiplies or divides entries: what may leave float16's range from within it, either way."""
+    return operator_table.name_of(node.target) in operator_table.ENTRYWISE_PRODUCTS and graphs.is_float(node)
+
+
+def discretises(node: fx.Node) -> bool:
+    """Whether a node makes integers or truth values of floating tensors: a NaN does not show in them."""
+    if node.op != "call_function" or operator_table.name_of(node.target) in operator_table.SHOWS_NAN:
+        return False
+    made = [leaf for leaf in tree_leaves(graphs.value(node)) if isinstance(leaf, torch.Tensor)]
+    discrete = any(not graphs.has_derivatives(leaf.dtype) for leaf in made)
+    return discrete and any(map(graphs.is_float, node.all_input_nodes))
 
 
 def _follows_readers(node: fx.Node, dtype: torch.dtype) -> bool:

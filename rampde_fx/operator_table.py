@@ -104,6 +104,18 @@ LINEAR_IN = {
 }
 SUMMAND_FIRST = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
 COMMUTATIVE = {"mul", "add"}
+ENTRYWISE_PRODUCTS = {"mul", "div"}
+# Their results are not all numbers: a NaN shows in the others, or in the truth value itself.
+SHOWS_NAN = {
+    "isnan",
+    "isinf",
+    "isfinite",
+    "native_dropout",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "adaptive_max_pool2d",
+    "fractional_max_pool2d",
+}
 
 
 def name_of(target: Any) -> str:

@@ -62,7 +62,8 @@ for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")
 # One run of the reverse loop, counted on the host where the loop decides whether to run again. The outcome, float32
 # (3,): whether a gradient overflowed, how many entries of cotangents vanished, how many gradients are zero as a whole.
 library.define("record_sweep(Tensor outcome, Tensor attempt, int attempts, str loop) -> Tensor")
-# Of states that enter a velocity in float16 how many entries are not zero and lose digits, and how many are not zero.
+# Of what enters a velocity in float16 how many entries are not zero and lose digits, how many are not zero, and how
+# many tensors are subnormal there as a whole.
 library.define("count_underflow(Tensor[] states) -> Tensor")
 # A zero of the dtype of like, once a run of a loop is noted: its number of steps, as a number or as the length of a
 # stack; the evaluations, or VJPs, of each; and what count_underflow gave in all steps, or how often a reverse loop ran.
@@ -75,7 +76,8 @@ library.define("record_search(Tensor tried, Tensor accepted, int each, str loop)
 library.define("record_adjoint(Tensor[] values, Tensor statistics, Tensor attempt, str loop) -> Tensor[]")
 
 
-FEW_DIGITS = 2.0**-17  # below this float16 keeps less than 8 binary digits of a number
+SMALLEST_NORMAL = 2.0**-14  # of float16
+FEW_DIGITS = 2.0**-17  # below this it keeps less than 8 binary digits of a number
 FAILURES = {
     step_control.TOO_MANY_STEPS: too_many_steps,
     step_control.STEP_TOO_SMALL: step_too_small,
@@ -240,7 +242,9 @@ def _count_underflow(states: list[torch.Tensor]) -> torch.Tensor:
     sizes = [state.abs() for state in states]
     lost = [((size != 0) & (size < FEW_DIGITS)).sum() for size in sizes]
     present = [(size != 0).sum() for size in sizes]
-    return torch.stack([sum(lost[1:], lost[0]), sum(present[1:], present[0])])
+    largest = torch.stack([size.amax().to(torch.float32) for size in sizes])
+    subnormal = ((largest != 0) & (largest < SMALLEST_NORMAL)).sum()
+    return torch.stack([sum(lost[1:], lost[0]), sum(present[1:], present[0]), subnormal])
 
 
 def _record_forward(
@@ -320,7 +324,7 @@ _fakes: dict[str, _Function] = {
     "monotone": lambda t: t.new_empty(()),
     "narrow": lambda x, *, dtype: torch.empty_like(x, dtype=dtype),
     "mark_overflow": lambda x, operands: torch.empty_like(x),
-    "count_underflow": lambda states: torch.empty(2, dtype=torch.int64, device=states[0].device),
+    "count_underflow": lambda states: torch.empty(3, dtype=torch.int64, device=states[0].device),
     "record_forward": lambda like, *_: like.new_empty(()),
     "record_backward": lambda like, *_: like.new_empty(()),
     "record_search": lambda tried, *_: torch.empty_like(tried),
