@@ -13,6 +13,7 @@ from rampde_fx import cpu_products, graphs, pass_log, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
 from rampde_fx.passes.capture_step import capture_step
+from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.count_underflow import count_underflow
 from rampde_fx.passes.emit_loop import emit_loop
@@ -87,6 +88,7 @@ def rewrite(
 
 
 def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Container[int] | None) -> list[Loop]:
+    check_repetition(graph_module)
     lift_floats(graph_module)
     spell_indices(graph_module)
     if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
@@ -173,6 +175,7 @@ def rampde_fx(
         marked = has_loop(graph_module)
         if marked:
             graphs.name_arguments(graph_module, torch_private.names_of_arguments())
+            check_repetition(graph_module)
         captured = graphs.copied(graph_module) if verify and marked else None
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite)

@@ -56,7 +56,9 @@ class Observer:
 
 def _observed(node: fx.Node) -> Effects:
     operands = node.all_input_nodes
-    if not any(isinstance(graphs.value(n), torch.Tensor) for n in (node, *operands)):
+    if node.op not in ("call_function", "call_method", "call_module") or not any(
+        isinstance(graphs.value(n), torch.Tensor) for n in (node, *operands)
+    ):
         return Effects()  # a mode, a number
     try:
         values = [stand_in(operand) for operand in operands]

@@ -79,8 +79,11 @@ def captured_once(
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts = advance(tableau, checked, t, dt, entered)
+    evaluations = len(problems)
+    operators.again(t)
+    advance(tableau, checked, t, dt, nexts)
     marking.loop_ends(once=True)
-    return list(operators.leave(y, nexts, [], outputs, every, len(problems), max(problems)))
+    return list(operators.leave(y, nexts, [], outputs, every, evaluations, max(problems)))
 
 
 def captured_collecting(
@@ -98,8 +101,11 @@ def captured_collecting(
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
     nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
+    evaluations = len(problems)
+    operators.again(t)
+    advance_collecting(tableau, checked, t, dt, nexts)
     marking.loop_ends(once=True)
-    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, len(problems), max(problems)))
+    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, evaluations, max(problems)))
     return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 
 

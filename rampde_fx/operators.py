@@ -35,6 +35,8 @@ library.define(
     " int evaluations, str problem) -> Tensor[]"
 )
 library.define("needs_backend(Tensor x) -> Tensor")
+# Between the step that stands for all and the one behind it, which is captured to be compared with it.
+library.define("again(Tensor t) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
 # count, their number, the status and the time that was reached. The numbers are the first step's size and those of a
 # step_control.Controller, whose constants and tolerances are given beside them.
@@ -278,6 +280,7 @@ def _record_adjoint(
 
 library.impl("step", _step, "CompositeImplicitAutograd")
 library.impl("end", _end, "CompositeImplicitAutograd")
+library.impl("again", torch.clone, "CompositeExplicitAutograd")
 library.impl("enter", _enter, "CompositeImplicitAutograd")
 library.impl("leave", _leave, "CompositeImplicitAutograd")
 library.impl("needs_backend", _needs_backend, "CompositeExplicitAutograd")
@@ -318,6 +321,7 @@ _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, 
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
 _fakes: dict[str, _Function] = {
     "stop_gradient": torch.empty_like,
+    "again": torch.empty_like,
     "needs_backend": torch.empty_like,
     "count_steps": lambda *_: torch.empty((), dtype=torch.int64),
     "found": lambda count, *_: torch.empty_like(count),
@@ -346,6 +350,7 @@ for _name, _function in _distributions.items():
     library.impl(_name, torch_private.below_autograd(_operator), "Autograd")
     DECOMPOSITIONS[_operator.default] = _function
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end
+again = torch.ops.rampde_fx.again
 enter, leave = torch.ops.rampde_fx.enter, torch.ops.rampde_fx.leave
 leave_search, found = torch.ops.rampde_fx.leave_search, torch.ops.rampde_fx.found
 monotone, count_steps = torch.ops.rampde_fx.monotone, torch.ops.rampde_fx.count_steps

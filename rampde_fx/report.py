@@ -18,6 +18,7 @@ from rampde_fx import graphs, operators, pass_log, report_html, torch_private, u
 from rampde_fx.backend import rewrite
 from rampde_fx.errors import RampdeError, raising
 from rampde_fx.loop import Fallback, Loop
+from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.policy import PrecisionPolicy
 
@@ -196,6 +197,7 @@ def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:
 def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a captured graph that runs, with one step for every odeint."""
     copy = graphs.copied(graph_module)
+    check_repetition(copy)
     for module in copy.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=operators.enter):

@@ -32,8 +32,14 @@ from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.symbolic_convert import TensorifyState
-from torch._dynamo.variables import ListVariable, SymNodeVariable
-from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+from torch._dynamo.variables import (
+    ConstantVariable,
+    ConstDictVariable,
+    LazyVariableTracker,
+    ListVariable,
+    SymNodeVariable,
+)
+from torch._dynamo.variables.base import ValueMutationExisting, ValueMutationNew
 from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
@@ -466,34 +472,63 @@ def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]]
 
 
 def numbers_kept() -> dict[tuple[Any, str], Any]:
-    """The numbers that the capture under way has put into attributes, globals and lists from outside of it.
+    """The numbers that the capture under way has put into attributes, globals, cells, lists and dicts.
 
-    By the variable and the name of each; of a list by the variable and what its entries are.
+    By the variable and the name of each; of a list or a dict by the variable and what its entries are.
     """
     effects, found = _capture().side_effects, {}
     for owner, attributes in effects.store_attr_mutations.items():
-        if isinstance(owner.mutation_type, AttributeMutationExisting):
-            found.update({(owner, name): _number(value) for name, value in attributes.items()})
-    for entries in effects.id_to_variable.values():
-        changed = isinstance(entries.mutation_type, ValueMutationExisting) and effects.is_modified(entries)
-        if changed and isinstance(entries, ListVariable):
-            found.update({(entries, str(i)): _number(value) for i, value in enumerate(entries.items)})
+        found.update({(owner, name): _number(value) for name, value in attributes.items()})
+    changed = [entries for entries in list(effects.id_to_variable.values()) if _is_changed(entries)]
+    for entries in dict.fromkeys([*changed, *_containers_kept()]):
+        found.update({(entries, name): _number(value) for name, value in _entries(entries)})
     return {key: number for key, number in found.items() if number is not None}
+
+
+def _is_changed(entries: Any) -> bool:
+    effects = _capture().side_effects
+    return isinstance(entries.mutation_type, ValueMutationExisting) and effects.is_modified(entries)
+
+
+def _containers_kept() -> Iterator[Any]:
+    """The lists and dicts that were made in the code that is captured, and put into cells and attributes."""
+    for attributes in _capture().side_effects.store_attr_mutations.values():
+        for value in attributes.values():
+            if isinstance(value, ListVariable | ConstDictVariable) and isinstance(
+                value.mutation_type, ValueMutationNew
+            ):
+                yield value
+
+
+def _entries(entries: Any) -> list[tuple[str, Any]]:
+    if isinstance(entries, ListVariable):
+        return [(str(i), value) for i, value in enumerate(entries.items)]
+    if isinstance(entries, ConstDictVariable):
+        return [(str(getattr(key.vt, "value", key)), value) for key, value in entries.items.items()]
+    return []
 
 
 def _number(variable: Any) -> Any:
     """The number that a variable of Dynamo's holds, as text if it is symbolic; None if it holds anything else."""
+    if isinstance(variable, LazyVariableTracker):
+        if not variable.is_realized():  # nobody has read it, nor put another there
+            return None
+        variable = variable.realize()
     if isinstance(variable, SymNodeVariable):
         return str(variable.sym_num)
-    value = variable.as_python_constant() if variable.is_python_constant() else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    value = variable.as_python_constant() if isinstance(variable, ConstantVariable) else None
+    return value if isinstance(value, (int, float, bool)) else None
 
 
 def name_of(owner: Any, name: str) -> str:
     """How the user writes an attribute, a global or an entry of a list that is a variable of Dynamo's."""
     source = getattr(owner.source, "name", "")
     source = source() if callable(source) else source
-    return f"{source}[{name}]" if isinstance(owner, ListVariable) else name
+    if name == "cell_contents":
+        return str(getattr(owner, "local_name", None) or "a variable of a function around the velocity")
+    if not isinstance(owner, ListVariable | ConstDictVariable):
+        return name
+    return f"{source or 'a list or dict of the function'}[{name}]"
 
 
 def was_read(owner: Any, name: str) -> bool:

@@ -212,8 +212,9 @@ class AsWritten(fx.Interpreter):
     def _step(self, loop: list[fx.Node], t: torch.Tensor, dt: torch.Tensor, states: list[Any]) -> Any:
         """What the loop's end names, after one step."""
         enter, *body, end = loop
+        seconds = [i for i, node in enumerate(body) if node.target is operators.again]
         self.env[enter] = [t, dt, *states]
-        for node in body:
+        for node in body[: seconds[0]] if seconds else body:
             self.env[node] = self.run_node(node)
         return self._values(end.args)
 
@@ -231,7 +232,7 @@ class AsWritten(fx.Interpreter):
     def run_search(self, loop: list[fx.Node]) -> list[torch.Tensor]:
         """What leave_search gives."""
         t, first, states, _ = self._values(loop[0].args)
-        _, _, _, _, numbers, order, max_steps, *_ = self._values(loop[-1].args)
+        numbers, order, max_steps = self._values(loop[-1].args[4:7])
         controller = step_control.Controller(order, max_steps, 0.0, 0.0).with_numbers(numbers[1:])
         search = step_control.begin(t, first[0], controller.max_steps)
         while int(search.status) == step_control.RUNNING:

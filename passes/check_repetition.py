@@ -1,0 +1,76 @@
+"""Check that a step of odeint does the same when it is done again, and take the second one out.
+
+Before:  enter(...), nodes of one step, again(t), nodes of the next step, leave(...)
+After:   enter(...), nodes of one step, leave(...)
+
+One captured step stands for all. A velocity that keeps something in Python from one evaluation to the next (a counter
+that it computes with, an iterator, a tensor that it makes at its first call) is another function in each step. odeint
+therefore captures a second step behind the first one, from its results, and both must be equal.
+
+Requires: a graph captured by Dynamo.
+Ensures:  no marker again, and nothing between it and leave.
+Raises:   UnsupportedLoopError for a velocity that is not a function of t and y.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from rampde_fx import graphs, operators
+from rampde_fx.errors import UnsupportedLoopError
+
+
+def check_repetition(graph_module: fx.GraphModule) -> None:
+    """Check every odeint of a graph, and of those inside it, in place."""
+    for module in [m for m in graph_module.modules() if isinstance(m, fx.GraphModule)]:
+        for again in module.graph.find_nodes(op="call_function", target=operators.again):
+            _check(list(module.graph.nodes), again)
+        module.recompile()
+
+
+def _check(nodes: list[fx.Node], again: fx.Node) -> None:
+    middle = nodes.index(again)
+    begin = max(i for i in range(middle) if nodes[i].target is operators.enter)
+    end = min(i for i in range(middle, len(nodes)) if nodes[i].target is operators.leave)
+    enter, leave = nodes[begin], nodes[end]
+    second = nodes[middle + 1 : end]
+    different = find_difference(enter, nodes[begin + 1 : middle], second, leave.args[1])
+    if different is not None:
+        raise UnsupportedLoopError(
+            "the velocity of an odeint does something else in the second step than in the first: it keeps something in "
+            "Python, such as a counter, an iterator or a tensor that it makes at its first call",
+            required="a velocity that is a function of t and y: one captured step stands for all",
+            fix="make what it keeps before odeint, or write the steps as a loop over rampde_fx.steps(t)",
+            where=graphs.user_line(different) or graphs.user_line(enter),
+        )
+    for node in (*reversed(second), again):
+        if not node.users:  # else a number that is read behind the loop
+            node.graph.erase_node(node)
+
+
+def find_difference(
+    enter: fx.Node, first: list[fx.Node], second: list[fx.Node], nexts: list[fx.Node]
+) -> fx.Node | None:
+    """The first node by which two steps differ, the second one from the results of the first; None if none does."""
+    entered = {node.args[1] - 2: node for node in first if _reads(node, enter)}
+    steps = [[node for node in nodes if not _reads(node, enter) and not _is_size(node)] for nodes in (first, second)]
+    twins: dict[fx.Node, fx.Node | None] = {node: entered.get(j) for j, node in enumerate(nexts)}
+    for a, b in zip(*steps, strict=False):
+        read = [twins.get(operand, operand) for operand in graphs.operands(b)]
+        if graphs.operation(a) != graphs.operation(b) or read != graphs.operands(a):
+            return b
+        twins[b] = a
+    lengths = [len(nodes) for nodes in steps]
+    return None if lengths[0] == lengths[1] else (*steps[0], *steps[1])[-1]
+
+
+def _reads(node: fx.Node, enter: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[0] is enter
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a number, which Dynamo computes where it is read first."""
+    return isinstance(graphs.value(node), (int, torch.SymInt, torch.SymFloat))
