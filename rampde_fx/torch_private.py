@@ -39,7 +39,7 @@ from torch._dynamo.variables import (
     ListVariable,
     SymNodeVariable,
 )
-from torch._dynamo.variables.base import ValueMutationExisting, ValueMutationNew
+from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationExisting, ValueMutationNew
 from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.compile_utils import fx_graph_cse
@@ -471,6 +471,9 @@ def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]]
     return notes
 
 
+CELL = "cell_contents"  # what Dynamo calls the value of a variable that several functions share
+
+
 def numbers_kept() -> dict[tuple[Any, str], Any]:
     """The numbers that the capture under way has put into attributes, globals, cells, lists and dicts.
 
@@ -522,22 +525,28 @@ def _number(variable: Any) -> Any:
 
 def name_of(owner: Any, name: str) -> str:
     """How the user writes an attribute, a global or an entry of a list that is a variable of Dynamo's."""
-    source = getattr(owner.source, "name", "")
-    source = source() if callable(source) else source
-    if name == "cell_contents":
+    if name == CELL:
         return str(getattr(owner, "local_name", None) or "a variable of a function around the velocity")
     if not isinstance(owner, ListVariable | ConstDictVariable):
         return name
-    return f"{source or 'a list or dict of the function'}[{name}]"
+    return f"{_source_of(owner) or 'a list or dict of the function'}[{name}]"
 
 
 def was_read(owner: Any, name: str) -> bool:
     """Whether the capture under way has read such a number, which it guards then, before it put another there."""
+    if isinstance(owner.mutation_type, AttributeMutationNew | ValueMutationNew):  # nobody knew it before
+        return False
     guards = [guard.name() if callable(guard.name) else guard.name for guard in _capture().guards]
-    wanted = (f"[{name}]",) if isinstance(owner, ListVariable) else (f".{name}", f"['{name}']")
+    wanted = (f"[{name}]", f"['{name}']") if isinstance(owner, ListVariable | ConstDictVariable) else (f".{name}",)
+    wanted = (f"{_source_of(owner)}.{name}",) if name == CELL else (*wanted, f"['{name}']")
     return any(guard.endswith(wanted) for guard in guards) or any(
         key.endswith(wanted) for key in _capture().unspec_variable_map
     )
+
+
+def _source_of(owner: Any) -> str:
+    source = getattr(owner.source, "name", "")
+    return str(source() if callable(source) else source)
 
 
 def is_specialized(owner: Any) -> bool:
