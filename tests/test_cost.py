@@ -139,8 +139,8 @@ graphs: 1, graph breaks: 0""",
             "cnf",
             torch.float16,
             """\
-step: 16 products, 17 casts, 0 maxima, 190 others
-adjoint step: 47 products, 64 casts, 4 maxima, 362 others
+step: 16 products, 25 casts, 4 maxima, 208 others
+adjoint step: 47 products, 76 casts, 4 maxima, 374 others
 host reads: 1
 bytes saved: 13956
 graphs: 1, graph breaks: 0""",
@@ -151,8 +151,8 @@ graphs: 1, graph breaks: 0""",
             "otflow",
             torch.float16,
             """\
-step: 28 products, 37 casts, 0 maxima, 430 others
-adjoint step: 79 products, 135 casts, 4 maxima, 824 others
+step: 28 products, 61 casts, 4 maxima, 464 others
+adjoint step: 79 products, 179 casts, 4 maxima, 852 others
 host reads: 1
 bytes saved: 14148
 graphs: 1, graph breaks: 0""",
@@ -175,11 +175,11 @@ graphs: 1, graph breaks: 0""",
             "conv",
             torch.float16,
             """\
-step: 8 products, 19 casts, 0 maxima, 157 others
+step: 8 products, 19 casts, 6 maxima, 183 others
 adjoint step: 15 products, 45 casts, 4 maxima, 237 others
-step: 8 products, 19 casts, 0 maxima, 157 others
+step: 8 products, 19 casts, 6 maxima, 183 others
 adjoint step: 15 products, 45 casts, 4 maxima, 237 others
-step: 8 products, 19 casts, 0 maxima, 157 others
+step: 8 products, 19 casts, 6 maxima, 183 others
 adjoint step: 15 products, 45 casts, 4 maxima, 237 others
 host reads: 3
 bytes saved: 543700
@@ -196,8 +196,8 @@ graphs: 1, graph breaks: 0""",
         self.assertExpectedInline(
             "\n".join(found for code in codes for found in kernels(code)),
             """\
-17 kernels, 16 products
+13 kernels, 16 products
 1 kernels, 0 products
-30 kernels, 47 products
+40 kernels, 47 products
 3 kernels, 0 products""",
         )

@@ -281,7 +281,7 @@ class TestLaunchesAlone:
         unknown.register_fake(torch.empty_like)
         assert self.involved(lambda k, y: (k + 1, unknown(y)))
         assert self.involved(lambda k, y: (torch.ops.rampde_fx.record_sweep(k, k, 3, "loop"), y))
-        assert not self.involved(lambda k, y: (k + 1, torch.ops.rampde_fx.narrow(y)))
+        assert not self.involved(lambda k, y: (k + 1, torch.ops.rampde_fx.narrow(y, dtype=torch.float16)))
 
     def test_a_number_of_the_host_is_none(self):
         graph = fx.Graph()
