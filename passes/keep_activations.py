@@ -59,7 +59,7 @@ def _is_cheap(node: fx.Node) -> bool:
     (operand, *others) = node.all_input_nodes
     is_cast = node.target is aten._to_copy.default
     cheap = (graphs.is_view(node) or is_cast) and not others
-    return cheap and graphs.value(operand).nbytes <= graphs.value(node).nbytes
+    return cheap and torch_private.takes_no_more_bytes(graphs.value(operand), graphs.value(node))
 
 
 @dataclass(frozen=True)

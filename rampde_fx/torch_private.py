@@ -54,7 +54,7 @@ from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -172,6 +172,11 @@ def detached(value: Any) -> Any:
         return value
     with fake_mode(), torch.no_grad():
         return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def takes_no_more_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a tensor takes no more bytes than another one, for all values of their symbolic sizes."""
+    return bool(statically_known_true(a.numel() * a.itemsize <= b.numel() * b.itemsize))
 
 
 def differentiable(value: torch.Tensor) -> torch.Tensor:
