@@ -132,7 +132,8 @@ def _check_writes(run: Run) -> None:
     modes = gradient_modes(run.iterations[0], outer=True)
     for position, gradients in enumerate(modes):
         column = [nodes[position] for nodes in run.iterations]
-        for operand in (column[0].all_input_nodes[i] for i in observer.effects(column[0]).writes):
+        effects = observer.effects(column[0])
+        for operand in (column[0].all_input_nodes[i] for i in effects.writes if not effects.unknown):
             if gradients and not _is_detached(operand):
                 continue
             slot = column[0].all_input_nodes.index(operand)

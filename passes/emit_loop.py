@@ -314,7 +314,8 @@ class _Backward:
             # A choice between two tensors has the strides of the first: those of what is carried, though Inductor
             # may lay the cotangents of a convolution's output out anew.
             found = [torch.where(target < 0, old, gradients[i]) for old, i in zip(before, order, strict=True)]
-            told = [usable & ~_finite(found), gradients[VANISHED].sum(), _zeros_among(found)]
+            vanished = gradients[VANISHED].sum() if VANISHED in gradients else torch.zeros_like(target)
+            told = [usable & ~_finite(found), vanished, _zeros_among(found)]
             outcome = torch.stack([number.to(torch.float32) for number in told]).to("cpu")
             overflow = torch.ops.rampde_fx.record_sweep(outcome, attempt, scaling.max_attempts, self.loop.name)
             (overflow,) = self._recorded([overflow], gradients.get(WATCHED), attempt)

@@ -24,10 +24,12 @@ class Effects:
     Attributes:
         writes: Which of its distinct operands (all_input_nodes) the node writes to.
         draws: Whether it draws random numbers.
+        unknown: Whether it cannot be called by itself, as the levels of a torch.func transform cannot.
     """
 
     writes: tuple[int, ...] = ()
     draws: bool = False
+    unknown: bool = False
 
 
 class Observer:
@@ -64,7 +66,7 @@ def _observed(node: fx.Node) -> Effects:
         values = [stand_in(operand) for operand in operands]
         written, draws = torch_private.observe(lambda: call(node, dict(zip(operands, values, strict=True))))
     except Exception:
-        return Effects(writes=tuple(range(len(operands))), draws=True)
+        return Effects(writes=tuple(range(len(operands))), draws=True, unknown=True)
     return Effects(tuple(i for i, value in enumerate(values) if torch_private.storage_of(value) in written), draws)
 
 

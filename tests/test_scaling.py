@@ -195,10 +195,10 @@ def test_a_gradient_that_vanishes_within_one_cotangent_is_counted_and_warned_of(
 
     def flow(y, a, b, t):
         for _, dt in rampde_fx.steps(t):
-            y = y + dt * torch.cat([torch.sin(y[:, :1] * a), torch.sin(y[:, 1:] * b)], 1)
+            y = y + dt * torch.cat([torch.sin(y[:, :1] @ a), torch.sin(y[:, 1:] @ b)], 1)
         return y
 
-    y, a, b, t = torch.ones(4, 2), torch.ones(1), torch.ones(1), torch.linspace(0, 1, 5)
+    y, a, b, t = torch.ones(4, 2), torch.ones(1, 1), torch.ones(1, 1), torch.linspace(0, 1, 5)
     rampde_fx.backward_counts(reset=True)
     leaves = [a.requires_grad_(), b.requires_grad_()]
     out = compiled(flow, torch.float16)(y, *leaves, t)
