@@ -182,7 +182,8 @@ class _Captured(fx.Interpreter):
         super().__init__(step)
         self.differentiated = differentiated
         self.observer = Observer()
-        self.written = {storage for node in graphs.body(step) for storage in self.observer.written(node)}
+        known = [node for node in graphs.body(step) if not self.observer.effects(node).unknown]
+        self.written = {storage for node in known for storage in self.observer.written(node)}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
@@ -194,7 +195,8 @@ class _Captured(fx.Interpreter):
         return result
 
     def _called(self, n: fx.Node) -> Any:
-        written = [n.all_input_nodes[i] for i in self.observer.effects(n).writes]
+        effects = self.observer.effects(n)
+        written = [] if effects.unknown else [n.all_input_nodes[i] for i in effects.writes]
         if graphs.function_name(n) == "detach_":
             written, result = n.all_input_nodes, self.env[n.all_input_nodes[0]]
         elif shares_memory(n) and torch_private.storage_of(graphs.value(n)) in self.written:
