@@ -216,7 +216,8 @@ def test_the_last_state_alone_collects_no_trajectory():
     (last,) = rampde_fx.explain(lambda y: model(y, t)[-1], torch.randn(3, 5, requires_grad=True)).loops
     (whole,) = rampde_fx.explain(lambda y: model(y, t), torch.randn(3, 5, requires_grad=True)).loops
     outputs = [len(report.step.graph.output_node().args[0]) for report in (last, whole)]
-    assert outputs == [2, 3]  # the next state and what is stored; and the state of every step
+    # The next state, the count of what underflows, what is stored; and the state of every step.
+    assert outputs == [3, 4]
     assert last.steps == 8 and last.evaluations == 4
     assert "rampde_fx.odeint(self.velocity" in last.where
 
