@@ -39,9 +39,11 @@ class GraphModule(torch.nn.Module):
         getitem: "f32[3, 5]" = velocity_0[0]
         mul: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
         add_1: "f32[3, 5]" = aten.add.Tensor(y, mul)
-        count_underflow_default: "i64[2]" = rampde_fx.count_underflow.default([y])
+        count_underflow_default: "i64[3]" = rampde_fx.count_underflow.default([y])
+        count_underflow_default_1: "i64[3]" = rampde_fx.count_underflow.default([weight])
+        add_tensor: "i64[3]" = aten.add.Tensor(count_underflow_default, count_underflow_default_1)
         _to_copy_default: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-        return (add_1, count_underflow_default, _to_copy_default)
+        return (add_1, add_tensor, _to_copy_default)
     class velocity_0(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
             narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
@@ -77,9 +79,9 @@ class GraphModule(torch.nn.Module):
         div_tensor: "f32[3, 5]" = aten.div.Tensor(getitem_4, getitem_6)
         getitem_5: "f32[5, 5]" = velocity_0_pullback[1]
         div_tensor_1: "f32[5, 5]" = aten.div.Tensor(getitem_5, getitem_6)
-        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_y, div_tensor)
-        add_tensor_1: "f32[5, 5]" = aten.add.Tensor(total_weight, div_tensor_1)
-        return (add_tensor, add_tensor_1, getitem_7)
+        add_tensor_1: "f32[3, 5]" = aten.add.Tensor(adjoint_y, div_tensor)
+        add_tensor_2: "f32[5, 5]" = aten.add.Tensor(total_weight, div_tensor_1)
+        return (add_tensor_1, add_tensor_2, getitem_7)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
             narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
@@ -212,9 +214,11 @@ class GraphModule(torch.nn.Module):
         add_8: "f32[3, 5]" = aten.add.Tensor(add_7, getitem_3)
         mul_5: "f32[3, 5]" = aten.mul.Tensor(div_4, add_8)
         add_9: "f32[3, 5]" = aten.add.Tensor(y, mul_5)
-        count_underflow_default: "i64[2]" = rampde_fx.count_underflow.default([cat, cat_1, cat_2, cat_3])
+        count_underflow_default: "i64[3]" = rampde_fx.count_underflow.default([cat, cat_1, cat_2, cat_3])
+        count_underflow_default_1: "i64[3]" = rampde_fx.count_underflow.default([velocity_linear_0_bias, velocity_linear_0_weight, velocity_linear_1_bias, velocity_linear_1_weight])
+        add_tensor: "i64[3]" = aten.add.Tensor(count_underflow_default, count_underflow_default_1)
         _to_copy_default: "f16[3, 5]" = aten._to_copy.default(y, dtype = torch.float16)
-        return (add_9, count_underflow_default, _to_copy_default)
+        return (add_9, add_tensor, _to_copy_default)
     class velocity_0(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)
@@ -301,11 +305,11 @@ class GraphModule(torch.nn.Module):
         div_tensor_4: "f32[7, 5]" = aten.div.Tensor(getitem_24, getitem_40)
         slice_1: "f32[3, 5]" = aten.slice.Tensor(div_tensor_1, 1, 0, 5)
         mul_9: "f32[3, 5]" = aten.mul.Tensor(slice_1, dt)
-        add_tensor: "f32[3, 5]" = aten.add.Tensor(mul_7, mul_9)
-        adjoint_scale_1 = self.adjoint_scale_0(target, add_tensor)
+        add_tensor_1: "f32[3, 5]" = aten.add.Tensor(mul_7, mul_9)
+        adjoint_scale_1 = self.adjoint_scale_0(target, add_tensor_1)
         getitem_42: "f32[]" = adjoint_scale_1[0]
         getitem_43: "f32[]" = adjoint_scale_1[1]
-        mul_tensor_1: "f32[3, 5]" = aten.mul.Tensor(add_tensor, getitem_42)
+        mul_tensor_1: "f32[3, 5]" = aten.mul.Tensor(add_tensor_1, getitem_42)
         velocity_0_pullback_1 = self.velocity_0_pullback(getitem_10, getitem_11, getitem_12, getitem_13, mul_tensor_1)
         getitem_25: "f32[7]" = velocity_0_pullback_1[0]
         div_tensor_5: "f32[7]" = aten.div.Tensor(getitem_25, getitem_42)
@@ -317,18 +321,18 @@ class GraphModule(torch.nn.Module):
         div_tensor_8: "f32[5]" = aten.div.Tensor(getitem_28, getitem_42)
         getitem_29: "f32[7, 5]" = velocity_0_pullback_1[4]
         div_tensor_9: "f32[7, 5]" = aten.div.Tensor(getitem_29, getitem_42)
-        add_tensor_1: "f32[7]" = aten.add.Tensor(div_tensor, div_tensor_5)
-        add_tensor_2: "f32[6, 7]" = aten.add.Tensor(div_tensor_2, div_tensor_7)
-        add_tensor_3: "f32[5]" = aten.add.Tensor(div_tensor_3, div_tensor_8)
-        add_tensor_4: "f32[7, 5]" = aten.add.Tensor(div_tensor_4, div_tensor_9)
+        add_tensor_2: "f32[7]" = aten.add.Tensor(div_tensor, div_tensor_5)
+        add_tensor_3: "f32[6, 7]" = aten.add.Tensor(div_tensor_2, div_tensor_7)
+        add_tensor_4: "f32[5]" = aten.add.Tensor(div_tensor_3, div_tensor_8)
+        add_tensor_5: "f32[7, 5]" = aten.add.Tensor(div_tensor_4, div_tensor_9)
         slice_2: "f32[3, 5]" = aten.slice.Tensor(div_tensor_6, 1, 0, 5)
-        add_tensor_5: "f32[3, 5]" = aten.add.Tensor(slice_1, slice_2)
+        add_tensor_6: "f32[3, 5]" = aten.add.Tensor(slice_1, slice_2)
         mul_10: "f32[3, 5]" = aten.mul.Tensor(slice_2, div)
-        add_tensor_6: "f32[3, 5]" = aten.add.Tensor(mul_8, mul_10)
-        adjoint_scale_2 = self.adjoint_scale_0(target, add_tensor_6)
+        add_tensor_7: "f32[3, 5]" = aten.add.Tensor(mul_8, mul_10)
+        adjoint_scale_2 = self.adjoint_scale_0(target, add_tensor_7)
         getitem_44: "f32[]" = adjoint_scale_2[0]
         getitem_45: "f32[]" = adjoint_scale_2[1]
-        mul_tensor_2: "f32[3, 5]" = aten.mul.Tensor(add_tensor_6, getitem_44)
+        mul_tensor_2: "f32[3, 5]" = aten.mul.Tensor(add_tensor_7, getitem_44)
         velocity_0_pullback_2 = self.velocity_0_pullback(getitem_5, getitem_6, getitem_7, getitem_8, mul_tensor_2)
         getitem_30: "f32[7]" = velocity_0_pullback_2[0]
         div_tensor_10: "f32[7]" = aten.div.Tensor(getitem_30, getitem_44)
@@ -340,18 +344,18 @@ class GraphModule(torch.nn.Module):
         div_tensor_13: "f32[5]" = aten.div.Tensor(getitem_33, getitem_44)
         getitem_34: "f32[7, 5]" = velocity_0_pullback_2[4]
         div_tensor_14: "f32[7, 5]" = aten.div.Tensor(getitem_34, getitem_44)
-        add_tensor_7: "f32[7]" = aten.add.Tensor(add_tensor_1, div_tensor_10)
-        add_tensor_8: "f32[6, 7]" = aten.add.Tensor(add_tensor_2, div_tensor_12)
-        add_tensor_9: "f32[5]" = aten.add.Tensor(add_tensor_3, div_tensor_13)
-        add_tensor_10: "f32[7, 5]" = aten.add.Tensor(add_tensor_4, div_tensor_14)
+        add_tensor_8: "f32[7]" = aten.add.Tensor(add_tensor_2, div_tensor_10)
+        add_tensor_9: "f32[6, 7]" = aten.add.Tensor(add_tensor_3, div_tensor_12)
+        add_tensor_10: "f32[5]" = aten.add.Tensor(add_tensor_4, div_tensor_13)
+        add_tensor_11: "f32[7, 5]" = aten.add.Tensor(add_tensor_5, div_tensor_14)
         slice_3: "f32[3, 5]" = aten.slice.Tensor(div_tensor_11, 1, 0, 5)
-        add_tensor_11: "f32[3, 5]" = aten.add.Tensor(add_tensor_5, slice_3)
+        add_tensor_12: "f32[3, 5]" = aten.add.Tensor(add_tensor_6, slice_3)
         mul_11: "f32[3, 5]" = aten.mul.Tensor(slice_3, div)
-        add_tensor_12: "f32[3, 5]" = aten.add.Tensor(mul_6, mul_11)
-        adjoint_scale_3 = self.adjoint_scale_0(target, add_tensor_12)
+        add_tensor_13: "f32[3, 5]" = aten.add.Tensor(mul_6, mul_11)
+        adjoint_scale_3 = self.adjoint_scale_0(target, add_tensor_13)
         getitem_46: "f32[]" = adjoint_scale_3[0]
         getitem_47: "f32[]" = adjoint_scale_3[1]
-        mul_tensor_3: "f32[3, 5]" = aten.mul.Tensor(add_tensor_12, getitem_46)
+        mul_tensor_3: "f32[3, 5]" = aten.mul.Tensor(add_tensor_13, getitem_46)
         velocity_0_pullback_3 = self.velocity_0_pullback(getitem, getitem_1, getitem_2, getitem_3, mul_tensor_3)
         getitem_35: "f32[7]" = velocity_0_pullback_3[0]
         div_tensor_15: "f32[7]" = aten.div.Tensor(getitem_35, getitem_46)
@@ -363,23 +367,23 @@ class GraphModule(torch.nn.Module):
         div_tensor_18: "f32[5]" = aten.div.Tensor(getitem_38, getitem_46)
         getitem_39: "f32[7, 5]" = velocity_0_pullback_3[4]
         div_tensor_19: "f32[7, 5]" = aten.div.Tensor(getitem_39, getitem_46)
-        add_tensor_13: "f32[7]" = aten.add.Tensor(add_tensor_7, div_tensor_15)
-        add_tensor_14: "f32[6, 7]" = aten.add.Tensor(add_tensor_8, div_tensor_17)
-        add_tensor_15: "f32[5]" = aten.add.Tensor(add_tensor_9, div_tensor_18)
-        add_tensor_16: "f32[7, 5]" = aten.add.Tensor(add_tensor_10, div_tensor_19)
-        t_3: "f32[5, 7]" = aten.t.default(add_tensor_16)
-        t_4: "f32[7, 6]" = aten.t.default(add_tensor_14)
+        add_tensor_14: "f32[7]" = aten.add.Tensor(add_tensor_8, div_tensor_15)
+        add_tensor_15: "f32[6, 7]" = aten.add.Tensor(add_tensor_9, div_tensor_17)
+        add_tensor_16: "f32[5]" = aten.add.Tensor(add_tensor_10, div_tensor_18)
+        add_tensor_17: "f32[7, 5]" = aten.add.Tensor(add_tensor_11, div_tensor_19)
+        t_3: "f32[5, 7]" = aten.t.default(add_tensor_17)
+        t_4: "f32[7, 6]" = aten.t.default(add_tensor_15)
         slice_4: "f32[3, 5]" = aten.slice.Tensor(div_tensor_16, 1, 0, 5)
-        add_tensor_17: "f32[3, 5]" = aten.add.Tensor(add_tensor_11, slice_4)
-        add_tensor_18: "f32[3, 5]" = aten.add.Tensor(adjoint_y, add_tensor_17)
-        add_tensor_19: "f32[7, 6]" = aten.add.Tensor(total_velocity_linear_0_weight, t_4)
-        add_tensor_20: "f32[7]" = aten.add.Tensor(total_velocity_linear_0_bias, add_tensor_13)
-        add_tensor_21: "f32[5, 7]" = aten.add.Tensor(total_velocity_linear_1_weight, t_3)
-        add_tensor_22: "f32[5]" = aten.add.Tensor(total_velocity_linear_1_bias, add_tensor_15)
-        add_tensor_23: "f32[]" = aten.add.Tensor(getitem_41, getitem_43)
-        add_tensor_24: "f32[]" = aten.add.Tensor(add_tensor_23, getitem_45)
+        add_tensor_18: "f32[3, 5]" = aten.add.Tensor(add_tensor_12, slice_4)
+        add_tensor_19: "f32[3, 5]" = aten.add.Tensor(adjoint_y, add_tensor_18)
+        add_tensor_20: "f32[7, 6]" = aten.add.Tensor(total_velocity_linear_0_weight, t_4)
+        add_tensor_21: "f32[7]" = aten.add.Tensor(total_velocity_linear_0_bias, add_tensor_14)
+        add_tensor_22: "f32[5, 7]" = aten.add.Tensor(total_velocity_linear_1_weight, t_3)
+        add_tensor_23: "f32[5]" = aten.add.Tensor(total_velocity_linear_1_bias, add_tensor_16)
+        add_tensor: "f32[]" = aten.add.Tensor(getitem_41, getitem_43)
+        add_tensor_24: "f32[]" = aten.add.Tensor(add_tensor, getitem_45)
         add_tensor_25: "f32[]" = aten.add.Tensor(add_tensor_24, getitem_47)
-        return (add_tensor_18, add_tensor_19, add_tensor_20, add_tensor_21, add_tensor_22, add_tensor_25)
+        return (add_tensor_19, add_tensor_20, add_tensor_21, add_tensor_22, add_tensor_23, add_tensor_25)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)
