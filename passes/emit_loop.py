@@ -127,12 +127,9 @@ class _Emission:
 
     def _record_forward(self, results: list[Any], stacks: list[Any], counts: torch.Tensor | None) -> None:
         """Note the run, by a zero that is added to the smallest result that is read."""
-        read = [results[j] for j in self.used if graphs.has_derivatives(results[j].dtype)]
+        read = {j: results[j] for j in self.used if graphs.has_derivatives(results[j].dtype)}
         if read and (number := self.number_of_steps(stacks)) is not None:
-            smallest = _smallest(read)
-            j = next(j for j in self.used if results[j] is smallest)
-            record = torch.ops.rampde_fx.record_forward
-            each = self.loop.evaluations_per_step
+            j, each, record = _smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_forward
             results[j] = results[j] + record(results[j], *number, each, counts, self.loop.name)
 
     def number_of_steps(self, stacks: list[Any]) -> tuple[torch.Tensor | None, int] | None:
@@ -189,9 +186,8 @@ class _Backward:
         kinds = [("cotangent", j) for j in range(outputs)]
         kinds += [("stored", p) for p in range(len(emission.stored))] + [("operand", i) for i in emission.kept]
         given = dict(zip(kinds, args, strict=True))
-        if (
-            not self.loop.unrolled
-        ):  # of two stacks that the user joined these are slices, and a scan takes no two of one
+        # Of two stacks that the user joined these are slices, and a scan takes no two of one.
+        if not self.loop.unrolled:
             stacks = [self.kinds[p] for p in self.stepwise if self.kinds[p][0] == "cotangent"]
             given.update({kind: given[kind].clone() for kind in stacks[1:]})
         scaling = self.loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
@@ -208,8 +204,7 @@ class _Backward:
         read = {i: gradient for i, gradient in gradients.items() if i >= len(carries) or carries[i]}
         if not read or number is None:
             return gradients
-        i = next(i for i, gradient in read.items() if gradient is _smallest(list(read.values())))
-        each, record = self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
+        i, each, record = _smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
         return {**gradients, i: gradients[i] + record(gradients[i], *number, each, self.runs, self.loop.name)}
 
     def _once(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
@@ -326,11 +321,11 @@ class _Backward:
         return dict(zip(order, results[3:], strict=True))
 
 
-def _smallest(values: list[Any]) -> Any:
-    """The value of the fewest entries; one whose size is known at run time only comes last."""
+def _smallest(values: dict[int, torch.Tensor]) -> int:
+    """The key of the value of the fewest entries; one whose size is known at run time only comes last."""
 
-    def entries(value: torch.Tensor) -> float:
-        number = value.numel()
+    def entries(key: int) -> float:
+        number = values[key].numel()
         return math.inf if torch_private.is_data_dependent(number) else torch_private.size_hint(number)
 
     return min(values, key=entries)
