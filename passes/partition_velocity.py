@@ -57,7 +57,8 @@ def partition_velocity(loop: Loop) -> Loop:
     linear = find_linear(nodes, results, loop.carries)
     if not all(roles[node] == "state" for node in linear):
         roles = find_roles(nodes, loop.carries, linear)
-    promoted = find_promoted(results, roles)
+    beside = [parent for node in linear for parent in node.all_input_nodes if not _is_increment(parent, roles)]
+    promoted = find_promoted([*results, *beside], roles)
     if promoted:
         roles = find_roles(nodes, loop.carries, linear | promoted)
     _pull_increments(nodes, roles)
@@ -210,9 +211,9 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
-    """The velocity nodes between the states of a step and a next carry that is no state yet.
+    """The velocity nodes between the states of a step and a next carry, or what a linear path adds to it unscaled.
 
-    y * decay + dt * k, relu(y + dt * k), y / norm(y): all that lies on a path from a state to the next carry is
+    y * decay + dt * k, relu(y + dt * k), relu(y) + 0.1 * y: all that lies on a path from a state to the next carry is
     accumulation, unless a product lies on the path. A carried velocity (a multistep method's k) is reached through
     these alone and stays low.
     """

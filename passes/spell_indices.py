@@ -31,7 +31,8 @@ def spell_indices(graph_module: fx.GraphModule) -> None:
     observer = Observer()
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
+            # A reader first: what an index by a tensor does to its source is known once it is spelled.
+            for node in reversed(module.graph.find_nodes(op="call_function", target=operator.getitem)):
                 places = _places(node)
                 if places and not any(observer.effects(user).writes for user in node.users):
                     _spell(node, places)

@@ -310,8 +310,8 @@ class _Check:
     def _settings(widen: bool) -> contextlib.AbstractContextManager[None]:
         return default_dtype(torch.float64 if widen else torch.get_default_dtype())
 
-    def _gradients(self, value: torch.Tensor, leaves: Sequence[Any]) -> Named:
-        by = {n: x for n, x in zip(self.names, leaves, strict=True) if isinstance(x, torch.Tensor) and x.requires_grad}
+    def _gradients(self, value: torch.Tensor, leaves: Sequence[torch.Tensor | None]) -> Named:
+        by = {name: leaf for name, leaf in zip(self.names, leaves, strict=True) if leaf is not None}
         if not (by and torch.is_grad_enabled() and value.requires_grad):
             return dict.fromkeys(by)
         # Not autograd.grad, which leaves a Twins mode: what a backward computes again is the user's code, too.

@@ -46,7 +46,7 @@ class Lowering(fx.Interpreter):
         self.enters_low = [varied or (_is_array(node) and node not in read_wide) for node, varied in inputs]
         self.wide: Counter[tuple[str, str]] = Counter()
         self.low = 0  # operations that were evaluated in the dtype
-        self.hidden: list[torch.Tensor] = []  # whether a NaN was made an integer or a truth value
+        self.hidden: list[torch.Tensor] = []  # whether an operation that hides a NaN has read one
         self.finite: set[fx.Node] = set()  # what is never infinite
         self.current: fx.Node | None = None
 
@@ -62,7 +62,7 @@ class Lowering(fx.Interpreter):
         return tuple(self._without_hidden(results))
 
     def _without_hidden(self, results: list[Any]) -> list[Any]:
-        """The results, NaN where a NaN became an integer or a truth value."""
+        """The results, NaN if an operation that hides a NaN has read one."""
         if not self.hidden:
             return results
         hidden = torch.stack(self.hidden).any()
@@ -71,7 +71,7 @@ class Lowering(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         result = super().run_node(n)
-        if self.dtype is torch.float16 and discretises(n):
+        if self.dtype is torch.float16 and (discretises(n) or operator_table.name_of(n.target) in operator_table.HIDES_NAN):
             read = [self.env[operand] for operand in n.all_input_nodes]
             self.hidden += [torch.isnan(value).any() for value in read if is_float(value) and value.numel() > 0]
         return result
@@ -254,12 +254,15 @@ def is_half(value: Any) -> bool:
 
 
 def read_by_products_alone(node: fx.Node) -> bool:
-    """Whether only products read a value: an infinity among their factors comes out as one, or as NaN."""
+    """Whether only contractions read a value, as a factor: its infinity comes out as one, or as NaN.
+
+    That of a key of an attention does not, nor one that a contraction adds.
+    """
 
     def passes_on(user: fx.Node) -> bool:
         if operator_table.is_view(user.target):
             return read_by_products_alone(user)
-        return operator_table.is_product(user) and user.target not in operator_table.FUSED_SUMS
+        return operator_table.is_contraction(user) and node not in entrywise_operands(user)
 
     return bool(node.users) and all(map(passes_on, node.users))
 

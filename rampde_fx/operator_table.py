@@ -65,6 +65,12 @@ BOUNDED = set(
 )
 # The result is never infinite, whatever the operands.
 WITHIN_ONE = {"tanh", "sigmoid", "sin", "cos", "erf", "erfc", "atan", "atan2", "sign", "sgn"}
+# On a CPU a query that is NaN attends to nothing, and the result is zero.
+HIDES_NAN = set(
+    """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_fused_attention_overrideable""".split()
+)
 # Products of whole tensors with each other.
 PRODUCTS = set(
     """mm addmm bmm baddbmm addbmm mv addmv addr dot vdot convolution convolution_backward linalg_solve
@@ -174,6 +180,11 @@ def _reads_once(node: fx.Node, operand: fx.Node) -> bool:
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a product of whole tensors, the cost of a velocity."""
     return name_of(node.target) in PRODUCTS
+
+
+def is_contraction(node: fx.Node) -> bool:
+    """Whether a node is a product of whole tensors that is linear in each of them."""
+    return is_product(node) and name_of(node.target) in BILINEAR
 
 
 def numbers(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:

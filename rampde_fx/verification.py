@@ -116,13 +116,16 @@ class Twin:
         return RewriteMismatchError(mismatch.tensor, mismatch.found, wrong[0].where)
 
 
-def inputs_like(values: Sequence[Any], *, widen: bool) -> tuple[list[Any], list[Any]]:
-    """Copies of a graph's inputs: what it is called with, and the leaves to differentiate by."""
-    leaves = copies(values, widen=widen)
-    called = list(leaves)
-    for i, (value, leaf) in enumerate(zip(values, leaves, strict=True)):
+def inputs_like(values: Sequence[Any], *, widen: bool) -> tuple[list[Any], list[torch.Tensor | None]]:
+    """Copies of a graph's inputs: what it is called with, and the leaves to differentiate by, None elsewhere.
+
+    A leaf is known before the call: what is updated in place requires a gradient after it, too.
+    """
+    called = copies(values, widen=widen)
+    leaves: list[torch.Tensor | None] = [None] * len(called)
+    for i, value in enumerate(values):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            leaf.requires_grad_()
+            leaves[i] = leaf = called[i].requires_grad_()
             called[i] = leaf if value.is_leaf else leaf.clone()  # it may be updated in place
     return called, leaves
 
@@ -177,9 +180,11 @@ class Verification:
         written = {n: x.detach() for n, x in zip(self._names, called, strict=True) if isinstance(x, torch.Tensor)}
         return Outcome(values, gradients, written)
 
-    def _gradients(self, outputs: Sequence[Any], called: Sequence[Any], leaves: Sequence[Any]) -> Named:
+    def _gradients(
+        self, outputs: Sequence[Any], called: Sequence[Any], leaves: Sequence[torch.Tensor | None]
+    ) -> Named:
         """Gradients of a weighted sum of all that the graph leaves, its inputs that it has updated included."""
-        by = {n: x for n, x in zip(self._names, leaves, strict=True) if isinstance(x, torch.Tensor) and x.requires_grad}
+        by = {name: leaf for name, leaf in zip(self._names, leaves, strict=True) if leaf is not None}
         updated = [x if isinstance(x, torch.Tensor) and x.grad_fn is not None else None for x in called]
         weighted = [(x, w) for x, w in weights_of([*outputs, *updated]) if x.requires_grad]
         if not by or not weighted:

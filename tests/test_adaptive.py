@@ -1,6 +1,7 @@
 """odeint with adaptive steps: tolerances, output times, gradients, what is refused; compiled against uncompiled."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -359,7 +360,7 @@ def test_the_error_is_estimated_in_the_dtype_of_the_state():
     _, _, error = search.step.graph.output_node().args[0]
     assert error.meta["val"].dtype == torch.float32 and error.meta["role"] == "state"
     text = printed(search.step)
-    assert "f32[3, 5]" in text and text.count("self.velocity_0(") == 3
+    assert "f32[3, 5]" in text and len(re.findall(r"self\.velocity_\d\(", text)) == 3
 
 
 @pytest.fixture
