@@ -72,7 +72,8 @@ _lock = threading.Lock()
 # The last of each counts; the others wait for their contexts to end.
 _counts: list[dict[str, BackwardCount]] = [{}]
 _states: list[dict[str, StateCount]] = [{}]
-_on_devices: dict[str, torch.Tensor] = {}  # what was not read yet: (underflowed, entries, subnormal)
+# Not read yet, by loop: (underflowed, entries, subnormal) on the host, and when an accelerator has written them there.
+_arriving: list[tuple[str, torch.Tensor, torch.cuda.Event | None]] = []
 _evaluations: dict[str, EvaluationCount] = {}
 _searches: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}  # not read yet: tried, accepted, evaluations of each
 _warned: set[tuple[str, str]] = set()
@@ -115,7 +116,7 @@ def state_counts(*, reset: bool = False) -> dict[str, StateCount]:
     >>> sum(count.underflowed for count in state_counts().values())
     0
     """
-    _read_devices()
+    _read_arrived(wait=True)
     with _lock:
         found = dict(_states[-1])
         if reset:
@@ -171,25 +172,36 @@ def record_states(loop: str, counts: torch.Tensor) -> None:
         counts: How many entries underflowed, how many are not zero, and how many tensors are subnormal: int64 (3,).
             They are not waited for.
     """
+    arrived = None
+    if counts.device.type != "cuda":
+        on_host = counts.to("cpu", copy=True)
+    else:
+        on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(counts.device))
     with _lock:
-        known = _on_devices.get(loop)
-        same = known is not None and known.device == counts.device
-        _on_devices[loop] = known + counts if known is not None and same else counts.clone()
-    if counts.device.type == "cpu":
-        _read_devices()
+        _arriving.append((loop, on_host, arrived))
+    _read_arrived()
 
 
-def _read_devices() -> None:
+def _read_arrived(*, wait: bool = False) -> None:
+    """Add up what has arrived on the host; all of it, if that is waited for."""
+    ready, later = [], []
     with _lock:
-        waiting = {loop: counts.tolist() for loop, counts in _on_devices.items()}
-        _on_devices.clear()
-        for loop, (underflowed, entries, subnormal) in waiting.items():
+        for loop, numbers, arrived in _arriving:
+            if wait and arrived is not None:
+                arrived.synchronize()
+            there = arrived is None or arrived.query()
+            (ready if there else later).append((loop, numbers, arrived))
+        _arriving[:] = later
+        waiting = [(loop, numbers.tolist()) for loop, numbers, _ in ready]
+        for loop, (underflowed, entries, subnormal) in waiting:
             before = _states[-1].get(loop, StateCount())
             _states[-1][loop] = StateCount(
                 before.entries + entries, before.underflowed + underflowed, before.subnormal + subnormal
             )
         apart = len(_states) > 1
-    for loop, (underflowed, entries, subnormal) in waiting.items():
+    for loop, (underflowed, entries, subnormal) in waiting:
         if (subnormal or underflowed > WARN_UNDERFLOW * entries) and not apart:
             warn_once(
                 "underflow",
@@ -203,7 +215,7 @@ def _read_devices() -> None:
 @contextlib.contextmanager
 def apart() -> Iterator[tuple[dict[str, BackwardCount], dict[str, StateCount]]]:
     """Count what the context runs, in all threads, in dicts of its own: not in backward_counts, nor state_counts."""
-    _read_devices()
+    _read_arrived(wait=True)
     own: tuple[dict[str, BackwardCount], dict[str, StateCount]] = ({}, {})
     with _lock:
         _counts.append(own[0])
@@ -211,7 +223,7 @@ def apart() -> Iterator[tuple[dict[str, BackwardCount], dict[str, StateCount]]]:
     try:
         yield own
     finally:
-        _read_devices()
+        _read_arrived(wait=True)
         with _lock:
             _counts[:] = [counted for counted in _counts if counted is not own[0]]  # equal ones are others
             _states[:] = [counted for counted in _states if counted is not own[1]]
@@ -228,7 +240,7 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool, vanished: int
         vanished: How many entries of scaled cotangents became zero in this run.
         zeros: How many gradients of this run have no entry but zeros.
     """
-    _read_devices()
+    _read_arrived()  # of the forward pass before, for the host has just waited for this run
     final = last or not overflow
     with _lock:
         counted, apart = _counts[-1], len(_counts) > 1

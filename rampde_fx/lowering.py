@@ -22,6 +22,7 @@ from rampde_fx.errors import UnsupportedVelocityError
 
 HALF = (torch.float16, torch.bfloat16)
 COMPLEX = "complex: fp32"
+NO_KERNEL = "no kernel in low precision takes heads of this size: fp32"
 UNKNOWN = "sums, or is not known to be safe in low precision: fp32"
 ops = torch.ops.rampde_fx
 
@@ -100,6 +101,8 @@ class Lowering(fx.Interpreter):
         name = operator_table.name_of(target)
         if (real := self._real_dtype(leaves)) is not None:
             return self._widened(name, leaves, real, COMPLEX)
+        if self.dtype in HALF and not operator_table.has_low_kernel(target, args):
+            return self._widened(name, leaves, torch.float32, NO_KERNEL)
         if name in operator_table.LOW:
             return self.dtype
         if self.dtype in HALF and not operator_table.follows_operands(target, args, kwargs):

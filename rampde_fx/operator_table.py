@@ -24,6 +24,11 @@ LOW = set(
     _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward
     _scaled_dot_product_fused_attention_overrideable""".split()
 )
+# Of these a half-precision kernel takes heads of whole groups of 16 bytes alone.
+ALIGNED = set(
+    """_scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
+    _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward""".split()
+)
 # In float32:
 WIDE = set(
     """exp expm1 log log10 log2 log1p pow reciprocal rsqrt acos asin cosh sinh tan erfinv softplus softplus_backward
@@ -148,6 +153,15 @@ def follows_operands(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if target.namespace not in ("aten", "prims", "rampde_fx") or name in WIDE or _adds(name, target, args, kwargs):
         return False
     return target.namespace == "rampde_fx" or is_elementwise(target) or is_view(target) or name in MOVES
+
+
+def has_low_kernel(target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an attention's kernel takes heads of this size in half precision; so does any other operation."""
+    if name_of(target) not in ALIGNED:
+        return True
+    names = [argument.name for argument in target._schema.arguments]
+    heads = [args[names.index(name)].shape[-1] for name in ("query", "key", "value")]
+    return all(size % 8 == 0 for size in heads)
 
 
 def _adds(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

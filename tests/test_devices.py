@@ -78,8 +78,10 @@ class TestGradients:
         found = errors(where, model, y, torch.linspace(0, 1, 5), velocity=dtype)
         assert self.largest(found) < 2 * BOUNDS[dtype]
 
-    def test_an_attention(self, where, dtype):
-        model, y = Solved(AttentionVelocity(16, heads=4), method="rk4"), torch.randn(3, 12, 16)
+    @pytest.mark.parametrize("heads", [2, 4])
+    def test_an_attention(self, where, dtype, heads):
+        """Heads of size 8; and of size 4, for which CUDA has no kernel in half precision."""
+        model, y = Solved(AttentionVelocity(16, heads), method="rk4"), torch.randn(3, 12, 16)
         found = errors(where, model, y, torch.linspace(0, 1, 5), velocity=dtype)
         assert self.largest(found) < 2 * BOUNDS[dtype]
 
@@ -229,9 +231,10 @@ class TestCosts:
 
     def test_memory(self):
         peaks, saved = [], []
+        of_the_loss = 512 * 18 * 4  # the final state
         for dtype in (torch.float32, torch.float16):
             loss, model = self.flow(velocity=dtype)
             peaks.append(peak_bytes(lambda loss=loss, model=model: training_step(loss, model), GPU))
-            saved.append(saved_bytes(loss, model))
+            saved.append(saved_bytes(loss, model) - of_the_loss)
         assert saved[1] <= 0.51 * saved[0]
         assert peaks[1] <= 0.6 * peaks[0]

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import rampde_fx
+from rampde_fx.lowering import Lowering
 from tests.comparison import compiled, relative_errors
 
 MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4).sin()
 MASK = torch.tensor([0.0, 0.0, -1e9, float("-inf")])
+INFINITE = torch.tensor([0.0, 0.0, 0.0, float("-inf")])
 SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0])
 
 
@@ -90,7 +93,7 @@ INFINITIES = {
     "clamp at an int": lambda y: torch.sin(y).clamp(max=10**6),
     "clamp at infinity": lambda y: torch.sin(y).clamp(max=float("inf")),
     "a mask that baddbmm adds": lambda y: torch.softmax(
-        torch.baddbmm(MASK[2:].sum().to(y), y[None], MATRIX.to(y)[None])[0], -1
+        torch.baddbmm(INFINITE.to(y).expand(1, 2, 4), y[None], MATRIX.to(y)[None])[0], -1
     ),
     "a number beyond the range": lambda y: torch.tanh(y * 1e6 * 1e-6),
     "a number that vanishes": lambda y: torch.tanh(y * 1e-9 * 1e9),
@@ -188,3 +191,15 @@ def test_what_linear_algebra_cannot_factor_is_nan():
     with pytest.raises(torch.linalg.LinAlgError):
         flow(y, torch.linspace(0, 1, 4))
     assert compiled(flow, torch.float32)(y, torch.linspace(0, 1, 4)).isnan().all()
+
+
+@pytest.mark.parametrize(("size", "wide"), [(8, 0), (4, 1)])
+def test_heads_without_a_kernel_in_half_precision_are_wide(size, wide):
+    """CUDA's attention for float32 takes heads that it does not take in float16."""
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    heads = [torch.empty(2, 3, 5, size, device="meta") for _ in range(3)]
+    velocity = make_fx(lambda q, k, v: (attend(q, k, v, None, True)[0],))(*heads)
+    lowering = Lowering(velocity, torch.float16, [True] * 3)
+    (attention,) = [n for n in make_fx(lowering.evaluate)(*heads).graph.nodes if n.target is attend.default]
+    assert [n.meta["val"].dtype for n in attention.args[:3]] == [torch.float32 if wide else torch.float16] * 3
+    assert sum(lowering.wide.values()) == wide
