@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
 from rampde_fx import graphs, operators
@@ -56,7 +55,9 @@ def find_difference(
 ) -> fx.Node | None:
     """The first node by which two steps differ, the second one from the results of the first; None if none does."""
     entered = {node.args[1] - 2: node for node in first if _reads(node, enter)}
-    steps = [[node for node in nodes if not _reads(node, enter) and not _is_size(node)] for nodes in (first, second)]
+    steps = [
+        [node for node in nodes if not _reads(node, enter) and not graphs.is_number(node)] for nodes in (first, second)
+    ]
     twins: dict[fx.Node, fx.Node | None] = {node: entered.get(j) for j, node in enumerate(nexts)}
     for a, b in zip(*steps, strict=False):
         read = [twins.get(operand, operand) for operand in graphs.operands(b)]
@@ -69,8 +70,3 @@ def find_difference(
 
 def _reads(node: fx.Node, enter: fx.Node) -> bool:
     return node.target is operator.getitem and node.args[0] is enter
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a number, which Dynamo computes where it is read first."""
-    return isinstance(graphs.value(node), (int, torch.SymInt, torch.SymFloat))

@@ -335,7 +335,8 @@ def _usable(gradients: dict[int, Any], fits: torch.Tensor | None) -> dict[int, A
     """The gradients, or NaN where a stored state overflowed: a velocity may saturate at inf, and hide it from them."""
     if fits is None:
         return gradients
-    return {i: torch.where(fits, gradient, torch.nan) for i, gradient in gradients.items()}
+    counted = (VANISHED, WATCHED)
+    return {i: g if i in counted else torch.where(fits, g, torch.nan) for i, g in gradients.items()}
 
 
 def _zeros_among(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -198,16 +198,11 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
             roles[node] = roles[node.args[0]]
         elif node in known or i < carries:
             roles[node] = "state"
-        elif _is_size(node) or all(roles[parent] == "time" for parent in node.all_input_nodes):
+        elif graphs.is_number(node) or all(roles[parent] == "time" for parent in node.all_input_nodes):
             roles[node] = "time"
         else:
             roles[node] = "state" if _keeps_state(node, roles) else "velocity"
     return roles
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size, which is read in every evaluation; it is no tensor, and has no precision."""
-    return isinstance(graphs.value(node), (int, torch.SymInt, torch.SymBool))
 
 
 def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:

@@ -12,6 +12,10 @@ Every node of a pullback is linear in the cotangents, so that each carries the s
 several meet, in a sum, the terms are brought to the smallest of their scales; what follows from one cotangent alone is
 never rounded beside a larger one. Each result is divided by its own scale.
 
+A velocity may multiply by a small factor: a learned gain of 1e-6, a number. Behind it the cotangent is small, too, and
+would vanish where it is cast down. If the factor depends on no state, the product is multiplied by a power of two, its
+gain, that makes up for the factor's largest entry, and carries it from there on.
+
 Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
 activation below 2 fit.
@@ -29,7 +33,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,7 +48,27 @@ from rampde_fx.scales import power_of_two_scale, vanishing_entries
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
-Origins = frozenset[int]  # cotangents, by number, that a value follows from
+LEAST_GAIN, MOST_GAIN = 2.0**-30, 2.0**30
+FEW = 2.0**6  # a number within this of 1 needs no gain
+MOST_GAINS = 2  # of a value: a scale of a cotangent within 2^50 of 1, and its gains, are a normal number in float32
+BOUND_WITH_GAINS = 2.0**50
+
+
+@dataclass(frozen=True, order=True)
+class Gain:
+    """What makes up for a factor: a power of two.
+
+    Attributes:
+        factor: The factor, by its number among the placeholders of the pullback, or -1.
+        number: The gain, where the factor is a number.
+    """
+
+    factor: int = -1
+    number: float = 1.0
+
+
+# What a value follows from: cotangents, by number, each with the gains on the way. Its scale is the least of theirs.
+Origins = frozenset[tuple[int, tuple[Gain, ...]]]
 
 
 @dataclass(frozen=True)
@@ -50,12 +76,14 @@ class Propagation:
     """A pullback in which scales are propagated.
 
     Attributes:
-        module: Maps (residuals, ratios, cotangents) to gradients, each with the smallest scale of its origins.
+        module: Maps (residuals, gains, ratios, cotangents) to gradients, each with the smallest scale of its origins.
+        gains: The gains that it takes.
         ratios: For each ratio that it takes, the origins of a term and those of the sum that it is brought to.
         gradients: The origins of each gradient.
     """
 
     module: fx.GraphModule
+    gains: tuple[Gain, ...]
     ratios: tuple[tuple[Origins, Origins], ...]
     gradients: tuple[Origins, ...]
 
@@ -75,7 +103,10 @@ def scale_adjoint(loop: Loop) -> Loop:
     device = graphs.value(graphs.placeholders(adjoint)[0]).device
     with torch_private.fake_mode():
         target.meta["val"] = torch.empty((), dtype=torch.float32, device=device)
-    scaled = _Scaling(adjoint, target)
+    kinds = zip(graphs.placeholders(adjoint), loop.adjoint_inputs, strict=False)  # the target is one more placeholder
+    states = [node for node, (kind, i) in kinds if kind != "operand" or i < loop.carries]
+    varying = graphs.depends_on(adjoint.graph, states)
+    scaled = _Scaling(adjoint, target, {node for node in adjoint.graph.nodes if node not in varying})
     for call in calls:
         scaled.scale(call)
     return replace(
@@ -118,40 +149,102 @@ def _narrow_sum(node: fx.Node) -> int:
     return math.prod(sizes) // max(sizes[1], 1)
 
 
-def propagated(pullback: fx.GraphModule, count: int) -> Propagation:
-    """Let the nodes of a pullback carry the scales of its cotangents, the last few of its placeholders."""
-    module = graphs.copied(pullback)
-    nodes = graphs.placeholders(module)
-    first = len(nodes) - count
-    origins: dict[fx.Node, Origins] = {node: frozenset([i]) for i, node in enumerate(nodes[first:])}
-    ratios: dict[tuple[Origins, Origins], fx.Node] = {}
-    for node in graphs.body(module):
-        read = [operand for operand in node.all_input_nodes if operand in origins]
-        if not read or operator_table.name_of(node.target) in operator_table.SHAPED_LIKE:
-            continue
-        origins[node] = frozenset().union(*(origins[operand] for operand in read))
+def propagated(pullback: fx.GraphModule, count: int, factors: Set[int] = frozenset()) -> Propagation:
+    """Let the nodes of a pullback carry the scales of its cotangents, the last few of its placeholders.
+
+    Args:
+        pullback: Maps (residuals, cotangents) to gradients; it stays as it is.
+        count: How many cotangents it has.
+        factors: The placeholders, by number, that depend on no state.
+    """
+    return _Propagation(pullback, count, factors).result()
+
+
+class _Propagation:
+    """A pullback while scales are propagated through it."""
+
+    def __init__(self, pullback: fx.GraphModule, count: int, factors: Set[int]) -> None:
+        self.module = graphs.copied(pullback)
+        nodes = graphs.placeholders(self.module)
+        first = len(nodes) - count
+        self.first_cotangent = nodes[first]
+        self.factors = {nodes[i]: i for i in factors if graphs.value(nodes[i]).numel() != 0}
+        self.origins: dict[fx.Node, Origins] = {node: frozenset([(i, ())]) for i, node in enumerate(nodes[first:])}
+        self.gains: dict[Gain, fx.Node] = {}
+        self.ratios: dict[tuple[Origins, Origins], fx.Node] = {}
+        self.cast_down = _cast_down(self.module)
+
+    def result(self) -> Propagation:
+        """The pullback with its gains and ratios."""
+        for node in graphs.body(self.module):
+            read = [operand for operand in node.all_input_nodes if operand in self.origins]
+            if read and operator_table.name_of(node.target) not in operator_table.SHAPED_LIKE:
+                self._carry(node, read)
+        gradients = tuple(self.origins.get(result, frozenset()) for result in graphs.results(self.module))
+        return Propagation(graphs.refresh(self.module), tuple(self.gains), tuple(self.ratios), gradients)
+
+    def _carry(self, node: fx.Node, read: list[fx.Node]) -> None:
+        """Note the origins of a node; bring what it reads to their scale, and give it the gain of a factor."""
+        self.origins[node] = frozenset().union(*(self.origins[operand] for operand in read))
         for operand in read:
-            if origins[operand] != origins[node]:
-                ratio = _ratio(module, nodes[first], (origins[operand], origins[node]), ratios)
-                node.replace_input_with(operand, _times(module.graph, node, operand, ratio))
-    gradients = tuple(origins.get(result, frozenset()) for result in graphs.results(module))
-    return Propagation(graphs.refresh(module), tuple(ratios), gradients)
+            if self.origins[operand] != self.origins[node]:
+                key = (self.origins[operand], self.origins[node])
+                if key not in self.ratios:
+                    self.ratios[key] = self._placeholder(f"ratio_{len(self.ratios)}", self.first_cotangent)
+                node.replace_input_with(operand, _times(self.module.graph, node, operand, self.ratios[key]))
+        gain = _gain(node, read, self.factors) if node in self.cast_down and len(read) == 1 else None
+        if gain is not None and all(len(gains) < MOST_GAINS for _, gains in self.origins[node]):
+            product = self._amplified(node, gain)
+            self.origins[product] = frozenset((i, tuple(sorted((*g, gain)))) for i, g in self.origins[node])
+
+    def _amplified(self, node: fx.Node, gain: Gain) -> fx.Node:
+        """A node times a gain, in its place for all that read it."""
+        factor: Any = gain.number
+        if gain.factor >= 0:
+            if gain not in self.gains:
+                before = next(iter(self.ratios.values()), self.first_cotangent)
+                self.gains[gain] = self._placeholder(f"gain_{len(self.gains)}", before)
+            factor = self.gains[gain]
+        with self.module.graph.inserting_after(node):
+            product = self.module.graph.call_function(aten.mul.Tensor, (node, factor))
+        product.meta["val"] = graphs.value(node)
+        node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
+        return product
+
+    def _placeholder(self, name: str, before: fx.Node) -> fx.Node:
+        """A further 0-d placeholder, in front of another one."""
+        with self.module.graph.inserting_before(before):
+            new = self.module.graph.placeholder(name)
+        new.meta["val"] = torch_private.fake_number(torch.float32, graphs.value(self.first_cotangent).device)
+        return new
 
 
-def _ratio(
-    module: fx.GraphModule,
-    first_cotangent: fx.Node,
-    key: tuple[Origins, Origins],
-    known: dict[tuple[Origins, Origins], fx.Node],
-) -> fx.Node:
-    """The placeholder of the factor that brings a term to the scale of a sum."""
-    if key not in known:
-        with module.graph.inserting_before(first_cotangent):
-            known[key] = module.graph.placeholder(f"ratio_{len(known)}")
-        with torch_private.fake_mode():
-            device = graphs.value(first_cotangent).device
-            known[key].meta["val"] = torch.empty((), dtype=torch.float32, device=device)
-    return known[key]
+def _cast_down(module: fx.GraphModule) -> set[fx.Node]:
+    """The wide values from which one in float16 follows."""
+    found: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        half = [graphs.is_float(user) and graphs.value(user).dtype is torch.float16 for user in node.users]
+        if graphs.is_float(node) and graphs.value(node).dtype.itemsize > 2 and (any(half) or found & set(node.users)):
+            found.add(node)
+    return found
+
+
+def _gain(node: fx.Node, read: list[fx.Node], factors: Mapping[fx.Node, int]) -> Gain | None:
+    """What makes up for the factor that a product or a quotient multiplies a cotangent by; None for another node."""
+    name = operator_table.name_of(node.target)
+    if name not in operator_table.ENTRYWISE_PRODUCTS or len(node.args) != 2 or node.kwargs:
+        return None
+    other = node.args[1] if node.args[0] is read[0] else node.args[0]
+    if isinstance(other, (int, float)):
+        size = abs(other) if name == "mul" else abs(1 / other) if other else 0.0
+        if not 0 < size < math.inf or 1 / FEW <= size <= FEW:
+            return None
+        return Gain(number=min(max(2.0 ** -math.floor(math.log2(size)), LEAST_GAIN), MOST_GAIN))
+    if name != "mul" or other is read[0]:
+        return None
+    while graphs.is_view(other) or other.target is aten._to_copy.default:
+        other = other.args[0]
+    return Gain(factors[other]) if other in factors else None
 
 
 def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node) -> fx.Node:
@@ -168,8 +261,9 @@ def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node) -> f
 class _Scaling:
     """The adjoint while its pullbacks are scaled, one call after the other."""
 
-    def __init__(self, adjoint: fx.GraphModule, target: fx.Node) -> None:
+    def __init__(self, adjoint: fx.GraphModule, target: fx.Node, stateless: Set[fx.Node]) -> None:
         self.adjoint, self.graph, self.target = adjoint, adjoint.graph, target
+        self.stateless = stateless
         self.pullbacks: dict[str, Propagation] = {}
         self.scales: dict[str, str] = {}
         self.vanished: list[fx.Node] = []
@@ -182,57 +276,75 @@ class _Scaling:
         if not measured:
             return
         if name not in self.pullbacks:
-            self.pullbacks[name] = propagated(self.adjoint.get_submodule(name), count)
+            self.pullbacks[name] = propagated(self.adjoint.get_submodule(name), count, self._factors(name, count))
             self.adjoint.add_submodule(name, self.pullbacks[name].module)
         plan = self.pullbacks[name]
-        wanted = list(dict.fromkeys([frozenset([i]) for i in range(count)] + [g for g in plan.gradients if g]))
+        alone: list[Origins] = [frozenset([(i, ())]) for i in range(count)]
+        wanted = list(dict.fromkeys([*alone, *(origins for origins in plan.gradients if origins)]))
         with self.graph.inserting_before(call):
-            found = self._found(cotangents, measured, wanted, plan.ratios)
+            found = self._found(call, cotangents, measured, wanted, plan)
             scale_of = dict(zip(wanted, found, strict=False))
-            scaled = [self._scaled(node, scale_of[frozenset([i])]) for i, node in enumerate(cotangents)]
+            scaled = [self._scaled(node, scale_of[origins]) for node, origins in zip(cotangents, alone, strict=True)]
         call.args = (*call.args[: len(call.args) - count], *found[len(wanted) : -1], *scaled)
         self.vanished.append(found[-1])
         for gradient in list(call.users):
             self._unscale(gradient, scale_of.get(plan.gradients[gradient.args[1]]))
 
+    def _factors(self, name: str, count: int) -> set[int]:
+        """The placeholders of a pullback, by number, that depend on no state in any of its calls."""
+        calls = [node for node in self.graph.nodes if node.op == "call_module" and node.target == name]
+        residuals = range(len(graphs.placeholders(self.adjoint.get_submodule(name))) - count)
+        return {i for i in residuals if all(call.args[i] in self.stateless for call in calls)}
+
     def _found(
-        self,
-        cotangents: list[fx.Node],
-        measured: list[int],
-        wanted: list[Origins],
-        ratios: tuple[tuple[Origins, Origins], ...],
+        self, call: fx.Node, cotangents: list[fx.Node], measured: list[int], wanted: list[Origins], plan: Propagation
     ) -> list[fx.Node]:
-        """The scales of the wanted origins, the ratios, and how many entries vanish."""
-        operands = [self.target, *(cotangents[i] for i in measured)]
-        name = self._module([graphs.value(node) for node in operands], measured, wanted, ratios)
-        made = self.graph.call_module(name, tuple(operands))
-        return [self.graph.call_function(operator.getitem, (made, i)) for i in range(len(wanted) + len(ratios) + 1)]
+        """The scales of the wanted origins, the gains and the ratios, and how many entries vanish."""
+        factors = sorted({gain.factor for gain in plan.gains})
+        operands = [self.target, *(call.args[i] for i in factors), *(cotangents[i] for i in measured)]
+        name = self._module([graphs.value(node) for node in operands], factors, measured, wanted, plan)
+        made, count = self.graph.call_module(name, tuple(operands)), len(wanted) + len(plan.gains) + len(plan.ratios)
+        return [self.graph.call_function(operator.getitem, (made, i)) for i in range(count + 1)]
 
     def _module(
         self,
         values: list[torch.Tensor],
+        factors: list[int],
         measured: list[int],
         wanted: list[Origins],
-        ratios: tuple[tuple[Origins, Origins], ...],
+        plan: Propagation,
     ) -> str:
-        """The name of the submodule that finds them for cotangents of these shapes."""
-        key = str([[(v.shape, v.dtype) for v in values], measured, wanted, ratios])
+        """The name of the submodule that finds them for factors and cotangents of these shapes."""
+        key = str([[(v.shape, v.dtype) for v in values], factors, measured, wanted, plan.gains, plan.ratios])
         if key in self.scales:
             return self.scales[key]
+        with_gains = any(gains for origins in (*wanted, *sum(plan.ratios, ())) for _, gains in origins)
 
-        def find(target: torch.Tensor, *cotangents: torch.Tensor) -> list[torch.Tensor]:
+        def find(target: torch.Tensor, *operands: torch.Tensor) -> list[torch.Tensor]:
+            cotangents = operands[len(factors) :]
             own = {i: power_of_two_scale(target, value) for i, value in zip(measured, cotangents, strict=True)}
+            if with_gains:
+                own = {i: scale.clamp(1 / BOUND_WITH_GAINS, BOUND_WITH_GAINS) for i, scale in own.items()}
+            gain_of = {
+                i: power_of_two_scale(1.0, value).clamp(LEAST_GAIN, MOST_GAIN)
+                for i, value in zip(factors, operands, strict=False)
+            }
 
             def least(origins: Origins) -> torch.Tensor:
-                scales = [own[i] for i in sorted(origins) if i in own] or [torch.ones_like(target)]
+                scales = [
+                    math.prod((gain_of.get(gain.factor, gain.number) for gain in gains), start=own[i])
+                    for i, gains in sorted(origins)
+                    if i in own
+                ] or [torch.ones_like(target)]
                 return scales[0] if len(scales) == 1 else torch.stack(scales).amin()
 
             lost = [vanishing_entries(value * own[i]) for i, value in zip(measured, cotangents, strict=True)]
-            shares = [least(whole) / least(term) for term, whole in ratios]
-            return [*map(least, wanted), *shares, sum(lost[1:], lost[0])]
+            shares = [least(whole) / least(term) for term, whole in plan.ratios]
+            taken = [gain_of[gain.factor] for gain in plan.gains]
+            return [*map(least, wanted), *taken, *shares, sum(lost[1:], lost[0])]
 
         self.scales[key] = f"adjoint_scale_{len(self.scales)}"
-        names = ["target", *(f"cotangent_{i}" for i in measured)]
+        names = ["target", *(f"factor_{i}" for i in factors), *(f"cotangent_{i}" for i in measured)]
         module = graphs.refresh(graphs.named(torch_private.trace(find, values), names))
         self.adjoint.add_submodule(self.scales[key], module)
         return self.scales[key]

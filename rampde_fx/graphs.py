@@ -68,6 +68,11 @@ def is_float(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).is_floating_point()
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether a node's value is a number, a truth value or a shape of Python's: it has no precision."""
+    return isinstance(value(node), (int, float, torch.SymBool, torch.SymInt, torch.SymFloat, torch.Size))
+
+
 def is_differentiable(node: Any) -> bool:
     """Whether a node's value is a tensor that has gradients: a floating or a complex one."""
     tensor = value(node) if isinstance(node, fx.Node) else None

@@ -72,7 +72,9 @@ class Lowering(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         result = super().run_node(n)
-        if self.dtype is torch.float16 and (discretises(n) or operator_table.name_of(n.target) in operator_table.HIDES_NAN):
+        if self.dtype is torch.float16 and (
+            discretises(n) or operator_table.name_of(n.target) in operator_table.HIDES_NAN
+        ):
             read = [self.env[operand] for operand in n.all_input_nodes]
             self.hidden += [torch.isnan(value).any() for value in read if is_float(value) and value.numel() > 0]
         return result

@@ -180,9 +180,7 @@ class Verification:
         written = {n: x.detach() for n, x in zip(self._names, called, strict=True) if isinstance(x, torch.Tensor)}
         return Outcome(values, gradients, written)
 
-    def _gradients(
-        self, outputs: Sequence[Any], called: Sequence[Any], leaves: Sequence[torch.Tensor | None]
-    ) -> Named:
+    def _gradients(self, outputs: Sequence[Any], called: Sequence[Any], leaves: Sequence[torch.Tensor | None]) -> Named:
         """Gradients of a weighted sum of all that the graph leaves, its inputs that it has updated included."""
         by = {name: leaf for name, leaf in zip(self._names, leaves, strict=True) if leaf is not None}
         updated = [x if isinstance(x, torch.Tensor) and x.grad_fn is not None else None for x in called]

@@ -152,7 +152,7 @@ graphs: 1, graph breaks: 0""",
             torch.float16,
             """\
 step: 28 products, 61 casts, 4 maxima, 464 others
-adjoint step: 79 products, 179 casts, 4 maxima, 852 others
+adjoint step: 79 products, 195 casts, 4 maxima, 960 others
 host reads: 1
 bytes saved: 14148
 graphs: 1, graph breaks: 0""",

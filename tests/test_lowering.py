@@ -112,6 +112,42 @@ def test_infinities_of_the_users_and_constants_beyond_the_range_are_right(name):
     assert max(errors) <= 5e-3, errors
 
 
+NET = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4).cos()
+# Each has a product of entries that float16 would lose, though the result is not small; and the size of the state.
+SMALL_PRODUCTS = {
+    "a 0-d parameter": (lambda y, w: 1e9 * (w.mean() * 1e-9 * torch.tanh(y @ NET.to(y))), 1.0),
+    "a vector of parameters": (lambda y, w: 1e7 * (w * 1e-7 * torch.tanh(y @ NET.to(y))), 1.0),
+    "a cube": (lambda y, w: -1e6 * (y * y * y), 1e-3),
+    "a ratio of squares": (lambda y, w: w * (y * y) / (y * y + 1e-6), 1e-4),
+    "a Hill function": (lambda y, w: w * y**3 / (1e-9 + y * y * y), 1e-3),
+    "a relu between": (lambda y, w: torch.relu(y @ NET.to(y) * 1e-4 * 1e-4) * 1e8, 1.0),
+    "a root of squares": (lambda y, w: w * torch.sqrt(y * y + y.roll(1, 1) ** 2), 1e-3),
+    "a normalisation": (lambda y, w: w * F.normalize(y * 1e-4 * y), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_PRODUCTS)
+def test_products_of_entries_keep_float32s_range(name):
+    """Increments and gradients have the relative error of a few operations in float16."""
+    velocity, size = SMALL_PRODUCTS[name]
+
+    def flow(y, w, t):
+        start = y
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * velocity(y, w)
+        return y - start
+
+    def run(function, dtype):
+        y = (size * torch.linspace(0.3, 1.4, 12, dtype=torch.float64).view(3, 4)).to(dtype).requires_grad_()
+        w = torch.linspace(0.5, 1.5, 4, dtype=dtype).requires_grad_()
+        change = function(y, w, torch.linspace(0, 1e-2, 4, dtype=dtype))
+        read = torch.autograd.grad((change / size).square().sum(), (y, w), allow_unused=True)
+        return [change.detach(), *(gradient for gradient in read if gradient is not None)]
+
+    got = [x.double() for x in run(compiled(flow, torch.float16), torch.float32)]
+    assert max(relative_errors(got, run(flow, torch.float64))) <= 4e-3
+
+
 BATCH = 4096
 READS = torch.zeros(BATCH, dtype=torch.long)
 SEGMENTS = torch.arange(BATCH) % 3

@@ -59,6 +59,27 @@ def test_the_state_is_summed_wide_however_the_update_is_spelled(name):
     assert (got - wanted).norm() <= 4 * torch.finfo(torch.bfloat16).eps * wanted.norm()
 
 
+GATES = {
+    "a decay": lambda y, dt, n: y * (1 - dt * torch.sigmoid(y @ A.to(y))),
+    "a gated cell": lambda y, dt, n: (
+        (1 - torch.sigmoid(y @ A.to(y)) * dt) * y + dt * torch.sigmoid(y @ A.to(y)) * torch.tanh(y @ R.to(y))
+    ),
+    "a quotient": lambda y, dt, n: y / (1 + dt * torch.sigmoid(y @ A.to(y))),
+    "a relu beside a share": lambda y, dt, n: torch.relu(y + dt * rate(y)) + 0.1 * (y + dt * rate(y)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", GATES)
+def test_what_multiplies_a_state_is_wide(name, dtype):
+    """What a step changes is small beside the state: it has the error of an evaluation, not of the state."""
+    y, t = torch.linspace(1, 3, 12).view(3, 4), torch.linspace(0, 1e-3, 5)
+    flow = looped(GATES[name])
+    wanted = flow(y.double(), t.double()) - looped(lambda y, dt, n: GATES[name](y, 0 * dt, n))(y.double(), t.double())
+    got = compiled(flow, dtype)(y, t) - looped(lambda y, dt, n: GATES[name](y, 0 * dt, n))(y, t)
+    assert (got - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm() + 1e-6
+
+
 def products(step, *more):
     """For every product of one step whether it is low, in order."""
     marked = rampde_fx.mixed_precision(looped(step), dtype=torch.bfloat16)

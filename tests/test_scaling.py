@@ -208,6 +208,40 @@ def test_a_gradient_that_vanishes_within_one_cotangent_is_counted_and_warned_of(
     assert count.passes == 1 and count.vanished == 4 * 4  # the entries of that column, in four steps
 
 
+@pytest.mark.parametrize("policy", [{}, {"checkpoint": "none"}, {"checkpoint": 3}, {"loop": "unroll"}], ids=str)
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1.0])
+def test_layers_with_learned_gains_of_any_size_have_their_gradients(size, policy):
+    """Two layers, each behind a gain, and a number."""
+
+    def flow(y, a, b, gains, t):
+        for _, dt in rampde_fx.steps(t):
+            h = torch.tanh(y @ a) + gains[0] * torch.tanh(y @ b)
+            y = y + dt * (gains[1] * (h @ b) + 1e-5 * size * torch.sin(y @ a))
+        return y
+
+    def run(function, dtype):
+        generator = torch.Generator().manual_seed(1)
+        y, a, b, gains = (torch.randn(n, 6, generator=generator).to(dtype).div(2) for n in (5, 6, 6, 2))
+        leaves = [x.requires_grad_() for x in (a, b, gains.mul(size))]
+        final = function(y, *leaves, torch.linspace(0, 1, 5, dtype=dtype))
+        return torch.autograd.grad((final * torch.linspace(-1, 2, 30, dtype=dtype).view(5, 6)).sum(), leaves)
+
+    got = run(compiled(flow, torch.float16, **policy), torch.float32)
+    assert max(relative_errors(list(got), [w.float() for w in run(flow, torch.float64)])) <= 5e-3
+
+
+@pytest.mark.parametrize("policy", [{}, {"checkpoint": 3}], ids=str)
+def test_states_that_overflow_where_they_are_stored_give_gradients_of_nan(policy):
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(y * 1e-5)
+        return y
+
+    y = torch.full((4,), 1e5, requires_grad=True)
+    out = compiled(flow, torch.float16, **policy)(y, torch.linspace(0, 1, 9))
+    assert torch.autograd.grad(out.sum(), y)[0].isnan().all()
+
+
 def test_a_loss_of_zero_is_not_warned_of(recwarn):
     out = gradients_of_heads(compiled(heads, torch.float16), (1, 0, 0), torch.float32)
     assert out[-1].abs().max() == 0 and not recwarn.list
