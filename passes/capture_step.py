@@ -199,6 +199,9 @@ class _Captured(fx.Interpreter):
         written = [] if effects.unknown else [n.all_input_nodes[i] for i in effects.writes]
         if graphs.function_name(n) == "detach_":
             written, result = n.all_input_nodes, self.env[n.all_input_nodes[0]]
+        elif "out" in n.kwargs and not self.differentiated:
+            with torch.no_grad():  # the caller's, which the graph does not show: with gradients on there is no out=
+                result = super().run_node(n)
         elif shares_memory(n) and torch_private.storage_of(graphs.value(n)) in self.written:
             result = super().run_node(n)
         else:

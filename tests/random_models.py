@@ -621,6 +621,8 @@ def random_problem(choose: Choose[Any], *, inductor: bool = False) -> Problem:
     # A state that is updated in place and then replaced by another tensor is refused.
     decays = ["learned", "number"] if update == "in_place" else ["learned", "number", "rectified"]
     decay = mostly("none", *decays)
+    detached = ["argument_detached", "straight_through"]
+    detached += [] if update == "in_place" else ["state_detached"]  # a write through a detached name is refused
     storage = mostly("same", *storages)
     checkpoint = mostly("step", "sqrt", "none", 2)
     low_parameters = velocity in ("float16", "bfloat16")
@@ -641,7 +643,7 @@ def random_problem(choose: Choose[Any], *, inductor: bool = False) -> Problem:
         decay=decay,
         carries=carries,
         outside=mostly("none", "initial", "context"),
-        gradient=mostly("whole", mostly("argument_detached", "state_detached", "straight_through"), "whole"),
+        gradient=mostly("whole", mostly(*detached), "whole"),
         output=mostly("final", "trajectory", "later_states", "collected", "with_times", "increments"),
         around=mostly("none", "layers"),
         layout=mostly("contiguous", "transposed", "strided", "expanded", "offset"),
