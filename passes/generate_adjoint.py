@@ -321,7 +321,8 @@ def split_pullback(
         present[:] = [i for i, gradient in zip(wanted, gradients, strict=True) if gradient is not None]
         return [*flat, *(gradient for gradient in gradients if gradient is not None)]
 
-    traced = _traced(joint, [*values, *tangents], "a velocity evaluation", graphs.body(velocity)[-1])
+    last = max(reversed(graphs.body(velocity)), key=lambda node: bool(graphs.user_line(node)))
+    traced = _traced(joint, [*values, *tangents], "a velocity evaluation", last)
     names = [node.name for node in inputs] + [f"cotangent_{i}" for i in range(len(outputs))]
     traced = graphs.named(traced, names)
     nodes, found = graphs.placeholders(traced), graphs.results(traced)
