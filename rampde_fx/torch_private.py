@@ -512,7 +512,7 @@ def _entries(entries: Any) -> list[tuple[str, Any]]:
     if isinstance(entries, ListVariable):
         return [(str(i), value) for i, value in enumerate(entries.items)]
     if isinstance(entries, ConstDictVariable):
-        return [(str(getattr(key.vt, "value", key)), value) for key, value in entries.items.items()]
+        return [(repr(getattr(key.vt, "value", key)), value) for key, value in entries.items.items()]
     return []
 
 
@@ -531,10 +531,40 @@ def _number(variable: Any) -> Any:
 def name_of(owner: Any, name: str) -> str:
     """How the user writes an attribute, a global or an entry of a list that is a variable of Dynamo's."""
     if name == CELL:
-        return str(getattr(owner, "local_name", None) or "a variable of a function around the velocity")
+        return str(getattr(owner, "local_name", None) or _local_name(owner) or "a variable around the velocity")
     if not isinstance(owner, ListVariable | ConstDictVariable):
         return name
-    return f"{_source_of(owner) or 'a list or dict of the function'}[{name}]"
+    return f"{_readable(_source_of(owner)) or _holder_of(owner)}[{name}]"
+
+
+def _readable(source: str) -> str:
+    """Dynamo's name of a value as the user writes it: what mixed_precision has wrapped takes *args."""
+    names = names_of_arguments()
+
+    def argument(position: re.Match[str]) -> str:
+        return names[int(position[1])] if int(position[1]) < len(names) else position[0]
+
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", re.sub(r"^L\['args'\]\[(\d+)\]", argument, source))
+
+
+def _local_name(variable: Any) -> str | None:
+    """The name of a variable in a function that is being captured, or in one that has called it."""
+    frame: Any = sys._getframe()  # Dynamo's own: each of its translators knows those that have called it alone
+    while frame is not None:
+        for name, value in getattr(frame.f_locals.get("self"), "symbolic_locals", {}).items():
+            if value is variable:
+                return str(name)
+        frame = frame.f_back
+    return None
+
+
+def _holder_of(entries: Any) -> str:
+    """The variable or attribute that holds a list or dict that was made in the code that is captured."""
+    for holder, attributes in _capture().side_effects.store_attr_mutations.items():
+        for name, value in attributes.items():
+            if value is entries:
+                return name_of(holder, name)
+    return "a list or dict of the function"
 
 
 def was_read(owner: Any, name: str) -> bool:

@@ -28,7 +28,7 @@ class Solve(nn.Module):
     def __init__(self):
         super().__init__()
         self.nfe, self.inner, self.plain, self.counts, self.rows = 0, nn.Module(), Plain(), [0, 7], 0
-        self.inner.nfe = 0
+        self.inner.nfe, self.table = 0, {"n": 0}
 
     def keep(self, y):
         pass
@@ -75,6 +75,36 @@ class InAList(Solve):
         self.counts[0] += 1
 
 
+class InADictionary(Solve):
+    def keep(self, y):
+        self.table["n"] += 1
+
+
+class OfForward(Solve):
+    """A variable of forward, which the velocity changes."""
+
+    def forward(self, y, t):
+        calls = 0
+
+        def velocity(t, y):
+            nonlocal calls
+            calls += 1
+            return torch.tanh(y @ W)
+
+        return rampde_fx.odeint(velocity, y, t, method="midpoint")[-1]
+
+
+class InAListOfForward(Solve):
+    def forward(self, y, t):
+        calls = [0]
+
+        def velocity(t, y):
+            calls[0] += 1
+            return torch.tanh(y @ W)
+
+        return rampde_fx.odeint(velocity, y, t, method="midpoint")[-1] * calls[0]
+
+
 class Global(Solve):
     def keep(self, y):
         global evaluations  # noqa: PLW0603
@@ -95,7 +125,10 @@ COUNTERS = {
     SetToZeroInForward: "nfe",
     OfASubmodule: "nfe",
     OfAPlainObject: "nfe",
-    InAList: "counts",
+    InAList: r"'self\.counts\[0\]'",
+    InADictionary: r"self\.table\['n'\]",
+    OfForward: "'calls'",
+    InAListOfForward: r"'calls\[0\]'",
     Global: "evaluations",
     Steps: "nfe",
 }
