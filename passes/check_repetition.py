@@ -35,6 +35,9 @@ def _check(nodes: list[fx.Node], again: fx.Node) -> None:
     begin = max(i for i in range(middle) if nodes[i].target is operators.enter)
     end = min(i for i in range(middle, len(nodes)) if nodes[i].target is operators.leave)
     enter, leave = nodes[begin], nodes[end]
+    for node in nodes[begin:end]:
+        if isinstance(written := node.kwargs.get("out"), fx.Node):  # spectral_norm keeps what it gets in its place
+            node.replace_all_uses_with(written)
     second = nodes[middle + 1 : end]
     different = find_difference(enter, nodes[begin + 1 : middle], second, leave.args[1])
     if different is not None:

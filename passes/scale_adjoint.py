@@ -240,7 +240,7 @@ def _gain(node: fx.Node, read: list[fx.Node], factors: Mapping[fx.Node, int]) ->
         if not 0 < size < math.inf or 1 / FEW <= size <= FEW:
             return None
         return Gain(number=min(max(2.0 ** -math.floor(math.log2(size)), LEAST_GAIN), MOST_GAIN))
-    if name != "mul" or other is read[0]:
+    if name != "mul" or other is read[0] or not isinstance(other, fx.Node):  # a complex number, too
         return None
     while graphs.is_view(other) or other.target is aten._to_copy.default:
         other = other.args[0]

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from rampde_fx import graphs, operators, torch_private
+from rampde_fx import graphs, operators, torch_private, unrewritten
 from rampde_fx.errors import CheckError, RampdeError, raising
 from rampde_fx.loop import STEP
 from rampde_fx.marking import is_time_grid
@@ -169,6 +169,7 @@ class Captured:
         self.call, self.inputs, self._returned = call, list[Any](), list[Any]()
 
         def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            graph_module.meta[unrewritten.BACKEND] = "check"
             self.graph = graphs.copied(graph_module)
             try:
                 if not has_loop(graph_module):

@@ -167,9 +167,9 @@ class _Check:
     # --- while torch can compile
 
     def _prepare(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        own = _policies_of(graph_module)
         if self.with_own:
-            self.policies = list(dict.fromkeys([*own, *self.policies]))
+            by_label = {label(policy): policy for policy in [*_policies_of(graph_module), *self.policies]}
+            self.policies = list(by_label.values())
         wide = any(isinstance(x, torch.Tensor) and x.dtype is torch.float64 for x in example_inputs)
         baseline = PrecisionPolicy(torch.float64 if wide else torch.float32)
         self.baseline = baseline

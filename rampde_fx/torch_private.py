@@ -94,6 +94,22 @@ _UPDATES[aten.lerp.Scalar] = _lerp
 _UPDATES[aten.lerp.Tensor] = _lerp
 
 
+def _of_parts(scatter: Any) -> Callable[..., Any]:
+    """A write to a part of a tensor, of a complex one as pairs of reals: torch does not differentiate it."""
+
+    def written(x: torch.Tensor, source: torch.Tensor, dim: int = 0, *place: Any, **named: Any) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        whole, part = torch.view_as_real(x.resolve_conj()), torch.view_as_real(source.resolve_conj())
+        return torch.view_as_complex(scatter(whole, part, dim % x.ndim, *place, **named).contiguous())
+
+    return written
+
+
+_UPDATES[aten.slice_scatter.default] = _of_parts(aten.slice_scatter.default)
+_UPDATES[aten.select_scatter.default] = _of_parts(aten.select_scatter.default)
+
+
 def _split_with_sizes(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> list[torch.Tensor]:
     ends = list(itertools.accumulate(sizes))
     return [aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -211,6 +227,8 @@ def trace(
     for node in list(graph_module.graph.nodes):
         if node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
+        if node.target is aten._conj.default and not isinstance(node.args[0], fx.Node):  # of a constant of the user's
+            node.replace_all_uses_with(node.args[0].conjugate())
         if node.target in _STRICT_VIEWS:  # a view of the traced strides; passes may bring others
             node.target = aten.reshape.default
         if node.op == "get_attr" and isinstance(constant := getattr(graph_module, node.target, None), torch.Tensor):

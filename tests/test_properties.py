@@ -339,6 +339,9 @@ FOUND = {
     "a velocity that differentiates was refused under no_grad": Problem(
         layers=("linear", "own_gradient"), wanted="no_grad", velocity="float16", compiler="eager"
     ),
+    "the divergence of a spectral layer had a write to a complex slice, which torch does not differentiate": Problem(
+        layers=("linear", "spectral", "linear"), carries="density", velocity="float16", compiler="eager"
+    ),
     "a write through out= was refused under no_grad": Problem(
         layers=("linear", "out_write"), wanted="no_grad", velocity="float16", compiler="eager"
     ),

@@ -19,6 +19,7 @@ class Solve(nn.Module):
     def __init__(self, velocity, make=lambda: None):
         super().__init__()
         self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3, dtype=torch.float64))
         self.f, self.make = velocity, make
 
     def forward(self, y, t):
@@ -72,6 +73,7 @@ def test_what_a_velocity_keeps_in_python_is_refused(name, fullgraph):
 SAME = {
     "a function of y": Solve(lambda self, y, kept: -torch.tanh(y)),
     "running statistics": Solve(lambda self, y, kept: -torch.tanh(self.norm(y))),
+    "the vectors of a spectral norm": Solve(lambda self, y, kept: -torch.tanh(self.linear(y))),
     "what it reads alone": Solve(lambda self, y, kept: -torch.tanh(y) * kept[0], lambda: [2.0]),
     "a size": Solve(lambda self, y, kept: -torch.tanh(y) / y.shape[0]),
 }
