@@ -186,15 +186,16 @@ def record_states(loop: str, counts: torch.Tensor) -> None:
 
 def _read_arrived(*, wait: bool = False) -> None:
     """Add up what has arrived on the host; all of it, if that is waited for."""
-    ready, later = [], []
+    waiting: list[tuple[str, list[int]]] = []
     with _lock:
-        for loop, numbers, arrived in _arriving:
+        known, _arriving[:] = list(_arriving), []
+        for loop, numbers, arrived in known:
             if wait and arrived is not None:
                 arrived.synchronize()
-            there = arrived is None or arrived.query()
-            (ready if there else later).append((loop, numbers, arrived))
-        _arriving[:] = later
-        waiting = [(loop, numbers.tolist()) for loop, numbers, _ in ready]
+            if arrived is None or arrived.query():
+                waiting.append((loop, numbers.tolist()))
+            else:
+                _arriving.append((loop, numbers, arrived))
         for loop, (underflowed, entries, subnormal) in waiting:
             before = _states[-1].get(loop, StateCount())
             _states[-1][loop] = StateCount(
