@@ -40,6 +40,7 @@ SUM = {aten.add.Tensor, aten.sub.Tensor}
 SCALE = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 CONTRACT = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
 MOVE = {aten.cat.default, aten.stack.default, aten.clone.default, aten.where.self, aten._to_copy.default}
+JOIN = {aten.cat.default, aten.stack.default}
 SCATTER = {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
 SMALL = 0.125  # a larger number is no step size
 Roles = dict[fx.Node, str]
@@ -301,7 +302,10 @@ def _keeps_state(node: fx.Node, roles: Roles) -> bool:
 
 
 def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
-    """Make states of the increments that only states and results read: dt * k, 1 - dt * z, sums of evaluations."""
+    """Make states of the increments that only states and results read: dt * k, 1 - dt * z, sums of evaluations.
+
+    And of what joins several velocities to one: each is then an output by itself, with a scale of its own.
+    """
     numbers = find_evaluations(nodes, roles)
     for node in reversed(nodes):
         if roles[node] != "velocity" or not all(u.op == "output" or roles[u] == "state" for u in node.users):
@@ -309,7 +313,8 @@ def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
         # 1 - dt * z, by which a state is multiplied: rounded low, it would lose dt * z.
         summed = node.target in SUM and _is_increment(node, roles)
         scaled = summed or _scaled_by_time(node, roles) is not None or _is_weighted_sum(node, roles)
-        if scaled or _sums_evaluations(node, roles, numbers):
+        joined = graphs.is_float(node) and graphs.base_of_view(node).target in JOIN
+        if scaled or joined or _sums_evaluations(node, roles, numbers):
             roles[node] = "state"
 
 

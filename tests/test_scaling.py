@@ -190,12 +190,36 @@ def test_outputs_of_any_weight_have_gradients_of_their_own_scale(policy):
         assert max(relative_errors(list(got), [w.float() for w in wanted])) <= 5e-3, weights
 
 
-def test_a_gradient_that_vanishes_within_one_cotangent_is_counted_and_warned_of():
-    """One column of a state has a weight of 1e-9 beside the other: its own parameter's gradient becomes zero."""
+@pytest.mark.parametrize("join", [lambda a, b: torch.cat([a, b], 1), lambda a, b: torch.stack([a, b], 1)[..., 0]])
+def test_heads_that_are_joined_to_one_state_have_scales_of_their_own(join):
+    """A density beside a state, and two costs: columns of one tensor, as much of the field's code has them."""
 
     def flow(y, a, b, t):
         for _, dt in rampde_fx.steps(t):
-            y = y + dt * torch.cat([torch.sin(y[:, :1] @ a), torch.sin(y[:, 1:] @ b)], 1)
+            y = y + dt * join(torch.sin(y[:, :1] @ a), torch.sin(y[:, 1:] @ b))
+        return y
+
+    for weight in (1e-9, 1e-4, 1.0, 1e6):
+
+        def run(function, dtype, weight=weight):
+            generator = torch.Generator().manual_seed(0)
+            y, a, b = (torch.randn(n, m, generator=generator).to(dtype) for n, m in ((4, 2), (1, 1), (1, 1)))
+            leaves = [x.requires_grad_() for x in (y, a, b)]
+            final = function(*leaves, torch.linspace(0, 1, 5, dtype=dtype))
+            return torch.autograd.grad((final * torch.tensor([1.0, weight], dtype=dtype)).sum(), leaves)
+
+        got, wanted = run(compiled(flow, torch.float16), torch.float32), run(flow, torch.float64)
+        parts = zip([*got[0].unbind(1), *got[1:]], [*wanted[0].unbind(1), *wanted[1:]], strict=True)
+        assert max((x - w).norm() / w.norm() for x, w in parts) <= 5e-3
+
+
+def test_a_gradient_that_vanishes_within_one_cotangent_is_counted_and_warned_of():
+    """One column of a state has a weight of 1e-9 beside the other: its own parameter's gradient becomes zero."""
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+
+    def flow(y, a, b, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * (torch.sin(y[:, :1] @ a) * first + torch.sin(y[:, 1:] @ b) * second)
         return y
 
     y, a, b, t = torch.ones(4, 2), torch.ones(1, 1), torch.ones(1, 1), torch.linspace(0, 1, 5)
