@@ -10,6 +10,9 @@ the recomputation of several steps reads it, where the policy asks for that (che
 and states that are no wider than the storage dtype are stored as they are. Where the policy says so, each step's state
 has a power-of-two scale of its own, which brings its largest entry to the upper end of the storage dtype's range.
 
+A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
+passes/count_underflow.py counts: it may underflow as well.
+
 Requires: a Loop with an adjoint.
 Ensures:  the step returns what the adjoint re-reads; the adjoint reads no carry by another way.
 Error:    O(u) in the point at which each step is recomputed, u the unit roundoff of the storage dtype.
@@ -30,6 +33,7 @@ from rampde_fx.loop import Loop
 from rampde_fx.scales import power_of_two_scale
 
 CAST = torch.ops.aten._to_copy.default
+COUNT = torch.ops.rampde_fx.count_underflow.default
 # Where the largest entry is put: twice this is below the largest number of the dtype. Others have float32's range.
 TARGETS = {torch.float16: 2.0**14, torch.float8_e4m3fn: 2.0**7}
 
@@ -74,6 +78,7 @@ class _Storing:
         self.stored = list(loop.stored)
         self.values: list[fx.Node] = []
         self.wide: list[fx.Node] = []  # of each carry, what the adjoint reads
+        self.low: list[fx.Node] = []  # the carries that are stored in float16 without a scale
 
     def store(self, carry: int) -> None:
         """Store a carry."""
@@ -89,6 +94,7 @@ class _Storing:
         elif self.loop.policy.scales_storage and dtype in TARGETS:
             self._store_scaled(state, read, carry, dtype)
         else:
+            self.low += [state] if dtype is torch.float16 else []
             self.values.append(self._at_end(CAST, (state,), {"dtype": dtype}))
             self._widen(read, dtype, CAST, (read,), {"dtype": value.dtype})
 
@@ -144,7 +150,13 @@ class _Storing:
     def finished(self) -> Loop:
         """The loop that stores."""
         output = self.step.graph.output_node()
-        output.args = ((*output.args[0], *self.values),)
+        outputs = list(output.args[0])
+        uncounted = [state for state in self.low if all(user.target is not COUNT for user in state.users)]
+        if self.loop.counted and uncounted:  # read by wide operations alone, and yet rounded for the backward
+            last = len(outputs) - len(self.loop.stored) - 1
+            more = self._at_end(COUNT, (uncounted,))
+            outputs[last] = self._at_end(torch.ops.aten.add.Tensor, (outputs[last], more))
+        output.args = ((*outputs, *self.values),)
         kept = len(self.loop.stored)
         places = {p: node for node, (kind, p) in self.inputs.items() if kind == "stored" and p >= kept}
         taken = [places[p] for p in sorted(places)]  # the order of loop.stored, in which the load is fed

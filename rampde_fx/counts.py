@@ -36,7 +36,7 @@ class BackwardCount:
 
 @dataclass(frozen=True)
 class StateCount:
-    """What entered the velocity evaluations of one loop in float16, over all steps, evaluations and passes.
+    """What one loop read or stored in float16, over all steps, evaluations and passes.
 
     Attributes:
         entries: Entries of states and parameters that were not zero.
@@ -208,8 +208,9 @@ def _read_arrived(*, wait: bool = False) -> None:
                 "underflow",
                 loop,
                 f"{underflowed:,} of {entries:,} entries of the states and parameters that enter the velocity of the "
-                f"rampde_fx loop at {loop} lie below 2^-17, where float16 keeps few digits or none, and {subnormal:,} "
-                "tensors lie below 2^-14 as a whole; scale them, or use dtype=torch.bfloat16",
+                f"rampde_fx loop at {loop}, or are stored for its backward, lie below 2^-17, where float16 keeps few "
+                f"digits or none, and {subnormal:,} tensors lie below 2^-14 as a whole; scale them, or use "
+                "dtype=torch.bfloat16",
             )
 
 

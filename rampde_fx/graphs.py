@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 import operator
 import os
 import re
@@ -120,10 +121,11 @@ def base_of_view(node: Any) -> Any:
 
 def readable(name: str) -> str:
     """A placeholder's name as the user would write it: l_self_modules_net_parameters_weight_ is net_weight."""
-    name = re.sub(r"^(l_|L_)+", "", name)
-    name = re.sub(r"^args_\d+_(?=\w*[a-z])", "", name)  # self, of a marked forward
-    name = re.sub(r"(^|_)(self|modules|parameters|buffers)(?=_)", "", name)
-    return name.strip("_") or "value"
+    plain = re.sub(r"^(l_|L_)+", "", name)
+    plain = re.sub(r"^args_\d+_(?=\w*[a-z])", "", plain)  # self, of a marked forward
+    plain = re.sub(r"(^|_)(self|modules|parameters|buffers)(?=_)", "", plain).strip("_") or "value"
+    # A name that is readable already may look like one of Dynamo's: of a layer l_1 or l_in.
+    return plain if plain.isidentifier() and not keyword.iskeyword(plain) else name
 
 
 def user_name(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rampde_fx import graphs, operator_table
+from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.errors import UnsupportedVelocityError
 
 HALF = (torch.float16, torch.bfloat16)
@@ -47,23 +47,27 @@ class Lowering(fx.Interpreter):
         self.enters_low = [varied or (_is_array(node) and node not in read_wide) for node, varied in inputs]
         self.wide: Counter[tuple[str, str]] = Counter()
         self.low = 0  # operations that were evaluated in the dtype
-        self.hidden: list[torch.Tensor] = []  # whether an operation that hides a NaN has read one
+        self.hidden: list[torch.Tensor] = []  # whether a NaN, or an overflow, might not show in the results
         self.finite: set[fx.Node] = set()  # what is never infinite
+        names = {operator_table.name_of(node.target) for node in velocity.graph.nodes}
+        self.handles_nan = dtype is torch.float16 and bool(names & operator_table.HANDLES_NAN)
         self.current: fx.Node | None = None
 
     def evaluate(self, *args: Any) -> tuple[Any, ...]:
         """The outputs in their original dtypes, from inputs in theirs."""
-        entered = [cast(value, self.dtype) if low else value for value, low in zip(args, self.enters_low, strict=True)]
         self.wide.clear()
         self.hidden.clear()
         self.low = 0
+        entered = [
+            self._cast(value, self.dtype) if low else value for value, low in zip(args, self.enters_low, strict=True)
+        ]
         values = self.run(*entered)
         originals = [graphs.value(node) for node in graphs.results(self.module)]
         results = [cast(now, before.dtype) for now, before in zip(values, originals, strict=True)]
         return tuple(self._without_hidden(results))
 
     def _without_hidden(self, results: list[Any]) -> list[Any]:
-        """The results, NaN if an operation that hides a NaN has read one."""
+        """The results, NaN if a NaN, or an overflow, would not show in them."""
         if not self.hidden:
             return results
         hidden = torch.stack(self.hidden).any()
@@ -72,9 +76,7 @@ class Lowering(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         result = super().run_node(n)
-        if self.dtype is torch.float16 and (
-            discretises(n) or operator_table.name_of(n.target) in operator_table.HIDES_NAN
-        ):
+        if self.dtype is torch.float16 and hides_nan(n):
             read = [self.env[operand] for operand in n.all_input_nodes]
             self.hidden += [torch.isnan(value).any() for value in read if is_float(value) and value.numel() > 0]
         return result
@@ -142,7 +144,7 @@ class Lowering(fx.Interpreter):
         keep_scalars = to in HALF and name not in operator_table.LOW
 
         def enter(value: Any) -> Any:
-            return value if not is_float(value) or (keep_scalars and value.ndim == 0) else cast(value, to)
+            return value if not is_float(value) or (keep_scalars and value.ndim == 0) else self._cast(value, to)
 
         kept = _statistics(target)
         args = tuple(a if i in kept else tree_map(enter, a) for i, a in enumerate(args))
@@ -155,13 +157,24 @@ class Lowering(fx.Interpreter):
             return result
         if operator_table.name_of(target) in operator_table.WITHIN_ONE:
             self.finite.add(node)
-        if not can_overflow(target, args, kwargs) or read_by_products_alone(node):
+        if not can_overflow(target, args, kwargs) or (read_by_products_alone(node) and not self.handles_nan):
             return result
         operands = [operand for operand in entrywise_operands(node) if operand not in self.finite]
         if not operands:
             self.finite.add(node)
         values = [value for value in map(self.env.__getitem__, operands) if is_float(value)]
-        return tree_map(lambda value: ops.mark_overflow(value, values) if is_half(value) else value, result)
+        return tree_map(lambda x: self._noted(x, ops.mark_overflow(x, values)) if is_half(x) else x, result)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        result = cast(value, dtype)
+        return self._noted(value, result) if is_half(result) and result is not value else result
+
+    def _noted(self, value: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+        """The marked value. Where the velocity handles NaN itself, an overflow is noted: it might be taken for one of
+        the user's, which may be handled."""
+        if self.handles_nan and value.numel() > 0:
+            self.hidden.append((marked.isnan() & ~value.isnan()).any())
+        return marked
 
 
 def find_read_wide(velocity: fx.GraphModule, dtype: torch.dtype) -> set[fx.Node]:
@@ -205,6 +218,40 @@ def discretises(node: fx.Node) -> bool:
     made = [leaf for leaf in tree_leaves(graphs.value(node)) if isinstance(leaf, torch.Tensor)]
     discrete = any(not graphs.has_derivatives(leaf.dtype) for leaf in made)
     return discrete and any(map(graphs.is_float, node.all_input_nodes))
+
+
+def hides_nan(node: fx.Node) -> bool:
+    """Whether the result of an operation may have no NaN though a floating operand has one.
+
+    Of elementwise operations this is tried. Of others those are trusted whose dtype operator_table knows, but for the
+    ones that it lists.
+    """
+    if node.op != "call_function" or not any(map(graphs.is_float, node.all_input_nodes)):
+        return False
+    name, target = operator_table.name_of(node.target), node.target
+    if name in operator_table.HIDES_NAN or discretises(node):
+        return True
+    if name in operator_table.CHOOSES | operator_table.SHOWS_NAN | operator_table.HANDLES_NAN:
+        return False
+    if not graphs.is_float(node) or operator_table.is_known(name):
+        return False
+    if operator_table.is_elementwise(target):
+        return _swallows_nan(node)
+    return not operator_table.follows_operands(target, node.args, node.kwargs)
+
+
+def _swallows_nan(node: fx.Node) -> bool:
+    """Whether an elementwise operation on numbers and one NaN gives a number, for any place of the NaN."""
+    with torch_private.real_tensors():
+        return any(_gives_number(node, place) for place in filter(graphs.is_float, node.all_input_nodes))
+
+
+def _gives_number(node: fx.Node, place: fx.Node) -> bool:
+    def entry(operand: fx.Node) -> torch.Tensor:
+        return torch.full((1,), torch.nan if operand is place else 0.5).to(graphs.value(operand).dtype)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), entry)
+    return not bool(node.target(*args, **kwargs).isnan().all())
 
 
 def _follows_readers(node: fx.Node, dtype: torch.dtype) -> bool:

@@ -70,12 +70,16 @@ BOUNDED = set(
 )
 # The result is never infinite, whatever the operands.
 WITHIN_ONE = {"tanh", "sigmoid", "sin", "cos", "erf", "erfc", "atan", "atan2", "sign", "sgn"}
-# On a CPU a query that is NaN attends to nothing, and the result is zero.
+# The result may have no NaN though an operand has one: on a CPU a query that is NaN attends to nothing.
 HIDES_NAN = set(
     """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_fused_attention_overrideable""".split()
+    _scaled_dot_product_fused_attention_overrideable _cdist_forward histc grid_sampler_2d grid_sampler_3d""".split()
 )
+# These handle a NaN, or an infinity, that may be the user's.
+HANDLES_NAN = {"isnan", "isinf", "isfinite", "nan_to_num", "nansum", "nanmedian", "fmin", "fmax"}
+# An entry that is not chosen does not matter.
+CHOOSES = {"where", "masked_fill"}
 # Products of whole tensors with each other.
 PRODUCTS = set(
     """mm addmm bmm baddbmm addbmm mv addmv addr dot vdot convolution convolution_backward linalg_solve
@@ -189,6 +193,11 @@ def _reads_once(node: fx.Node, operand: fx.Node) -> bool:
     read: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), read.append)
     return read.count(operand) == 1
+
+
+def is_known(name: str) -> bool:
+    """Whether an operation is a product, a sum or a function of which a table says what it does to numbers."""
+    return name in LOW | WIDE | LINEAR | BILINEAR | LINEAR_IN.keys()
 
 
 def is_product(node: fx.Node) -> bool:

@@ -56,7 +56,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -260,6 +260,11 @@ def _spell_out(node: fx.Node, constant: torch.Tensor) -> None:
         shaped = graph.call_function(aten.reshape.default, (whole, list(constant.shape)))
     shaped.meta = dict(node.meta)
     node.replace_all_uses_with(shaped)
+
+
+def real_tensors() -> contextlib.AbstractContextManager[None]:
+    """Compute with real tensors while something is traced."""
+    return _disable_current_modes()
 
 
 @contextlib.contextmanager

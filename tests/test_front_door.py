@@ -1,5 +1,6 @@
 """What a user meets first: policies made anywhere, graphs without a loop, and the caches of another version."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -171,3 +172,24 @@ def test_what_another_version_of_the_package_compiled_is_not_taken_from_a_cache(
         with (tmp_path / file).open("a") as source:
             source.write("\n# another version\n")
         assert hits() == 0
+
+
+@pytest.mark.parametrize("name", ["l_1", "l_in", "L_2", "l_lambda", "class_", "args_0_net"])
+def test_a_layer_may_have_any_name(name):
+    """Dynamo's names of inputs begin with l_, and what is left may be no name in Python."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)))
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * torch.tanh(getattr(self, name)(y))
+            return y
+
+    model = Named()
+    plain = copy.deepcopy(model)
+    run = torch.compile(rampde_fx.mixed_precision(model), backend="rampde_fx", options={"compiler": "eager"})
+    y, t = torch.randn(5, 3), torch.linspace(0, 1, 3)
+    assert relative_errors([run(y, t)], [plain(y, t)])[0] < 2.5e-3

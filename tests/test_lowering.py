@@ -12,6 +12,7 @@ from tests.comparison import compiled, relative_errors
 MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4).sin()
 MASK = torch.tensor([0.0, 0.0, -1e9, float("-inf")])
 INFINITE = torch.tensor([0.0, 0.0, 0.0, float("-inf")])
+MISSING = torch.tensor([0.5, float("nan"), 1.0, float("nan")])
 SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0])
 
 
@@ -59,6 +60,17 @@ OVERFLOWS = {
     "a topk": lambda y: torch.tanh(y * torch.topk(beyond(y) * SIGNS.to(y), 2).indices.sum() / 300),
     "a truncation": lambda y: torch.tanh(y * (beyond(y) * 1e-5).long() / 300),
     "a bucket": lambda y: torch.tanh(y * torch.bucketize(beyond(y), torch.tensor([7e4, 2e5, 1e6]).to(y)) / 300),
+    "a sign": lambda y: torch.sign(beyond(y)) * torch.tanh(beyond(y) * 1e-6),
+    "a copied sign": lambda y: torch.copysign(y / 300, beyond(y) - 2e5),
+    "a clipped minimum": lambda y: torch.fmin(beyond(y) * 1e-5, y / 300),
+    "a NaN that is replaced": lambda y: torch.nan_to_num(torch.tanh(beyond(y) * 1e-6)),
+    "a NaN behind another product": lambda y: torch.nan_to_num(torch.tanh(beyond(y) @ (MATRIX.to(y) * 1e-6))),
+    "a NaN that is left out of a sum": lambda y: torch.nansum(beyond(y) * 1e-6, -1, keepdim=True) + 0 * y,
+    "a NaN that is asked for": lambda y: torch.where((z := beyond(y) * 1e-6).isnan(), 0, torch.tanh(z)),
+    "a finite number that is asked for": lambda y: torch.where((z := beyond(y)).isfinite(), torch.tanh(z * 1e-6), 0),
+    "a histogram": lambda y: torch.histc(beyond(y).detach(), 4, 0, 4e5).sum() * torch.tanh(y / 300),
+    "a largest distance": lambda y: torch.tanh(torch.cdist(beyond(y) * 1e-6, y / 300, p=float("inf")).sum() + 0 * y),
+    "a relu's derivative": lambda y: torch.func.grad(lambda z: torch.relu(z - 3e5).sum())(beyond(y)) * y / 300,
     "a count": lambda y: torch.tanh(y * (beyond(y) < 1e6).sum() / 300),
 }
 
@@ -99,6 +111,11 @@ INFINITIES = {
     "a number that vanishes": lambda y: torch.tanh(y * 1e-9 * 1e9),
     "a number that loses its digits": lambda y: torch.tanh(y * 3e-7 * 3e6),
     "an epsilon below the range": lambda y: y * torch.rsqrt((0 * y * y).mean(-1, keepdim=True) + 1e-8) * 1e-4,
+    "a quotient of zeros that is replaced": lambda y: (
+        torch.nan_to_num((0 * y) / (0 * y)) + torch.tanh(y @ MATRIX.to(y))
+    ),
+    "a NaN of the user's that is asked for": lambda y: torch.where((z := MISSING.to(y)).isnan(), y @ MATRIX.to(y), z),
+    "an infinity that a minimum leaves": lambda y: torch.fmin(-INFINITE.to(y), torch.sin(y @ MATRIX.to(y))),
     "a norm of large entries": lambda y: 1e2 * y / (1e4 * (y * y)).sum(-1, keepdim=True).sqrt(),
 }
 

@@ -289,6 +289,22 @@ def test_states_that_lose_their_digits_where_they_enter_are_counted_and_warned_o
     assert count == rampde_fx.StateCount(entries=48, underflowed=0)
 
 
+def test_states_that_lose_their_digits_where_they_are_stored_alone_are_counted():
+    """A state in units of 1e-7, which the velocity reads in float32: the backward would read it from float16."""
+
+    def flow(y, a, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * 1e-7 * torch.tanh((y / 1e-7) @ a)
+        return y
+
+    rampde_fx.state_counts(reset=True)
+    y, a = 1e-7 * torch.linspace(-2, 1, 12).view(4, 3), torch.eye(3, requires_grad=True)
+    with pytest.warns(UserWarning, match="stored for its backward"):
+        compiled(flow, torch.float16)(y, a, torch.linspace(0, 1, 5))
+    (count,) = rampde_fx.state_counts(reset=True).values()
+    assert count.underflowed == 4 * 12 and count.subnormal == 4
+
+
 def test_states_are_not_counted_in_other_dtypes():
     def flow(y, t):
         for _, dt in rampde_fx.steps(t):
