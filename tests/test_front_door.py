@@ -156,8 +156,8 @@ print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["auto
 
 @pytest.mark.inductor
 def test_what_another_version_of_the_package_compiled_is_not_taken_from_a_cache(tmp_path):
-    for package, copy in ((rampde_fx, "rampde_fx"), (rampde_fx.passes, "rampde_fx/passes")):
-        shutil.copytree(Path(package.__file__).parent, tmp_path / copy, dirs_exist_ok=True)
+    for package, folder in ((rampde_fx, "rampde_fx"), (rampde_fx.passes, "rampde_fx/passes")):
+        shutil.copytree(Path(package.__file__).parent, tmp_path / folder, dirs_exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def hits():
