@@ -228,7 +228,7 @@ class _Backward:
             and value.dtype is torch.float16
             and graphs.value(self.emission.inputs[i]).dtype is not torch.float16
         ]
-        return _finite(narrow) if narrow else None
+        return torch.stack([value.isnan().any() for value in narrow]).any().logical_not() if narrow else None
 
     def _sweep(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
         """The reverse loop: gradients by operand."""

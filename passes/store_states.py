@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.loop import Loop
 from rampde_fx.scales import power_of_two_scale
 
 CAST = torch.ops.aten._to_copy.default
+NARROW = torch.ops.rampde_fx.narrow.default
 COUNT = torch.ops.rampde_fx.count_underflow.default
 # Where the largest entry is put: twice this is below the largest number of the dtype. Others have float32's range.
 TARGETS = {torch.float16: 2.0**14, torch.float8_e4m3fn: 2.0**7}
@@ -94,8 +95,9 @@ class _Storing:
         elif self.loop.policy.scales_storage and dtype in TARGETS:
             self._store_scaled(state, read, carry, dtype)
         else:
-            self.low += [state] if dtype is torch.float16 else []
-            self.values.append(self._at_end(CAST, (state,), {"dtype": dtype}))
+            narrows = dtype is torch.float16  # what overflows is NaN: an infinity of the user's is one in float16, too
+            self.low += [state] if narrows else []
+            self.values.append(self._at_end(NARROW if narrows else CAST, (state,), {"dtype": dtype}))
             self._widen(read, dtype, CAST, (read,), {"dtype": value.dtype})
 
     def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
@@ -151,7 +153,7 @@ class _Storing:
         """The loop that stores."""
         output = self.step.graph.output_node()
         outputs = list(output.args[0])
-        uncounted = [state for state in self.low if all(user.target is not COUNT for user in state.users)]
+        uncounted = [state for state in self.low if not _is_counted(state)]
         if self.loop.counted and uncounted:  # read by wide operations alone, and yet rounded for the backward
             last = len(outputs) - len(self.loop.stored) - 1
             more = self._at_end(COUNT, (uncounted,))
@@ -174,6 +176,15 @@ class _Storing:
             stored=tuple(self.stored),
             load=load,
         )
+
+
+def _is_counted(state: fx.Node) -> bool:
+    """Whether a state, or what only moves its entries, is counted where it enters an evaluation."""
+    return any(
+        user.target is COUNT
+        or ((graphs.is_view(user) or operator_table.name_of(user.target) in operator_table.MOVES) and _is_counted(user))
+        for user in state.users
+    )
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> fx.Node:

@@ -139,7 +139,7 @@ graphs: 1, graph breaks: 0""",
             "cnf",
             torch.float16,
             """\
-step: 16 products, 25 casts, 4 maxima, 208 others
+step: 16 products, 25 casts, 4 maxima, 214 others
 adjoint step: 47 products, 104 casts, 8 maxima, 474 others
 host reads: 1
 bytes saved: 13956
@@ -151,7 +151,7 @@ graphs: 1, graph breaks: 0""",
             "otflow",
             torch.float16,
             """\
-step: 28 products, 57 casts, 4 maxima, 464 others
+step: 28 products, 57 casts, 4 maxima, 470 others
 adjoint step: 79 products, 228 casts, 16 maxima, 1320 others
 host reads: 1
 bytes saved: 14148
@@ -175,11 +175,11 @@ graphs: 1, graph breaks: 0""",
             "conv",
             torch.float16,
             """\
-step: 8 products, 19 casts, 6 maxima, 183 others
+step: 8 products, 18 casts, 6 maxima, 185 others
 adjoint step: 15 products, 45 casts, 4 maxima, 237 others
-step: 8 products, 19 casts, 6 maxima, 183 others
+step: 8 products, 18 casts, 6 maxima, 185 others
 adjoint step: 15 products, 45 casts, 4 maxima, 237 others
-step: 8 products, 19 casts, 6 maxima, 183 others
+step: 8 products, 18 casts, 6 maxima, 185 others
 adjoint step: 15 products, 45 casts, 4 maxima, 237 others
 host reads: 3
 bytes saved: 543700

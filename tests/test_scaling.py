@@ -314,3 +314,23 @@ def test_states_are_not_counted_in_other_dtypes():
     rampde_fx.state_counts(reset=True)
     compiled(flow, torch.bfloat16)(1e-7 * torch.linspace(-2, 1, 12), torch.linspace(0, 1, 5))
     assert rampde_fx.state_counts() == {}
+
+
+@pytest.mark.parametrize("policy", [{}, {"checkpoint": 2}, {"loop": "unroll"}], ids=str)
+def test_a_state_that_begins_at_infinity_has_gradients(policy):
+    """A running minimum: the infinity is the user's, in the stored state, too."""
+
+    def flow(y, a, t):
+        least = torch.full((5,), torch.inf, dtype=y.dtype)
+        for _, dt in rampde_fx.steps(t):
+            least = torch.minimum(least, y.norm(dim=1))
+            y = y + dt * torch.tanh(y @ a)
+        return y, least
+
+    def run(function, dtype):
+        y, a = (torch.linspace(-1, 2, n * 3, dtype=dtype).sin().view(n, 3).requires_grad_() for n in (5, 3))
+        final, least = function(y, a, torch.linspace(0, 1, 5, dtype=dtype))
+        return torch.autograd.grad(final.sum() + least.square().sum(), (y, a))
+
+    got = run(compiled(flow, torch.float16, **policy), torch.float32)
+    assert max(relative_errors(list(got), [w.float() for w in run(flow, torch.float64)])) <= 5e-3
