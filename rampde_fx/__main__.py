@@ -1,10 +1,11 @@
-"""python -m rampde_fx explain MODULE:NAME: the report on a model from the command line."""
+"""python -m rampde_fx: the report on a model (explain MODULE:NAME), and what a bug report should say (env)."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+import rampde_fx
 from rampde_fx import torch_private
 from rampde_fx.errors import RampdeError
 from rampde_fx.report import explain
@@ -25,8 +27,10 @@ EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 1 where the rewrite refuses the model. Arguments that mean nothing exit with 2."""
-    parser = _parser()
-    asked = parser.parse_args(arguments)
+    asked = _parser().parse_args(arguments)
+    if asked.command == "env":
+        print(environment())
+        return 0
     model = _load(asked.target, call=asked.call, refuse=asked.refuse)
     given = [torch.randn(shape) for shape in asked.shape]
     given += [torch.linspace(0, 1, asked.times + 1)] if asked.times else []
@@ -49,9 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def environment() -> str:
+    """What results depend on: versions, the processor's arithmetic, devices; one "name: value" a line."""
+    low = (torch.float16, torch.bfloat16)
+    products = [str(dtype).removeprefix("torch.") for dtype in low if torch_private.cpu_multiplies(dtype)]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = {
+        "rampde_fx": rampde_fx.__version__,
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda or "none",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "CPU products in": ", ".join(products) or "float32 alone",
+        "threads": str(torch.get_num_threads()),
+        "GPUs": ", ".join(devices) or "none",
+    }
+    return "\n".join(f"{name}: {value}" for name, value in found.items())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rampde_fx", description="Mixed-precision neural ODEs.")
-    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands.add_parser("env", help="print what a bug report should say: versions, processor, devices")
+    command = commands.add_parser(
         "explain",
         help="report what the rewrite does to a model",
         description="Rewrite a model's marked loops, without compiling them, and report. The model is run once.",

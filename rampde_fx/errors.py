@@ -57,7 +57,10 @@ class PolicyError(RampdeError, ValueError):
 
 
 class TimeGridError(RampdeError, ValueError):
-    """Time points that are not a floating 1-D tensor of at least two points, or not finite, or not monotone."""
+    """Time points that are not a floating 1-D tensor of at least two points; of odeint, not finite or not monotone.
+
+    steps does not look at the times themselves, which may lie on a device.
+    """
 
 
 class StateError(RampdeError, TypeError):

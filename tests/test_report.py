@@ -228,6 +228,13 @@ def test_output_that_nobody_reads_to_its_end(tmp_path):
     Page((tmp_path / "page.html").read_text(encoding="utf-8"))
 
 
+def test_the_command_prints_what_results_depend_on(capsys):
+    assert main(["env"]) == 0
+    found = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert found["torch"] == torch.__version__ and found["rampde_fx"] == rampde_fx.__version__
+    assert {"python", "CUDA", "CPU capability", "CPU products in", "threads", "GPUs"} <= found.keys()
+
+
 def test_the_command_refuses_a_bad_target():
     shown = run(["tests.models:Nothing", "--shape", "3,5"])
     assert shown.returncode == 2 and "Nothing" in shown.stderr
