@@ -162,7 +162,7 @@ class _Storing:
         kept = len(self.loop.stored)
         places = {p: node for node, (kind, p) in self.inputs.items() if kind == "stored" and p >= kept}
         taken = [places[p] for p in sorted(places)]  # the order of loop.stored, in which the load is fed
-        load = graphs.part(self.adjoint, taken, self.wide)
+        load = graphs.refresh(graphs.part(self.adjoint, taken, self.wide))
         adjoint = graphs.refresh(self.adjoint)
         for node in [node for node in taken if not node.users]:  # read by the recomputation alone
             adjoint.graph.erase_node(node)

@@ -12,6 +12,7 @@ from torch import fx
 from rampde_fx import cpu_products, graphs, pass_log, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.loop import Loop, LoopNode, MarkedLoop
+from rampde_fx.loop_verifier import verify
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.compensate_sums import compensate_sums
@@ -100,12 +101,13 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         (call,) = [node for node in holder.graph.nodes if node.target == name]
         number, loop = len(loops), holder.get_submodule(name).loop
         loop = replace(loop, notes=notes, number=1 + sum(other.where == loop.where for other in loops))
+        verify(loop, roll_loop.__name__)
         watch(number, roll_loop.__name__, loop)
         loops.append(loop)
         if only is not None and number not in only:
             continue
         for step_pass in STEP_PASSES:
-            loop = step_pass(loop)
+            loop = _passed(step_pass, loop)
             watch(number, step_pass.__name__, loop)
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
@@ -116,6 +118,23 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         holder.graph.lint()
         holder.recompile()
     return loops
+
+
+def _passed(step_pass: Callable[[Loop], Loop], loop: Loop) -> Loop:
+    """The loop behind a pass, whole; what the pass does not foresee is a RewriteError that names it."""
+    try:
+        loop = step_pass(loop)
+    except (RampdeError, torch_private.TensorifyScalarRestartAnalysis):
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"the pass {step_pass.__name__} failed by {type(error).__name__}: {error}",
+            required="a loop of plain torch operations",
+            fix="report this as a bug, with the loop; until then write the named operation by others",
+            where=loop.where,
+        ) from error
+    verify(loop, step_pass.__name__)
+    return loop
 
 
 def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,0 +1,169 @@
+"""A loop that is not whole is refused at once, by the name of the pass that made it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx
+
+import rampde_fx
+from rampde_fx import backend, graphs
+from rampde_fx.errors import RewriteError
+from rampde_fx.loop import VANISHED
+from rampde_fx.loop_verifier import faults, verify
+from tests.models import FORMS, Midpoint
+
+aten = torch.ops.aten
+
+
+def loops(model, monkeypatch, **policy):
+    """The loop behind each pass, by its name."""
+    found, plain = {}, backend._passed
+
+    def watched(step_pass, loop):
+        found[step_pass.__name__] = plain(step_pass, loop)
+        return found[step_pass.__name__]
+
+    monkeypatch.setattr(backend, "_passed", watched)
+    marked = rampde_fx.mixed_precision(model, policy=rampde_fx.PrecisionPolicy(torch.float16, **policy))
+    y, t = torch.randn(4, model.dim, requires_grad=True), torch.linspace(0, 1, 5)
+    rampde_fx.explain(marked, y, t)
+    return found
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    """A loop behind all passes: an adjoint that is scaled, stored states, compensated sums."""
+    return loops(Midpoint(), monkeypatch, accumulation="compensated")["compensate_sums"]
+
+
+def edited(module, edit):
+    """A copy of a graph, changed."""
+    module = graphs.copied(module)
+    edit(module)
+    return module
+
+
+def returns(change):
+    """Change what a graph returns."""
+
+    def edit(module):
+        output = module.graph.output_node()
+        output.args = (tuple(change(list(output.args[0]))),)
+
+    return edit
+
+
+def without_value(module):
+    next(node for node in module.graph.nodes if node.op == "call_function").meta.pop("val")
+
+
+def as_float64(module):
+    node = graphs.placeholders(module)[0]
+    node.meta["val"] = node.meta["val"].double()
+
+
+def other_call(module):
+    call = next(node for node in module.graph.nodes if node.op == "call_module")
+    call.target = "velocity_9"
+
+
+def fewer_operands(module):
+    call = next(node for node in module.graph.nodes if node.op == "call_module")
+    call.args = call.args[:-1]
+
+
+def result_out_of_reach(module):
+    call = next(node for node in module.graph.nodes if node.op == "call_module")
+    item = next(iter(call.users))
+    item.args = (call, 99)
+
+
+def one_more_placeholder(module):
+    last = graphs.placeholders(module)[-1]
+    with module.graph.inserting_after(last):
+        module.graph.placeholder("surplus").meta["val"] = last.meta["val"]
+
+
+def wrong_role(module):
+    next(node for node in module.graph.nodes if "role" in node.meta).meta["role"] = "velocities"
+
+
+def swapped(values, i=0, j=1):
+    values = list(values)
+    values[i], values[j] = values[j], values[i]
+    return tuple(values)
+
+
+CORRUPTIONS = {
+    "one carry more": lambda p: replace(p, carries=p.carries + 9),
+    "no carry": lambda p: replace(p, carries=0),
+    "one per-step input too many": lambda p: replace(p, per_step=p.per_step + 99),
+    "needs_grad is shorter": lambda p: replace(p, needs_grad=p.needs_grad[:-1]),
+    "the plain needs_grad is shorter": lambda p: replace(p, plain_needs_grad=p.plain_needs_grad[:-1]),
+    "a correction of no carry": lambda p: replace(p, corrections=(7,)),
+    "the correction is forgotten": lambda p: replace(p, corrections=()),
+    "the adjoint is lost": lambda p: replace(p, adjoint=None),
+    "an input of the adjoint is lost": lambda p: replace(p, adjoint_inputs=p.adjoint_inputs[:-1]),
+    "a result of the adjoint is lost": lambda p: replace(p, adjoint_results=p.adjoint_results[:-1]),
+    "two inputs of the adjoint are exchanged": lambda p: replace(p, adjoint_inputs=swapped(p.adjoint_inputs)),
+    "two results of the adjoint are exchanged": lambda p: replace(p, adjoint_results=swapped(p.adjoint_results)),
+    "an input of the adjoint twice": lambda p: replace(p, adjoint_inputs=(*p.adjoint_inputs[:-1], p.adjoint_inputs[0])),
+    "an unknown kind of input": lambda p: replace(p, adjoint_inputs=(("gradient", 0), *p.adjoint_inputs[1:])),
+    "the gradient of no input": lambda p: replace(
+        p, adjoint_results=(p.adjoint_results[0], 99, *p.adjoint_results[2:])
+    ),
+    "one carry of the adjoint too many": lambda p: replace(p, adjoint_carries=p.adjoint_carries + 1),
+    "a stored value of no carry": lambda p: replace(p, stored=(5,)),
+    "a stored value is forgotten": lambda p: replace(p, stored=()),
+    "a result of the step is lost": lambda p: replace(p, step=edited(p.step, returns(lambda values: values[1:]))),
+    "a carry becomes None": lambda p: replace(p, step=edited(p.step, returns(lambda v: [None, *v[1:]]))),
+    "the adjoint returns less": lambda p: replace(p, adjoint=edited(p.adjoint, returns(lambda v: v[:-1]))),
+    "a node without a value": lambda p: replace(p, step=edited(p.step, without_value)),
+    "a carry of another dtype": lambda p: replace(p, step=edited(p.step, as_float64)),
+    "a cotangent of another dtype": lambda p: replace(p, adjoint=edited(p.adjoint, as_float64)),
+    "a call of nothing": lambda p: replace(p, step=edited(p.step, other_call)),
+    "a call with fewer operands": lambda p: replace(p, step=edited(p.step, fewer_operands)),
+    "a result that a call has not": lambda p: replace(p, adjoint=edited(p.adjoint, result_out_of_reach)),
+    "a placeholder more": lambda p: replace(p, step=edited(p.step, one_more_placeholder)),
+    "a role that is none": lambda p: replace(p, step=edited(p.step, wrong_role)),
+    "a load of another dtype": lambda p: replace(p, load=edited(p.load, as_float64)),
+    "a load that gives nothing": lambda p: replace(p, load=edited(p.load, returns(lambda values: []))),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corrupted_loop_is_refused_by_the_name_of_its_pass(name, loop):
+    assert not list(faults(loop))
+    with pytest.raises(RewriteError, match="the pass scale_adjoint leaves a loop that is not whole"):
+        verify(CORRUPTIONS[name](loop), "scale_adjoint")
+
+
+def test_all_reasons_are_said_at_once(loop):
+    broken = replace(loop, needs_grad=loop.needs_grad[:-1], plain_needs_grad=loop.plain_needs_grad[:-1])
+    assert len(list(faults(broken))) >= 2
+
+
+def test_every_pass_leaves_a_loop_whole(monkeypatch):
+    found = loops(FORMS[0](), monkeypatch)
+    assert list(found) == [step_pass.__name__ for step_pass in backend.STEP_PASSES]
+    assert VANISHED in found["scale_adjoint"].adjoint_results
+    assert isinstance(found["store_states"].load, fx.GraphModule)
+
+
+def test_a_pass_that_breaks_a_loop_is_named(monkeypatch):
+    def forgetful(loop):
+        return replace(loop, needs_grad=loop.needs_grad[:-1])
+
+    monkeypatch.setattr(backend, "STEP_PASSES", (*backend.STEP_PASSES[:3], forgetful, *backend.STEP_PASSES[3:]))
+    with pytest.raises(RewriteError, match="the pass forgetful leaves a loop that is not whole"):
+        rampde_fx.explain(rampde_fx.mixed_precision(Midpoint()), torch.randn(4, 5), torch.linspace(0, 1, 5))
+
+
+def test_a_pass_that_fails_is_named(monkeypatch):
+    def failing(loop):
+        raise KeyError("role")
+
+    monkeypatch.setattr(backend, "STEP_PASSES", (failing, *backend.STEP_PASSES))
+    with pytest.raises(RewriteError, match="the pass failing failed by KeyError"):
+        rampde_fx.explain(rampde_fx.mixed_precision(Midpoint()), torch.randn(4, 5), torch.linspace(0, 1, 5))
