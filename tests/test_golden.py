@@ -218,9 +218,7 @@ class GraphModule(torch.nn.Module):
         count_underflow_default_1: "i64[3]" = rampde_fx.count_underflow.default([velocity_linear_0_bias, velocity_linear_0_weight, velocity_linear_1_bias, velocity_linear_1_weight])
         add_tensor: "i64[3]" = aten.add.Tensor(count_underflow_default, count_underflow_default_1)
         narrow_default: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
-        count_underflow_default_2: "i64[3]" = rampde_fx.count_underflow.default([y])
-        add_tensor_1: "i64[3]" = aten.add.Tensor(add_tensor, count_underflow_default_2)
-        return (add_9, add_tensor_1, narrow_default)
+        return (add_9, add_tensor, narrow_default)
     class velocity_0(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)
