@@ -336,7 +336,7 @@ def distributed(model, order, **buckets):
 # By the number of processes: the flow, which of the two wraps the other, and the buckets.
 RUNS = {
     1: [("adaptive", order, "many buckets") for order in ORDERS],
-    2: list(itertools.product(("steps", "odeint"), ORDERS, BUCKETS)),
+    2: [*itertools.product(("steps",), ORDERS, BUCKETS), *(("odeint", order, "many buckets") for order in ORDERS)],
 }
 
 
@@ -365,7 +365,7 @@ def test_distributed_data_parallel(tmp_path, world_size):
         plain = copy.deepcopy(model)
         wanted[flow] = train_distributed(compiled(model, torch.float16), model, y)
         wide[flow] = train_distributed(plain, plain, y)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900  # a process that hangs, not one that is slow
     while not ranks.join(timeout=5):
         assert time.monotonic() < deadline
     for flow, order, name in RUNS[world_size]:
