@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-torch-$(TORCH)
 TREE := build/tree
 
 # About half of the tests, by time.
-FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture check checkpoint complex examples faults forms inductor)
+FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture check checkpoint complex devices docs examples faults forms inductor)
 
 # Where the wheel is tested: an environment of its own, and the source distribution without the packages.
 WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
