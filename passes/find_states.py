@@ -296,7 +296,8 @@ def _check_states(captured: CapturedStep, where: str) -> None:
             )
         if not _same_kind(a, b):
             raise StateChangeError(
-                f"the state '{before.name}' goes into the step as {_describe(a)} and leaves it as {_describe(b)}",
+                f"the state '{before.name}' goes into the step as {graphs.description(a)} and leaves it as "
+                f"{graphs.description(b)}",
                 required="a state that keeps its shape, dtype and device",
                 fix="bring the state to its final shape and dtype before the loop",
                 where=graphs.user_line(after) or where,
@@ -330,7 +331,3 @@ def _accumulates(before: fx.Node, after: fx.Node) -> bool:
 def _first_line(step: fx.GraphModule) -> str:
     lines = (graphs.user_line(node) for node in graphs.results(step) if isinstance(node, fx.Node))
     return next(filter(None, lines), "")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"

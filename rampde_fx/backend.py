@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,16 +76,23 @@ def rewrite(
             would take some exceptions for a wish to run the loop uncompiled, in fp32.
     """
     graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
+    with _foreseen("the rewrite"), torch_private.fake_mode_of(graph_module):
+        return _rewrite(graph_module, watch, only)
+
+
+@contextlib.contextmanager
+def _foreseen(what: str, where: str = "") -> Iterator[None]:
+    """Whatever goes wrong in it and has no type of ours is a RewriteError that names it."""
     try:
-        with torch_private.fake_mode_of(graph_module):
-            return _rewrite(graph_module, watch, only)
+        yield
     except (RampdeError, torch_private.TensorifyScalarRestartAnalysis):
         raise
     except Exception as error:
         raise RewriteError(
-            f"the rewrite failed by {type(error).__name__}: {error}",
+            f"{what} failed by {type(error).__name__}: {error}",
             required="a loop of plain torch operations",
             fix="report this as a bug, with the loop; until then write the named operation by others",
+            where=where,
         ) from error
 
 
@@ -121,18 +129,9 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
 
 
 def _passed(step_pass: Callable[[Loop], Loop], loop: Loop) -> Loop:
-    """The loop behind a pass, whole; what the pass does not foresee is a RewriteError that names it."""
-    try:
+    """The loop behind a pass, whole."""
+    with _foreseen(f"the pass {step_pass.__name__}", loop.where):
         loop = step_pass(loop)
-    except (RampdeError, torch_private.TensorifyScalarRestartAnalysis):
-        raise
-    except Exception as error:
-        raise RewriteError(
-            f"the pass {step_pass.__name__} failed by {type(error).__name__}: {error}",
-            required="a loop of plain torch operations",
-            fix="report this as a bug, with the loop; until then write the named operation by others",
-            where=loop.where,
-        ) from error
     verify(loop, step_pass.__name__)
     return loop
 

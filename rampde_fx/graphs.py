@@ -69,6 +69,11 @@ def is_float(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).is_floating_point()
 
 
+def description(tensor: torch.Tensor) -> str:
+    """Dtype, shape and device of a tensor, in words."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+
+
 def is_number(node: fx.Node) -> bool:
     """Whether a node's value is a number, a truth value or a shape of Python's: it has no precision."""
     return isinstance(value(node), (int, float, torch.SymBool, torch.SymInt, torch.SymFloat, torch.Size))

@@ -206,11 +206,8 @@ def _unlike(wanted: fx.Node, found: fx.Node) -> str:
     a, b = graphs.value(wanted), graphs.value(found)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return ""
-    kinds = [(x.dtype, tuple(map(str, x.shape)), x.device) for x in (a, b)]
-    if kinds[0] == kinds[1]:
-        return ""
-    told = [f"{str(dtype).removeprefix('torch.')}[{', '.join(shape)}] on {device}" for dtype, shape, device in kinds]
-    return f"{told[0]}, and is {told[1]}"
+    told = [graphs.description(tensor) for tensor in (a, b)]  # compared as text: a comparison of sizes would guard them
+    return "" if told[0] == told[1] else f"{told[0]}, and is {told[1]}"
 
 
 def _shape(node: fx.Node) -> Any:

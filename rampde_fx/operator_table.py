@@ -14,15 +14,17 @@ from torch import fx
 
 aten = torch.ops.aten
 
+ATTENTION = set(
+    """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_fused_attention_overrideable""".split()
+)
 # torch.amp's CUDA lists (docs: "CUDA Ops that can autocast"), as they appear in ATen graphs.
 # Products, in low precision:
-LOW = set(
+LOW = ATTENTION | set(
     """mm addmm bmm baddbmm addbmm mv addmv addr dot vdot convolution convolution_backward _prelu_kernel
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
-    _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward
-    _scaled_dot_product_fused_attention_overrideable""".split()
+    _scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward
+    _scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward""".split()
 )
 # Of these a half-precision kernel takes heads of whole groups of 16 bytes alone.
 ALIGNED = set(
@@ -59,23 +61,16 @@ ADDS_IF = {"index_put": ("accumulate", 3), "_unsafe_index_put": ("accumulate", 3
 # Sums that every device forms in float32, and rounds once.
 ROUNDED_ONCE = {"sum", "mean"}
 # The result is no larger than the operands, or than a small number.
-BOUNDED = set(
+BOUNDED = ATTENTION | set(
     """abs atan atan2 asinh ceil clamp clamp_max clamp_min copysign cos elu erf erfc floor fmod frac gelu hardshrink
     hardsigmoid hardswish hardtanh heaviside isfinite leaky_relu log_sigmoid_forward masked_fill maximum minimum mish
     neg relu remainder round sgn sigmoid sign silu sin softshrink sqrt tanh threshold trunc where tanh_backward
-    sigmoid_backward threshold_backward hardtanh_backward _prelu_kernel
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_fused_attention_overrideable""".split()
+    sigmoid_backward threshold_backward hardtanh_backward _prelu_kernel""".split()
 )
 # The result is never infinite, whatever the operands.
 WITHIN_ONE = {"tanh", "sigmoid", "sin", "cos", "erf", "erfc", "atan", "atan2", "sign", "sgn"}
 # The result may have no NaN though an operand has one: on a CPU a query that is NaN attends to nothing.
-HIDES_NAN = set(
-    """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_fused_attention_overrideable _cdist_forward histc grid_sampler_2d grid_sampler_3d""".split()
-)
+HIDES_NAN = ATTENTION | {"_cdist_forward", "histc", "grid_sampler_2d", "grid_sampler_3d"}
 # These handle a NaN, or an infinity, that may be the user's.
 HANDLES_NAN = {"isnan", "isinf", "isfinite", "nan_to_num", "nansum", "nanmedian", "fmin", "fmax"}
 # An entry that is not chosen does not matter.

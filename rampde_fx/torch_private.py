@@ -595,8 +595,8 @@ def was_read(owner: Any, name: str) -> bool:
     if isinstance(owner.mutation_type, AttributeMutationNew | ValueMutationNew):  # nobody knew it before
         return False
     guards = [guard.name() if callable(guard.name) else guard.name for guard in _capture().guards]
-    wanted = (f"[{name}]", f"['{name}']") if isinstance(owner, ListVariable | ConstDictVariable) else (f".{name}",)
-    wanted = (f"{_source_of(owner)}.{name}",) if name == CELL else (*wanted, f"['{name}']")
+    wanted = (f"[{name}]",) if isinstance(owner, ListVariable | ConstDictVariable) else (f".{name}", f"['{name}']")
+    wanted = (f"{_source_of(owner)}.{name}",) if name == CELL else wanted
     return any(guard.endswith(wanted) for guard in guards) or any(
         key.endswith(wanted) for key in _capture().unspec_variable_map
     )
