@@ -8,8 +8,6 @@ VENV := .venv$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 # Names the version of torch, so that a new pin installs it.
 STAMP := $(VENV)/.installed-torch-$(TORCH)
-# The package as it is installed, made of links: rampde_fx/* and passes/ as rampde_fx/passes.
-TREE := build/tree
 
 # About half of the tests, by time.
 FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture check checkpoint complex devices docs examples faults forms inductor)
@@ -19,7 +17,7 @@ WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
 INSTALLED := tests/installed.py $(patsubst %,tests/test_%.py,docs examples golden passes report tableau)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tree lint format test test-first test-rest test-fast doctest docs dist wheel-test demo clean
+.PHONY: help venv lint format test test-first test-rest test-fast doctest docs dist wheel-test demo clean
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
@@ -34,12 +32,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -e ".[dev,docs,examples]"
 	touch $@
 
-tree:
-	@rm -rf $(TREE)
-	@mkdir -p $(TREE)/rampde_fx
-	@ln -s $(addprefix ../../../,$(wildcard rampde_fx/*.py rampde_fx/py.typed) passes) $(TREE)/rampde_fx/
-
-lint: $(STAMP) tree ## ruff check, ruff format --check, mypy
+lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p rampde_fx
@@ -62,8 +55,8 @@ test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 	$(BIN)/python -m pytest -m "not inductor and not slow"
 
 # Status 5: there is no doctest.
-doctest: $(STAMP) tree ## the examples in the docstrings
-	$(BIN)/python -m pytest --doctest-modules $(TREE)/rampde_fx || [ $$? -eq 5 ]
+doctest: $(STAMP) ## the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules rampde_fx || [ $$? -eq 5 ]
 
 docs: $(STAMP) ## build the documentation in build/docs; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going --fresh-env docs build/docs
@@ -81,7 +74,7 @@ wheel-test: dist ## test the wheel, installed in an environment of its own, outs
 	$(WHEEL)/venv/bin/python -m pip install --quiet torch==$(TORCH)
 	$(WHEEL)/venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev,examples]"
 	tar -xzf dist/*.tar.gz -C $(WHEEL)
-	cd $(WHEEL)/rampde_fx-* && rm -r rampde_fx passes rampde_fx.egg-info
+	cd $(WHEEL)/rampde_fx-* && rm -rf rampde_fx passes rampde_fx.egg-info
 	cd $(WHEEL)/rampde_fx-* && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -m "not inductor and not slow" $(INSTALLED)
 
 demo: export MPLBACKEND := Agg

@@ -174,6 +174,18 @@ def test_what_another_version_of_the_package_compiled_is_not_taken_from_a_cache(
         assert hits() == 0
 
 
+def test_a_copy_of_the_repository_imports_its_own_passes(tmp_path):
+    root = Path(__file__).parent.parent
+    for folder in ("rampde_fx", "passes"):
+        shutil.copytree(root / folder, tmp_path / folder, symlinks=True)
+    script = "import rampde_fx.backend, rampde_fx.passes.emit_loop as p; print(rampde_fx.__file__); print(p.__file__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [Path(line).resolve() for line in done.stdout.splitlines()] == [
+        tmp_path / "rampde_fx" / "__init__.py",
+        tmp_path / "passes" / "emit_loop.py",
+    ]
+
+
 @pytest.mark.parametrize("name", ["l_1", "l_in", "L_2", "l_lambda", "class_", "args_0_net"])
 def test_a_layer_may_have_any_name(name):
     """Dynamo's names of inputs begin with l_, and what is left may be no name in Python."""
