@@ -50,7 +50,7 @@ def _torch_step(graph_module: fx.GraphModule, run: Run) -> tuple[list[Source], f
     carries = [source for source in inputs if source.kind == "carry"]
     graph = fx.Graph()
     names = graphs.distinct(_name(source) for source in inputs)
-    place: dict[Any, fx.Node] = {s: graph.placeholder(name) for s, name in zip(inputs, names, strict=True)}
+    place: dict[Any, fx.Node] = {s: graphs.placeholder(graph, name) for s, name in zip(inputs, names, strict=True)}
     place.update({source.key: place[source] for source in inputs if source.kind == "time"})
     for position, (node, row) in enumerate(zip(run.iterations[0], run.sources, strict=True)):
         operands = iter(row)

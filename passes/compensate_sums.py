@@ -97,7 +97,7 @@ def _compensated(graph_module: fx.GraphModule, carries: int) -> tuple[fx.GraphMo
         if not sums or not graphs.is_differentiable(carry):
             continue
         with graph.inserting_after(last):
-            correction = last = graph.placeholder(f"correction_{carry.name}")
+            correction = last = graphs.placeholder(graph, f"correction_{carry.name}")
         correction.meta["val"] = graphs.value(carry)
         for node, position in sums:
             correction = _two_sum(graph, node, position, correction)

@@ -256,7 +256,7 @@ def _rebuilt(step: fx.GraphModule, order: list[int], results: list[Any]) -> fx.G
     nodes = graphs.placeholders(step)
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for i, name in zip(order, graphs.distinct(nodes[i].name for i in order), strict=True):
-        placeholder = graph.placeholder(name)
+        placeholder = graphs.placeholder(graph, name)
         placeholder.meta = dict(nodes[i].meta)
         env.setdefault(nodes[i], placeholder)
     for node in graphs.body(step):

@@ -144,7 +144,7 @@ class _Transposition:
         return made
 
     def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
-        node = self.graph.placeholder(name)
+        node = graphs.placeholder(self.graph, name)
         node.meta["val"] = torch_private.detached(graphs.value(like))
         return node
 

@@ -149,7 +149,7 @@ class _Keeping:
             with self.step.graph.inserting_before(self.step.graph.output_node()):
                 value = self.step.graph.call_function(operator.getitem, (evaluation, j))
             with self.adjoint.graph.inserting_after(list(self.inputs)[-1]):
-                made.append(self.adjoint.graph.placeholder(f"{evaluation.name}_{node.name}"))
+                made.append(graphs.placeholder(self.adjoint.graph, f"{evaluation.name}_{node.name}"))
             made[-1].meta["val"] = torch_private.detached(graphs.value(node))
             self.inputs[made[-1]] = ("stored", len(self.values))
             self.values.append(value)

@@ -99,7 +99,7 @@ def scale_adjoint(loop: Loop) -> Loop:
     if not calls:
         return loop
     with adjoint.graph.inserting_after(graphs.placeholders(adjoint)[-1]):
-        target = adjoint.graph.placeholder("target")
+        target = graphs.placeholder(adjoint.graph, "target")
     device = graphs.value(graphs.placeholders(adjoint)[0]).device
     with torch_private.fake_mode():
         target.meta["val"] = torch.empty((), dtype=torch.float32, device=device)
@@ -214,7 +214,7 @@ class _Propagation:
     def _placeholder(self, name: str, before: fx.Node) -> fx.Node:
         """A further 0-d placeholder, in front of another one."""
         with self.module.graph.inserting_before(before):
-            new = self.module.graph.placeholder(name)
+            new = graphs.placeholder(self.module.graph, name)
         new.meta["val"] = torch_private.fake_number(torch.float32, graphs.value(self.first_cotangent).device)
         return new
 

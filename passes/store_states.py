@@ -102,7 +102,7 @@ class _Storing:
 
     def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
         with self.adjoint.graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
-            node = self.adjoint.graph.placeholder(name)
+            node = graphs.placeholder(self.adjoint.graph, name)
         node.meta["val"] = graphs.value(like)
         return node
 

@@ -23,6 +23,13 @@ def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
     return list(graph_module.graph.find_nodes(op="placeholder"))
 
 
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A new placeholder, where the graph inserts, of this name or, where that is taken, of the next free one."""
+    node: fx.Node = graph.placeholder(name)
+    node.target = node.name  # its name as an argument, which fx does not make unique
+    return node
+
+
 def results(graph_module: fx.GraphModule) -> list[Any]:
     """What the module returns, flat: nodes, constants or None."""
     (output,) = graph_module.graph.find_nodes(op="output")
@@ -171,7 +178,7 @@ def named(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     """The same module with its placeholders renamed, in order."""
     graph, env = fx.Graph(), {}
     for node, name in zip(placeholders(graph_module), distinct(names), strict=True):
-        env[node] = graph.placeholder(name)
+        env[node] = placeholder(graph, name)
         env[node].meta = dict(node.meta)
     graph.output(graph.graph_copy(graph_module.graph, env))
     for node, twin in env.items():
@@ -219,7 +226,7 @@ def extract(
     """A module that computes the outputs from the inputs by copies of the nodes (in graph order)."""
     graph, env = fx.Graph(), {}
     for node, name in zip(inputs, distinct(readable(node.name) for node in inputs), strict=True):
-        env[node] = graph.placeholder(name)
+        env[node] = placeholder(graph, name)
         env[node].meta = dict(node.meta)
     for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)

@@ -67,6 +67,9 @@ def _of_graph(name: str, module: fx.GraphModule) -> Iterator[str]:
     if len(outputs) != 1 or not isinstance(outputs[0].args[0], (tuple, list)):
         yield f"the {name} does not return one tuple"
         return
+    names = [node.target for node in graphs.placeholders(module)]
+    if repeated := {str(n) for n in names if names.count(n) > 1}:
+        yield f"the {name} has several placeholders {', '.join(sorted(repeated))}"
     for node in module.graph.nodes:
         if node.op in ("placeholder", "call_function") and "val" not in node.meta:
             yield f"{node.name} of the {name} has no value"

@@ -474,8 +474,8 @@ class RandomODE(nn.Module):
         if p.around == "layers":
             y = self.before(y.reshape(1)).reshape(()) if p.space == "scalar" else self.before(y)
         extra: tuple[torch.Tensor, ...] = ()
-        if p.outside == "initial":
-            extra = (y0,)
+        if p.outside == "initial":  # of one step that is the state that is stored
+            extra = (self.stored(y0, None)[0] if p.steps == 1 else y0,)
         elif p.outside == "context":
             extra = (torch.tanh(self.encoder(y0.reshape(1)).reshape(()) if p.space == "scalar" else self.encoder(y0)),)
         in_place = p.update == "in_place"

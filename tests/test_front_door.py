@@ -186,6 +186,36 @@ def test_a_copy_of_the_repository_imports_its_own_passes(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["target", "gain", "ratio", "factor", "correction_y", "adjoint_y", "scale_y", "vanished"]
+)
+def test_a_parameter_may_have_the_name_of_what_a_pass_adds(name):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, value in enumerate((0.5, 1e-6, 2e-6)):
+                setattr(self, f"{name}_{i}", nn.Parameter(torch.tensor(value)))
+            setattr(self, name, nn.Parameter(torch.randn(3, 3)))
+
+        def forward(self, y, t):
+            first, second, third = (getattr(self, f"{name}_{i}") for i in range(3))
+            for _, dt in rampde_fx.steps(t):
+                k = torch.tanh(y @ getattr(self, name))
+                y = y + dt * (first * k + second * torch.sin(k) + third * (k @ getattr(self, name)))
+            return y
+
+    model = Named()
+    plain = copy.deepcopy(model)
+    policy = rampde_fx.PrecisionPolicy(torch.float16, accumulation="compensated", storage_scaling="dynamic")
+    marked = rampde_fx.mixed_precision(model, policy=policy)
+    run = torch.compile(marked, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True)
+    y, t = torch.randn(5, 3), torch.linspace(0, 1, 3)
+    for module, function in ((model, run), (plain, plain)):
+        function(y, t).square().sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+    assert max(relative_errors([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])) < 1e-2
+
+
 @pytest.mark.parametrize("name", ["l_1", "l_in", "L_2", "l_lambda", "class_", "args_0_net"])
 def test_a_layer_may_have_any_name(name):
     """Dynamo's names of inputs begin with l_, and what is left may be no name in Python."""
