@@ -1,10 +1,10 @@
 """Random neural ODEs: the rewritten model agrees with eager, within the roundings that its dtypes make, or refuses.
 
 The bound is not a fixed number of unit roundoffs, for a random problem may be badly conditioned. Each is run in fp64
-as well, and again with every operation of the velocity, forward and backward, rounded to the velocity dtype or perturbed
-by a relative error of one unit roundoff of it and of random sign, and every other operation by one of the state's dtype.
-What the results change by is what rounding in the right places costs. A state accumulated in low precision, a gradient dropped,
-or a wrong value is far beyond it.
+as well, and again with every operation of the velocity, forward and backward, rounded to the velocity dtype, or
+perturbed by a relative error of one unit roundoff of it and of random sign, and every other operation by one of the
+state's dtype. What the results change by is what rounding in the right places costs. A state accumulated in low
+precision, a gradient dropped, or a wrong value is far beyond it.
 
     python -m tests.test_properties --cases 2000 --seed 1      # the long run; prints the failures, minimised
 """
