@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from rampde_fx import graphs, torch_private
 from rampde_fx.effects import Observer, detaches, gradient_modes, shares_memory
 from rampde_fx.errors import MutationError, RampdeError, UnsupportedLoopError
-from rampde_fx.loop import CapturedStep, MarkedLoop, Run, Source
+from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run
+from rampde_fx.ir.sources import ORDER, CarrySource, Key, Source, TimeSource, carries_among
 
 DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
 
@@ -47,52 +48,46 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
 def _torch_step(graph_module: fx.GraphModule, run: Run) -> tuple[list[Source], fx.GraphModule, list[Any]]:
     """One iteration as a module: its inputs (carries first), and after the next carries the keys of its outputs."""
     inputs = _ordered_inputs(run)
-    carries = [source for source in inputs if source.kind == "carry"]
     graph = fx.Graph()
     names = graphs.distinct(_name(source) for source in inputs)
     place: dict[Any, fx.Node] = {s: graphs.placeholder(graph, name) for s, name in zip(inputs, names, strict=True)}
-    place.update({source.key: place[source] for source in inputs if source.kind == "time"})
+    place.update({source.key: place[source] for source in inputs if isinstance(source, TimeSource)})
     for position, (node, row) in enumerate(zip(run.iterations[0], run.sources, strict=True)):
         operands = iter(row)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _, operands=operands: place[next(operands)])
         place[position] = graph.create_node(node.op, node.target, args, kwargs, node.name)
         place[position].meta = dict(node.meta)
     outputs = run.stacked()
-    nexts = [place[_next(source)] for source in carries]
+    nexts = [place[source.key if source.is_latest else source.younger()] for source in carries_among(inputs)]
     graph.output((*nexts, *(place[key] for key in outputs)))
     return inputs, fx.GraphModule(graph_module, graph), outputs
-
-
-def _next(carry: Source) -> Any:
-    """What replaces a carry: a value of the iteration, or of a longer lag the carry that is one step younger."""
-    return carry.key if len(carry.values) == 1 else replace(carry, values=carry.values[1:])
 
 
 def _ordered_inputs(run: Run) -> list[Source]:
     """The distinct inputs of an iteration: carries, times, per-step inputs, invariants."""
     found: dict[Source, None] = dict.fromkeys(run.entered)
-    for source in (s for row in run.sources for s in row if isinstance(s, Source)):
-        found[source] = None
-        younger = source
-        while younger.kind == "carry" and len(younger.values) > 1:
-            younger = _next(younger)
-            found[younger] = None
-    keys = [s for row in run.sources for s in row if not isinstance(s, Source)]
-    keys += [source.key for source in found if source.kind == "carry"]
-    found.update({Source("time", (), key): None for key in (*keys, *run.outputs) if key in ("t", "dt")})
-    order = ("carry", "time", "per_step", "invariant")
-    return sorted(found, key=lambda source: order.index(source.kind))
+    keys: dict[Key | None, None] = {}
+    for source in (s for row in run.sources for s in row):
+        if isinstance(source, (int, str)):
+            keys[source] = None
+        elif isinstance(source, CarrySource):
+            found.update({replace(source, values=source.values[lag:]): None for lag in range(len(source.values))})
+        else:
+            found[source] = None
+    keys |= dict.fromkeys([*(source.key for source in carries_among(list(found))), *run.outputs])
+    found.update({TimeSource("t" if key == "t" else "dt"): None for key in keys if key in ("t", "dt")})
+    return sorted(found, key=lambda source: ORDER.index(type(source)))
 
 
 def _name(source: Source) -> str:
-    return str(source.key) if source.kind == "time" else graphs.user_name(source.values[0])
+    return source.key if isinstance(source, TimeSource) else graphs.user_name(source.values[0])
 
 
 def _fake(source: Source, marked: MarkedLoop) -> Any:
-    if source.kind == "time":
+    if isinstance(source, TimeSource):
         return torch_private.detached(graphs.value(marked.markers[0].args[0])[0])
     values = [graphs.value(node) for node in source.values]
-    weighs = source.kind != "carry" and any(getattr(value, "requires_grad", False) for value in values)
+    weighs = not isinstance(source, CarrySource) and any(getattr(value, "requires_grad", False) for value in values)
     return torch_private.differentiable(values[0]) if weighs else torch_private.detached(values[0])
 
 

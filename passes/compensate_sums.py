@@ -27,23 +27,23 @@ from torch import fx
 
 from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import CompensatedLoop, Loop, StoredLoop
 
 aten = torch.ops.aten
 SUM = {aten.add.Tensor, aten.sub.Tensor}
 
 
-def compensate_sums(loop: Loop) -> Loop:
+def compensate_sums(loop: StoredLoop) -> CompensatedLoop:
     """Compensate the sums of the step and of its adjoint."""
     if loop.policy.accumulation != "compensated":
-        return loop
+        return loop.then(CompensatedLoop)
     _check_states(loop)
     step, corrections = _compensated(loop.step, loop.carries)
-    loop = replace(loop, step=step, corrections=corrections)
-    if loop.adjoint is None:
-        return loop
-    adjoint, adjoint_corrections = _compensated(loop.adjoint, loop.adjoint_carries)
-    return replace(loop, adjoint=adjoint, adjoint_corrections=adjoint_corrections)
+    adjoint = loop.adjoint
+    if adjoint is not None:
+        module, corrected = _compensated(adjoint.module, adjoint.carries)
+        adjoint = replace(adjoint, module=module, corrections=corrected)
+    return loop.then(CompensatedLoop, step=step, corrections=corrections, adjoint=adjoint)
 
 
 def find_sums(result: fx.Node, carry: fx.Node) -> list[tuple[fx.Node, int]] | None:
@@ -64,7 +64,7 @@ def find_sums(result: fx.Node, carry: fx.Node) -> list[tuple[fx.Node, int]] | No
 
 
 def _check_states(loop: Loop) -> None:
-    for carry, result in zip(graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step), strict=False):
+    for carry, result in zip(loop.inputs().carries, loop.results().carries, strict=True):
         if graphs.is_differentiable(carry) and find_sums(result, carry) is None and _accumulates(result, carry):
             raise UnsupportedLoopError(
                 f"the state '{carry.name}' cannot be accumulated with compensation: it is more than a sum of its old "

@@ -15,32 +15,32 @@ Ensures:  a step whose velocity is float16 has n, int64 (3,), as its last per-st
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import fx
 
 from rampde_fx import graphs
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import CountedLoop, LoweredLoop
 
 COUNT = torch.ops.rampde_fx.count_underflow.default
 NARROW = torch.ops.rampde_fx.narrow.default
 
 
-def count_underflow(loop: Loop) -> Loop:
+def count_underflow(loop: LoweredLoop) -> CountedLoop:
     """Return the counts of what enters a velocity in float16."""
     counts = loop.policy.velocity is torch.float16 and loop.controller is None
     groups = [group for group in find_entering(loop.step) if group] if counts else []
     if not groups:
-        return loop
+        return loop.then(CountedLoop)
     step = graphs.copied(loop.step)
     twins = {node.name: node for node in step.graph.nodes}
     output = step.graph.output_node()
     with step.graph.inserting_before(output):
-        found = [step.graph.call_function(COUNT, ([twins[node.name] for node in group],)) for group in groups]
-        count = found[0] if len(found) == 1 else step.graph.call_function(torch.ops.aten.add.Tensor, tuple(found))
+        entering = [[twins[node.name] for node in group] for group in groups]
+        count, *more = [graphs.call(step.graph, "underflow", COUNT, nodes) for nodes in entering]
+        if more:
+            count = graphs.call(step.graph, "underflow", torch.ops.aten.add.Tensor, count, *more)
     output.args = ((*output.args[0], count),)
-    return replace(loop, step=graphs.refresh(step), counted=True)
+    return loop.then(CountedLoop, step=graphs.refresh(step), counted=True)
 
 
 def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -23,23 +23,41 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import VANISHED, WATCHED, Loop
+from rampde_fx.ir.ends import (
+    Adjoint,
+    AdjointInput,
+    AdjointResult,
+    Cotangent,
+    Gradient,
+    Inputs,
+    Operand,
+    Results,
+    Saved,
+    StateSlot,
+    Statistics,
+    Target,
+    Total,
+    Vanished,
+    places,
+)
+from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.policy import AdjointScaling
 from rampde_fx.recurrence import Body, at, emit_preamble, iterate, repeat
 from rampde_fx.scales import are_finite
 from rampde_fx.segments import Recomputation, Segments
 from rampde_fx.torch_private import autograd_function_apply
 
+Key = TypeVar("Key")
 RETRY = 2.0**-8  # by which the target falls after an overflow
 
 
-def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
+def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop) -> None:
     """Replace the call of a LoopNode by the rewritten loop."""
     name, operands = str(call.target), emit_preamble(graph_module, call, loop)
     used = [user.args[1] for user in call.users if user.users]
@@ -64,43 +82,40 @@ def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
 class _Emission:
     """The forward and the backward of one loop as GraphModules."""
 
-    def __init__(self, loop: Loop, used: Sequence[int]) -> None:
+    def __init__(self, loop: CompensatedLoop, used: Sequence[int]) -> None:
         self.loop, self.used = loop, used
         self.inputs = graphs.placeholders(loop.step)[: len(loop.needs_grad)]
-        self.outputs, self.stored = loop.step_outputs()
-        self.segments, step, recomputed = self._segments(), loop.step, []
+        results = loop.results()
+        self.outputs, self.stored = results.outputs, results.stored
+        self.segments, recomputed = self._segments(), list[int]()
         if self.segments is not None:
             self.recomputation = Recomputation(loop)
-            step, recomputed = self._without_stored(step), self.recomputation.operands
-        self.step = Body(
-            step, range(len(self.inputs)), loop.first_invariant(), loop.carries, corrections=loop.corrections
-        )
-        read = (index for kind, index in loop.adjoint_inputs if kind == "operand")
+            results, recomputed = results._replace(stored=[]), self.recomputation.operands
+        self.step = Body(loop.step, loop.inputs(), results, loop.corrections)
+        inputs = loop.adjoint.inputs if loop.adjoint is not None else ()
+        read = (entry.operand for entry in inputs if isinstance(entry, Operand))
         self.kept = list(dict.fromkeys([*read, *recomputed]))
         self.saved = len(self.stored) + len(self.kept)
-        self.constant_results = self._constant_results()
+        with_gradient = {entry.result for entry in inputs if isinstance(entry, Cotangent)}
+        count = loop.carries + len(self.outputs)
+        self.constant_results = [j for j in range(count) if j not in with_gradient]
         operands = [self._operand(i) for i in range(len(self.inputs))]
         self.forward = self._trace(self._run_forward, operands, [node.name for node in self.inputs])
-        self.backward = self._trace_backward(operands) if loop.adjoint is not None else None
+        self.backward = None if loop.adjoint is None else self._trace_backward(loop.adjoint, operands)
 
     def _segments(self) -> Segments | None:
-        return Segments(self.loop) if self.loop.stored and self.loop.segment() != 1 else None
-
-    def _without_stored(self, step: fx.GraphModule) -> fx.GraphModule:
-        results, first = graphs.results(step), self.loop.carries + len(self.outputs)
-        wanted = [*results[:first], *results[first + len(self.stored) :]]
-        return graphs.part(step, graphs.placeholders(step), wanted)
+        return Segments(self.loop) if self.loop.slots and self.loop.segment() != 1 else None
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
         traced = torch_private.trace(function, values, gradients=False)
         return graphs.named(traced, names)
 
-    def _constant_results(self) -> list[int]:
-        with_gradient = {index for kind, index in self.loop.adjoint_inputs if kind == "cotangent"}
-        return [j for j in range(self.loop.carries + len(self.outputs)) if j not in with_gradient]
+    def is_per_step(self, i: int) -> bool:
+        """Whether an operand of the loop is a stack, of a value for each step."""
+        return self.loop.carries <= i < self.loop.carries + self.loop.per_step
 
     def _operand(self, i: int) -> Any:
-        per_step = self.loop.carries <= i < self.loop.first_invariant()
+        per_step = self.is_per_step(i)
         return self._stacked(self.inputs[i]) if per_step else graphs.value(self.inputs[i])
 
     def _stacked(self, node: fx.Node, count: int | torch.SymInt | None = None) -> torch.Tensor:
@@ -113,15 +128,15 @@ class _Emission:
         return graphs.value(self.inputs[j]) if carried else self._stacked(self.outputs[j - self.loop.carries])
 
     def _run_forward(self, *operands: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        carries, first = self.loop.carries, self.loop.first_invariant()
-        starts, invariants = self.step.starts(operands[:carries]), self.step.prepare(operands[first:])
-        per_step = list(operands[carries:first])
+        given = self.loop.divided(operands)
+        starts, invariants = self.step.starts(given.carries), self.step.prepare(given.invariants)
+        per_step = list(given.per_step)
         if self.segments is not None:
             finals, outputs, stored = self.segments.advance(self.step, self.recomputation, starts, per_step, invariants)
         else:
             finals, stacks = self.iterate(self.step, starts, per_step, invariants)
             outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
-        results = [*finals[:carries], *outputs]
+        results = [*finals[: self.loop.carries], *outputs]
         self._record_forward(results, per_step, outputs[-1].sum(0) if self.loop.counted else None)
         return tuple(results), (*stored, *(operands[i] for i in self.kept))
 
@@ -144,74 +159,102 @@ class _Emission:
         """All steps of a body(*carries, *slices, *invariants), as the policy says."""
         return iterate(body, starts, per_step, invariants, steps=self.loop.steps, unrolled=self.loop.unrolled)
 
-    def _trace_backward(self, operands: list[Any]) -> fx.GraphModule:
+    def _trace_backward(self, adjoint: Adjoint, operands: list[Any]) -> fx.GraphModule:
         loop = self.loop
         results = [self._result(j) for j in range(loop.carries + len(self.outputs))]
         names = [f"adjoint_{node.name}" for node in self.inputs[: loop.carries]]
         names += [f"cotangent_{j}" for j in range(len(self.outputs))]
-        names += ["kept" if i is None else f"stored_{self.inputs[i].name}" for i in loop.stored]
+        slots = [loop.slots[place.slot] for place in places(loop.slots)]
+        names += [f"stored_{self.inputs[s.carry].name}" if isinstance(s, StateSlot) else "kept" for s in slots]
         names += [self.inputs[i].name for i in self.kept]
         count = loop.steps if self.segments is None else self.segments.count()
         stored = [self._stacked(node, count) for node in self.stored]
         values = [*results, *stored, *(operands[i] for i in self.kept)]
-        return self._trace(_Backward(self).run, values, names)
+        return self._trace(_Backward(self, adjoint).run, values, names)
+
+
+Given = dict[AdjointInput, Any]  # stacks of all steps, where a step has a value of its own
+Found = dict[AdjointResult, Any]
 
 
 class _Backward:
     """The reverse loop, and its repetition after an overflow."""
 
-    def __init__(self, emission: _Emission) -> None:
-        self.emission, self.loop = emission, emission.loop
+    def __init__(self, emission: _Emission, adjoint: Adjoint) -> None:
+        self.emission, self.loop, self.adjoint = emission, emission.loop, adjoint
         self.runs: torch.Tensor | None = None  # how often the reverse loop ran, where that is decided on the way
-        self.kinds = self.loop.adjoint_inputs
         # The adjoint reads: its carries, what a step has of its own, and what is the same in all steps.
-        self.carried = list(range(self.loop.adjoint_carries))
-        varying = [p for p in range(len(self.kinds)) if p not in self.carried]
-        self.stepwise = [p for p in varying if self._is_stepwise(*self.kinds[p])]
-        self.fixed = [p for p in varying if p not in self.stepwise]
-        self.body = Body(
-            self.loop.adjoint,
-            [*self.carried, *self.stepwise, *self.fixed],
-            len(self.carried) + len(self.stepwise),
-            len(self.carried),
-            corrections=self.loop.adjoint_corrections,
+        varying = adjoint.inputs[adjoint.carries :]
+        self.inputs: Inputs[AdjointInput] = Inputs(
+            adjoint.inputs[: adjoint.carries],
+            [entry for entry in varying if self._is_stepwise(entry)],
+            [entry for entry in varying if not self._is_stepwise(entry)],
+            [],
+        )
+        self.gradients = [entry for entry in adjoint.results if isinstance(entry, Gradient)]
+        self.body = self._body()
+
+    def _body(self) -> Body:
+        nodes, given = self.adjoint.nodes(), graphs.results(self.adjoint.module)
+        corrections = graphs.placeholders(self.adjoint.module)[len(nodes) :]
+        last = len(self.adjoint.results)
+        carries, per_step, invariants = ([nodes[entry] for entry in group] for group in self.inputs[:3])
+        return Body(
+            self.adjoint.module,
+            Inputs(carries, per_step, invariants, corrections),
+            Results(given[: self.adjoint.carries], given[self.adjoint.carries : last], [], given[last:]),
+            self.adjoint.corrections,
         )
 
-    def _is_stepwise(self, kind: str, index: int) -> bool:
-        return kind in ("cotangent", "stored") or (kind == "operand" and index < self.loop.first_invariant())
+    def _is_stepwise(self, entry: AdjointInput) -> bool:
+        match entry:
+            case Cotangent() | Saved():
+                return True
+            case Operand(i):
+                return i < self.loop.carries + self.loop.per_step
+            case Total() | Target():
+                return False
 
     def run(self, *args: Any) -> tuple[Any, ...]:
         """One gradient, or None, for each operand of the loop."""
-        emission, outputs = self.emission, self.loop.carries + len(self.emission.outputs)
-        kinds = [("cotangent", j) for j in range(outputs)]
-        kinds += [("stored", p) for p in range(len(emission.stored))] + [("operand", i) for i in emission.kept]
-        given = dict(zip(kinds, args, strict=True))
-        # Of two stacks that the user joined these are slices, and a scan takes no two of one.
-        if not self.loop.unrolled:
-            stacks = [self.kinds[p] for p in self.stepwise if self.kinds[p][0] == "cotangent"]
-            given.update({kind: given[kind].clone() for kind in stacks[1:]})
-        scaling = self.loop.policy.adjoint_scaling if ("target", 0) in self.kinds else None
-        fits = self._stored_states_fit([given["stored", p] for p in range(len(emission.stored))])
+        emission = self.emission
+        entries: list[AdjointInput] = [Cotangent(j) for j in range(self.loop.carries + len(emission.outputs))]
+        entries += [*places(self.loop.slots), *map(Operand, emission.kept)]
+        given: Given = dict(zip(entries, args, strict=True))
+        scaling = self.loop.policy.adjoint_scaling if Target() in self.adjoint.inputs else None
+        # Of two results that the user joined these are slices, of two that he added up one tensor; a scan, and the
+        # while loop of the repetition, take no two of one.
+        cotangents = [entry for entry in self.adjoint.inputs if isinstance(entry, Cotangent)]
+        if scaling is None:
+            cotangents = [] if self.loop.unrolled else [e for e in cotangents if e in self.inputs.per_step]
+        given.update({entry: given[entry].clone() for entry in cotangents[1:]})
+        fits = self._stored_states_fit([given[place] for place in places(self.loop.slots)])
         gradients = self._once(given) if scaling is None else self._repeat(given, scaling, fits)
         gradients = self._noted(_usable(gradients, fits), given)
-        return tuple(gradients.get(i) for i in range(len(emission.inputs)))
+        return tuple(gradients.get(Gradient(i)) for i in range(len(emission.inputs)))
 
-    def _noted(self, gradients: dict[int, Any], given: dict[tuple[str, int], Any]) -> dict[int, Any]:
+    def _noted(self, gradients: Found, given: Given) -> Found:
         """The gradients, the smallest of them behind a note of the run."""
-        stacks = [given[key] for key in given if key[0] == "operand" and key[1] < self.loop.first_invariant()]
+        first = self.loop.carries + self.loop.per_step
+        stacks = [given[entry] for entry in given if isinstance(entry, Operand) and entry.operand < first]
         number = self.emission.number_of_steps(stacks)
         carries = self.loop.plain_needs_grad[: self.loop.carries]
-        read = {i: gradient for i, gradient in gradients.items() if i >= len(carries) or carries[i]}
+        read = {
+            entry: gradients[entry]
+            for entry in self.gradients
+            if entry.operand >= len(carries) or carries[entry.operand]
+        }
         if not read or number is None:
             return gradients
-        i, each, record = _smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
-        return {**gradients, i: gradients[i] + record(gradients[i], *number, each, self.runs, self.loop.name)}
+        entry, each, record = _smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
+        noted = gradients[entry] + record(gradients[entry], *number, each, self.runs, self.loop.name)
+        return {**gradients, entry: noted}
 
-    def _once(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
-        gradients = self._sweep(given)
-        statistics = gradients.pop(WATCHED, None)
-        values = self._recorded(list(gradients.values()), statistics, torch.zeros((), dtype=torch.int64))
-        return dict(zip(gradients, values, strict=True))
+    def _once(self, given: Given) -> Found:
+        found = self._sweep(given)
+        statistics = found.pop(Statistics(), None)
+        values = self._recorded(list(found.values()), statistics, torch.zeros((), dtype=torch.int64))
+        return dict(zip(found, values, strict=True))
 
     def _recorded(self, values: list[Any], statistics: torch.Tensor | None, attempt: torch.Tensor) -> list[Any]:
         """The values, behind a record of a sweep's statistics if there are any; what is not read is not computed."""
@@ -221,20 +264,21 @@ class _Backward:
 
     def _stored_states_fit(self, stored: list[torch.Tensor]) -> torch.Tensor | None:
         """Whether no state overflowed where it was stored, as a 0-d bool; None where the range is the state's own."""
+        slots = [self.loop.slots[place.slot] for place in places(self.loop.slots)]
         narrow = [
             value
-            for value, i in zip(stored, self.loop.stored, strict=True)
-            if i is not None
+            for value, slot in zip(stored, slots, strict=True)
+            if isinstance(slot, StateSlot)
             and value.dtype is torch.float16
-            and graphs.value(self.emission.inputs[i]).dtype is not torch.float16
+            and graphs.value(self.emission.inputs[slot.carry]).dtype is not torch.float16
         ]
         return torch.stack([value.isnan().any() for value in narrow]).any().logical_not() if narrow else None
 
-    def _sweep(self, given: dict[tuple[str, int], Any]) -> dict[int, Any]:
-        """The reverse loop: gradients by operand."""
-        fixed = self.body.prepare([given[self.kinds[p]] for p in self.fixed])
-        stacks = [given[self.kinds[p]] for p in self.stepwise]
-        starts = self.body.starts([self._start(*self.kinds[p], given) for p in self.carried])
+    def _sweep(self, given: Given) -> Found:
+        """The reverse loop: what the adjoint gives."""
+        fixed = self.body.prepare([given[entry] for entry in self.inputs.invariants])
+        stacks = [given[entry] for entry in self.inputs.per_step]
+        starts = self.body.starts([self._start(entry, given) for entry in self.inputs.carries])
         if self.emission.segments is not None:
             return self._sweep_segments(self.emission.segments, given, starts, fixed)
 
@@ -246,56 +290,53 @@ class _Backward:
         like = stacks[0] if stacks else starts[0]
         reverse = torch.arange(self.loop.steps - 1, -1, -1, device=like.device)
         finals, collected = self.emission.iterate(body, starts, [reverse], [*stacks, *fixed])
-        return self._by_operand(finals, [stack.flip(0) for stack in collected])
+        return self._by_result(finals, [stack.flip(0) for stack in collected])
 
-    def _sweep_segments(
-        self, segments: Segments, given: dict[tuple[str, int], Any], starts: list[Any], fixed: list[Any]
-    ) -> dict[int, Any]:
+    def _sweep_segments(self, segments: Segments, given: Given, starts: list[Any], fixed: list[Any]) -> Found:
         """The reverse loop, one segment after the other recomputed."""
-        recomputation, first = self.emission.recomputation, self.loop.first_invariant()
-        operands = {i: given["operand", i] for i in recomputation.operands}
-        kinds = [self.kinds[p] for p in self.stepwise]
+        recomputation, first = self.emission.recomputation, self.loop.carries + self.loop.per_step
+        operands = {i: given[Operand(i)] for i in recomputation.operands}
+        stored, entries = places(self.loop.slots), self.inputs.per_step
         finals, collected, fits = segments.sweep(
             self.body,
             starts,
-            own=([given[kind] for kind in kinds if kind[0] != "stored"], fixed),
-            recomputed=[index if kind == "stored" else None for kind, index in kinds],
+            own=([given[entry] for entry in entries if not isinstance(entry, Saved)], fixed),
+            recomputed=[stored.index(entry) if isinstance(entry, Saved) else None for entry in entries],
             recomputation=recomputation,
-            stored=[given["stored", p] for p in range(len(self.emission.stored))],
+            stored=[given[place] for place in stored],
             operands=(
                 [value for i, value in operands.items() if i < first],
                 recomputation.body.prepare([value for i, value in operands.items() if i >= first]),
             ),
             fit=self._stored_states_fit,
         )
-        return _usable(self._by_operand(finals, collected), fits)
+        return _usable(self._by_result(finals, collected), fits)
 
-    def _by_operand(self, finals: list[Any], collected: list[Any]) -> dict[int, Any]:
-        return dict(zip(self.loop.adjoint_results, [*finals[: len(self.carried)], *collected], strict=True))
+    def _by_result(self, finals: list[Any], collected: list[Any]) -> Found:
+        return dict(zip(self.adjoint.results, [*finals[: self.adjoint.carries], *collected], strict=True))
 
-    def _start(self, kind: str, index: int, given: dict[tuple[str, int], Any]) -> torch.Tensor:
-        return given[kind, index] if kind == "cotangent" else self._zeros(index, given)
+    def _start(self, entry: AdjointInput, given: Given) -> torch.Tensor:
+        if isinstance(entry, Total):
+            return self._zeros(entry.operand, given)
+        return given[entry]
 
-    def _zeros(self, i: int, given: dict[tuple[str, int], Any]) -> torch.Tensor:
+    def _zeros(self, i: int, given: Given) -> torch.Tensor:
         """A gradient of operand i to begin with, made from what the backward has: sizes may be symbolic."""
-        like = given.get(("cotangent", i) if i < self.loop.carries else ("operand", i))
+        like = given.get(Cotangent(i) if i < self.loop.carries else Operand(i))
         if like is not None:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
         value = graphs.value(self.emission.inputs[i])
-        steps = [self.loop.steps] if i < self.loop.first_invariant() else []
+        steps = [self.loop.steps] if self.emission.is_per_step(i) else []
         return torch.zeros([*steps, *value.shape], dtype=value.dtype, device=value.device)
 
-    def _repeat(
-        self, given: dict[tuple[str, int], Any], scaling: AdjointScaling, fits: torch.Tensor | None
-    ) -> dict[int, Any]:
+    def _repeat(self, given: Given, scaling: AdjointScaling, fits: torch.Tensor | None) -> Found:
         """Sweep at a falling target until the gradients are finite."""
-        keys, tensors = list(given), list(given.values())
-        incoming = [given[kind] for kind in self.kinds if kind[0] == "cotangent"]
+        entries, tensors, order = list(given), list(given.values()), self.gradients
+        incoming = [given[entry] for entry in self.adjoint.inputs if isinstance(entry, Cotangent)]
         usable = _finite(incoming)
         usable = usable if fits is None else usable & fits
-        order = [i for i in self.loop.adjoint_results if i not in (VANISHED, WATCHED)]
         target = torch.full((), self.loop.target, dtype=torch.float32, device=incoming[0].device)
-        empty = [self._zeros(i, given) for i in order]
+        empty = [self._zeros(entry.operand, given) for entry in order]
         # The attempt and the flag live on the host: reading the flag is the one synchronisation of the backward.
         start = [torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), target, *empty]
 
@@ -303,17 +344,17 @@ class _Backward:
             return overflow & (attempt < scaling.max_attempts)
 
         def sweep(attempt: torch.Tensor, overflow: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
-            before, operands = rest[: len(order)], rest[len(order) : len(order) + len(keys)]
-            usable = rest[len(order) + len(keys)]
-            gradients = self._sweep({**dict(zip(keys, operands, strict=True)), ("target", 0): target.clone()})
+            before, operands = rest[: len(order)], rest[len(order) : len(order) + len(entries)]
+            usable = rest[len(order) + len(entries)]
+            result = self._sweep({**dict(zip(entries, operands, strict=True)), Target(): target.clone()})
             # A choice between two tensors has the strides of the first: those of what is carried, though Inductor
             # may lay the cotangents of a convolution's output out anew.
-            found = [torch.where(target < 0, old, gradients[i]) for old, i in zip(before, order, strict=True)]
-            vanished = gradients[VANISHED].sum() if VANISHED in gradients else torch.zeros_like(target)
+            found = [torch.where(target < 0, old, result[entry]) for old, entry in zip(before, order, strict=True)]
+            vanished = result[Vanished()].sum() if Vanished() in result else torch.zeros_like(target)
             told = [usable & ~_finite(found), vanished, _zeros_among(found)]
             outcome = torch.stack([number.to(torch.float32) for number in told]).to("cpu")
             overflow = torch.ops.rampde_fx.record_sweep(outcome, attempt, scaling.max_attempts, self.loop.name)
-            (overflow,) = self._recorded([overflow], gradients.get(WATCHED), attempt)
+            (overflow,) = self._recorded([overflow], result.get(Statistics()), attempt)
             return attempt + 1, overflow, target * RETRY, *found
 
         results = repeat(again, sweep, start, [*tensors, usable])
@@ -321,22 +362,21 @@ class _Backward:
         return dict(zip(order, results[3:], strict=True))
 
 
-def _smallest(values: dict[int, torch.Tensor]) -> int:
+def _smallest(values: dict[Key, torch.Tensor]) -> Key:
     """The key of the value of the fewest entries; one whose size is known at run time only comes last."""
 
-    def entries(key: int) -> float:
+    def entries(key: Key) -> float:
         number = values[key].numel()
         return math.inf if torch_private.is_data_dependent(number) else torch_private.size_hint(number)
 
     return min(values, key=entries)
 
 
-def _usable(gradients: dict[int, Any], fits: torch.Tensor | None) -> dict[int, Any]:
+def _usable(found: Found, fits: torch.Tensor | None) -> Found:
     """The gradients, or NaN where a stored state overflowed: a velocity may saturate at inf, and hide it from them."""
     if fits is None:
-        return gradients
-    counted = (VANISHED, WATCHED)
-    return {i: g if i in counted else torch.where(fits, g, torch.nan) for i, g in gradients.items()}
+        return found
+    return {e: torch.where(fits, value, torch.nan) if isinstance(e, Gradient) else value for e, value in found.items()}
 
 
 def _zeros_among(tensors: list[torch.Tensor]) -> torch.Tensor:

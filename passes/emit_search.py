@@ -23,19 +23,20 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, step_control, torch_private
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.recurrence import Body, emit_preamble, repeat
 
 FIELDS = len(step_control.Search._fields)
 
 
-def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
+def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop) -> None:
     """Replace the call of a LoopNode by the search; its times are ends of intervals, and the control's numbers."""
     _warn_of_tolerance(loop)
     inputs = graphs.placeholders(loop.step)
     values = list(map(graphs.value, inputs))
-    values[loop.carries : loop.first_invariant()] = [
-        torch_private.detached(graphs.value(node)) for node in call.args[loop.carries : loop.first_invariant()]
+    first = loop.carries + loop.per_step
+    values[loop.carries : first] = [
+        torch_private.detached(graphs.value(node)) for node in call.args[loop.carries : first]
     ]
     search = torch_private.trace(_Search(loop).run, values, gradients=False)
     graph_module.add_submodule(f"{call.target}_search", graphs.named(search, [node.name for node in inputs]))
@@ -46,7 +47,7 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> None
     graph_module.graph.erase_node(call)
 
 
-def _warn_of_tolerance(loop: Loop) -> None:
+def _warn_of_tolerance(loop: CompensatedLoop) -> None:
     """Warn of a tolerance that stages of the velocity dtype miss by their rounding where the state is of order 1."""
     assert loop.controller is not None, "a search has a controller"
     rtol, atol = loop.controller.rtol, loop.controller.atol
@@ -72,19 +73,19 @@ def _warn_once(message: str) -> None:
 class _Search:
     """The while loop, as a function of the step's operands."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: CompensatedLoop) -> None:
         assert loop.controller is not None, "a search has a controller"
-        self.controller, self.carries, self.first = loop.controller, loop.carries, loop.first_invariant()
+        self.loop, self.controller, self.carries = loop, loop.controller, loop.carries
         self.evaluations, self.name = loop.evaluations_per_step, loop.name
-        self.states = len(loop.step_outputs()[0])  # one error estimate for each
-        count = len(graphs.placeholders(loop.step))
-        self.body = Body(loop.step, range(count), self.first, self.carries)
+        self.states = len(loop.results().outputs)  # one error estimate for each
+        self.body = Body(loop.step, loop.inputs(), loop.results())
 
     def run(self, *operands: Any) -> tuple[torch.Tensor, ...]:
         """What leave_search gives."""
-        starts = self.body.starts(operands[: self.carries])
-        t, numbers = operands[self.carries : self.first]
-        invariants = self.body.prepare(operands[self.first :])
+        given = self.loop.divided(operands)
+        starts = self.body.starts(given.carries)
+        t, numbers = given.per_step
+        invariants = self.body.prepare(given.invariants)
         begun = step_control.begin(t, numbers[0], self.controller.max_steps)
         varying, fixed = [*begun, *starts], [t, numbers[1:].clone(), *invariants]
 

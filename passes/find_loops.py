@@ -25,7 +25,7 @@ from rampde_fx import torch_private
 from rampde_fx.effects import own_backward, with_bodies
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.graphs import user_line, value
-from rampde_fx.loop import MarkedLoop, begins_loop, ends_loop, is_marker
+from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 
 # Higher-order operations that compute what their body computes.

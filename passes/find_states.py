@@ -25,7 +25,8 @@ from torch import fx
 
 from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
-from rampde_fx.loop import CapturedStep, MarkedLoop, Source
+from rampde_fx.ir.captured import CapturedStep, MarkedLoop
+from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, TimeSource
 
 aten = torch.ops.aten
 # A state keeps its identity through these, whatever it is scaled by and whatever is added.
@@ -76,26 +77,27 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> 
     results = graphs.results(step)[: carries + len(captured.outputs)]
     changed = [i for i, (node, now) in enumerate(zip(graphs.placeholders(step), after, strict=True)) if node is not now]
     returned: set[int] = set()  # outputs that are the changed tensors themselves
+    keys: dict[int, Key] = {}
     for i in changed:
         own = i < carries and results[i] is after[i]
         same = [j for j in range(carries, len(results)) if results[j] is after[i]]
         if single and not own and len(same) == 1:  # no later iteration of the run changes what is read outside
             own = True
-            inputs[i] = replace(inputs[i], key=captured.outputs[same[0] - carries])
+            keys[i] = captured.outputs[same[0] - carries]
             returned.update(same)
         others = [
             graphs.base_of_view(result)
             for j, result in enumerate(results)
             if j not in returned and not (own and j == i < carries)
         ]
-        kind_allows = own or (inputs[i].kind == "invariant" and not _is_leaf(inputs[i].values[0]))
+        kind_allows = own or (isinstance(inputs[i], InvariantSource) and not _is_leaf(inputs[i].values[0]))
         if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
             raise _mutation(inputs[i], after[i])
-    promoted = [i for i in changed if inputs[i].kind == "invariant"]
+    promoted = [i for i in changed if isinstance(inputs[i], InvariantSource)]
     order = [*range(carries), *promoted, *(i for i in range(carries, len(inputs)) if i not in promoted)]
     rest = [j for j in range(carries, len(results)) if j not in returned]
     results = [*results[:carries], *(after[i] for i in promoted), *(results[j] for j in rest)]
-    sources = [replace(inputs[i], kind="carry") if i in promoted else inputs[i] for i in order]
+    sources = [CarrySource(inputs[i].values, keys.get(i)) if i in promoted else inputs[i] for i in order]
     written = {j: inputs[i].values[0] for j, i in enumerate(order) if i in changed}
     return replace(
         captured,
@@ -120,7 +122,7 @@ def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:
-    name = graphs.user_name(source.values[0]) if source.values else source.key
+    name = source.key if isinstance(source, TimeSource) else graphs.user_name(source.values[0])
     return MutationError(
         f"a step changes '{name}' in place, and '{name}' requires a gradient or is also read by another name",
         required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
@@ -143,7 +145,7 @@ def _carry_single_step(captured: CapturedStep) -> CapturedStep:
     invariants = {
         node: i
         for i, (node, s) in enumerate(zip(nodes, inputs, strict=True))
-        if s.kind == "invariant" and isinstance(graphs.value(node), torch.Tensor)
+        if isinstance(s, InvariantSource) and isinstance(graphs.value(node), torch.Tensor)
     }
     pairs: dict[int, int] = {}  # the state of a result
     for way in WAYS:
@@ -153,13 +155,13 @@ def _carry_single_step(captured: CapturedStep) -> CapturedStep:
             if state is not None:
                 pairs[j] = state
     states = sorted(pairs, key=lambda j: (j >= last_output, j))
-    carried = [i for i, s in enumerate(inputs) if s.kind == "carry"]
+    carried = [i for i, s in enumerate(inputs) if isinstance(s, CarrySource)]
     rest = [i for i in range(len(inputs)) if i not in carried and i not in pairs.values()]
     order = [*carried, *(pairs[j] for j in states), *rest]
     others = [j for j in range(first_output, last_output) if j not in pairs]
     kept = [results[j] for j in [*range(first_output), *states, *others]]
     keys = [outputs[j - first_output] if j < last_output else -1 - j for j in states]
-    sources = [Source("carry", inputs[pairs[j]].values, key) for j, key in zip(states, keys, strict=True)]
+    sources = [CarrySource(inputs[pairs[j]].values, key) for j, key in zip(states, keys, strict=True)]
     return replace(
         captured,
         inputs=[*(inputs[i] for i in carried), *sources, *(inputs[i] for i in rest)],
@@ -233,7 +235,7 @@ def _carry_unchanged(captured: CapturedStep) -> CapturedStep:
     found = [
         (i, node)
         for i, (node, source) in enumerate(zip(graphs.placeholders(captured.step), inputs, strict=True))
-        if source.kind == "invariant" and node in needed and graphs.is_differentiable(node)
+        if isinstance(source, InvariantSource) and node in needed and graphs.is_differentiable(node)
     ]
     contexts = [i for i, node in found if not isinstance(graphs.value(node), torch.nn.Parameter)]
     states = contexts or [i for i, _ in found]
@@ -243,7 +245,7 @@ def _carry_unchanged(captured: CapturedStep) -> CapturedStep:
     with step.graph.inserting_before(output):
         kept = [step.graph.call_function(aten.clone.default, (n,)) for n in graphs.placeholders(step)[: len(states)]]
     output.args = ((*kept, *output.args[0]),)
-    sources = [replace(inputs[i], kind="carry", key=-1 - i) if i in states else inputs[i] for i in order]
+    sources = [CarrySource(inputs[i].values, -1 - i) if i in states else inputs[i] for i in order]
     return replace(captured, inputs=sources, step=graphs.refresh(step))
 
 

@@ -18,6 +18,7 @@ Source:   arXiv 2510.23498, the discrete adjoint; Griewank and Walther, Evaluati
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,11 +29,12 @@ from torch import fx
 
 from rampde_fx import graphs, torch_private
 from rampde_fx.errors import UnsupportedVelocityError
-from rampde_fx.loop import Loop
+from rampde_fx.ir.ends import Adjoint, AdjointInput, Cotangent, Evaluation, Gradient, Operand, Total, remaining
+from rampde_fx.ir.loops import CountedLoop, DifferentiatedLoop, Loop
 from rampde_fx.lowering import mark_coefficients
 
 aten = torch.ops.aten
-Slot = tuple[fx.Node, int]  # a node of the step, and which of its outputs
+Output = tuple[fx.Node, int]  # a node of the step, and which of its outputs
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ class Pullback:
     gradients: tuple[int, ...]
 
 
-def generate_adjoint(loop: Loop) -> Loop:
+def generate_adjoint(loop: CountedLoop) -> DifferentiatedLoop:
     """Add the adjoint of the step, if a backward can be asked for."""
     if not loop.differentiated:
-        return loop
+        return loop.then(DifferentiatedLoop)
     active = find_active(loop)
     needs_grad = tuple(n in active for n in graphs.placeholders(loop.step))
-    return _Transposition(replace(loop, needs_grad=needs_grad), active).run()
+    return loop.then(DifferentiatedLoop, needs_grad=needs_grad, adjoint=_Transposition(loop, active).run())
 
 
 def find_active(loop: Loop) -> set[fx.Node]:
@@ -87,17 +89,19 @@ class _Transposition:
 
     def __init__(self, loop: Loop, active: set[fx.Node]) -> None:
         self.loop, self.active = loop, active
+        self.first_invariant = loop.carries + loop.per_step
         self.adjoint = fx.GraphModule(torch.nn.Module(), fx.Graph())
         self.graph = self.adjoint.graph
         self.env: dict[fx.Node, fx.Node] = {}
         self.residuals: dict[fx.Node, list[fx.Node]] = {}
-        self.cotangents: dict[Slot, fx.Node | None] = {}
+        self.cotangents: dict[Output, fx.Node | None] = {}
         self.incoming: dict[int, fx.Node | None] = {}
         self.pullbacks: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Pullback] = {}
         self.used: dict[fx.Node, Pullback] = {}
+        self.evaluations: dict[fx.Node, Evaluation] = {}
 
-    def run(self) -> Loop:
-        """The loop with its adjoint."""
+    def run(self) -> Adjoint:
+        """The adjoint."""
         nodes = graphs.placeholders(self.loop.step)
         inputs = self._placeholders(nodes)
         for node in graphs.body(self.loop.step):
@@ -105,42 +109,43 @@ class _Transposition:
         for node in reversed(graphs.body(self.loop.step)):
             if node in self.active and node.target is not operator.getitem:
                 self._transpose(node)
-        gradients = self._gradients(nodes, {i: node for node, (kind, i) in inputs if kind == "total"})
+        totals = {entry.operand: node for node, entry in inputs if isinstance(entry, Total)}
+        gradients = self._gradients(nodes, totals)
         self.graph.output(tuple(gradients.values()))
         graphs.refresh(self.adjoint, [graphs.value(node) for node, _ in inputs])
-        kept = [pair for pair in inputs if pair[0].users or pair[1][0] == "cotangent"]
-        for node, kind in inputs:
-            if (node, kind) not in kept:
+        kept = [pair for pair in inputs if pair[0].users or isinstance(pair[1], Cotangent)]
+        for node, entry in inputs:
+            if (node, entry) not in kept:
                 self.graph.erase_node(node)
         self.adjoint.recompile()
-        first, carries = self.loop.first_invariant(), self.loop.carries
-        return replace(
-            self.loop,
-            adjoint=self.adjoint,
-            adjoint_inputs=tuple(kind for _, kind in kept),
-            adjoint_results=tuple(gradients),
-            adjoint_carries=sum(i < carries or i >= first for i in gradients),
+        first, carries = self.first_invariant, self.loop.carries
+        return Adjoint(
+            module=self.adjoint,
+            inputs=tuple(entry for _, entry in kept),
+            results=tuple(map(Gradient, gradients)),
+            carries=sum(i < carries or i >= first for i in gradients),
+            evaluations=remaining(list(self.evaluations.values()), self.adjoint),
         )
 
-    def _placeholders(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, tuple[str, int]]]:
+    def _placeholders(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, AdjointInput]]:
         """Cotangents of carries, totals of invariants, cotangents of outputs, operands of the step."""
-        results, carries, first = graphs.results(self.loop.step), self.loop.carries, self.loop.first_invariant()
-        made: list[tuple[fx.Node, tuple[str, int]]] = []
+        results, carries, first = graphs.results(self.loop.step), self.loop.carries, self.first_invariant
+        made: list[tuple[fx.Node, AdjointInput]] = []
         for i in range(carries):
             if nodes[i] in self.active:
-                made.append((self._placeholder(f"adjoint_{nodes[i].name}", nodes[i]), ("cotangent", i)))
+                made.append((self._placeholder(f"adjoint_{nodes[i].name}", nodes[i]), Cotangent(i)))
         for i in range(first, len(nodes)):
             if nodes[i] in self.active:
-                made.append((self._placeholder(f"total_{nodes[i].name}", nodes[i]), ("total", i)))
+                made.append((self._placeholder(f"total_{nodes[i].name}", nodes[i]), Total(i)))
         for j in range(carries, len(results)):
             if results[j] in self.active:
-                made.append((self._placeholder(f"cotangent_{j - carries}", results[j]), ("cotangent", j)))
+                made.append((self._placeholder(f"cotangent_{j - carries}", results[j]), Cotangent(j)))
         for i, node in enumerate(nodes):
             self.env[node] = self._placeholder(node.name, node)
-            made.append((self.env[node], ("operand", i)))
-        for cotangent, (kind, j) in made:
-            if kind == "cotangent" and results[j] in self.active:
-                self._add(self._slot(results[j]), cotangent)
+            made.append((self.env[node], Operand(i)))
+        for cotangent, entry in made:
+            if isinstance(entry, Cotangent) and results[entry.result] in self.active:
+                self._add(self._output(results[entry.result]), cotangent)
         return made
 
     def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
@@ -148,23 +153,23 @@ class _Transposition:
         node.meta["val"] = torch_private.detached(graphs.value(like))
         return node
 
-    def _slot(self, node: fx.Node) -> Slot:
+    def _output(self, node: fx.Node) -> Output:
         """A getitem is an output of the node that it reads."""
         return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
 
-    def _add(self, slot: Slot, cotangent: fx.Node) -> None:
+    def _add(self, output: Output, cotangent: fx.Node) -> None:
         """Add to a cotangent; an adjoint that passes through the step is added last, to the sum of the increments."""
         carries = graphs.placeholders(self.loop.step)[: self.loop.carries]
-        if slot[0] in carries and cotangent.op == "placeholder":
-            i = carries.index(slot[0])
-            self.incoming[i] = self._sum(self.incoming.get(i), cotangent)
+        if output[0] in carries and cotangent.op == "placeholder":
+            i = carries.index(output[0])
+            self.incoming[i] = self._sum(cotangent.name, self.incoming.get(i), cotangent)
         else:
-            self.cotangents[slot] = self._sum(self.cotangents.get(slot), cotangent)
+            self.cotangents[output] = self._sum(f"grad_{output[0].name}", self.cotangents.get(output), cotangent)
 
-    def _sum(self, before: fx.Node | None, cotangent: fx.Node | None) -> fx.Node | None:
+    def _sum(self, name: str, before: fx.Node | None, cotangent: fx.Node | None) -> fx.Node | None:
         if before is None or cotangent is None:
             return cotangent if before is None else before
-        return self.graph.call_function(aten.add.Tensor, (before, cotangent))
+        return graphs.call(self.graph, name, aten.add.Tensor, before, cotangent)
 
     def _copy_forward(self, node: fx.Node) -> None:
         if node.op != "call_module":
@@ -177,12 +182,13 @@ class _Transposition:
         args = tuple(self.env[arg] for arg in node.args)
         pullback = self._pullback(str(node.target), wanted, outputs)
         call = self.graph.call_module(pullback.forward, args)
-        call.meta["recomputes"] = node.name
+        self.evaluations[node] = Evaluation(node.name, call.name, None)
         self.env[node] = call
-        computed = iter(range(pullback.outputs, pullback.outputs + pullback.residuals.count(None)))
+        computed = itertools.count(pullback.outputs)
+        names = [entry.name for entry in graphs.placeholders(self.adjoint.get_submodule(pullback.pullback))]
         self.residuals[node] = [
-            args[i] if i is not None else self.graph.call_function(operator.getitem, (call, next(computed)))
-            for i in pullback.residuals
+            args[i] if i is not None else graphs.item(self.graph, f"saved_{name}", call, next(computed))
+            for i, name in zip(pullback.residuals, names, strict=False)
         ]
         self.used[node] = pullback
 
@@ -204,7 +210,7 @@ class _Transposition:
         transpose = self._call_pullback if node.op == "call_module" else self._inline_vjp
         gradients = transpose(node, given)
         for operand, gradient in gradients:
-            self._add(self._slot(operand), gradient)
+            self._add(self._output(operand), gradient)
 
     def _call_pullback(self, node: fx.Node, given: dict[int, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
         pullback = self.used[node]
@@ -214,9 +220,11 @@ class _Transposition:
             for i in pullback.cotangents
         ]
         call = self.graph.call_module(pullback.pullback, (*self.residuals[node], *cotangents))
-        call.meta["cotangents"] = len(cotangents)
-        items = [self.graph.call_function(operator.getitem, (call, j)) for j in range(len(pullback.gradients))]
-        return [(node.args[i], item) for i, item in zip(pullback.gradients, items, strict=True)]
+        self.evaluations[node] = replace(self.evaluations[node], pullback=call.name, cotangents=len(cotangents))
+        return [
+            (node.args[i], graphs.item(self.graph, f"grad_{node.args[i].name}", call, j))
+            for j, i in enumerate(pullback.gradients)
+        ]
 
     def _inline_vjp(self, node: fx.Node, given: dict[int, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
         operands = node.all_input_nodes
@@ -232,14 +240,14 @@ class _Transposition:
         An active carry's is zero where nothing reads it; an invariant's is added to its total.
         """
         found: dict[int, fx.Node] = {}
-        per_step = range(self.loop.carries, self.loop.first_invariant())
+        per_step = range(self.loop.carries, self.first_invariant)
         for i in (*range(self.loop.carries), *totals, *per_step):
             gradient = self.cotangents.get((nodes[i], 0)) if nodes[i] in self.active else None
-            gradient = self._sum(self.incoming.get(i), gradient)
+            gradient = self._sum(f"adjoint_{nodes[i].name}_next", self.incoming.get(i), gradient)
             if gradient is None and nodes[i] in self.active and i < self.loop.carries:
                 gradient = self.graph.call_function(aten.zeros_like.default, (self.env[nodes[i]],))
             if gradient is not None and i in totals:
-                gradient = self.graph.call_function(aten.add.Tensor, (totals[i], gradient))
+                gradient = graphs.call(self.graph, f"{totals[i].name}_next", aten.add.Tensor, totals[i], gradient)
             if gradient is not None:
                 found[i] = gradient
         return found

@@ -11,22 +11,21 @@ Ensures:  no node of the step that computes anything depends on invariants alone
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rampde_fx import graphs
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import HoistedLoop, Loop
 
 
-def hoist_invariants(loop: Loop) -> Loop:
+def hoist_invariants(loop: Loop) -> HoistedLoop:
     """Split the step into a preamble of the invariants and a step that reads the preamble's results."""
-    split = graphs.split_invariants(loop.step, loop.first_invariant())
+    varying = loop.carries + loop.per_step
+    split = graphs.split_invariants(loop.step, varying)
     if split is None:
-        return loop
+        return loop.then(HoistedLoop)
     preamble, step, read = split
     wanted = [n for n, needed in zip(graphs.placeholders(loop.step), loop.needs_grad, strict=True) if needed]
     differentiable = graphs.depends_on(loop.step.graph, wanted, by_gradient=True)
     needs_grad = [
-        *loop.needs_grad[: loop.first_invariant()],
+        *loop.needs_grad[:varying],
         *(node in differentiable and graphs.is_differentiable(node) for node in read),
     ]
-    return replace(loop, preamble=preamble, step=step, needs_grad=tuple(needs_grad))
+    return loop.then(HoistedLoop, preamble=preamble, step=step, needs_grad=tuple(needs_grad))

@@ -17,23 +17,26 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import Loop
+from rampde_fx.ir.ends import ActivationSlot, Evaluation, Operand, Saved, remaining
+from rampde_fx.ir.loops import KeptLoop, WatchedLoop
+from rampde_fx.schedules import Activations
 
 aten = torch.ops.aten
 
 
-def keep_activations(loop: Loop) -> Loop:
+def keep_activations(loop: WatchedLoop) -> KeptLoop:
     """Let the step return what the pullbacks read of its velocity evaluations."""
-    if loop.adjoint is None or loop.policy.checkpoint != "none":
-        return loop
+    if loop.adjoint is None or not isinstance(loop.policy.schedule, Activations):
+        return loop.then(KeptLoop)
     keeping = _Keeping(loop)
-    for call in reversed(keeping.evaluations()):
-        keeping.keep(call)
+    for evaluation in reversed(loop.adjoint.evaluations):  # what later ones read, earlier ones may no longer compute
+        keeping.keep(evaluation)
     return keeping.finished()
 
 
@@ -88,24 +91,25 @@ class _Split:
 class _Keeping:
     """The step and the adjoint while values move from the one's recomputation to the other's results."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint)
-        self.inputs = dict(zip(graphs.placeholders(self.adjoint), loop.adjoint_inputs, strict=True))
-        self.carries = [n for n, (kind, i) in self.inputs.items() if kind == "operand" and i < loop.carries]
+    def __init__(self, loop: WatchedLoop) -> None:
+        assert loop.adjoint is not None
+        self.loop, self.before = loop, loop.adjoint
+        self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint.module)
+        self.inputs = dict(zip(graphs.placeholders(self.adjoint), loop.adjoint.inputs, strict=True))
+        self.carries = [n for n, e in self.inputs.items() if isinstance(e, Operand) and e.operand < loop.carries]
         self.varying = graphs.depends_on(self.adjoint.graph, self.carries)
         self.splits: dict[tuple[str, tuple[int, ...], tuple[bool, ...]], _Split] = {}
         self.values: list[fx.Node] = []
+        self.slots: list[ActivationSlot] = []
 
-    def evaluations(self) -> list[fx.Node]:
-        """The calls in which the adjoint recomputes a velocity."""
-        return [node for node in self.adjoint.graph.nodes if "recomputes" in node.meta]
-
-    def keep(self, call: fx.Node) -> None:
-        """Let the step return what the adjoint reads of an evaluation; later evaluations come first."""
+    def keep(self, evaluation: Evaluation) -> None:
+        """Let the step return what the adjoint reads of an evaluation."""
         self.adjoint.graph.eliminate_dead_code()
-        if not call.users:
+        found = [node for node in self.adjoint.graph.nodes if node.name == evaluation.forward and node.users]
+        if not found:
             return
+        (call,) = found
+        (step_call,) = [node for node in self.step.graph.nodes if node.name == evaluation.step_call]
         items = sorted(call.users, key=lambda user: user.args[1])
         key = (
             call.target,
@@ -113,14 +117,14 @@ class _Keeping:
             tuple(arg in self.varying for arg in call.args),
         )
         if key not in self.splits:
-            self.splits[key] = self._split(*key)
+            self.splits[key] = self._split(*key, graphs.results(self.step.get_submodule(str(step_call.target))))
         split = self.splits[key]
-        kept = self._moved(call, split)
+        kept = self._moved(step_call, split)
         again = iter(self._replayed(call, split, kept))
         for item, j in zip(items, split.direct, strict=True):
             item.replace_all_uses_with(next(again) if j is None else kept[j])
 
-    def _split(self, name: str, read: tuple[int, ...], varying: tuple[bool, ...]) -> _Split:
+    def _split(self, name: str, read: tuple[int, ...], varying: tuple[bool, ...], outputs: list[Any]) -> _Split:
         velocity = self.adjoint.get_submodule(name)
         inputs, results = graphs.placeholders(velocity), graphs.results(velocity)
         wanted = [results[i] for i in read]
@@ -128,9 +132,8 @@ class _Keeping:
         kept = find_kept(wanted, reached)
         again = [node for node in wanted if node not in kept]
         suffix = f"_{count}" if (count := sum(key[0] == name for key in self.splits)) else ""
-        outputs = len(graphs.results(self.step.get_submodule(name.removesuffix("_forward"))))
         forward, replay = f"{name}{suffix}", f"{name.removesuffix('forward')}replay{suffix}" if again else None
-        self.step.add_submodule(forward, graphs.part(velocity, inputs, [*results[:outputs], *kept]))
+        self.step.add_submodule(forward, graphs.part(velocity, inputs, [*results[: len(outputs)], *kept]))
         made = graphs.ancestors(again, kept)
         needed = {i: _sizes_alone(node, made) for i, node in enumerate(inputs) if node in made}
         reread = [j for j, node in enumerate(kept) if any(user in made for user in node.users)]
@@ -138,20 +141,20 @@ class _Keeping:
             module = graphs.part(velocity, [*(inputs[i] for i in needed), *(kept[j] for j in reread)], again)
             self.adjoint.add_submodule(replay, module)
         direct = tuple(kept.index(node) if node in kept else None for node in wanted)
-        return _Split(forward, outputs, tuple(kept), direct, replay, needed, reread)
+        return _Split(forward, len(outputs), tuple(kept), direct, replay, needed, reread)
 
-    def _moved(self, call: fx.Node, split: _Split) -> list[fx.Node]:
+    def _moved(self, evaluation: fx.Node, split: _Split) -> list[fx.Node]:
         """The placeholders of the adjoint that stand for the kept values, which the step returns."""
-        (evaluation,) = [node for node in self.step.graph.nodes if node.name == call.meta["recomputes"]]
         evaluation.target = split.forward
         made = []
         for j, node in enumerate(split.kept, start=split.outputs):
             with self.step.graph.inserting_before(self.step.graph.output_node()):
-                value = self.step.graph.call_function(operator.getitem, (evaluation, j))
+                value = graphs.item(self.step.graph, f"kept_{node.name}", evaluation, j)
             with self.adjoint.graph.inserting_after(list(self.inputs)[-1]):
                 made.append(graphs.placeholder(self.adjoint.graph, f"{evaluation.name}_{node.name}"))
             made[-1].meta["val"] = torch_private.detached(graphs.value(node))
-            self.inputs[made[-1]] = ("stored", len(self.values))
+            self.inputs[made[-1]] = Saved(len(self.slots))
+            self.slots.append(ActivationSlot(evaluation.name))
             self.values.append(value)
         return made
 
@@ -163,7 +166,7 @@ class _Keeping:
         args = [self._of_same_shape(call.args[i]) if sizes else call.args[i] for i, sizes in split.inputs.items()]
         with graph.inserting_before(call):
             replay = graph.call_module(split.replay, (*args, *(kept[j] for j in split.reread)))
-            return [graph.call_function(operator.getitem, (replay, j)) for j in range(split.direct.count(None))]
+            return [graphs.item(graph, "again", replay, j) for j in range(split.direct.count(None))]
 
     def _of_same_shape(self, node: fx.Node) -> fx.Node:
         """A placeholder that is there anyhow, if there is one of this shape, or the node itself."""
@@ -171,7 +174,7 @@ class _Keeping:
         others = (p for p in self.inputs if p not in self.carries and isinstance(graphs.value(p), torch.Tensor))
         return next((p for p in others if str(graphs.value(p).shape) == shape), node)
 
-    def finished(self) -> Loop:
+    def finished(self) -> KeptLoop:
         """The loop that keeps."""
         output = self.step.graph.output_node()
         output.args = ((*output.args[0], *self.values),)
@@ -181,13 +184,13 @@ class _Keeping:
             del self.inputs[node]
         for module in (self.step, self.adjoint):
             module.delete_all_unused_submodules()
-        return replace(
-            self.loop,
-            step=graphs.refresh(self.step),
-            adjoint=graphs.refresh(self.adjoint),
-            adjoint_inputs=tuple(self.inputs.values()),
-            stored=(None,) * len(self.values),
+        adjoint = replace(
+            self.before,
+            module=graphs.refresh(self.adjoint),
+            inputs=tuple(self.inputs.values()),
+            evaluations=remaining(self.before.evaluations, self.adjoint),
         )
+        return self.loop.then(KeptLoop, step=graphs.refresh(self.step), adjoint=adjoint, slots=tuple(self.slots))
 
 
 def _sizes_alone(node: fx.Node, readers: set[fx.Node]) -> bool:

@@ -23,7 +23,7 @@ from torch import fx
 
 from rampde_fx import graphs, torch_private
 from rampde_fx.graphs import value
-from rampde_fx.loop import begins_loop, ends_loop
+from rampde_fx.ir.captured import begins_loop, ends_loop
 
 # What takes a tensor wherever it takes a number, and computes the same of it.
 ARITHMETIC = set(

@@ -19,9 +19,7 @@ Source:   arXiv 2510.23498.
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,13 +27,13 @@ from torch import fx
 from torch.fx.passes.tools_common import legalize_graph
 
 from rampde_fx import graphs, operator_table, torch_private
-from rampde_fx.loop import Fallback, Loop
+from rampde_fx.ir.loops import Fallback, LoweredLoop, PartitionedLoop
 from rampde_fx.lowering import Lowering
 
 aten = torch.ops.aten
 
 
-def lower_velocity(loop: Loop) -> Loop:
+def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
     """Replace the velocity nodes of the step by calls of low-precision submodules, one call per evaluation."""
     step = graphs.copied(loop.step)
     names, fallbacks, low = [], Counter(_wide_roles(step)), 0
@@ -52,15 +50,15 @@ def lower_velocity(loop: Loop) -> Loop:
         if key not in known:
             known[key] = f"velocity_{len(known)}"
             step.add_submodule(known[key], lowered)
-        _call(step, known[key], nodes, inputs, outputs)
         names.append(known[key])
+        _call(step, len(names), known[key], nodes, inputs, outputs)
     if not _in_order(step):  # a state was built from one output before the last one was computed
         legalize_graph(step)
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
-    lowered = replace(loop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
+    result = loop.then(LoweredLoop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
     note = f"nothing of the loop is evaluated in {str(loop.policy.velocity).removeprefix('torch.')}"
-    return replace(lowered, notes=(*loop.notes, note)) if lowered.stays_wide else lowered
+    return result.then(LoweredLoop, notes=(*loop.notes, note)) if result.stays_wide else result
 
 
 def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
@@ -171,15 +169,22 @@ def _kind(value: Any) -> Any:
     return (value.dtype, tuple(value.shape), value.device) if isinstance(value, torch.Tensor) else type(value)
 
 
-def _call(step: fx.GraphModule, name: str, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> None:
-    """Replace the nodes by one call of the submodule and a getitem per output, where the last node stands."""
+def _call(
+    step: fx.GraphModule,
+    number: int,
+    name: str,
+    nodes: list[fx.Node],
+    inputs: list[fx.Node],
+    outputs: list[fx.Node],
+) -> None:
+    """Replace the nodes by one call of the submodule and its results, k_1 and so on, where the last node stands."""
     with step.graph.inserting_before(nodes[-1]):
         call = step.graph.call_module(name, tuple(inputs))
     call.meta = {"role": "velocity", "stack_trace": outputs[0].meta.get("stack_trace")}
     previous = call
     for i, node in enumerate(outputs):
         with step.graph.inserting_after(previous):
-            item = step.graph.call_function(operator.getitem, (call, i))
+            item = graphs.item(step.graph, f"k_{number}" if len(outputs) == 1 else f"k_{number}_{i}", call, i)
         item.meta = {**node.meta, "stack_trace": node.meta.get("stack_trace")}
         node.replace_all_uses_with(item)
         previous = item

@@ -28,9 +28,9 @@ from rampde_fx import graphs, torch_private
 from rampde_fx.effects import Observer, call, gradient_modes
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.graphs import value
-from rampde_fx.loop import MarkedLoop, Run, Source, reads_end
+from rampde_fx.ir.captured import MarkedLoop, Run, reads_end
+from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, PerStepSource, Source, TimeSource
 
-Key = int | str
 Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a value from outside
 
 
@@ -113,14 +113,14 @@ def _captured_once(marked: MarkedLoop) -> Run:
     nodes = [n for n in marked.iterations[0] if not (n.target is operator.getitem and n.args[0] is enter)]
     position = {node: i for i, node in enumerate(nodes)}
     keys, further = ([position[node] for node in results] for results in (nexts, collected))
-    entered: list[Source] = [Source("time", (), "t"), Source("time", (), "dt")]
-    entered += [Source("carry", (state,), key) for state, key in zip(states, keys, strict=True)]
+    entered: list[Source] = [TimeSource("t"), TimeSource("dt")]
+    entered += [CarrySource((state,), key) for state, key in zip(states, keys, strict=True)]
 
     def source(operand: fx.Node) -> Source | Key:
         if operand in position:
             return position[operand]
         inside = operand.target is operator.getitem and operand.args[0] is enter
-        return entered[operand.args[1]] if inside else Source("invariant", (operand,))
+        return entered[operand.args[1]] if inside else InvariantSource(operand)
 
     for node in nodes:
         if any(user not in position and user is not leave for user in node.users):
@@ -297,10 +297,10 @@ def _source(values: list[fx.Node], place: Place) -> Source | Key:
     if place is not None and place[0] == 0:
         return place[1]
     if place is not None:
-        return Source("carry", tuple(values[: place[0]]), place[1])
+        return CarrySource(tuple(values[: place[0]]), place[1])
     if all(node is values[0] for node in values):
-        return Source("invariant", (values[0],))
-    return Source("per_step", tuple(values))
+        return InvariantSource(values[0])
+    return PerStepSource(tuple(values))
 
 
 def _outputs(

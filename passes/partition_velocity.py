@@ -26,14 +26,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Set
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from rampde_fx import graphs, operator_table
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import Loop, PartitionedLoop, WidenedLoop
 
 aten = torch.ops.aten
 SUM = {aten.add.Tensor, aten.sub.Tensor}
@@ -46,13 +45,13 @@ SMALL = 0.125  # a larger number is no step size
 Roles = dict[fx.Node, str]
 
 
-def partition_velocity(loop: Loop) -> Loop:
+def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
     """Write a role into every node of the step, and its evaluation into every velocity node."""
     step = _with_sums_apart(loop)
     nodes = [node for node in step.graph.nodes if node.op != "output"]
     results = graphs.results(step)[: loop.carries]
     for i, node in enumerate(graphs.placeholders(step)):
-        time = loop.carries <= i < loop.first_invariant() and graphs.value(node).ndim == 0
+        time = loop.carries <= i < loop.carries + loop.per_step and graphs.value(node).ndim == 0
         node.meta["parameter"] = i >= loop.carries and not time
     roles = find_roles(nodes, loop.carries)
     linear = find_linear(nodes, results, loop.carries)
@@ -68,7 +67,7 @@ def partition_velocity(loop: Loop) -> Loop:
         node.meta["role"] = roles[node]
         if roles[node] == "velocity":
             node.meta["evaluation"] = evaluations[node]
-    return replace(loop, step=step, notes=(*loop.notes, *_notes(nodes, results, roles)))
+    return loop.then(PartitionedLoop, step=step, notes=(*loop.notes, *_notes(nodes, results, roles)))
 
 
 def _notes(nodes: list[fx.Node], results: list[fx.Node], roles: Roles) -> list[str]:

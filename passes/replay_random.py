@@ -24,7 +24,8 @@ from torch import fx
 
 from rampde_fx import graphs, torch_private
 from rampde_fx.errors import RandomVelocityError
-from rampde_fx.loop import CapturedStep, Source
+from rampde_fx.ir.captured import CapturedStep
+from rampde_fx.ir.sources import IndexSource, InvariantSource, SeedSource
 
 aten = torch.ops.aten
 ops = torch.ops.rampde_fx
@@ -45,8 +46,7 @@ def replay_random(captured: CapturedStep) -> CapturedStep:
 
 
 def _replayed(captured: CapturedStep, device: torch.device) -> CapturedStep:
-    kinds = [source.kind for source in captured.inputs]
-    first = len(kinds) - kinds.count("invariant")
+    first = sum(not isinstance(source, InvariantSource) for source in captured.inputs)
     step = graphs.copied(captured.step)
     nodes, results = graphs.placeholders(step), graphs.results(step)
     position = {node: i for i, node in enumerate(graphs.placeholders(captured.step))}
@@ -73,7 +73,7 @@ def _replayed(captured: CapturedStep, device: torch.device) -> CapturedStep:
     sources = captured.inputs
     return replace(
         captured,
-        inputs=[*sources[:first], Source("index", (), str(device)), *sources[first:], Source("seed", (), str(device))],
+        inputs=[*sources[:first], IndexSource(str(device)), *sources[first:], SeedSource(str(device))],
         step=graphs.refresh(traced),
         after=[*after[:first], inputs[first], *after[first:], inputs[-1]],
     )

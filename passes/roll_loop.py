@@ -22,8 +22,21 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.effects import Observer
 from rampde_fx.errors import MutationError
-from rampde_fx.loop import CapturedStep, Loop, LoopNode, MarkedLoop, Run, Source, reads_end
+from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, reads_end
+from rampde_fx.ir.loops import Loop, LoopNode
+from rampde_fx.ir.sources import (
+    CarrySource,
+    IndexSource,
+    InvariantSource,
+    PerStepSource,
+    SeedSource,
+    Source,
+    TimeSource,
+    carries_among,
+)
 from rampde_fx.step_control import Controller
+
+PER_STEP = (TimeSource, PerStepSource, IndexSource)
 
 
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captured: CapturedStep, name: str) -> Loop:
@@ -41,11 +54,10 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
     def needs_grad(source: Source) -> bool:
         if not marked.differentiated:
             return False
-        if source.kind == "time":
+        if isinstance(source, TimeSource):
             return graphs.value(_times(marked, source.key)).requires_grad
         return any(getattr(graphs.value(node), "requires_grad", False) for node in source.values)
 
-    kinds = [source.kind for source in inputs]
     wanted = tuple(map(needs_grad, inputs))
     sources = [node for node, needed in zip(graphs.placeholders(step), wanted, strict=True) if needed]
     reached = graphs.depends_on(step.graph, sources, by_gradient=True)
@@ -55,8 +67,8 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         where=graphs.user_line(marked.markers[0]),
         step=step,
         plain=step,
-        carries=kinds.count("carry"),
-        per_step=sum(kinds.count(kind) for kind in ("time", "per_step", "index")),
+        carries=captured.carries(),
+        per_step=sum(isinstance(source, PER_STEP) for source in inputs),
         plain_needs_grad=wanted,
         needs_grad=wanted,
         differentiated=any(node in reached and graphs.is_differentiable(node) for node in graphs.results(step)),
@@ -155,25 +167,27 @@ def _without_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) -> fx.Node:
     first = 0 if marked.once else marked.markers[0].args[1]
-    if source.kind == "index":
-        return graph.call_function(torch.arange, (first, first + count), {"device": torch.device(source.key)})
-    if source.kind == "seed":
-        return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(source.key)})
-    if source.kind == "time" and marked.once:
-        times = _times(marked, source.key)
-        clone = graph.call_method("clone", (times,))
-        clone.meta["example_value"] = graphs.value(times)
-        return clone
-    if source.kind == "time":
-        t = marked.markers[0].args[0]
-        starts = _getitem(graph, t, slice(first, first + count))
-        if source.key == "t":
-            return graph.call_method("clone", (starts,))
-        ends = _getitem(graph, t, slice(first + 1, first + 1 + count))
-        return graph.call_function(torch.sub, (ends, starts))
-    if source.kind == "per_step":
-        return graph.call_function(torch.stack, (list(source.values),))
-    return source.values[0]
+    match source:
+        case IndexSource(device):
+            return graph.call_function(torch.arange, (first, first + count), {"device": torch.device(device)})
+        case SeedSource(device):
+            return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(device)})
+        case TimeSource() if marked.once:
+            times = _times(marked, source.key)
+            clone = graph.call_method("clone", (times,))
+            clone.meta["example_value"] = graphs.value(times)
+            return clone
+        case TimeSource(key):
+            t = marked.markers[0].args[0]
+            starts = _getitem(graph, t, slice(first, first + count))
+            if key == "t":
+                return graph.call_method("clone", (starts,))
+            ends = _getitem(graph, t, slice(first + 1, first + 1 + count))
+            return graph.call_function(torch.sub, (ends, starts))
+        case PerStepSource(values):
+            return graph.call_function(torch.stack, (list(values),))
+        case CarrySource() | InvariantSource():
+            return source.values[0]
 
 
 def _rewire(
@@ -181,9 +195,9 @@ def _rewire(
 ) -> None:
     """Let the readers outside of the run read the loop's results."""
     inside, last = {node for nodes in run.iterations for node in nodes}, len(run.iterations) - 1
-    finals = {s.key: results[i] for i, s in enumerate(inputs) if s.kind == "carry" and len(s.values) == 1}
-    carries = sum(source.kind == "carry" for source in inputs)
-    stacked = dict(zip(outputs, results[carries:], strict=True))
+    carries = carries_among(inputs)
+    finals = {source.key: results[i] for i, source in enumerate(carries) if source.is_latest}
+    stacked = dict(zip(outputs, results[len(carries) :], strict=True))
     written = _written_afterwards(marked)
     _check_names(run, marked, written)
     for key in run.outputs:
@@ -249,7 +263,7 @@ def _replace_trajectories(
     carries = captured.carries()
     stacked = dict(zip(captured.outputs, results[carries:], strict=True))
     keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]
-    finals = {(s.values, s.key): results[i] for i, s in enumerate(captured.inputs[:carries])}
+    finals = {(s.values, s.key): results[i] for i, s in enumerate(carries_among(captured.inputs))}
     for trajectory in list(leave.users):
         j = trajectory.args[1]
         if j >= len(states):

@@ -14,16 +14,17 @@ never rounded beside a larger one. Each result is divided by its own scale.
 
 A velocity may multiply by a small factor: a learned gain of 1e-6, a number. Behind it the cotangent is small, too, and
 would vanish where it is cast down. If the factor depends on no state, the product is multiplied by a power of two, its
-gain, that makes up for the factor's largest entry, and carries it from there on.
+gain, that makes up for the factor's largest entry, and carries it from there on. A large factor has none: what it makes
+too large overflows, and the backward is repeated with a lower target.
 
 Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
 activation below 2 fit.
 
 Requires: a Loop with an adjoint whose sums are as wide as they are to be, and a policy that scales.
-Ensures:  the adjoint takes the target as its last placeholder; a scaled cotangent is a product of cotangent and scale
-          that is marked as scaled; one more result, VANISHED, counts the entries of cotangents that become zero in
-          float16 though they are scaled.
+Ensures:  the adjoint takes the target as its last placeholder; the cotangents of an evaluation that is marked
+          as scaled are products of cotangent and scale; one more result, Vanished, counts the entries of cotangents
+          that become zero in float16 though they are scaled.
 Raises:   UnsupportedVelocityError for a collective operation.
 Error:    a gradient has an error of O(u), beside 2^-25 / target times the largest cotangent that it follows from.
 Source:   arXiv 2510.23498, dynamic adjoint scaling; scales that are propagated are ours.
@@ -42,14 +43,15 @@ from torch import fx
 
 from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.errors import UnsupportedVelocityError
-from rampde_fx.loop import VANISHED, Loop
+from rampde_fx.ir.ends import Evaluation, Operand, Target, Vanished, cotangents_of
+from rampde_fx.ir.loops import ScaledLoop, SummedLoop
 from rampde_fx.scales import power_of_two_scale, vanishing_entries
 
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
-LEAST_GAIN, MOST_GAIN = 2.0**-30, 2.0**30
-FEW = 2.0**6  # a number within this of 1 needs no gain
+MOST_GAIN = 2.0**30
+SMALL = 2.0**-6  # a number from this on needs no gain
 MOST_GAINS = 2  # of a value: a scale of a cotangent within 2^50 of 1, and its gains, are a normal number in float32
 BOUND_WITH_GAINS = 2.0**50
 
@@ -61,10 +63,12 @@ class Gain:
     Attributes:
         factor: The factor, by its number among the placeholders of the pullback, or -1.
         number: The gain, where the factor is a number.
+        divides: Whether the factor divides.
     """
 
     factor: int = -1
     number: float = 1.0
+    divides: bool = False
 
 
 # What a value follows from: cotangents, by number, each with the gains on the way. Its scale is the least of theirs.
@@ -88,37 +92,39 @@ class Propagation:
     gradients: tuple[Origins, ...]
 
 
-def scale_adjoint(loop: Loop) -> Loop:
+def scale_adjoint(loop: SummedLoop) -> ScaledLoop:
     """Scale every pullback of the adjoint, if the policy says so."""
     scaling = loop.policy.adjoint_scaling
     if loop.adjoint is None or scaling is None:
-        return loop
+        return loop.then(ScaledLoop)
     _check_collectives(loop)
-    adjoint = graphs.copied(loop.adjoint)
-    calls = [node for node in adjoint.graph.nodes if node.op == "call_module" and node.meta.get("cotangents")]
+    own = replace(loop.adjoint, module=graphs.copied(loop.adjoint.module))
+    calls, adjoint = own.pullbacks(), own.module
     if not calls:
-        return loop
+        return loop.then(ScaledLoop)
     with adjoint.graph.inserting_after(graphs.placeholders(adjoint)[-1]):
         target = graphs.placeholder(adjoint.graph, "target")
     device = graphs.value(graphs.placeholders(adjoint)[0]).device
     with torch_private.fake_mode():
         target.meta["val"] = torch.empty((), dtype=torch.float32, device=device)
-    kinds = zip(graphs.placeholders(adjoint), loop.adjoint_inputs, strict=False)  # the target is one more placeholder
-    states = [node for node, (kind, i) in kinds if kind != "operand" or i < loop.carries]
+    states = [n for entry, n in own.nodes().items() if not isinstance(entry, Operand) or entry.operand < loop.carries]
     varying = graphs.depends_on(adjoint.graph, states)
     scaled = _Scaling(adjoint, target, {node for node in adjoint.graph.nodes if node not in varying})
-    for call in calls:
-        scaled.scale(call)
-    return replace(
-        loop,
-        adjoint=graphs.refresh(scaled.finished()),
-        adjoint_inputs=(*loop.adjoint_inputs, ("target", 0)),
-        adjoint_results=(*loop.adjoint_results, *([VANISHED] if scaled.vanished else [])),
-        target=find_target(adjoint) if scaling.target is None else scaling.target,
+    for evaluation, call in reversed(calls):  # the last one comes first in an adjoint
+        scaled.scale(evaluation, call)
+    module = graphs.refresh(scaled.finished())
+    found = replace(
+        own,
+        module=module,
+        inputs=(*own.inputs, Target()),
+        results=(*own.results, *([Vanished()] if scaled.vanished else [])),
+        evaluations=tuple(replace(e, scaled=e.pullback in scaled.calls) for e in own.evaluations),
     )
+    target_now = find_target(module) if scaling.target is None else scaling.target
+    return loop.then(ScaledLoop, adjoint=found, target=target_now)
 
 
-def _check_collectives(loop: Loop) -> None:
+def _check_collectives(loop: SummedLoop) -> None:
     """Refuse what several processes compute together: each would scale by numbers of its own, and repeat alone."""
     for node in graphs.body(loop.plain):
         if getattr(node.target, "namespace", "") in COLLECTIVES:
@@ -232,19 +238,26 @@ def _cast_down(module: fx.GraphModule) -> set[fx.Node]:
 def _gain(node: fx.Node, read: list[fx.Node], factors: Mapping[fx.Node, int]) -> Gain | None:
     """What makes up for the factor that a product or a quotient multiplies a cotangent by; None for another node."""
     name = operator_table.name_of(node.target)
+    if node.target is operator.getitem and node.args[1] == 0:  # the gradient of a norm's input
+        weight = operator_table.WEIGHTS_A_GRADIENT.get(operator_table.name_of(read[0].target))
+        return None if weight is None else _gain_of(read[0].args[weight], factors)
     if name not in operator_table.ENTRYWISE_PRODUCTS or len(node.args) != 2 or node.kwargs:
         return None
-    other = node.args[1] if node.args[0] is read[0] else node.args[0]
+    divides, (first, second) = name == "div", node.args
+    other = second if first is read[0] else first
     if isinstance(other, (int, float)):
-        size = abs(other) if name == "mul" else abs(1 / other) if other else 0.0
-        if not 0 < size < math.inf or 1 / FEW <= size <= FEW:
-            return None
-        return Gain(number=min(max(2.0 ** -math.floor(math.log2(size)), LEAST_GAIN), MOST_GAIN))
-    if name != "mul" or other is read[0] or not isinstance(other, fx.Node):  # a complex number, too
+        size = abs(other) if not divides else abs(1 / other) if other else 0.0
+        return Gain(number=min(2.0 ** -math.floor(math.log2(size)), MOST_GAIN)) if 0 < size < SMALL else None
+    if divides and first is not read[0]:
         return None
-    while graphs.is_view(other) or other.target is aten._to_copy.default:
-        other = other.args[0]
-    return Gain(factors[other]) if other in factors else None
+    return _gain_of(other, factors, divides=divides) if other is not read[0] else None
+
+
+def _gain_of(factor: Any, factors: Mapping[fx.Node, int], *, divides: bool = False) -> Gain | None:
+    """What makes up for a factor that depends on no state; None for another one, and for a complex number."""
+    while isinstance(factor, fx.Node) and (graphs.is_view(factor) or factor.target is aten._to_copy.default):
+        factor = factor.args[0]
+    return Gain(factors[factor], divides=divides) if factor in factors else None
 
 
 def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node) -> fx.Node:
@@ -267,11 +280,12 @@ class _Scaling:
         self.pullbacks: dict[str, Propagation] = {}
         self.scales: dict[str, str] = {}
         self.vanished: list[fx.Node] = []
+        self.calls: set[str] = set()  # whose cotangents are scaled
 
-    def scale(self, call: fx.Node) -> None:
-        """Scale the cotangents of a call, and divide its gradients."""
-        count, name = call.meta["cotangents"], str(call.target)
-        cotangents = list(call.args[len(call.args) - count :])
+    def scale(self, evaluation: Evaluation, call: fx.Node) -> None:
+        """Scale the cotangents of a pullback's call, and divide its gradients."""
+        count, name = evaluation.cotangents, str(call.target)
+        cotangents = cotangents_of(evaluation, call)
         measured = [i for i, node in enumerate(cotangents) if graphs.value(node).numel() != 0]
         if not measured:
             return
@@ -287,6 +301,7 @@ class _Scaling:
             scaled = [self._scaled(node, scale_of[origins]) for node, origins in zip(cotangents, alone, strict=True)]
         call.args = (*call.args[: len(call.args) - count], *found[len(wanted) : -1], *scaled)
         self.vanished.append(found[-1])
+        self.calls.add(call.name)
         for gradient in list(call.users):
             self._unscale(gradient, scale_of.get(plan.gradients[gradient.args[1]]))
 
@@ -303,8 +318,9 @@ class _Scaling:
         factors = sorted({gain.factor for gain in plan.gains})
         operands = [self.target, *(call.args[i] for i in factors), *(cotangents[i] for i in measured)]
         name = self._module([graphs.value(node) for node in operands], factors, measured, wanted, plan)
-        made, count = self.graph.call_module(name, tuple(operands)), len(wanted) + len(plan.gains) + len(plan.ratios)
-        return [self.graph.call_function(operator.getitem, (made, i)) for i in range(count + 1)]
+        made, names = self.graph.call_module(name, tuple(operands)), [f"scale_{i}" for i in range(len(wanted))]
+        names += [*(f"gain_{i}" for i in range(len(plan.gains))), *(f"ratio_{i}" for i in range(len(plan.ratios)))]
+        return [graphs.item(self.graph, name, made, i) for i, name in enumerate([*names, "vanished"])]
 
     def _module(
         self,
@@ -325,22 +341,23 @@ class _Scaling:
             own = {i: power_of_two_scale(target, value) for i, value in zip(measured, cotangents, strict=True)}
             if with_gains:
                 own = {i: scale.clamp(1 / BOUND_WITH_GAINS, BOUND_WITH_GAINS) for i, scale in own.items()}
-            gain_of = {
-                i: power_of_two_scale(1.0, value).clamp(LEAST_GAIN, MOST_GAIN)
-                for i, value in zip(factors, operands, strict=False)
-            }
+            factor_of = dict(zip(factors, operands, strict=False))
+
+            def made_up(gain: Gain) -> Any:
+                if gain.factor < 0:
+                    return gain.number
+                factor = factor_of[gain.factor]
+                return power_of_two_scale(1.0, 1 / factor if gain.divides else factor).clamp(1.0, MOST_GAIN)
 
             def least(origins: Origins) -> torch.Tensor:
-                scales = [
-                    math.prod((gain_of.get(gain.factor, gain.number) for gain in gains), start=own[i])
-                    for i, gains in sorted(origins)
-                    if i in own
-                ] or [torch.ones_like(target)]
+                scales = [math.prod(map(made_up, gains), start=own[i]) for i, gains in sorted(origins) if i in own] or [
+                    torch.ones_like(target)
+                ]
                 return scales[0] if len(scales) == 1 else torch.stack(scales).amin()
 
             lost = [vanishing_entries(value * own[i]) for i, value in zip(measured, cotangents, strict=True)]
             shares = [least(whole) / least(term) for term, whole in plan.ratios]
-            taken = [gain_of[gain.factor] for gain in plan.gains]
+            taken = [made_up(gain) for gain in plan.gains]
             return [*map(least, wanted), *taken, *shares, sum(lost[1:], lost[0])]
 
         self.scales[key] = f"adjoint_scale_{len(self.scales)}"
@@ -350,15 +367,15 @@ class _Scaling:
         return self.scales[key]
 
     def _scaled(self, cotangent: fx.Node, scale: fx.Node) -> fx.Node:
-        scaled = self.graph.call_function(aten.mul.Tensor, (cotangent, scale))
-        scaled.meta |= {"val": graphs.value(cotangent), "scaled": True}
+        scaled = graphs.call(self.graph, f"{cotangent.name}_scaled", aten.mul.Tensor, cotangent, scale)
+        scaled.meta["val"] = graphs.value(cotangent)
         return scaled
 
     def _unscale(self, gradient: fx.Node, scale: fx.Node | None) -> None:
         if scale is None:  # it follows from no cotangent
             return
         with self.graph.inserting_after(gradient):
-            unscaled = self.graph.call_function(aten.div.Tensor, (gradient, scale))
+            unscaled = graphs.call(self.graph, f"{gradient.name}_unscaled", aten.div.Tensor, gradient, scale)
             unscaled.meta["val"] = graphs.value(gradient)
         gradient.replace_all_uses_with(unscaled, delete_user_cb=lambda user: user is not unscaled)
 
@@ -370,6 +387,6 @@ class _Scaling:
         total, *more = self.vanished
         with self.graph.inserting_before(output):
             for count in more:
-                total = self.graph.call_function(aten.add.Tensor, (total, count))
+                total = graphs.call(self.graph, "vanished", aten.add.Tensor, total, count)
         output.args = ((*output.args[0], total),)
         return self.adjoint

@@ -11,10 +11,10 @@ and states that are no wider than the storage dtype are stored as they are. Wher
 has a power-of-two scale of its own, which brings its largest entry to the upper end of the storage dtype's range.
 
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
-passes/count_underflow.py counts: it may underflow as well.
+passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
 
 Requires: a Loop with an adjoint.
-Ensures:  the step returns what the adjoint re-reads; the adjoint reads no carry by another way.
+Ensures:  each carry that the adjoint re-reads has a slot; the adjoint reads it from there alone.
 Error:    O(u) in the point at which each step is recomputed, u the unit roundoff of the storage dtype.
 Source:   arXiv 2510.23498.
 """
@@ -22,6 +22,7 @@ Source:   arXiv 2510.23498.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,8 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, operator_table, torch_private
-from rampde_fx.loop import Loop
+from rampde_fx.ir.ends import Adjoint, Operand, Saved, StateSlot, remaining
+from rampde_fx.ir.loops import KeptLoop, Loop, StoredLoop
 from rampde_fx.scales import power_of_two_scale
 
 CAST = torch.ops.aten._to_copy.default
@@ -39,22 +41,22 @@ COUNT = torch.ops.rampde_fx.count_underflow.default
 TARGETS = {torch.float16: 2.0**14, torch.float8_e4m3fn: 2.0**7}
 
 
-def store_states(loop: Loop) -> Loop:
+def store_states(loop: KeptLoop) -> StoredLoop:
     """Let the step return the carries that the adjoint reads, in their storage dtype, and widen them there."""
     if loop.adjoint is None:
-        return loop
-    storing = _Storing(loop)
-    for carry in find_stored(loop):
+        return loop.then(StoredLoop)
+    storing = _Storing(loop, loop.adjoint)
+    for carry in find_stored(loop, loop.adjoint):
         storing.store(carry)
     return storing.finished()
 
 
-def find_stored(loop: Loop) -> list[int]:
+def find_stored(loop: Loop, adjoint: Adjoint) -> list[int]:
     """The carries that the adjoint reads, and those from which several steps of these are recomputed."""
-    read = [index for kind, index in loop.adjoint_inputs if kind == "operand" and index < loop.carries]
+    read = [e.operand for e in adjoint.inputs if isinstance(e, Operand) and e.operand < loop.carries]
     if loop.segment() == 1:
         return read
-    nodes, nexts = graphs.placeholders(loop.step)[: loop.carries], graphs.results(loop.step)
+    nodes, nexts = loop.inputs().carries, loop.results().carries
     while True:
         needed = graphs.ancestors([nexts[carry] for carry in read])
         more = [carry for carry, node in enumerate(nodes) if node in needed and carry not in read]
@@ -69,50 +71,40 @@ def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
 
 
 class _Storing:
-    """The step and the adjoint while stored values are added to both."""
+    """The step and the adjoint while slots are added to both."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint)
-        self.states, self.reads = graphs.placeholders(self.step), graphs.placeholders(self.adjoint)
-        self.inputs = dict(zip(self.reads, loop.adjoint_inputs, strict=True))
-        self.stored = list(loop.stored)
+    def __init__(self, loop: KeptLoop, adjoint: Adjoint) -> None:
+        self.loop, self.before = loop, adjoint
+        self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(adjoint.module)
+        self.states = graphs.placeholders(self.step)
+        self.inputs = dict(zip(graphs.placeholders(self.adjoint), adjoint.inputs, strict=True))
+        self.slots = list(loop.slots)
         self.values: list[fx.Node] = []
-        self.wide: list[fx.Node] = []  # of each carry, what the adjoint reads
         self.low: list[fx.Node] = []  # the carries that are stored in float16 without a scale
 
     def store(self, carry: int) -> None:
-        """Store a carry."""
-        state = self.states[carry]
-        read = next((node for node, kind in self.inputs.items() if kind == ("operand", carry)), None)
-        read = read or self._placeholder(state.name, state)
-        value = graphs.value(state)
+        """Give a carry a slot, from which the adjoint reads it if it does."""
+        state, value = self.states[carry], graphs.value(self.states[carry])
         dtype = storage_dtype(value, self.loop.policy.storage_dtype)
-        self._take(read, carry)
         if dtype == value.dtype or value.numel() == 0:
-            self.values.append(state)
-            self.wide.append(read)
+            stored, load = [state], _load(lambda x: [x], [state])
         elif self.loop.policy.scales_storage and dtype in TARGETS:
-            self._store_scaled(state, read, carry, dtype)
+            stored, load = self._scaled(state, dtype)
         else:
             narrows = dtype is torch.float16  # what overflows is NaN: an infinity of the user's is one in float16, too
             self.low += [state] if narrows else []
-            self.values.append(self._at_end(NARROW if narrows else CAST, (state,), {"dtype": dtype}))
-            self._widen(read, dtype, CAST, (read,), {"dtype": value.dtype})
+            stored = [self._at_end(f"{state.name}_stored", NARROW if narrows else CAST, (state,), {"dtype": dtype})]
+            stored[0].meta["val"] = value.to(dtype)
+            load = _load(lambda x: [x.to(value.dtype)], stored)
+        read = next((node for node, entry in self.inputs.items() if entry == Operand(carry)), None)
+        if read is not None:
+            self._read_from(read, stored, load)
+        self.slots.append(StateSlot(carry, load))
+        self.values += stored
 
-    def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
-        with self.adjoint.graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
-            node = graphs.placeholder(self.adjoint.graph, name)
-        node.meta["val"] = graphs.value(like)
-        return node
-
-    def _take(self, read: fx.Node, carry: int) -> None:
-        """Let a placeholder of the adjoint be the next stored value, which belongs to a carry."""
-        self.inputs[read] = ("stored", len(self.stored))
-        self.stored.append(carry)
-
-    def _store_scaled(self, state: fx.Node, read: fx.Node, carry: int, dtype: torch.dtype) -> None:
-        own, number = graphs.value(state).dtype, len(self.stored) - 1
+    def _scaled(self, state: fx.Node, dtype: torch.dtype) -> tuple[list[fx.Node], fx.GraphModule]:
+        """A state with a scale of its own, as it is stored, and what loads it."""
+        own = graphs.value(state).dtype
         bits = torch.uint8 if dtype.itemsize == 1 else dtype  # few operations know float8: it travels as bytes
 
         def store(value: torch.Tensor) -> list[torch.Tensor]:
@@ -122,60 +114,82 @@ class _Storing:
         def load(value: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
             return [value.view(dtype).to(own) / scale]
 
-        stores = torch_private.trace(store, [graphs.value(state)])
-        self.step.add_submodule(f"store_{number}", stores)
-        call = self._at_end(f"store_{number}", (state,))
-        self.values += [self._at_end(operator.getitem, (call, i)) for i in range(2)]
-        narrow, own_scale = graphs.results(stores)
-        scale = self._placeholder(f"scale_{read.name}", own_scale)
-        loads = torch_private.trace(load, [graphs.value(narrow), graphs.value(scale)])
-        self.adjoint.add_submodule(f"load_{number}", loads)
-        self._take(scale, carry)
-        self._widen(read, bits, f"load_{number}", (read, scale))
-
-    def _at_end(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        name, stores = f"store_{len(self.slots)}", torch_private.trace(store, [graphs.value(state)])
+        self.step.add_submodule(name, stores)
         with self.step.graph.inserting_before(self.step.graph.output_node()):
-            return _call(self.step.graph, target, args, kwargs)
+            call = self.step.graph.call_module(name, (state,))
+        names = [f"{state.name}_stored", f"{state.name}_scale"]
+        stored = [self._at_end(part, operator.getitem, (call, i)) for i, part in enumerate(names)]
+        for item, result in zip(stored, graphs.results(stores), strict=True):
+            item.meta["val"] = graphs.value(result)
+        return stored, _load(load, stored)
 
-    def _widen(self, read: fx.Node, dtype: torch.dtype, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
-        """Let the placeholder of the adjoint have the storage dtype, and its readers read it widened."""
-        read.meta["val"] = graphs.value(read).to(dtype)
-        graph = self.adjoint.graph
-        with graph.inserting_after(graphs.placeholders(self.adjoint)[-1]):
-            wide = first = _call(graph, target, args, kwargs)
-        if isinstance(target, str):
-            with graph.inserting_after(first):
-                wide = graph.call_function(operator.getitem, (first, 0))
-        read.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not first)
-        self.wide.append(wide)
+    def _at_end(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        with self.step.graph.inserting_before(self.step.graph.output_node()):
+            return graphs.call(self.step.graph, name, target, *args, **(kwargs or {}))
 
-    def finished(self) -> Loop:
+    def _read_from(self, read: fx.Node, stored: list[fx.Node], load: fx.GraphModule) -> None:
+        """Let the adjoint take what is stored of a carry instead of the carry, and load it."""
+        graph, number = self.adjoint.graph, len(self.slots)
+        parts = [read]
+        for value in stored[1:]:
+            with graph.inserting_after(list(self.inputs)[-1]):
+                parts.append(graphs.placeholder(graph, f"scale_{read.name}"))
+            self.inputs[parts[-1]] = Saved(number, len(parts) - 1)
+            parts[-1].meta["val"] = graphs.value(value)
+        self.inputs[read] = Saved(number)
+        if graphs.body(load):
+            with graph.inserting_after(list(self.inputs)[-1]):
+                wide = first = self._loaded(parts, load, number)
+            if first.op == "call_module":
+                with graph.inserting_after(first):
+                    wide = graphs.item(graph, f"{read.name}_wide", first, 0)
+            read.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not first)
+        read.meta["val"] = graphs.value(stored[0])
+
+    def _loaded(self, parts: list[fx.Node], load: fx.GraphModule, number: int) -> fx.Node:
+        """A call of the load, or the one operation that it is."""
+        if len(graphs.body(load)) > 1:
+            self.adjoint.add_submodule(f"load_{number}", load)
+            return self.adjoint.graph.call_module(f"load_{number}", tuple(parts))
+        (node,) = graphs.body(load)
+        args = fx.map_arg(node.args, dict(zip(graphs.placeholders(load), parts, strict=True)).__getitem__)
+        return graphs.call(self.adjoint.graph, f"{parts[0].name}_wide", node.target, *args, **node.kwargs)
+
+    def finished(self) -> StoredLoop:
         """The loop that stores."""
         output = self.step.graph.output_node()
         outputs = list(output.args[0])
         uncounted = [state for state in self.low if not _is_counted(state)]
-        if self.loop.counted and uncounted:  # read by wide operations alone, and yet rounded for the backward
-            last = len(outputs) - len(self.loop.stored) - 1
-            more = self._at_end(COUNT, (uncounted,))
-            outputs[last] = self._at_end(torch.ops.aten.add.Tensor, (outputs[last], more))
+        if uncounted:  # read by wide operations alone, and yet rounded for the backward
+            place = len(outputs) - self.loop.tail()[0]
+            more = self._at_end("underflow", COUNT, (uncounted,))
+            if self.loop.counted:
+                both = (outputs[place - 1], more)
+                outputs[place - 1] = self._at_end("underflow", torch.ops.aten.add.Tensor, both)
+            else:
+                outputs.insert(place, more)
         output.args = ((*outputs, *self.values),)
-        kept = len(self.loop.stored)
-        places = {p: node for node, (kind, p) in self.inputs.items() if kind == "stored" and p >= kept}
-        taken = [places[p] for p in sorted(places)]  # the order of loop.stored, in which the load is fed
-        load = graphs.refresh(graphs.part(self.adjoint, taken, self.wide))
-        adjoint = graphs.refresh(self.adjoint)
-        for node in [node for node in taken if not node.users]:  # read by the recomputation alone
-            adjoint.graph.erase_node(node)
-            del self.inputs[node]
-        adjoint.recompile()
-        return replace(
-            self.loop,
+        adjoint = replace(
+            self.before,
+            module=graphs.refresh(self.adjoint),
+            inputs=tuple(self.inputs.values()),
+            evaluations=remaining(self.before.evaluations, self.adjoint),
+        )
+        return self.loop.then(
+            StoredLoop,
             step=graphs.refresh(self.step),
             adjoint=adjoint,
-            adjoint_inputs=tuple(self.inputs.values()),
-            stored=tuple(self.stored),
-            load=load,
+            slots=tuple(self.slots),
+            counted=self.loop.counted or bool(uncounted),
         )
+
+
+def _load(function: Callable[..., list[torch.Tensor]], stored: list[fx.Node]) -> fx.GraphModule:
+    """What maps stored values to a state, as a module of its own."""
+    names = ["stored", "scale"][: len(stored)]
+    traced = torch_private.trace(function, [graphs.value(node) for node in stored])
+    return graphs.refresh(graphs.named(traced, names))
 
 
 def _is_counted(state: fx.Node) -> bool:
@@ -185,9 +199,3 @@ def _is_counted(state: fx.Node) -> bool:
         or ((graphs.is_view(user) or operator_table.name_of(user.target) in operator_table.MOVES) and _is_counted(user))
         for user in state.users
     )
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> fx.Node:
-    call = graph.call_module if isinstance(target, str) else graph.call_function
-    node: fx.Node = call(target, args, kwargs)
-    return node

@@ -14,7 +14,6 @@ Ensures:  of a loop that is monitored the adjoint has one more result, float32 (
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,40 +21,44 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import WATCHED, Loop
+from rampde_fx.ir.ends import Evaluation, Statistics, cotangents_of
+from rampde_fx.ir.loops import ScaledLoop, WatchedLoop
 from rampde_fx.scales import are_finite
 
 aten = torch.ops.aten
 
 
-def watch_adjoint(loop: Loop) -> Loop:
+def watch_adjoint(loop: ScaledLoop) -> WatchedLoop:
     """Return the statistics of every VJP, if a monitor is open."""
     if loop.adjoint is None or not loop.monitored:
-        return loop
-    adjoint = graphs.copied(loop.adjoint)
-    calls = [node for node in adjoint.graph.nodes if node.op == "call_module" and _measured(node)]
-    if not calls:
-        return loop
+        return loop.then(WatchedLoop)
+    adjoint = replace(loop.adjoint, module=graphs.copied(loop.adjoint.module))
+    measured = [(e, call) for e, call in adjoint.pullbacks() if _measured(e, call)]
+    if not measured:
+        return loop.then(WatchedLoop)
     known: dict[str, str] = {}
-    rows = [_watched(adjoint, call, loop.policy.velocity, known) for call in reversed(calls)]
-    output = adjoint.graph.output_node()
-    with adjoint.graph.inserting_before(output):
-        table = adjoint.graph.call_function(aten.stack.default, (rows,))
+    module = adjoint.module
+    rows = [_watched(module, evaluation, call, loop.policy.velocity, known) for evaluation, call in measured]
+    output = module.graph.output_node()
+    with module.graph.inserting_before(output):
+        table = module.graph.call_function(aten.stack.default, (rows,))
     output.args = ((*output.args[0], table),)
-    return replace(loop, adjoint=graphs.refresh(adjoint), adjoint_results=(*loop.adjoint_results, WATCHED))
+    watched = replace(adjoint, module=graphs.refresh(module), results=(*adjoint.results, Statistics()))
+    return loop.then(WatchedLoop, adjoint=watched)
 
 
-def _measured(call: fx.Node) -> list[fx.Node]:
-    """The cotangents of a VJP that have entries; none for any other call."""
-    count = call.meta.get("cotangents", 0)
-    return [node for node in call.args[len(call.args) - count :] if graphs.value(node).numel() != 0]
+def _measured(evaluation: Evaluation, call: fx.Node) -> list[fx.Node]:
+    """The cotangents of a VJP that have entries."""
+    return [node for node in cotangents_of(evaluation, call) if graphs.value(node).numel() != 0]
 
 
-def _watched(adjoint: fx.GraphModule, call: fx.Node, low: torch.dtype, known: dict[str, str]) -> fx.Node:
+def _watched(
+    adjoint: fx.GraphModule, evaluation: Evaluation, call: fx.Node, low: torch.dtype, known: dict[str, str]
+) -> fx.Node:
     """The statistics of one VJP, float32 (5,)."""
-    measured = _measured(call)
-    scales = [node.args[1] for node in measured if "scaled" in node.meta]
-    cotangents = [node.args[0] if "scaled" in node.meta else node for node in measured]
+    measured = _measured(evaluation, call)
+    scales = [node.args[1] for node in measured if evaluation.scaled]
+    cotangents = [node.args[0] if evaluation.scaled else node for node in measured]
     gradients = [item for item in call.users if graphs.is_differentiable(item)]
     operands = [*scales, *cotangents, *gradients]
     name = _module(adjoint, operands, (len(scales), len(cotangents)), low, known)
@@ -63,7 +66,7 @@ def _watched(adjoint: fx.GraphModule, call: fx.Node, low: torch.dtype, known: di
     with adjoint.graph.inserting_after(last):
         made = adjoint.graph.call_module(name, tuple(operands))
     with adjoint.graph.inserting_after(made):
-        return adjoint.graph.call_function(operator.getitem, (made, 0))
+        return graphs.item(adjoint.graph, "statistics", made, 0)
 
 
 def _module(

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, operator_table
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import DifferentiatedLoop, SummedLoop
 
 aten = torch.ops.aten
 CAST = aten._to_copy.default
@@ -40,12 +40,12 @@ HALF = (torch.float16, torch.bfloat16)
 WIDE = {"dtype": torch.float32}
 
 
-def widen_gradients(loop: Loop) -> Loop:
+def widen_gradients(loop: DifferentiatedLoop) -> SummedLoop:
     """Widen the sums of every pullback of the adjoint."""
     if loop.adjoint is None or loop.policy.velocity not in HALF:
-        return loop
-    adjoint = graphs.copied(loop.adjoint)
-    pullbacks = {node.target for node in graphs.body(adjoint) if node.meta.get("cotangents")}
+        return loop.then(SummedLoop)
+    adjoint = graphs.copied(loop.adjoint.module)
+    pullbacks = {str(call.target) for _, call in loop.adjoint.pullbacks()}
     for name in pullbacks:
         module = adjoint.get_submodule(name)
         if find_low_accumulations(module):
@@ -54,7 +54,7 @@ def widen_gradients(loop: Loop) -> Loop:
         found = find_sums(module)
         if found:
             adjoint.add_submodule(name, widened(module, found))
-    return replace(loop, adjoint=graphs.refresh(adjoint))
+    return loop.then(SummedLoop, adjoint=replace(loop.adjoint, module=graphs.refresh(adjoint)))
 
 
 def find_low_accumulations(module: fx.GraphModule) -> list[fx.Node]:

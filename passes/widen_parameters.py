@@ -15,30 +15,29 @@ Source:   arXiv 2510.23498 accumulates gradients in high precision.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import fx
 
 from rampde_fx import graphs
-from rampde_fx.loop import Loop
+from rampde_fx.ir.loops import HoistedLoop, Loop, WidenedLoop
 
 CAST = torch.ops.aten._to_copy.default
 
 
-def widen_parameters(loop: Loop) -> Loop:
+def widen_parameters(loop: HoistedLoop) -> WidenedLoop:
     """Cast narrow inputs with a gradient up before they enter the step, and down again inside."""
     narrow = find_narrow(loop)
     if not narrow:
-        return loop
+        return loop.then(WidenedLoop)
     step = graphs.copied(loop.step)
     inputs, dtype = graphs.placeholders(step), accumulation_dtype(loop)
+    first = loop.carries + loop.per_step
     for i in narrow:
         own = graphs.value(inputs[i]).dtype
         readers = list(inputs[i].users)
         with step.graph.inserting_after(inputs[-1]):
             last = wide = inputs[i]
-            if i < loop.first_invariant():
+            if i < first:
                 last = wide = step.graph.call_function(CAST, (inputs[i],), {"dtype": dtype})
         with step.graph.inserting_after(inputs[-1] if wide.op == "placeholder" else last):
             again = step.graph.call_function(CAST, (wide,), {"dtype": own})
@@ -46,9 +45,8 @@ def widen_parameters(loop: Loop) -> Loop:
             reader.replace_input_with(inputs[i], again)
         if wide.op == "placeholder":
             wide.meta["val"] = graphs.value(wide).to(dtype)
-    first = loop.first_invariant()
     preamble = _widening(loop, [i - first for i in narrow if i >= first], dtype)
-    return replace(loop, step=graphs.refresh(step), preamble=preamble)
+    return loop.then(WidenedLoop, step=graphs.refresh(step), preamble=preamble)
 
 
 def find_narrow(loop: Loop) -> list[int]:
@@ -63,12 +61,12 @@ def find_narrow(loop: Loop) -> list[int]:
 
 def accumulation_dtype(loop: Loop) -> torch.dtype:
     """The widest dtype of the states' numbers."""
-    states = (graphs.value(node) for node in graphs.placeholders(loop.step)[: loop.carries])
+    states = (graphs.value(node) for node in loop.inputs().carries)
     dtypes = [state.dtype.to_real() for state in states if graphs.has_derivatives(state.dtype)]
     return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
-def _widening(loop: Loop, narrow: list[int], dtype: torch.dtype) -> fx.GraphModule | None:
+def _widening(loop: HoistedLoop, narrow: list[int], dtype: torch.dtype) -> fx.GraphModule | None:
     """The preamble, with some of its results in a wider dtype."""
     if not narrow:
         return loop.preamble
@@ -83,5 +81,5 @@ def _widening(loop: Loop, narrow: list[int], dtype: torch.dtype) -> fx.GraphModu
 
 
 def _identity(loop: Loop) -> fx.GraphModule:
-    invariants = graphs.placeholders(loop.step)[loop.first_invariant() :]
+    invariants = loop.inputs().invariants
     return graphs.extract(loop.step, [], invariants, invariants)

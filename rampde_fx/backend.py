@@ -12,7 +12,8 @@ from torch import fx
 
 from rampde_fx import cpu_products, graphs, pass_log, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
-from rampde_fx.loop import Loop, LoopNode, MarkedLoop
+from rampde_fx.ir.captured import MarkedLoop
+from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
 from rampde_fx.loop_verifier import verify
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.check_repetition import check_repetition
@@ -41,20 +42,20 @@ from rampde_fx.passes.widen_parameters import widen_parameters
 from rampde_fx.verification import Verification, on_first_call
 
 COMPILERS = ("inductor", "aot_eager", "eager")
-# From one rolled loop to a loop that can be emitted. The order is part of the method.
-STEP_PASSES: tuple[Callable[[Loop], Loop], ...] = (
-    hoist_invariants,
-    widen_parameters,
-    partition_velocity,
-    lower_velocity,
-    count_underflow,
-    generate_adjoint,
-    widen_gradients,
-    scale_adjoint,
-    watch_adjoint,
-    keep_activations,
-    store_states,
-    compensate_sums,
+# From one rolled loop to a loop that can be emitted. The order is part of the method, and of the passes' types.
+STEP_PASSES: Pipeline[Loop, CompensatedLoop] = (
+    Pipeline.of(hoist_invariants)
+    .then(widen_parameters)
+    .then(partition_velocity)
+    .then(lower_velocity)
+    .then(count_underflow)
+    .then(generate_adjoint)
+    .then(widen_gradients)
+    .then(scale_adjoint)
+    .then(watch_adjoint)
+    .then(keep_activations)
+    .then(store_states)
+    .then(compensate_sums)
 )
 
 
@@ -117,6 +118,7 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         for step_pass in STEP_PASSES:
             loop = _passed(step_pass, loop)
             watch(number, step_pass.__name__, loop)
+        assert isinstance(loop, CompensatedLoop), "behind all passes"
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
         loops[-1] = loop
@@ -201,7 +203,8 @@ def rampde_fx(
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
     except RampdeError as error:
         return raising(error)
-    for loop in loops:
+    emitted = [loop for loop in loops if isinstance(loop, CompensatedLoop)]
+    for loop in emitted:
         if loop.stays_wide and loop.controller is None:
             unrewritten.loop_stays_wide(loop.where, loop.policy.velocity)
     if not loops:  # as torch compiles it: our settings are for our loops
@@ -210,8 +213,8 @@ def rampde_fx(
         compiled = torch_private.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayed
         )
-    if any(loop.adjoint for loop in loops):
-        compiled = _refusing_second_derivatives(compiled, loops)
+    if differentiated := [loop for loop in emitted if loop.adjoint is not None]:
+        compiled = _refusing_second_derivatives(compiled, differentiated[0].where)
     return compiled if verification is None else on_first_call(compiled, verification)
 
 
@@ -235,9 +238,7 @@ def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
     return False
 
 
-def _refusing_second_derivatives(compiled: Callable[..., Any], loops: list[Loop]) -> Callable[..., Any]:
-    where = next(loop.where for loop in loops if loop.adjoint is not None)
-
+def _refusing_second_derivatives(compiled: Callable[..., Any], where: str) -> Callable[..., Any]:
     def check(_: Any) -> None:
         if torch.is_grad_enabled():
             raise SecondDerivativeError(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from rampde_fx import graphs, operators, torch_private, unrewritten
 from rampde_fx.errors import CheckError, RampdeError, raising
-from rampde_fx.loop import STEP
+from rampde_fx.ir.captured import STEP
 from rampde_fx.marking import is_time_grid
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.widening import AsWritten, Twins, copies

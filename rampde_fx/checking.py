@@ -33,7 +33,8 @@ from rampde_fx.comparison import (
     relative_error,
 )
 from rampde_fx.errors import CheckError, PolicyError, RampdeError, RewriteMismatchError
-from rampde_fx.loop import STEP, LoopNode
+from rampde_fx.ir.captured import STEP
+from rampde_fx.ir.loops import LoopNode
 from rampde_fx.monitoring import monitor
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.widening import AsWritten, Twins, copies, default_dtype

@@ -209,8 +209,8 @@ def _read_arrived(*, wait: bool = False) -> None:
                 loop,
                 f"{underflowed:,} of {entries:,} entries of the states and parameters that enter the velocity of the "
                 f"rampde_fx loop at {loop}, or are stored for its backward, lie below 2^-17, where float16 keeps few "
-                f"digits or none, and {subnormal:,} tensors lie below 2^-14 as a whole; scale them, or use "
-                "dtype=torch.bfloat16",
+                f"digits or none, and {subnormal:,} tensors lie below 2^-14 as a whole; scale them, or take "
+                "bfloat16 for the velocity and the storage",
             )
 
 

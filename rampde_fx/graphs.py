@@ -30,6 +30,17 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
+def call(graph: fx.Graph, name: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call of a function, where the graph inserts, of this name or, where that is taken, of the next free one."""
+    node: fx.Node = graph.create_node("call_function", target, args, kwargs, name)
+    return node
+
+
+def item(graph: fx.Graph, name: str, of: fx.Node, index: int) -> fx.Node:
+    """A new node, named likewise, for one of the results of another one."""
+    return call(graph, name, operator.getitem, of, index)
+
+
 def results(graph_module: fx.GraphModule) -> list[Any]:
     """What the module returns, flat: nodes, constants or None."""
     (output,) = graph_module.graph.find_nodes(op="output")

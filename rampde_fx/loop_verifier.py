@@ -15,10 +15,22 @@ from torch import fx
 
 from rampde_fx import graphs
 from rampde_fx.errors import RewriteError
-from rampde_fx.loop import VANISHED, WATCHED, Loop
+from rampde_fx.ir.ends import (
+    ActivationSlot,
+    Adjoint,
+    Cotangent,
+    Gradient,
+    Operand,
+    Saved,
+    Slot,
+    StateSlot,
+    Target,
+    Total,
+    places,
+)
+from rampde_fx.ir.loops import CompensatedLoop, CountedLoop, DifferentiatedLoop, HoistedLoop, KeptLoop, Loop
 
 ROLES = {"state", "time", "velocity"}
-KINDS = {"cotangent", "total", "operand", "stored", "target"}
 
 
 def verify(loop: Loop, after: str) -> None:
@@ -42,19 +54,31 @@ def verify(loop: Loop, after: str) -> None:
 
 def faults(loop: Loop) -> Iterator[str]:
     """What is wrong with a loop, one sentence each."""
-    parts = {"step": loop.step, "plain step": loop.plain, "adjoint": loop.adjoint}
-    parts |= {"preamble": loop.preamble, "load": loop.load}
-    broken = [fault for name, part in parts.items() if part is not None for fault in _of_graph(name, part)]
+    parts = {"step": loop.step, "plain step": loop.plain}
+    adjoint = loop.adjoint if isinstance(loop, DifferentiatedLoop) else None
+    slots = loop.slots if isinstance(loop, KeptLoop) else ()
+    if adjoint is not None:
+        parts["adjoint"] = adjoint.module
+    if isinstance(loop, HoistedLoop) and loop.preamble is not None:
+        parts["preamble"] = loop.preamble
+    parts |= {f"load of slot {i}": slot.load for i, slot in enumerate(slots) if isinstance(slot, StateSlot)}
+    broken = [fault for name, part in parts.items() for fault in _of_graph(name, part)]
     yield from broken
     if broken:  # what follows reads the graphs
         return
-    counted = list(_of_counts(loop))
+    counted = [*_of_counts(loop), *(_of_adjoint_counts(adjoint) if adjoint is not None else ())]
     yield from counted
-    if not counted:
-        yield from _of_carries(loop)
-        yield from _of_roles(loop)
-        yield from _of_stored(loop)
-        yield from _of_adjoint(loop)
+    if counted:
+        return
+    corrected = loop.corrections if isinstance(loop, CompensatedLoop) else ()
+    yield from _returned("step", loop.step, loop.carries, corrected)
+    yield from _of_roles(loop)
+    if isinstance(loop, KeptLoop):
+        yield from _of_slots(loop)
+    if adjoint is not None:
+        yield from _returned("adjoint", adjoint.module, adjoint.carries, adjoint.corrections)
+        yield from _of_adjoint(loop, adjoint, slots)
+        yield from _of_evaluations(loop, adjoint)
 
 
 def _of_graph(name: str, module: fx.GraphModule) -> Iterator[str]:
@@ -96,43 +120,39 @@ def _of_call(name: str, module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
 
 def _of_counts(loop: Loop) -> Iterator[str]:
     inputs, results = graphs.placeholders(loop.step), graphs.results(loop.step)
-    wanted = len(loop.needs_grad) + len(loop.corrections)
-    if len(inputs) != wanted:
-        yield f"the step has {len(inputs)} placeholders, and needs_grad and the corrections say {wanted}"
-    if not 0 < loop.carries <= loop.first_invariant() <= len(loop.needs_grad):
-        yield f"{loop.carries} carries and {loop.per_step} per-step inputs do not fit {len(loop.needs_grad)} inputs"
-    least = loop.carries + len(loop.stored) + len(loop.corrections) + loop.counted
+    (stored, corrections), wanted = loop.tail(), len(loop.needs_grad)
+    if len(inputs) != wanted + corrections:
+        yield f"the step has {len(inputs)} placeholders, and needs_grad and the corrections say {wanted + corrections}"
+    if not 0 < loop.carries <= loop.carries + loop.per_step <= wanted:
+        yield f"{loop.carries} carries and {loop.per_step} per-step inputs do not fit {wanted} inputs"
+    counted = isinstance(loop, CountedLoop) and loop.counted
+    least = loop.carries + stored + corrections + counted
     if len(results) < least:
         yield f"the step returns {len(results)} values, and at least {least} are said"
     if (count := len(graphs.placeholders(loop.plain))) != len(loop.plain_needs_grad):
         yield f"the plain step has {count} placeholders, not {len(loop.plain_needs_grad)}"
-    for name, carries, corrections in (
-        ("step", loop.carries, loop.corrections),
-        ("adjoint", loop.adjoint_carries, loop.adjoint_corrections),
-    ):
-        if len(set(corrections)) != len(corrections) or not all(0 <= i < carries for i in corrections):
-            yield f"the corrections of the {name} belong to the carries {corrections} of {carries}"
-    if (loop.adjoint is None) != (not loop.adjoint_inputs and not loop.adjoint_results):
-        yield "an adjoint and its inputs and results are there together or not at all"
-    if loop.adjoint is None:
-        return
-    inputs, results = graphs.placeholders(loop.adjoint), graphs.results(loop.adjoint)
-    extra = len(loop.adjoint_corrections)
-    if len(inputs) != len(loop.adjoint_inputs) + extra:
-        yield f"the adjoint has {len(inputs)} placeholders, and {len(loop.adjoint_inputs)} inputs are named"
-    if len(results) != len(loop.adjoint_results) + extra:
-        yield f"the adjoint returns {len(results)} values, and {len(loop.adjoint_results)} results are named"
-    if loop.adjoint_carries > min(len(loop.adjoint_inputs), len(loop.adjoint_results)):
-        yield f"{loop.adjoint_carries} carries do not fit the adjoint"
-    for what, found in (("inputs", loop.adjoint_inputs), ("results", loop.adjoint_results)):
+    if isinstance(loop, CompensatedLoop):
+        yield from _of_corrections("step", loop.carries, loop.corrections)
+
+
+def _of_corrections(name: str, carries: int, corrections: Sequence[int]) -> Iterator[str]:
+    if len(set(corrections)) != len(corrections) or not all(0 <= i < carries for i in corrections):
+        yield f"the corrections of the {name} belong to the carries {corrections} of {carries}"
+
+
+def _of_adjoint_counts(adjoint: Adjoint) -> Iterator[str]:
+    inputs, results = graphs.placeholders(adjoint.module), graphs.results(adjoint.module)
+    extra = len(adjoint.corrections)
+    if len(inputs) != len(adjoint.inputs) + extra:
+        yield f"the adjoint has {len(inputs)} placeholders, and {len(adjoint.inputs)} inputs are named"
+    if len(results) != len(adjoint.results) + extra:
+        yield f"the adjoint returns {len(results)} values, and {len(adjoint.results)} results are named"
+    if adjoint.carries > min(len(adjoint.inputs), len(adjoint.results)):
+        yield f"{adjoint.carries} carries do not fit the adjoint"
+    yield from _of_corrections("adjoint", adjoint.carries, adjoint.corrections)
+    for what, found in (("inputs", adjoint.inputs), ("results", adjoint.results)):
         if len(set(found)) != len(found):
             yield f"the {what} of the adjoint repeat"
-
-
-def _of_carries(loop: Loop) -> Iterator[str]:
-    yield from _returned("step", loop.step, loop.carries, loop.corrections)
-    if loop.adjoint is not None:
-        yield from _returned("adjoint", loop.adjoint, loop.adjoint_carries, loop.adjoint_corrections)
 
 
 def _returned(name: str, module: fx.GraphModule, carries: int, corrections: Sequence[int]) -> Iterator[str]:
@@ -154,54 +174,79 @@ def _of_roles(loop: Loop) -> Iterator[str]:
         yield f"the roles of {', '.join(wrong)} are none"
 
 
-def _of_stored(loop: Loop) -> Iterator[str]:
-    if wrong := [carry for carry in loop.stored if carry is not None and not 0 <= carry < loop.carries]:
-        yield f"the stored values belong to the carries {wrong} of {loop.carries}"
+def _of_slots(loop: KeptLoop) -> Iterator[str]:
+    """A slot is of a carry or of an evaluation, and gives what it is of."""
+    carries = [slot.carry for slot in loop.slots if isinstance(slot, StateSlot)]
+    if wrong := [carry for carry in carries if not 0 <= carry < loop.carries]:
+        yield f"the slots belong to the carries {wrong} of {loop.carries}"
         return
-    if lost := [i for i, value in enumerate(loop.step_outputs()[1]) if not isinstance(value, fx.Node)]:
+    if len(set(carries)) != len(carries):
+        yield f"the carries {carries} have several slots"
+    stored, calls = loop.results().stored, {node.name for node in loop.step.graph.find_nodes(op="call_module")}
+    if lost := [i for i, value in enumerate(stored) if not isinstance(value, fx.Node)]:
         yield f"the stored values {lost} are lost"
         return
-    if loop.load is None:
-        return
-    known = [carry for carry in loop.stored if carry is not None]
-    taken, given = graphs.placeholders(loop.load), graphs.results(loop.load)
-    states = list(dict.fromkeys(known))
-    if len(taken) != len(known) or len(given) != len(states):
-        yield f"the load takes {len(taken)} of {len(known)} values and gives {len(given)} of {len(states)} states"
-        return
-    values = [value for value, carry in zip(loop.step_outputs()[1], loop.stored, strict=True) if carry is not None]
-    inputs = graphs.placeholders(loop.step)
-    for entry, value in zip(taken, values, strict=True):
-        if text := _unlike(entry, value):
-            yield f"the load takes {entry.name} as {text}"
-    for state, carry in zip(given, states, strict=True):
-        if isinstance(state, fx.Node) and (text := _unlike(inputs[carry], state)):
-            yield f"the load gives {inputs[carry].name} as {text}"
-
-
-def _of_adjoint(loop: Loop) -> Iterator[str]:
-    if loop.adjoint is None:
-        return
-    inputs, results = graphs.placeholders(loop.step), graphs.results(loop.step)
-    stored = loop.step_outputs()[1]
-    sides: dict[str, Sequence[Any]] = {"cotangent": results, "total": inputs, "operand": inputs, "stored": stored}
-    for entry, (kind, index) in zip(graphs.placeholders(loop.adjoint), loop.adjoint_inputs, strict=False):
-        if kind not in KINDS or (kind in sides and not 0 <= index < len(sides[kind])):
-            yield f"the adjoint reads {kind} {index}, which is none"
-        elif kind in sides and isinstance(sides[kind][index], fx.Node) and (text := _unlike(entry, sides[kind][index])):
-            yield f"the adjoint reads {kind} {index} as {text}"
-    last = len(loop.needs_grad)
-    for result, i in zip(graphs.results(loop.adjoint), loop.adjoint_results, strict=False):
-        if i in (WATCHED, VANISHED):
+    values = dict(zip(places(loop.slots), stored, strict=True))
+    for i, slot in enumerate(loop.slots):
+        if isinstance(slot, ActivationSlot):
+            if slot.evaluation not in calls:
+                yield f"slot {i} is of the evaluation {slot.evaluation}, which is none"
             continue
-        if not 0 <= i < last:
-            yield f"the adjoint returns the gradient of input {i} of {last}"
-        elif isinstance(result, fx.Node) and _shape(result) != _shape(inputs[i]):
-            yield f"the gradient of {inputs[i].name} has another shape than it"
-    carried = zip(loop.adjoint_inputs[: loop.adjoint_carries], loop.adjoint_results, strict=False)
-    for (kind, index), i in carried:
-        if kind not in ("cotangent", "total") or index != i:
-            yield f"the adjoint carries {kind} {index} as the gradient of input {i}"
+        for part, entry in enumerate(graphs.placeholders(slot.load)):
+            if text := _unlike(entry, values[Saved(i, part)]):
+                yield f"the load of slot {i} takes {entry.name} as {text}"
+        state, given = loop.inputs().carries[slot.carry], graphs.results(slot.load)
+        if len(given) != 1:
+            yield f"the load of slot {i} gives {len(given)} values"
+        elif text := _unlike(state, given[0]):
+            yield f"the load of slot {i} gives {state.name} as {text}"
+
+
+def _of_adjoint(loop: Loop, adjoint: Adjoint, slots: Sequence[Slot]) -> Iterator[str]:
+    inputs, results = graphs.placeholders(loop.step)[: len(loop.needs_grad)], graphs.results(loop.step)
+    saved = dict(zip(places(slots), loop.results().stored, strict=True))
+    for entry, node in adjoint.nodes().items():
+        match entry:
+            case Cotangent(j) if 0 <= j < len(results):
+                same = results[j]
+            case Total(i) | Operand(i) if 0 <= i < len(inputs):
+                same = inputs[i]
+            case Saved() if entry in saved:
+                same = saved[entry]
+            case Target():
+                continue
+            case _:
+                yield f"the adjoint reads {entry}, which is none"
+                continue
+        if isinstance(same, fx.Node) and (text := _unlike(node, same)):
+            yield f"the adjoint reads {entry} as {text}"
+    for found, result in zip(adjoint.results, graphs.results(adjoint.module), strict=False):
+        if not isinstance(found, Gradient):
+            continue
+        if not 0 <= found.operand < len(inputs):
+            yield f"the adjoint returns {found} of {len(inputs)} inputs"
+        elif isinstance(result, fx.Node) and _shape(result) != _shape(inputs[found.operand]):
+            yield f"the gradient of {inputs[found.operand].name} has another shape than it"
+    for taken, given in zip(adjoint.inputs[: adjoint.carries], adjoint.results, strict=False):
+        match taken, given:
+            case ((Cotangent(i) | Total(i)), Gradient(j)) if i == j:
+                pass
+            case _:
+                yield f"the adjoint carries {taken} as {given}"
+
+
+def _of_evaluations(loop: Loop, adjoint: Adjoint) -> Iterator[str]:
+    """The calls of an evaluation are there, and a pullback has its cotangents."""
+    in_step = {node.name for node in loop.step.graph.find_nodes(op="call_module")}
+    calls = {node.name: node for node in adjoint.module.graph.find_nodes(op="call_module")}
+    for evaluation in adjoint.evaluations:
+        named = [name for name in (evaluation.forward, evaluation.pullback) if name is not None]
+        if lost := [name for name in named if name not in calls]:
+            yield f"the adjoint calls no {', '.join(lost)}"
+        elif evaluation.step_call not in in_step:
+            yield f"the step calls no {evaluation.step_call}"
+        elif evaluation.pullback is not None and not 0 < evaluation.cotangents <= len(calls[evaluation.pullback].args):
+            yield f"{evaluation.pullback} of the adjoint has no {evaluation.cotangents} cotangents"
 
 
 def _unlike(wanted: fx.Node, found: fx.Node) -> str:

@@ -115,6 +115,13 @@ LINEAR_IN = {
 SUMMAND_FIRST = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
 COMMUTATIVE = {"mul", "add"}
 ENTRYWISE_PRODUCTS = {"mul", "div"}
+# Their first result is multiplied by the argument at this position.
+WEIGHTS_A_GRADIENT = {
+    "native_layer_norm_backward": 5,
+    "native_group_norm_backward": 4,
+    "native_batch_norm_backward": 2,
+    "cudnn_batch_norm_backward": 2,
+}
 # Their results are not all numbers: a NaN shows in the others, or in the truth value itself.
 SHOWS_NAN = {
     "isnan",

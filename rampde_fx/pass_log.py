@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from torch import fx
 
-from rampde_fx import torch_private
-from rampde_fx.loop import Loop
+from rampde_fx import graphs, torch_private
+from rampde_fx.ir.ends import StateSlot
+from rampde_fx.ir.loops import DifferentiatedLoop, HoistedLoop, KeptLoop, Loop
 
 # Takes the number of a loop in its captured graph, the name of a pass, and the loop after this pass.
 Watcher = Callable[[int, str, Loop], None]
@@ -30,8 +31,14 @@ def tell(number: int, pass_name: str, loop: Loop) -> None:
 
 def parts(loop: Loop) -> dict[str, fx.GraphModule]:
     """The graphs of a loop by name: its step and, as far as there are any, what stands beside it."""
-    graphs = {"preamble": loop.preamble, "step": loop.step, "adjoint": loop.adjoint, "load": loop.load}
-    return {part: graph_module for part, graph_module in graphs.items() if graph_module is not None}
+    found = {"step": loop.step}
+    if isinstance(loop, HoistedLoop) and loop.preamble is not None:
+        found = {"preamble": loop.preamble, **found}
+    if isinstance(loop, DifferentiatedLoop) and loop.adjoint is not None:
+        found["adjoint"] = loop.adjoint.module
+    slots = loop.slots if isinstance(loop, KeptLoop) else ()
+    states = [slot for slot in slots if isinstance(slot, StateSlot)]
+    return found | {f"load of {graphs.placeholders(loop.step)[slot.carry].name}": slot.load for slot in states}
 
 
 def code(loop: Loop) -> str:

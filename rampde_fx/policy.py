@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rampde_fx.errors import PolicyError, refuse
+from rampde_fx.schedules import Schedule, schedule_of
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -148,6 +149,11 @@ class PrecisionPolicy:
         if self.scaling == "dynamic" or (self.scaling is None and self.velocity is torch.float16):
             return AdjointScaling()
         return None
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the forward stores and the backward recomputes."""
+        return schedule_of(self.checkpoint)
 
     def unrolls(self, steps: int | torch.SymInt) -> bool:
         """Whether a loop of this many equal steps is emitted step by step rather than as a scan."""

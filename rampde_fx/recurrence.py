@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from rampde_fx import graphs, operators, torch_private
-from rampde_fx.loop import Loop
+from rampde_fx.ir.ends import Inputs, Results
+from rampde_fx.ir.loops import HoistedLoop
 from rampde_fx.torch_private import scan_op, while_loop_op
 
 aten = torch.ops.aten
@@ -20,35 +21,28 @@ class Body:
     """A step or an adjoint as the body of a loop: flat, with what depends on invariants alone split off.
 
     Args:
-        graph_module: Maps (carries, per-step inputs, invariants, corrections) to (next carries, per-step outputs,
-            next corrections).
-        order: The placeholders of carries, per-step inputs and invariants, by position, in this order.
-        first_invariant: How many of these vary from one evaluation to the next.
-        carries: How many of these are carries.
-        corrections: The carries that have a correction.
+        graph_module: The step or the adjoint.
+        inputs: What it takes, placeholders of it.
+        results: What it is to give, nodes of it.
+        corrected: The carries that have a correction, by number.
     """
 
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        order: Sequence[int],
-        first_invariant: int,
-        carries: int,
-        corrections: Sequence[int] = (),
+        inputs: Inputs[fx.Node],
+        results: Results[Any],
+        corrected: Sequence[int] = (),
     ) -> None:
-        self.carries, self.corrections = carries, corrections
-        extra = len(corrections)
-        nodes, results = graphs.placeholders(graph_module), graphs.results(graph_module)
-        own, corrected = len(results) - extra, nodes[len(nodes) - extra :]
-        ordered = [nodes[p] for p in order]
-        graph_module = graphs.extract(
+        self.corrected = corrected
+        varying = [*inputs.carries, *inputs.corrections, *inputs.per_step]
+        graph_module = graphs.part(
             graph_module,
-            graphs.body(graph_module),
-            [*ordered[:carries], *corrected, *ordered[carries:]],
-            [*results[:carries], *results[own:], *results[carries:own]],
+            [*varying, *inputs.invariants],
+            [*results.carries, *results.corrections, *results.outputs, *results.stored],
         )
         flat = _flat(graph_module)
-        split = graphs.split_invariants(flat, first_invariant + extra)
+        split = graphs.split_invariants(flat, len(varying))
         self.preamble: fx.GraphModule | None = split[0] if split else None
         self.body = split[1] if split else flat
 
@@ -59,10 +53,10 @@ class Body:
     def starts(self, carries: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Initial carries with memory of their own, and corrections of zero."""
         own = [owned(carry) for carry in carries]
-        return [*own, *(torch.zeros_like(own[i]) for i in self.corrections)]
+        return [*own, *(torch.zeros_like(own[i]) for i in self.corrected)]
 
     def __call__(self, *args: Any) -> list[Any]:
-        """Next carries, next corrections, per-step outputs; none aliases an argument."""
+        """Next carries, next corrections, per-step outputs, stored values; none aliases an argument."""
         return list(map(owned, fx.Interpreter(self.body).run(*args)))
 
 
@@ -95,13 +89,14 @@ def _fold_casts(body: fx.GraphModule) -> None:
     body.recompile()
 
 
-def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: Loop) -> list[Any]:
+def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop) -> list[Any]:
     """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step.
 
     It runs once per call, and once more in the backward rather than that its results are stored for it, where it reads
     parameters alone.
     """
-    varying, invariants = call.args[: loop.first_invariant()], call.args[loop.first_invariant() :]
+    first = loop.carries + loop.per_step
+    varying, invariants = call.args[:first], call.args[first:]  # those of the preamble
     if loop.preamble is None:
         return [*varying, *invariants]
     name, graph = f"{call.target}_preamble", graph_module.graph

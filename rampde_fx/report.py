@@ -17,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from rampde_fx import graphs, operators, pass_log, report_html, torch_private, unrewritten
 from rampde_fx.backend import rewrite
 from rampde_fx.errors import RampdeError, raising
-from rampde_fx.loop import Fallback, Loop
+from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
+from rampde_fx.ir.loops import CompensatedLoop, Fallback, Loop
 from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.schedules import Activations
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class LoopReport:
         return "\n".join(lines)
 
     def _checkpointing(self) -> str:
-        if self.policy.checkpoint == "none":
+        if isinstance(self.policy.schedule, Activations):
             return "none: the velocity's activations are stored"
         if self.segment == 1:
             return "each step is recomputed from its state"
@@ -216,8 +218,10 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
 
 def _report(passes: tuple[PassReport, ...]) -> LoopReport:
     loop = passes[-1].loop
+    assert isinstance(loop, CompensatedLoop), "behind all passes"
     inputs = graphs.placeholders(loop.step)
-    stored = list(zip(loop.stored, loop.step_outputs()[1], strict=True))
+    stored = list(zip(places(loop.slots), loop.results().stored, strict=True))
+    adjoint = loop.adjoint.module if loop.adjoint is not None else None
     known = loop.steps if isinstance(loop.steps, int) and loop.controller is None else None
     steps = known or 1
     times = (steps + loop.segment() - 1) // loop.segment() if known else 1
@@ -235,11 +239,11 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         stored_bytes_fp32=times * _bytes_in_the_dtype_of_the_state(loop, stored),
         stored_bytes_autograd=steps * _saved_by_autograd(loop) if loop.differentiated else 0,
         step_flops=_flops(loop.step),
-        adjoint_flops=_flops(loop.adjoint) if loop.adjoint is not None else 0,
+        adjoint_flops=_flops(adjoint) if adjoint is not None else 0,
         fallbacks=loop.fallbacks,
         notes=loop.notes,
         step=loop.step,
-        adjoint=loop.adjoint,
+        adjoint=adjoint,
         passes=passes,
     )
 
@@ -248,27 +252,28 @@ def _describe(name: str, node: fx.Node, dtype: torch.dtype) -> str:
     return f"{name}: {_short(dtype)}{list(graphs.value(node).shape)}"
 
 
-def _bytes_in_the_dtype_of_the_state(loop: Loop, stored: list[tuple[int | None, fx.Node]]) -> int:
-    inputs, kept = graphs.placeholders(loop.step), [graphs.value(node) for carry, node in stored if carry is None]
-    states = [graphs.value(inputs[carry]) for carry in {carry for carry, _ in stored} if carry is not None]
-    carried = [graphs.value(node) for node in inputs[: loop.carries] if graphs.is_differentiable(node)]
+def _bytes_in_the_dtype_of_the_state(loop: CompensatedLoop, stored: list[tuple[Saved, fx.Node]]) -> int:
+    inputs, slots = loop.inputs().carries, loop.slots
+    kept = [graphs.value(node) for place, node in stored if isinstance(slots[place.slot], ActivationSlot)]
+    states = [graphs.value(inputs[slot.carry]) for slot in slots if isinstance(slot, StateSlot)]
+    carried = [graphs.value(node) for node in inputs if graphs.is_differentiable(node)]
     own = max(value.dtype.to_real().itemsize for value in carried)
     sizes = [v.numel() * own if v.is_floating_point() else v.nbytes for v in kept]
     return sum(sizes) + sum(state.nbytes for state in states)
 
 
-def _describe_stored(loop: Loop, stored: list[tuple[int | None, fx.Node]]) -> Iterator[str]:
-    for p, (carry, node) in enumerate(stored):
-        if carry is None:
-            evaluation, index = node.args
-            made = graphs.results(loop.step.get_submodule(evaluation.target))[index]
-            yield _describe(f"{evaluation.name}.{made.name}", node, graphs.value(node).dtype)
-            continue
-        state = graphs.placeholders(loop.step)[carry]
-        is_scale = loop.stored.index(loop.stored[p]) < p
-        is_byte = graphs.value(node).dtype is torch.uint8 and graphs.is_float(state)
-        dtype = loop.policy.storage_dtype if is_byte else graphs.value(node).dtype
-        yield _describe(f"scale of {state.name}" if is_scale else state.name, node, dtype)
+def _describe_stored(loop: CompensatedLoop, stored: list[tuple[Saved, fx.Node]]) -> Iterator[str]:
+    for place, node in stored:
+        match loop.slots[place.slot]:
+            case ActivationSlot():
+                evaluation, index = node.args
+                made = graphs.results(loop.step.get_submodule(evaluation.target))[index]
+                yield _describe(f"{evaluation.name}.{made.name}", node, graphs.value(node).dtype)
+            case StateSlot(carry):
+                state = loop.inputs().carries[carry]
+                is_byte = graphs.value(node).dtype is torch.uint8 and graphs.is_float(state)
+                dtype = loop.policy.storage_dtype if is_byte else graphs.value(node).dtype
+                yield _describe(f"scale of {state.name}" if place.part else state.name, node, dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

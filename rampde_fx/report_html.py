@@ -8,6 +8,7 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.step_picture import picture
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def _fallbacks(loop: LoopReport) -> str:
 
 def _pictures(key: str, loop: LoopReport) -> str:
     final = loop.passes[-1].loop
+    assert isinstance(final, CompensatedLoop), "behind all passes"
     step = f"<div><h3>The step</h3>{picture(final, loop.step, f'{key}s')}</div>"
     if loop.adjoint is None:
         return f"{step}<div><h3>The adjoint</h3><p>none: no gradient is wanted</p></div>"

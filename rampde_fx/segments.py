@@ -19,7 +19,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from rampde_fx import graphs, torch_private
-from rampde_fx.loop import Loop
+from rampde_fx.ir.ends import Inputs, Results, StateSlot
+from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.recurrence import Body, at, iterate, owned
 
 Tensors = Sequence[torch.Tensor]
@@ -33,44 +34,53 @@ class Recomputation:
         body: Maps (stored carries, operands, corrections) to (next stored carries, next corrections).
     """
 
-    def __init__(self, loop: Loop) -> None:
-        nodes, results = graphs.placeholders(loop.step), graphs.results(loop.step)
-        carries = [carry for carry in dict.fromkeys(loop.stored) if carry is not None]
-        extra = len(loop.corrections)
+    def __init__(self, loop: CompensatedLoop) -> None:
+        self.slots = [slot for slot in loop.slots if isinstance(slot, StateSlot)]
+        carries = [slot.carry for slot in self.slots]
+        inputs, results = loop.inputs(), loop.results()
         corrected = [p for p, carry in enumerate(loop.corrections) if carry in carries]
-        nexts = [*(results[i] for i in carries), *(results[len(results) - extra :][p] for p in corrected)]
-        states, corrections = [nodes[i] for i in carries], [nodes[len(nodes) - extra :][p] for p in corrected]
-        reached = graphs.ancestors(nexts)
-        self.operands = [i for i in range(loop.carries, len(loop.needs_grad)) if nodes[i] in reached]
-        varying = len(carries) + sum(i < loop.first_invariant() for i in self.operands)
+        nexts = [results.carries[i] for i in carries]
+        next_corrections = [results.corrections[p] for p in corrected]
+        reached = graphs.ancestors([*nexts, *next_corrections])
+        rest = list(enumerate([*inputs.per_step, *inputs.invariants], start=loop.carries))
+        self.operands = [i for i, node in rest if node in reached]
+        states = [inputs.carries[i] for i in carries]
         self.body = Body(
-            graphs.part(loop.step, [*states, *(nodes[i] for i in self.operands), *corrections], nexts),
-            range(len(carries) + len(self.operands)),
-            varying,
-            len(carries),
-            corrections=[carries.index(loop.corrections[p]) for p in corrected],
+            loop.step,
+            Inputs(
+                states,
+                [node for node in inputs.per_step if node in reached],
+                [node for node in inputs.invariants if node in reached],
+                [inputs.corrections[p] for p in corrected],
+            ),
+            Results(nexts, [], [], next_corrections),
+            [carries.index(loop.corrections[p]) for p in corrected],
         )
-        self._carries, self._load = carries, loop.load
-        self._store = graphs.part(loop.step, states, loop.step_outputs()[1])
+        self._store = graphs.part(loop.step, states, results.stored)
 
     def store(self, carries: Tensors) -> list[torch.Tensor]:
         """What is stored of the step's carries."""
-        return self._stored([carries[i] for i in self._carries])
+        return self._stored([carries[slot.carry] for slot in self.slots])
 
     def states(
         self, segments: Segments, begin: Tensors, row: Tensors, operands: tuple[Tensors, Sequence[Any]]
     ) -> list[torch.Tensor]:
         """What a segment's steps store, K each, from what its first one stored, with stacks and invariants."""
-        starts = self.body.starts(fx.Interpreter(self._load).run(*begin))
+        starts = self.body.starts(self._loaded(begin))
 
         def step(carries: Tensors, entry: Tensors, shared: Any) -> list[Any]:
             nexts = segments.step(self.body, carries, entry, *shared)
-            return [*nexts, *self._stored(nexts[: len(self._carries)])]
+            return [*nexts, *self._stored(nexts[: len(self.slots)])]
 
         index, *active = row
         row = [index[:-1], *(flag[1:] for flag in active)]  # a step that leads to a surplus one is not needed
         _, later = segments.iterate(step, starts, row, operands)
         return [torch.cat([first[None], rest]) for first, rest in zip(begin, later, strict=True)]
+
+    def _loaded(self, stored: Tensors) -> list[torch.Tensor]:
+        """The carries, from what is stored of them."""
+        values = iter(stored)
+        return [fx.Interpreter(slot.load).run(*(next(values) for _ in range(slot.parts)))[0] for slot in self.slots]
 
     def _stored(self, states: Tensors) -> list[torch.Tensor]:
         return list(map(owned, fx.Interpreter(self._store).run(*states)))
@@ -79,7 +89,7 @@ class Recomputation:
 class Segments:
     """The N steps of a loop as segments of K, where K is at least 2."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: CompensatedLoop) -> None:
         self._loop, self._unrolled = loop, loop.unrolled
         numbers = isinstance(loop.steps, int) and isinstance(loop.segment(), int)
         self.padded = not (numbers and loop.steps % loop.segment() == 0)

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from rampde_fx import graphs, pass_log
-from rampde_fx.loop import Loop
+from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
+from rampde_fx.ir.loops import CompensatedLoop
 
 LANES = ("time", "state", "velocity")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
@@ -26,7 +27,7 @@ CASTS = {torch.ops.aten._to_copy.default, torch.ops.rampde_fx.narrow.default}
 SCALES = ("adjoint_scale_", "store_", "load_")  # submodules that find a power of two, or divide by one
 
 
-def find_roles(loop: Loop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+def find_roles(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     """The roles of a step's or an adjoint's nodes: those that the passes left, and by dataflow those of new nodes."""
     roles: dict[fx.Node, str] = {}
     given = _roles_of_inputs(loop, graph_module)
@@ -44,24 +45,26 @@ def find_roles(loop: Loop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     return roles
 
 
-def _roles_of_inputs(loop: Loop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     """Roles of the placeholders that are no cotangents, totals, states or corrections."""
     inputs = graphs.placeholders(loop.step)
     own = {node: str(node.meta["role"]) for node in inputs if "role" in node.meta}
     if graph_module is loop.step:
         return own
     found = {}
-    for node, (kind, index) in zip(graphs.placeholders(graph_module), loop.adjoint_inputs, strict=False):
-        if kind == "operand":
-            found[node] = own.get(inputs[index], "time")
-        elif kind == "stored" and loop.stored[index] is None:
-            found[node] = "velocity"
-        elif kind == "target":
-            found[node] = "time"
+    assert loop.adjoint is not None
+    for node, entry in zip(graphs.placeholders(graph_module), loop.adjoint.inputs, strict=False):
+        match entry:
+            case Operand(i):
+                found[node] = own.get(inputs[i], "time")
+            case Saved(slot) if isinstance(loop.slots[slot], ActivationSlot):
+                found[node] = "velocity"
+            case Target():
+                found[node] = "time"
     return found
 
 
-def picture(loop: Loop, graph_module: fx.GraphModule, key: str) -> str:
+def picture(loop: CompensatedLoop, graph_module: fx.GraphModule, key: str) -> str:
     """A step or an adjoint as HTML: curves and boxes in SVG, and the calls of submodules as boxes that open.
 
     Args:
@@ -105,7 +108,7 @@ class _Place:
 class _Drawing:
     """The nodes of a graph at their places."""
 
-    def __init__(self, loop: Loop, graph_module: fx.GraphModule, key: str) -> None:
+    def __init__(self, loop: CompensatedLoop, graph_module: fx.GraphModule, key: str) -> None:
         self.module = graph_module
         self.roles = find_roles(loop, graph_module)
         shown = [node for node in graph_module.graph.nodes if node.target is not operator.getitem]

@@ -19,7 +19,8 @@ from torch import fx
 from rampde_fx import counts, graphs, marking, torch_private
 from rampde_fx.comparison import Mismatch, Named, Outcome, first_mismatch, weights_of
 from rampde_fx.errors import CheckError, RampdeError, RewriteMismatchError
-from rampde_fx.loop import STEP, Loop
+from rampde_fx.ir.captured import STEP
+from rampde_fx.ir.loops import Loop
 from rampde_fx.operators import enter
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.widening import AsWritten, copies, default_dtype, widened

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from rampde_fx import graphs, operators, step_control, torch_private
-from rampde_fx.loop import Loop, LoopNode
+from rampde_fx.ir.loops import Loop, LoopNode
 
 WIDE = {
     torch.float16: torch.float64,
@@ -253,7 +253,7 @@ RUNNERS: dict[Any, Callable[[AsWritten, list[fx.Node]], list[torch.Tensor]]] = {
 
 def run_plainly(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:
     """What the call of a rolled loop stands for: its captured step, once for each step."""
-    first = loop.first_invariant()
+    first = loop.carries + loop.per_step
     carries, stacks, invariants = operands[: loop.carries], operands[loop.carries : first], operands[first:]
     outputs: list[Any] = []
     for i in range(stacks[0].shape[0] if stacks else int(loop.steps)):

@@ -95,8 +95,8 @@ class TestCompensateSums(TestCase):
 class GraphModule(torch.nn.Module):
     def forward(self, y: "f32[3, 5]", dt: "f32[]", weight: "f32[5]", correction_y: "f32[3, 5]"):
         velocity_0 = self.velocity_0(weight, y)
-        getitem: "f32[3, 5]" = velocity_0[0]
-        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
+        k_1: "f32[3, 5]" = velocity_0[0]
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, k_1)
         add_tensor: "f32[3, 5]" = aten.add.Tensor(correction_y, mul_1)
         add_tensor_1: "f32[3, 5]" = aten.add.Tensor(y, add_tensor)
         sub_tensor: "f32[3, 5]" = aten.sub.Tensor(add_tensor_1, y)
@@ -118,23 +118,23 @@ class GraphModule(torch.nn.Module):
     def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5]", y: "f32[3, 5]", dt: "f32[]", weight: "f32[5]", correction_adjoint_y: "f32[3, 5]", correction_total_weight: "f32[5]"):
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, dt)
         velocity_0_pullback = self.velocity_0_pullback(weight, y, mul_2)
-        getitem_1: "f32[5]" = velocity_0_pullback[0]
-        getitem_2: "f32[3, 5]" = velocity_0_pullback[1]
-        add_tensor_2: "f32[3, 5]" = aten.add.Tensor(correction_adjoint_y, getitem_2)
-        add_tensor_3: "f32[3, 5]" = aten.add.Tensor(adjoint_y, add_tensor_2)
-        sub_tensor: "f32[3, 5]" = aten.sub.Tensor(add_tensor_3, adjoint_y)
-        sub_tensor_1: "f32[3, 5]" = aten.sub.Tensor(add_tensor_3, sub_tensor)
+        grad_weight: "f32[5]" = velocity_0_pullback[0]
+        grad_y: "f32[3, 5]" = velocity_0_pullback[1]
+        add_tensor: "f32[3, 5]" = aten.add.Tensor(correction_adjoint_y, grad_y)
+        add_tensor_1: "f32[3, 5]" = aten.add.Tensor(adjoint_y, add_tensor)
+        sub_tensor: "f32[3, 5]" = aten.sub.Tensor(add_tensor_1, adjoint_y)
+        sub_tensor_1: "f32[3, 5]" = aten.sub.Tensor(add_tensor_1, sub_tensor)
         sub_tensor_2: "f32[3, 5]" = aten.sub.Tensor(adjoint_y, sub_tensor_1)
-        sub_tensor_3: "f32[3, 5]" = aten.sub.Tensor(add_tensor_2, sub_tensor)
-        add_tensor_4: "f32[3, 5]" = aten.add.Tensor(sub_tensor_2, sub_tensor_3)
-        add_tensor_5: "f32[5]" = aten.add.Tensor(correction_total_weight, getitem_1)
-        add_tensor_6: "f32[5]" = aten.add.Tensor(total_weight, add_tensor_5)
-        sub_tensor_4: "f32[5]" = aten.sub.Tensor(add_tensor_6, total_weight)
-        sub_tensor_5: "f32[5]" = aten.sub.Tensor(add_tensor_6, sub_tensor_4)
+        sub_tensor_3: "f32[3, 5]" = aten.sub.Tensor(add_tensor, sub_tensor)
+        add_tensor_2: "f32[3, 5]" = aten.add.Tensor(sub_tensor_2, sub_tensor_3)
+        add_tensor_3: "f32[5]" = aten.add.Tensor(correction_total_weight, grad_weight)
+        add_tensor_4: "f32[5]" = aten.add.Tensor(total_weight, add_tensor_3)
+        sub_tensor_4: "f32[5]" = aten.sub.Tensor(add_tensor_4, total_weight)
+        sub_tensor_5: "f32[5]" = aten.sub.Tensor(add_tensor_4, sub_tensor_4)
         sub_tensor_6: "f32[5]" = aten.sub.Tensor(total_weight, sub_tensor_5)
-        sub_tensor_7: "f32[5]" = aten.sub.Tensor(add_tensor_5, sub_tensor_4)
-        add_tensor_7: "f32[5]" = aten.add.Tensor(sub_tensor_6, sub_tensor_7)
-        return (add_tensor_3, add_tensor_6, add_tensor_4, add_tensor_7)
+        sub_tensor_7: "f32[5]" = aten.sub.Tensor(add_tensor_3, sub_tensor_4)
+        add_tensor_5: "f32[5]" = aten.add.Tensor(sub_tensor_6, sub_tensor_7)
+        return (add_tensor_1, add_tensor_4, add_tensor_2, add_tensor_5)
     class velocity_0_pullback(torch.nn.Module):
         def forward(self, weight: "f32[5]", y: "f32[3, 5]", cotangent_0: "f32[3, 5]"):
             mul_1: "f32[3, 5]" = aten.mul.Tensor(cotangent_0, weight)

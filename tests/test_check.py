@@ -13,6 +13,7 @@ from torch import nn
 
 import rampde_fx
 from rampde_fx import backend, check, errors, graphs
+from rampde_fx.ir.ends import Total
 from rampde_fx.policy import PrecisionPolicy
 from tests import test_semantics
 from tests.models import FORMS, Euler, Flow, LogDensity, MutatedArgument, Solved, Symplectic, Trajectory, TwoLoops
@@ -61,13 +62,13 @@ def first_total_is_lost(patch):
 
     def broken(loop):
         loop = generate(loop)
-        adjoint = graphs.copied(loop.adjoint)
-        kinds = dict(zip(graphs.placeholders(adjoint), loop.adjoint_inputs, strict=True))
-        sums = [n for n in adjoint.graph.nodes if n.target is aten.add.Tensor]
-        total = next(n for n in sums if any(kinds.get(operand, ("",))[0] == "total" for operand in n.args))
-        kept = next(operand for operand in total.args if kinds.get(operand, ("",))[0] == "total")
-        total.replace_all_uses_with(kept)
-        return replace(loop, adjoint=graphs.refresh(adjoint))
+        adjoint = replace(loop.adjoint, module=graphs.copied(loop.adjoint.module))
+        totals = {node for entry, node in adjoint.nodes().items() if isinstance(entry, Total)}
+        sums = [n for n in adjoint.module.graph.nodes if n.target is aten.add.Tensor]
+        total = next(n for n in sums if totals.intersection(n.args))
+        total.replace_all_uses_with(next(operand for operand in total.args if operand in totals))
+        graphs.refresh(adjoint.module)
+        return replace(loop, adjoint=adjoint)
 
     replace_pass(patch, generate, broken)
 

@@ -19,6 +19,8 @@ from torch import fx, nn
 
 import rampde_fx
 from rampde_fx import backend, counts, errors, graphs, operators, torch_private
+from rampde_fx.ir.ends import Cotangent, Target
+from rampde_fx.ir.sources import InvariantSource
 from rampde_fx.passes import emit_loop, generate_adjoint, roll_loop, scale_adjoint
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.torch_private import scan_op, while_loop_op
@@ -79,16 +81,16 @@ def replace_pass(patch, old, new):
 def replace_scale(patch, scales):
     """Let the scale of every VJP of a step be scales(given, loop)[step] instead of one of its own.
 
-    given maps ("cotangent", i) to the gradient of result i of the loop, and ("target", 0) to the target.
+    given maps Cotangent(i) to the gradient of result i of the loop, and Target() to the target.
     """
     sweep, is_stepwise = emit_loop._Backward._sweep, emit_loop._Backward._is_stepwise
 
     def sweep_with_scales(self, given):
-        return sweep(self, {**given, ("target", 0): scales(given, self.loop)})
+        return sweep(self, {**given, Target(): scales(given, self.loop)})
 
     patch.setattr(emit_loop._Backward, "_sweep", sweep_with_scales)
     patch.setattr(
-        emit_loop._Backward, "_is_stepwise", lambda self, kind, i: kind == "target" or is_stepwise(self, kind, i)
+        emit_loop._Backward, "_is_stepwise", lambda self, entry: entry == Target() or is_stepwise(self, entry)
     )
     patch.setattr(scale_adjoint, "power_of_two_scale", lambda target, *_: target.clone())
 
@@ -212,9 +214,9 @@ def scale_of_the_last_time(patch):
     """One scale for all steps, of the gradient at the last time."""
 
     def scales(given, loop):
-        cotangents = [(i, v) for (kind, i), v in given.items() if kind == "cotangent" and v.is_floating_point()]
+        cotangents = [(e.result, v) for e, v in given.items() if isinstance(e, Cotangent) and v.is_floating_point()]
         last = sum(value if i < loop.carries else value[-1] for i, value in cotangents)
-        return (given["target", 0] / 2.0 ** torch.floor(torch.log2(last.abs().amax()))).expand(loop.steps)
+        return (given[Target()] / 2.0 ** torch.floor(torch.log2(last.abs().amax()))).expand(loop.steps)
 
     replace_scale(patch, scales)
 
@@ -260,7 +262,7 @@ def check_scale_follows_the_adjoint():
 
 def scale_doubles_every_step(patch):
     """The scale doubles from step to step of the reverse loop, whatever the scaled adjoint is."""
-    replace_scale(patch, lambda given, loop: given["target", 0] * 2.0 ** torch.arange(loop.steps - 1, -1, -1))
+    replace_scale(patch, lambda given, loop: given[Target()] * 2.0 ** torch.arange(loop.steps - 1, -1, -1))
 
 
 # 6. N (2 P + 4) + 4 host synchronisations in a backward, of N steps and P parameters.
@@ -370,10 +372,11 @@ def gradient_of_t_keeps_the_batch(patch):
 
     def broken(loop):
         loop = generate(loop)
-        for node in graphs.body(loop.adjoint):
+        for node in graphs.body(loop.adjoint.module):
             if node.target in (aten.sum.dim_IntList, aten.sum.default):
                 node.replace_all_uses_with(node.args[0])
-        return replace(loop, adjoint=graphs.refresh(loop.adjoint))
+        graphs.refresh(loop.adjoint.module)
+        return loop
 
     replace_pass(patch, generate, broken)
 
@@ -421,7 +424,8 @@ def gradients_of_modules_alone(patch):
         loop = make(marked, captured, count)
         sources = zip(loop.needs_grad, captured.inputs, strict=True)
         wanted = tuple(
-            need and (source.kind != "invariant" or "parameters" in source.values[0].name) for need, source in sources
+            need and (not isinstance(source, InvariantSource) or "parameters" in source.values[0].name)
+            for need, source in sources
         )
         return replace(loop, plain_needs_grad=wanted, needs_grad=wanted, differentiated=any(wanted))
 
@@ -613,8 +617,8 @@ def one_scale_covers_all_components(patch):
     scale = scale_adjoint.power_of_two_scale
 
     def scales(given, loop):
-        cotangents = [v for (kind, _), v in given.items() if kind == "cotangent" and v.is_floating_point()]
-        return scale(given["target", 0], *cotangents).expand(loop.steps)
+        cotangents = [v for e, v in given.items() if isinstance(e, Cotangent) and v.is_floating_point()]
+        return scale(given[Target()], *cotangents).expand(loop.steps)
 
     replace_scale(patch, scales)
 

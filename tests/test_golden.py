@@ -36,14 +36,14 @@ class TestGolden(TestCase):
 class GraphModule(torch.nn.Module):
     def forward(self, y: "f32[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]"):
         velocity_0 = self.velocity_0(y, weight, t)
-        getitem: "f32[3, 5]" = velocity_0[0]
-        mul: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
+        k_1: "f32[3, 5]" = velocity_0[0]
+        mul: "f32[3, 5]" = aten.mul.Tensor(dt, k_1)
         add_1: "f32[3, 5]" = aten.add.Tensor(y, mul)
-        count_underflow_default: "i64[3]" = rampde_fx.count_underflow.default([y])
-        count_underflow_default_1: "i64[3]" = rampde_fx.count_underflow.default([weight])
-        add_tensor: "i64[3]" = aten.add.Tensor(count_underflow_default, count_underflow_default_1)
-        narrow_default: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
-        return (add_1, add_tensor, narrow_default)
+        underflow: "i64[3]" = rampde_fx.count_underflow.default([y])
+        underflow_1: "i64[3]" = rampde_fx.count_underflow.default([weight])
+        underflow_2: "i64[3]" = aten.add.Tensor(underflow, underflow_1)
+        y_stored: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
+        return (add_1, underflow_2, y_stored)
     class velocity_0(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
             narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
@@ -64,24 +64,24 @@ class GraphModule(torch.nn.Module):
             """\
 class GraphModule(torch.nn.Module):
     def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5, 5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]", target: "f32[]"):
-        _to_copy_default: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
-        velocity_0_forward = self.velocity_0_forward(_to_copy_default, weight, t)
-        getitem: "f16[3, 5]" = velocity_0_forward[1]
-        getitem_1: "f16[5, 3]" = velocity_0_forward[2]
-        getitem_2: "f16[5, 5]" = velocity_0_forward[3]
+        y_wide: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
+        velocity_0_forward = self.velocity_0_forward(y_wide, weight, t)
+        saved_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        saved_t_1: "f16[5, 3]" = velocity_0_forward[2]
+        saved_t_2: "f16[5, 5]" = velocity_0_forward[3]
         mul_1: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_1)
-        getitem_6: "f32[]" = adjoint_scale_0[0]
-        getitem_7: "f32[]" = adjoint_scale_0[1]
-        mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_1, getitem_6)
-        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, getitem_2, mul_tensor)
-        getitem_4: "f32[3, 5]" = velocity_0_pullback[0]
-        div_tensor: "f32[3, 5]" = aten.div.Tensor(getitem_4, getitem_6)
-        getitem_5: "f32[5, 5]" = velocity_0_pullback[1]
-        div_tensor_1: "f32[5, 5]" = aten.div.Tensor(getitem_5, getitem_6)
-        add_tensor_1: "f32[3, 5]" = aten.add.Tensor(adjoint_y, div_tensor)
-        add_tensor_2: "f32[5, 5]" = aten.add.Tensor(total_weight, div_tensor_1)
-        return (add_tensor_1, add_tensor_2, getitem_7)
+        scale_0: "f32[]" = adjoint_scale_0[0]
+        vanished: "f32[]" = adjoint_scale_0[1]
+        mul_1_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_1, scale_0)
+        velocity_0_pullback = self.velocity_0_pullback(saved_tanh, saved_t_1, saved_t_2, mul_1_scaled)
+        grad_y: "f32[3, 5]" = velocity_0_pullback[0]
+        grad_y_unscaled: "f32[3, 5]" = aten.div.Tensor(grad_y, scale_0)
+        grad_weight: "f32[5, 5]" = velocity_0_pullback[1]
+        grad_weight_unscaled: "f32[5, 5]" = aten.div.Tensor(grad_weight, scale_0)
+        adjoint_y_next: "f32[3, 5]" = aten.add.Tensor(adjoint_y, grad_y_unscaled)
+        total_weight_next: "f32[5, 5]" = aten.add.Tensor(total_weight, grad_weight_unscaled)
+        return (adjoint_y_next, total_weight_next, vanished)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
             narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
@@ -139,18 +139,18 @@ class GraphModule(torch.nn.Module):
             """\
 class GraphModule(torch.nn.Module):
     def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5, 5]", y: "bf16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]"):
-        _to_copy_default: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
-        velocity_0_forward = self.velocity_0_forward(_to_copy_default, weight, t)
-        getitem: "bf16[3, 5]" = velocity_0_forward[1]
-        getitem_1: "bf16[5, 3]" = velocity_0_forward[2]
-        getitem_2: "bf16[5, 5]" = velocity_0_forward[3]
+        y_wide: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
+        velocity_0_forward = self.velocity_0_forward(y_wide, weight, t)
+        saved_tanh: "bf16[3, 5]" = velocity_0_forward[1]
+        saved_t_1: "bf16[5, 3]" = velocity_0_forward[2]
+        saved_t_2: "bf16[5, 5]" = velocity_0_forward[3]
         mul_1: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, dt)
-        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, getitem_2, mul_1)
-        getitem_4: "f32[3, 5]" = velocity_0_pullback[0]
-        getitem_5: "f32[5, 5]" = velocity_0_pullback[1]
-        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_y, getitem_4)
-        add_tensor_1: "f32[5, 5]" = aten.add.Tensor(total_weight, getitem_5)
-        return (add_tensor, add_tensor_1)
+        velocity_0_pullback = self.velocity_0_pullback(saved_tanh, saved_t_1, saved_t_2, mul_1)
+        grad_y: "f32[3, 5]" = velocity_0_pullback[0]
+        grad_weight: "f32[5, 5]" = velocity_0_pullback[1]
+        adjoint_y_next: "f32[3, 5]" = aten.add.Tensor(adjoint_y, grad_y)
+        total_weight_next: "f32[5, 5]" = aten.add.Tensor(total_weight, grad_weight)
+        return (adjoint_y_next, total_weight_next)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", weight: "f32[5, 5]", t: "f32[]"):
             _to_copy: "bf16[3, 5]" = aten._to_copy.default(y, dtype = torch.bfloat16)
@@ -185,40 +185,40 @@ class GraphModule(torch.nn.Module):
         t_1: "f32[6, 7]" = aten.t.default(velocity_linear_0_weight)
         t_2: "f32[7, 5]" = aten.t.default(velocity_linear_1_weight)
         velocity_0 = self.velocity_0(velocity_linear_0_bias, cat, t_1, velocity_linear_1_bias, t_2)
-        getitem: "f32[3, 5]" = velocity_0[0]
+        k_1: "f32[3, 5]" = velocity_0[0]
         div: "f32[]" = aten.div.Tensor(dt, 2)
         add: "f32[]" = aten.add.Tensor(t, div)
-        mul: "f32[3, 5]" = aten.mul.Tensor(div, getitem)
+        mul: "f32[3, 5]" = aten.mul.Tensor(div, k_1)
         add_1: "f32[3, 5]" = aten.add.Tensor(y, mul)
         expand_1: "f32[3, 1]" = aten.expand.default(add, [3, 1])
         cat_1: "f32[3, 6]" = aten.cat.default([add_1, expand_1], 1)
         velocity_1 = self.velocity_0(velocity_linear_0_bias, cat_1, t_1, velocity_linear_1_bias, t_2)
-        getitem_1: "f32[3, 5]" = velocity_1[0]
-        mul_1: "f32[3, 5]" = aten.mul.Tensor(div, getitem_1)
+        k_2: "f32[3, 5]" = velocity_1[0]
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(div, k_2)
         add_3: "f32[3, 5]" = aten.add.Tensor(y, mul_1)
         cat_2: "f32[3, 6]" = aten.cat.default([add_3, expand_1], 1)
         velocity_2 = self.velocity_0(velocity_linear_0_bias, cat_2, t_1, velocity_linear_1_bias, t_2)
-        getitem_2: "f32[3, 5]" = velocity_2[0]
+        k_3: "f32[3, 5]" = velocity_2[0]
         add_4: "f32[]" = aten.add.Tensor(t, dt)
-        mul_2: "f32[3, 5]" = aten.mul.Tensor(dt, getitem_2)
+        mul_2: "f32[3, 5]" = aten.mul.Tensor(dt, k_3)
         add_5: "f32[3, 5]" = aten.add.Tensor(y, mul_2)
         expand_3: "f32[3, 1]" = aten.expand.default(add_4, [3, 1])
         cat_3: "f32[3, 6]" = aten.cat.default([add_5, expand_3], 1)
         velocity_3 = self.velocity_0(velocity_linear_0_bias, cat_3, t_1, velocity_linear_1_bias, t_2)
-        getitem_3: "f32[3, 5]" = velocity_3[0]
+        k_4: "f32[3, 5]" = velocity_3[0]
         div_4: "f32[]" = aten.div.Tensor(dt, 6)
-        mul_3: "f32[3, 5]" = aten.mul.Tensor(getitem_1, 2)
-        add_6: "f32[3, 5]" = aten.add.Tensor(getitem, mul_3)
-        mul_4: "f32[3, 5]" = aten.mul.Tensor(getitem_2, 2)
+        mul_3: "f32[3, 5]" = aten.mul.Tensor(k_2, 2)
+        add_6: "f32[3, 5]" = aten.add.Tensor(k_1, mul_3)
+        mul_4: "f32[3, 5]" = aten.mul.Tensor(k_3, 2)
         add_7: "f32[3, 5]" = aten.add.Tensor(add_6, mul_4)
-        add_8: "f32[3, 5]" = aten.add.Tensor(add_7, getitem_3)
+        add_8: "f32[3, 5]" = aten.add.Tensor(add_7, k_4)
         mul_5: "f32[3, 5]" = aten.mul.Tensor(div_4, add_8)
         add_9: "f32[3, 5]" = aten.add.Tensor(y, mul_5)
-        count_underflow_default: "i64[3]" = rampde_fx.count_underflow.default([cat, cat_1, cat_2, cat_3])
-        count_underflow_default_1: "i64[3]" = rampde_fx.count_underflow.default([velocity_linear_0_bias, velocity_linear_0_weight, velocity_linear_1_bias, velocity_linear_1_weight])
-        add_tensor: "i64[3]" = aten.add.Tensor(count_underflow_default, count_underflow_default_1)
-        narrow_default: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
-        return (add_9, add_tensor, narrow_default)
+        underflow: "i64[3]" = rampde_fx.count_underflow.default([cat, cat_1, cat_2, cat_3])
+        underflow_1: "i64[3]" = rampde_fx.count_underflow.default([velocity_linear_0_bias, velocity_linear_0_weight, velocity_linear_1_bias, velocity_linear_1_weight])
+        underflow_2: "i64[3]" = aten.add.Tensor(underflow, underflow_1)
+        y_stored: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
+        return (add_9, underflow_2, y_stored)
     class velocity_0(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)
@@ -242,148 +242,148 @@ class GraphModule(torch.nn.Module):
             """\
 class GraphModule(torch.nn.Module):
     def forward(self, adjoint_y: "f32[3, 5]", total_velocity_linear_0_weight: "f32[7, 6]", total_velocity_linear_0_bias: "f32[7]", total_velocity_linear_1_weight: "f32[5, 7]", total_velocity_linear_1_bias: "f32[5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", velocity_linear_0_weight: "f32[7, 6]", velocity_linear_0_bias: "f32[7]", velocity_linear_1_weight: "f32[5, 7]", velocity_linear_1_bias: "f32[5]", target: "f32[]"):
-        _to_copy_default: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
+        y_wide: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
         expand: "f32[3, 1]" = aten.expand.default(t, [3, 1])
-        cat: "f32[3, 6]" = aten.cat.default([_to_copy_default, expand], 1)
+        cat: "f32[3, 6]" = aten.cat.default([y_wide, expand], 1)
         t_1: "f32[6, 7]" = aten.t.default(velocity_linear_0_weight)
         t_2: "f32[7, 5]" = aten.t.default(velocity_linear_1_weight)
         velocity_0_forward = self.velocity_0_forward(velocity_linear_0_bias, cat, t_1, velocity_linear_1_bias, t_2)
-        getitem: "f16[3, 6]" = velocity_0_forward[1]
-        getitem_1: "f16[3, 7]" = velocity_0_forward[2]
-        getitem_2: "f16[5, 7]" = velocity_0_forward[3]
-        getitem_3: "f16[7, 6]" = velocity_0_forward[4]
-        getitem_4: "f32[3, 5]" = velocity_0_forward[0]
+        saved_narrow_1: "f16[3, 6]" = velocity_0_forward[1]
+        saved_tanh: "f16[3, 7]" = velocity_0_forward[2]
+        saved_t: "f16[5, 7]" = velocity_0_forward[3]
+        saved_t_3: "f16[7, 6]" = velocity_0_forward[4]
+        k_1: "f32[3, 5]" = velocity_0_forward[0]
         div: "f32[]" = aten.div.Tensor(dt, 2)
         add: "f32[]" = aten.add.Tensor(t, div)
-        mul: "f32[3, 5]" = aten.mul.Tensor(div, getitem_4)
-        add_1: "f32[3, 5]" = aten.add.Tensor(_to_copy_default, mul)
+        mul: "f32[3, 5]" = aten.mul.Tensor(div, k_1)
+        add_1: "f32[3, 5]" = aten.add.Tensor(y_wide, mul)
         expand_1: "f32[3, 1]" = aten.expand.default(add, [3, 1])
         cat_1: "f32[3, 6]" = aten.cat.default([add_1, expand_1], 1)
         velocity_0_forward_1 = self.velocity_0_forward(velocity_linear_0_bias, cat_1, t_1, velocity_linear_1_bias, t_2)
-        getitem_5: "f16[3, 6]" = velocity_0_forward_1[1]
-        getitem_6: "f16[3, 7]" = velocity_0_forward_1[2]
-        getitem_7: "f16[5, 7]" = velocity_0_forward_1[3]
-        getitem_8: "f16[7, 6]" = velocity_0_forward_1[4]
-        getitem_9: "f32[3, 5]" = velocity_0_forward_1[0]
-        mul_1: "f32[3, 5]" = aten.mul.Tensor(div, getitem_9)
-        add_3: "f32[3, 5]" = aten.add.Tensor(_to_copy_default, mul_1)
+        saved_narrow_2: "f16[3, 6]" = velocity_0_forward_1[1]
+        saved_tanh_1: "f16[3, 7]" = velocity_0_forward_1[2]
+        saved_t_4: "f16[5, 7]" = velocity_0_forward_1[3]
+        saved_t_5: "f16[7, 6]" = velocity_0_forward_1[4]
+        k_2: "f32[3, 5]" = velocity_0_forward_1[0]
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(div, k_2)
+        add_3: "f32[3, 5]" = aten.add.Tensor(y_wide, mul_1)
         cat_2: "f32[3, 6]" = aten.cat.default([add_3, expand_1], 1)
         velocity_0_forward_2 = self.velocity_0_forward(velocity_linear_0_bias, cat_2, t_1, velocity_linear_1_bias, t_2)
-        getitem_10: "f16[3, 6]" = velocity_0_forward_2[1]
-        getitem_11: "f16[3, 7]" = velocity_0_forward_2[2]
-        getitem_12: "f16[5, 7]" = velocity_0_forward_2[3]
-        getitem_13: "f16[7, 6]" = velocity_0_forward_2[4]
-        getitem_14: "f32[3, 5]" = velocity_0_forward_2[0]
+        saved_narrow_3: "f16[3, 6]" = velocity_0_forward_2[1]
+        saved_tanh_2: "f16[3, 7]" = velocity_0_forward_2[2]
+        saved_t_6: "f16[5, 7]" = velocity_0_forward_2[3]
+        saved_t_7: "f16[7, 6]" = velocity_0_forward_2[4]
+        k_3: "f32[3, 5]" = velocity_0_forward_2[0]
         add_4: "f32[]" = aten.add.Tensor(t, dt)
-        mul_2: "f32[3, 5]" = aten.mul.Tensor(dt, getitem_14)
-        add_5: "f32[3, 5]" = aten.add.Tensor(_to_copy_default, mul_2)
+        mul_2: "f32[3, 5]" = aten.mul.Tensor(dt, k_3)
+        add_5: "f32[3, 5]" = aten.add.Tensor(y_wide, mul_2)
         expand_3: "f32[3, 1]" = aten.expand.default(add_4, [3, 1])
         cat_3: "f32[3, 6]" = aten.cat.default([add_5, expand_3], 1)
         velocity_0_forward_3 = self.velocity_0_forward(velocity_linear_0_bias, cat_3, t_1, velocity_linear_1_bias, t_2)
-        getitem_15: "f16[3, 6]" = velocity_0_forward_3[1]
-        getitem_16: "f16[3, 7]" = velocity_0_forward_3[2]
-        getitem_17: "f16[5, 7]" = velocity_0_forward_3[3]
-        getitem_18: "f16[7, 6]" = velocity_0_forward_3[4]
+        saved_narrow_4: "f16[3, 6]" = velocity_0_forward_3[1]
+        saved_tanh_3: "f16[3, 7]" = velocity_0_forward_3[2]
+        saved_t_8: "f16[5, 7]" = velocity_0_forward_3[3]
+        saved_t_9: "f16[7, 6]" = velocity_0_forward_3[4]
         div_4: "f32[]" = aten.div.Tensor(dt, 6)
         mul_6: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, div_4)
         mul_7: "f32[3, 5]" = aten.mul.Tensor(mul_6, 2)
         mul_8: "f32[3, 5]" = aten.mul.Tensor(mul_6, 2)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_6)
-        getitem_40: "f32[]" = adjoint_scale_0[0]
-        getitem_41: "f32[]" = adjoint_scale_0[1]
-        mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_6, getitem_40)
-        velocity_0_pullback = self.velocity_0_pullback(getitem_15, getitem_16, getitem_17, getitem_18, mul_tensor)
-        getitem_20: "f32[7]" = velocity_0_pullback[0]
-        div_tensor: "f32[7]" = aten.div.Tensor(getitem_20, getitem_40)
-        getitem_21: "f32[3, 6]" = velocity_0_pullback[1]
-        div_tensor_1: "f32[3, 6]" = aten.div.Tensor(getitem_21, getitem_40)
-        getitem_22: "f32[6, 7]" = velocity_0_pullback[2]
-        div_tensor_2: "f32[6, 7]" = aten.div.Tensor(getitem_22, getitem_40)
-        getitem_23: "f32[5]" = velocity_0_pullback[3]
-        div_tensor_3: "f32[5]" = aten.div.Tensor(getitem_23, getitem_40)
-        getitem_24: "f32[7, 5]" = velocity_0_pullback[4]
-        div_tensor_4: "f32[7, 5]" = aten.div.Tensor(getitem_24, getitem_40)
-        slice_1: "f32[3, 5]" = aten.slice.Tensor(div_tensor_1, 1, 0, 5)
+        scale_0: "f32[]" = adjoint_scale_0[0]
+        vanished: "f32[]" = adjoint_scale_0[1]
+        mul_6_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_6, scale_0)
+        velocity_0_pullback = self.velocity_0_pullback(saved_narrow_4, saved_tanh_3, saved_t_8, saved_t_9, mul_6_scaled)
+        grad_velocity_linear_0_bias: "f32[7]" = velocity_0_pullback[0]
+        grad_velocity_linear_0_bias_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias, scale_0)
+        grad_cat_3: "f32[3, 6]" = velocity_0_pullback[1]
+        grad_cat_3_unscaled: "f32[3, 6]" = aten.div.Tensor(grad_cat_3, scale_0)
+        grad_t_1: "f32[6, 7]" = velocity_0_pullback[2]
+        grad_t_1_unscaled: "f32[6, 7]" = aten.div.Tensor(grad_t_1, scale_0)
+        grad_velocity_linear_1_bias: "f32[5]" = velocity_0_pullback[3]
+        grad_velocity_linear_1_bias_unscaled: "f32[5]" = aten.div.Tensor(grad_velocity_linear_1_bias, scale_0)
+        grad_t_2: "f32[7, 5]" = velocity_0_pullback[4]
+        grad_t_2_unscaled: "f32[7, 5]" = aten.div.Tensor(grad_t_2, scale_0)
+        slice_1: "f32[3, 5]" = aten.slice.Tensor(grad_cat_3_unscaled, 1, 0, 5)
         mul_9: "f32[3, 5]" = aten.mul.Tensor(slice_1, dt)
-        add_tensor_1: "f32[3, 5]" = aten.add.Tensor(mul_7, mul_9)
-        adjoint_scale_1 = self.adjoint_scale_0(target, add_tensor_1)
-        getitem_42: "f32[]" = adjoint_scale_1[0]
-        getitem_43: "f32[]" = adjoint_scale_1[1]
-        mul_tensor_1: "f32[3, 5]" = aten.mul.Tensor(add_tensor_1, getitem_42)
-        velocity_0_pullback_1 = self.velocity_0_pullback(getitem_10, getitem_11, getitem_12, getitem_13, mul_tensor_1)
-        getitem_25: "f32[7]" = velocity_0_pullback_1[0]
-        div_tensor_5: "f32[7]" = aten.div.Tensor(getitem_25, getitem_42)
-        getitem_26: "f32[3, 6]" = velocity_0_pullback_1[1]
-        div_tensor_6: "f32[3, 6]" = aten.div.Tensor(getitem_26, getitem_42)
-        getitem_27: "f32[6, 7]" = velocity_0_pullback_1[2]
-        div_tensor_7: "f32[6, 7]" = aten.div.Tensor(getitem_27, getitem_42)
-        getitem_28: "f32[5]" = velocity_0_pullback_1[3]
-        div_tensor_8: "f32[5]" = aten.div.Tensor(getitem_28, getitem_42)
-        getitem_29: "f32[7, 5]" = velocity_0_pullback_1[4]
-        div_tensor_9: "f32[7, 5]" = aten.div.Tensor(getitem_29, getitem_42)
-        add_tensor_2: "f32[7]" = aten.add.Tensor(div_tensor, div_tensor_5)
-        add_tensor_3: "f32[6, 7]" = aten.add.Tensor(div_tensor_2, div_tensor_7)
-        add_tensor_4: "f32[5]" = aten.add.Tensor(div_tensor_3, div_tensor_8)
-        add_tensor_5: "f32[7, 5]" = aten.add.Tensor(div_tensor_4, div_tensor_9)
-        slice_2: "f32[3, 5]" = aten.slice.Tensor(div_tensor_6, 1, 0, 5)
-        add_tensor_6: "f32[3, 5]" = aten.add.Tensor(slice_1, slice_2)
+        grad_velocity_2: "f32[3, 5]" = aten.add.Tensor(mul_7, mul_9)
+        adjoint_scale_1 = self.adjoint_scale_0(target, grad_velocity_2)
+        scale_1: "f32[]" = adjoint_scale_1[0]
+        vanished_1: "f32[]" = adjoint_scale_1[1]
+        grad_velocity_2_scaled: "f32[3, 5]" = aten.mul.Tensor(grad_velocity_2, scale_1)
+        velocity_0_pullback_1 = self.velocity_0_pullback(saved_narrow_3, saved_tanh_2, saved_t_6, saved_t_7, grad_velocity_2_scaled)
+        grad_velocity_linear_0_bias_1: "f32[7]" = velocity_0_pullback_1[0]
+        grad_velocity_linear_0_bias_1_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias_1, scale_1)
+        grad_cat_2: "f32[3, 6]" = velocity_0_pullback_1[1]
+        grad_cat_2_unscaled: "f32[3, 6]" = aten.div.Tensor(grad_cat_2, scale_1)
+        grad_t_3: "f32[6, 7]" = velocity_0_pullback_1[2]
+        grad_t_3_unscaled: "f32[6, 7]" = aten.div.Tensor(grad_t_3, scale_1)
+        grad_velocity_linear_1_bias_1: "f32[5]" = velocity_0_pullback_1[3]
+        grad_velocity_linear_1_bias_1_unscaled: "f32[5]" = aten.div.Tensor(grad_velocity_linear_1_bias_1, scale_1)
+        grad_t_4: "f32[7, 5]" = velocity_0_pullback_1[4]
+        grad_t_4_unscaled: "f32[7, 5]" = aten.div.Tensor(grad_t_4, scale_1)
+        grad_velocity_linear_0_bias_2: "f32[7]" = aten.add.Tensor(grad_velocity_linear_0_bias_unscaled, grad_velocity_linear_0_bias_1_unscaled)
+        grad_t_5: "f32[6, 7]" = aten.add.Tensor(grad_t_1_unscaled, grad_t_3_unscaled)
+        grad_velocity_linear_1_bias_2: "f32[5]" = aten.add.Tensor(grad_velocity_linear_1_bias_unscaled, grad_velocity_linear_1_bias_1_unscaled)
+        grad_t_6: "f32[7, 5]" = aten.add.Tensor(grad_t_2_unscaled, grad_t_4_unscaled)
+        slice_2: "f32[3, 5]" = aten.slice.Tensor(grad_cat_2_unscaled, 1, 0, 5)
+        grad_y: "f32[3, 5]" = aten.add.Tensor(slice_1, slice_2)
         mul_10: "f32[3, 5]" = aten.mul.Tensor(slice_2, div)
-        add_tensor_7: "f32[3, 5]" = aten.add.Tensor(mul_8, mul_10)
-        adjoint_scale_2 = self.adjoint_scale_0(target, add_tensor_7)
-        getitem_44: "f32[]" = adjoint_scale_2[0]
-        getitem_45: "f32[]" = adjoint_scale_2[1]
-        mul_tensor_2: "f32[3, 5]" = aten.mul.Tensor(add_tensor_7, getitem_44)
-        velocity_0_pullback_2 = self.velocity_0_pullback(getitem_5, getitem_6, getitem_7, getitem_8, mul_tensor_2)
-        getitem_30: "f32[7]" = velocity_0_pullback_2[0]
-        div_tensor_10: "f32[7]" = aten.div.Tensor(getitem_30, getitem_44)
-        getitem_31: "f32[3, 6]" = velocity_0_pullback_2[1]
-        div_tensor_11: "f32[3, 6]" = aten.div.Tensor(getitem_31, getitem_44)
-        getitem_32: "f32[6, 7]" = velocity_0_pullback_2[2]
-        div_tensor_12: "f32[6, 7]" = aten.div.Tensor(getitem_32, getitem_44)
-        getitem_33: "f32[5]" = velocity_0_pullback_2[3]
-        div_tensor_13: "f32[5]" = aten.div.Tensor(getitem_33, getitem_44)
-        getitem_34: "f32[7, 5]" = velocity_0_pullback_2[4]
-        div_tensor_14: "f32[7, 5]" = aten.div.Tensor(getitem_34, getitem_44)
-        add_tensor_8: "f32[7]" = aten.add.Tensor(add_tensor_2, div_tensor_10)
-        add_tensor_9: "f32[6, 7]" = aten.add.Tensor(add_tensor_3, div_tensor_12)
-        add_tensor_10: "f32[5]" = aten.add.Tensor(add_tensor_4, div_tensor_13)
-        add_tensor_11: "f32[7, 5]" = aten.add.Tensor(add_tensor_5, div_tensor_14)
-        slice_3: "f32[3, 5]" = aten.slice.Tensor(div_tensor_11, 1, 0, 5)
-        add_tensor_12: "f32[3, 5]" = aten.add.Tensor(add_tensor_6, slice_3)
+        grad_velocity_1: "f32[3, 5]" = aten.add.Tensor(mul_8, mul_10)
+        adjoint_scale_2 = self.adjoint_scale_0(target, grad_velocity_1)
+        scale_2: "f32[]" = adjoint_scale_2[0]
+        vanished_2: "f32[]" = adjoint_scale_2[1]
+        grad_velocity_1_scaled: "f32[3, 5]" = aten.mul.Tensor(grad_velocity_1, scale_2)
+        velocity_0_pullback_2 = self.velocity_0_pullback(saved_narrow_2, saved_tanh_1, saved_t_4, saved_t_5, grad_velocity_1_scaled)
+        grad_velocity_linear_0_bias_3: "f32[7]" = velocity_0_pullback_2[0]
+        grad_velocity_linear_0_bias_3_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias_3, scale_2)
+        grad_cat_1: "f32[3, 6]" = velocity_0_pullback_2[1]
+        grad_cat_1_unscaled: "f32[3, 6]" = aten.div.Tensor(grad_cat_1, scale_2)
+        grad_t_7: "f32[6, 7]" = velocity_0_pullback_2[2]
+        grad_t_7_unscaled: "f32[6, 7]" = aten.div.Tensor(grad_t_7, scale_2)
+        grad_velocity_linear_1_bias_3: "f32[5]" = velocity_0_pullback_2[3]
+        grad_velocity_linear_1_bias_3_unscaled: "f32[5]" = aten.div.Tensor(grad_velocity_linear_1_bias_3, scale_2)
+        grad_t_8: "f32[7, 5]" = velocity_0_pullback_2[4]
+        grad_t_8_unscaled: "f32[7, 5]" = aten.div.Tensor(grad_t_8, scale_2)
+        grad_velocity_linear_0_bias_4: "f32[7]" = aten.add.Tensor(grad_velocity_linear_0_bias_2, grad_velocity_linear_0_bias_3_unscaled)
+        grad_t_9: "f32[6, 7]" = aten.add.Tensor(grad_t_5, grad_t_7_unscaled)
+        grad_velocity_linear_1_bias_4: "f32[5]" = aten.add.Tensor(grad_velocity_linear_1_bias_2, grad_velocity_linear_1_bias_3_unscaled)
+        grad_t_10: "f32[7, 5]" = aten.add.Tensor(grad_t_6, grad_t_8_unscaled)
+        slice_3: "f32[3, 5]" = aten.slice.Tensor(grad_cat_1_unscaled, 1, 0, 5)
+        grad_y_1: "f32[3, 5]" = aten.add.Tensor(grad_y, slice_3)
         mul_11: "f32[3, 5]" = aten.mul.Tensor(slice_3, div)
-        add_tensor_13: "f32[3, 5]" = aten.add.Tensor(mul_6, mul_11)
-        adjoint_scale_3 = self.adjoint_scale_0(target, add_tensor_13)
-        getitem_46: "f32[]" = adjoint_scale_3[0]
-        getitem_47: "f32[]" = adjoint_scale_3[1]
-        mul_tensor_3: "f32[3, 5]" = aten.mul.Tensor(add_tensor_13, getitem_46)
-        velocity_0_pullback_3 = self.velocity_0_pullback(getitem, getitem_1, getitem_2, getitem_3, mul_tensor_3)
-        getitem_35: "f32[7]" = velocity_0_pullback_3[0]
-        div_tensor_15: "f32[7]" = aten.div.Tensor(getitem_35, getitem_46)
-        getitem_36: "f32[3, 6]" = velocity_0_pullback_3[1]
-        div_tensor_16: "f32[3, 6]" = aten.div.Tensor(getitem_36, getitem_46)
-        getitem_37: "f32[6, 7]" = velocity_0_pullback_3[2]
-        div_tensor_17: "f32[6, 7]" = aten.div.Tensor(getitem_37, getitem_46)
-        getitem_38: "f32[5]" = velocity_0_pullback_3[3]
-        div_tensor_18: "f32[5]" = aten.div.Tensor(getitem_38, getitem_46)
-        getitem_39: "f32[7, 5]" = velocity_0_pullback_3[4]
-        div_tensor_19: "f32[7, 5]" = aten.div.Tensor(getitem_39, getitem_46)
-        add_tensor_14: "f32[7]" = aten.add.Tensor(add_tensor_8, div_tensor_15)
-        add_tensor_15: "f32[6, 7]" = aten.add.Tensor(add_tensor_9, div_tensor_17)
-        add_tensor_16: "f32[5]" = aten.add.Tensor(add_tensor_10, div_tensor_18)
-        add_tensor_17: "f32[7, 5]" = aten.add.Tensor(add_tensor_11, div_tensor_19)
-        t_3: "f32[5, 7]" = aten.t.default(add_tensor_17)
-        t_4: "f32[7, 6]" = aten.t.default(add_tensor_15)
-        slice_4: "f32[3, 5]" = aten.slice.Tensor(div_tensor_16, 1, 0, 5)
-        add_tensor_18: "f32[3, 5]" = aten.add.Tensor(add_tensor_12, slice_4)
-        add_tensor_19: "f32[3, 5]" = aten.add.Tensor(adjoint_y, add_tensor_18)
-        add_tensor_20: "f32[7, 6]" = aten.add.Tensor(total_velocity_linear_0_weight, t_4)
-        add_tensor_21: "f32[7]" = aten.add.Tensor(total_velocity_linear_0_bias, add_tensor_14)
-        add_tensor_22: "f32[5, 7]" = aten.add.Tensor(total_velocity_linear_1_weight, t_3)
-        add_tensor_23: "f32[5]" = aten.add.Tensor(total_velocity_linear_1_bias, add_tensor_16)
-        add_tensor: "f32[]" = aten.add.Tensor(getitem_41, getitem_43)
-        add_tensor_24: "f32[]" = aten.add.Tensor(add_tensor, getitem_45)
-        add_tensor_25: "f32[]" = aten.add.Tensor(add_tensor_24, getitem_47)
-        return (add_tensor_19, add_tensor_20, add_tensor_21, add_tensor_22, add_tensor_23, add_tensor_25)
+        grad_velocity_0: "f32[3, 5]" = aten.add.Tensor(mul_6, mul_11)
+        adjoint_scale_3 = self.adjoint_scale_0(target, grad_velocity_0)
+        scale_3: "f32[]" = adjoint_scale_3[0]
+        vanished_3: "f32[]" = adjoint_scale_3[1]
+        grad_velocity_0_scaled: "f32[3, 5]" = aten.mul.Tensor(grad_velocity_0, scale_3)
+        velocity_0_pullback_3 = self.velocity_0_pullback(saved_narrow_1, saved_tanh, saved_t, saved_t_3, grad_velocity_0_scaled)
+        grad_velocity_linear_0_bias_5: "f32[7]" = velocity_0_pullback_3[0]
+        grad_velocity_linear_0_bias_5_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias_5, scale_3)
+        grad_cat: "f32[3, 6]" = velocity_0_pullback_3[1]
+        grad_cat_unscaled: "f32[3, 6]" = aten.div.Tensor(grad_cat, scale_3)
+        grad_t_11: "f32[6, 7]" = velocity_0_pullback_3[2]
+        grad_t_11_unscaled: "f32[6, 7]" = aten.div.Tensor(grad_t_11, scale_3)
+        grad_velocity_linear_1_bias_5: "f32[5]" = velocity_0_pullback_3[3]
+        grad_velocity_linear_1_bias_5_unscaled: "f32[5]" = aten.div.Tensor(grad_velocity_linear_1_bias_5, scale_3)
+        grad_t_12: "f32[7, 5]" = velocity_0_pullback_3[4]
+        grad_t_12_unscaled: "f32[7, 5]" = aten.div.Tensor(grad_t_12, scale_3)
+        grad_velocity_linear_0_bias_6: "f32[7]" = aten.add.Tensor(grad_velocity_linear_0_bias_4, grad_velocity_linear_0_bias_5_unscaled)
+        grad_t_13: "f32[6, 7]" = aten.add.Tensor(grad_t_9, grad_t_11_unscaled)
+        grad_velocity_linear_1_bias_6: "f32[5]" = aten.add.Tensor(grad_velocity_linear_1_bias_4, grad_velocity_linear_1_bias_5_unscaled)
+        grad_t_14: "f32[7, 5]" = aten.add.Tensor(grad_t_10, grad_t_12_unscaled)
+        t_3: "f32[5, 7]" = aten.t.default(grad_t_14)
+        t_4: "f32[7, 6]" = aten.t.default(grad_t_13)
+        slice_4: "f32[3, 5]" = aten.slice.Tensor(grad_cat_unscaled, 1, 0, 5)
+        grad_y_2: "f32[3, 5]" = aten.add.Tensor(grad_y_1, slice_4)
+        adjoint_y_next: "f32[3, 5]" = aten.add.Tensor(adjoint_y, grad_y_2)
+        total_velocity_linear_0_weight_next: "f32[7, 6]" = aten.add.Tensor(total_velocity_linear_0_weight, t_4)
+        total_velocity_linear_0_bias_next: "f32[7]" = aten.add.Tensor(total_velocity_linear_0_bias, grad_velocity_linear_0_bias_6)
+        total_velocity_linear_1_weight_next: "f32[5, 7]" = aten.add.Tensor(total_velocity_linear_1_weight, t_3)
+        total_velocity_linear_1_bias_next: "f32[5]" = aten.add.Tensor(total_velocity_linear_1_bias, grad_velocity_linear_1_bias_6)
+        vanished_4: "f32[]" = aten.add.Tensor(vanished, vanished_1)
+        vanished_5: "f32[]" = aten.add.Tensor(vanished_4, vanished_2)
+        vanished_6: "f32[]" = aten.add.Tensor(vanished_5, vanished_3)
+        return (adjoint_y_next, total_velocity_linear_0_weight_next, total_velocity_linear_0_bias_next, total_velocity_linear_1_weight_next, total_velocity_linear_1_bias_next, vanished_6)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, velocity_linear_0_bias: "f32[7]", y: "f32[3, 6]", velocity_linear_0_weight: "f32[6, 7]", velocity_linear_1_bias: "f32[5]", velocity_linear_1_weight: "f32[7, 5]"):
             narrow: "f16[7]" = rampde_fx.narrow.default(velocity_linear_0_bias, dtype = torch.float16)

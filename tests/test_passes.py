@@ -8,7 +8,8 @@ from expecttest import TestCase
 import rampde_fx
 from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.backend import STEP_PASSES
-from rampde_fx.loop import VANISHED, WATCHED
+from rampde_fx.ir.ends import Adjoint, Cotangent, Gradient, Operand, Saved, StateSlot, Statistics, Target, Vanished
+from rampde_fx.ir.sources import CarrySource, IndexSource, InvariantSource, SeedSource
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.find_loops import find_loops
@@ -83,7 +84,8 @@ def after(*passes):
 
 
 def shown(loop, part="step"):
-    return printed(getattr(loop, part))
+    found = getattr(loop, part)
+    return printed(found.module if isinstance(found, Adjoint) else found)
 
 
 class TestPasses(TestCase):
@@ -97,8 +99,10 @@ class TestPasses(TestCase):
 
     def test_match_iterations(self):
         run = through(lambda graph_module: match_iterations(marked(graph_module)))
-        kinds = {(s.kind, s.key) for row in run.sources for s in row if not isinstance(s, int | str)}
-        assert len(run.iterations) == 3 and kinds == {("carry", 5), ("invariant", "")}, kinds
+        sources = {source for row in run.sources for source in row if not isinstance(source, int | str)}
+        assert len(run.iterations) == 3
+        assert {s.key for s in sources if isinstance(s, CarrySource)} == {5}
+        assert {type(s) for s in sources} == {CarrySource, InvariantSource}
         assert run.outputs == {5: [2]}
 
     def test_roll_loop(self):
@@ -143,7 +147,7 @@ class GraphModule(torch.nn.Module):
             loop = marked(graph_module)
             captured = replay_random(capture_step(graph_module, loop, match_iterations(loop)))
             again = replay_random(captured)
-            assert again is captured and [source.kind for source in captured.inputs][-2:] == ["index", "seed"]
+            assert again is captured and [type(source) for source in captured.inputs[-2:]] == [IndexSource, SeedSource]
             return printed(captured.step)
 
         self.assertExpectedInline(
@@ -188,7 +192,7 @@ class GraphModule(torch.nn.Module):
         return (add_1,)
 """,
         )
-        assert hoist_invariants(loop) is loop
+        assert hoist_invariants(loop).step is loop.step
 
     def test_partition_velocity(self):
         loop = after(hoist_invariants, partition_velocity)
@@ -204,8 +208,8 @@ class GraphModule(torch.nn.Module):
 class GraphModule(torch.nn.Module):
     def forward(self, args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]"):
         velocity_0 = self.velocity_0(args_0, mul, t)
-        getitem: "f32[3, 5]" = velocity_0[0]
-        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, getitem)
+        k_1: "f32[3, 5]" = velocity_0[0]
+        mul_1: "f32[3, 5]" = aten.mul.Tensor(dt, k_1)
         add_1: "f32[3, 5]" = aten.add.Tensor(args_0, mul_1)
         return (add_1,)
     class velocity_0(torch.nn.Module):
@@ -230,13 +234,13 @@ class GraphModule(torch.nn.Module):
 class GraphModule(torch.nn.Module):
     def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]"):
         velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
-        getitem: "f16[3, 5]" = velocity_0_forward[1]
-        getitem_1: "f16[5, 5]" = velocity_0_forward[2]
+        saved_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        saved_t_1: "f16[5, 5]" = velocity_0_forward[2]
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
-        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, mul_2)
-        getitem_3: "f32[3, 5]" = velocity_0_pullback[0]
-        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, getitem_3)
-        return (add_tensor,)
+        velocity_0_pullback = self.velocity_0_pullback(saved_tanh, saved_t_1, mul_2)
+        grad_args_0: "f32[3, 5]" = velocity_0_pullback[0]
+        adjoint_args_0_next: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, grad_args_0)
+        return (adjoint_args_0_next,)
     class velocity_0_forward(torch.nn.Module):
         def forward(self, y: "f32[3, 5]", mul: "f32[5, 5]", t: "f32[]"):
             narrow: "f16[3, 5]" = rampde_fx.narrow.default(y, dtype = torch.float16)
@@ -258,8 +262,8 @@ class GraphModule(torch.nn.Module):
             return (_to_copy_2,)
 """,
         )
-        assert loop.adjoint_inputs == (("cotangent", 0), ("operand", 0), ("operand", 1), ("operand", 2), ("operand", 3))
-        assert loop.adjoint_results == (0,)
+        assert loop.adjoint.inputs == (Cotangent(0), *map(Operand, range(4)))
+        assert loop.adjoint.results == (Gradient(0),)
 
     def test_a_view_that_enlarges_is_cast_before_it_is_one(self):
         @rampde_fx.mixed_precision(dtype=torch.float16)
@@ -294,21 +298,21 @@ class GraphModule(torch.nn.Module):
             """\
     def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]", target: "f32[]"):
         velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
-        getitem: "f16[3, 5]" = velocity_0_forward[1]
-        getitem_1: "f16[5, 5]" = velocity_0_forward[2]
+        saved_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        saved_t_1: "f16[5, 5]" = velocity_0_forward[2]
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_2)
-        getitem_4: "f32[]" = adjoint_scale_0[0]
-        getitem_5: "f32[]" = adjoint_scale_0[1]
-        mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_2, getitem_4)
-        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, mul_tensor)
-        getitem_3: "f32[3, 5]" = velocity_0_pullback[0]
-        div_tensor: "f32[3, 5]" = aten.div.Tensor(getitem_3, getitem_4)
-        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, div_tensor)
-        return (add_tensor, getitem_5)
+        scale_0: "f32[]" = adjoint_scale_0[0]
+        vanished: "f32[]" = adjoint_scale_0[1]
+        mul_2_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_2, scale_0)
+        velocity_0_pullback = self.velocity_0_pullback(saved_tanh, saved_t_1, mul_2_scaled)
+        grad_args_0: "f32[3, 5]" = velocity_0_pullback[0]
+        grad_args_0_unscaled: "f32[3, 5]" = aten.div.Tensor(grad_args_0, scale_0)
+        adjoint_args_0_next: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, grad_args_0_unscaled)
+        return (adjoint_args_0_next, vanished)
     """,
         )
-        assert loop.adjoint_inputs[-1] == ("target", 0)
+        assert loop.adjoint.inputs[-1] == Target()
 
     def test_watch_adjoint(self):
         passes = hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, scale_adjoint
@@ -319,36 +323,36 @@ class GraphModule(torch.nn.Module):
             """\
     def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]", target: "f32[]"):
         velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
-        getitem: "f16[3, 5]" = velocity_0_forward[1]
-        getitem_1: "f16[5, 5]" = velocity_0_forward[2]
+        saved_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        saved_t_1: "f16[5, 5]" = velocity_0_forward[2]
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_2)
-        getitem_4: "f32[]" = adjoint_scale_0[0]
-        getitem_5: "f32[]" = adjoint_scale_0[1]
-        mul_tensor: "f32[3, 5]" = aten.mul.Tensor(mul_2, getitem_4)
-        velocity_0_pullback = self.velocity_0_pullback(getitem, getitem_1, mul_tensor)
-        getitem_3: "f32[3, 5]" = velocity_0_pullback[0]
-        adjoint_statistics_0 = self.adjoint_statistics_0(getitem_4, mul_2, getitem_3)
-        getitem_6: "f32[5]" = adjoint_statistics_0[0]
-        div_tensor: "f32[3, 5]" = aten.div.Tensor(getitem_3, getitem_4)
-        add_tensor: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, div_tensor)
-        stack_default: "f32[1, 5]" = aten.stack.default([getitem_6])
-        return (add_tensor, getitem_5, stack_default)
+        scale_0: "f32[]" = adjoint_scale_0[0]
+        vanished: "f32[]" = adjoint_scale_0[1]
+        mul_2_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_2, scale_0)
+        velocity_0_pullback = self.velocity_0_pullback(saved_tanh, saved_t_1, mul_2_scaled)
+        grad_args_0: "f32[3, 5]" = velocity_0_pullback[0]
+        adjoint_statistics_0 = self.adjoint_statistics_0(scale_0, mul_2, grad_args_0)
+        statistics: "f32[5]" = adjoint_statistics_0[0]
+        grad_args_0_unscaled: "f32[3, 5]" = aten.div.Tensor(grad_args_0, scale_0)
+        adjoint_args_0_next: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, grad_args_0_unscaled)
+        stack_default: "f32[1, 5]" = aten.stack.default([statistics])
+        return (adjoint_args_0_next, vanished, stack_default)
     """,
         )
-        assert loop.adjoint_results == (0, VANISHED, WATCHED)
+        assert loop.adjoint.results == (Gradient(0), Vanished(), Statistics())
         unwatched = after(*passes)
-        assert watch_adjoint(unwatched) is unwatched
+        assert watch_adjoint(unwatched).adjoint is unwatched.adjoint
 
     def test_widen_gradients(self):
         before = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint)
         loop = after(hoist_invariants, partition_velocity, lower_velocity, generate_adjoint, widen_gradients)
         kinds = [
             [str(n.meta["val"].dtype) for n in module.graph.find_nodes(op="call_function", target=aten.mm.default)]
-            for module in (before.adjoint.velocity_0_pullback, loop.adjoint.velocity_0_pullback)
+            for module in (before.adjoint.module.velocity_0_pullback, loop.adjoint.module.velocity_0_pullback)
         ]
         assert kinds == [["torch.float16"], ["torch.float32"]]
-        assert find_sums(loop.adjoint.velocity_0_pullback) == {}
+        assert find_sums(loop.adjoint.module.velocity_0_pullback) == {}
 
     def test_a_weight_makes_one_product_for_a_whole_batch(self):
         """As in eager, where the weight needs a gradient: else one product, and one weight gradient, for each entry."""
@@ -368,7 +372,7 @@ class GraphModule(torch.nn.Module):
         loop = through(run, arguments, batched)
         products = [
             [tuple(graphs.value(factor).shape) for factor in node.args]
-            for module in (loop.step.velocity_0, loop.adjoint.velocity_0_pullback)
+            for module in (loop.step.velocity_0, loop.adjoint.module.velocity_0_pullback)
             for node in graphs.body(module)
             if operator_table.is_product(node)
         ]
@@ -469,11 +473,12 @@ class GraphModule(torch.nn.Module):
         )
 
     def test_store_states(self):
-        before, loop = after(*STEP_PASSES[:-2]), after(*STEP_PASSES[:-1])
-        assert loop.stored == (0,) and loop.adjoint_inputs[1] == ("stored", 0)
-        kinds = {node.name: node.meta["val"].dtype for node in graphs.placeholders(loop.adjoint)}
+        before, loop = after(*STEP_PASSES.passes[:-2]), after(*STEP_PASSES.passes[:-1])
+        (slot,) = loop.slots
+        assert isinstance(slot, StateSlot) and slot.carry == 0 and loop.adjoint.inputs[1] == Saved(0)
+        kinds = {node.name: node.meta["val"].dtype for node in graphs.placeholders(loop.adjoint.module)}
         assert kinds["args_0"] is torch.float16 and kinds["adjoint_args_0"] is torch.float32
-        assert len(graphs.body(loop.adjoint)) == len(graphs.body(before.adjoint)) + 1
+        assert len(graphs.body(loop.adjoint.module)) == len(graphs.body(before.adjoint.module)) + 1
         count, stored = graphs.results(loop.step)[1:]
         assert loop.counted and count.meta["val"].dtype is torch.int64
         assert stored.meta["val"].dtype is torch.float16 and stored.args[0].name == "args_0"

@@ -159,7 +159,7 @@ def test_one_checkpointed_loop_after_another():
 def test_the_report_keeps_the_loop_after_each_pass():
     (loop,) = explained(Euler).loops
     assert [after.name for after in loop.passes] == PASSES
-    assert loop.passes[-1].loop.step is loop.step and loop.passes[-1].loop.adjoint is loop.adjoint
+    assert loop.passes[-1].loop.step is loop.step and loop.passes[-1].loop.adjoint.module is loop.adjoint
     codes = {after.name: after.code for after in loop.passes}
     assert "velocity_0" not in codes["partition_velocity"] and "velocity_0" in codes["lower_velocity"]
     assert "adjoint_scale_0" not in codes["widen_gradients"] and "adjoint_scale_0" in codes["scale_adjoint"]

@@ -1,14 +1,18 @@
 """Dynamic adjoint scaling: the scale, overflow and its bounded repetition, gradients that are not finite."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 import rampde_fx
+from rampde_fx import counts
 from rampde_fx.scales import power_of_two_scale
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import RK4, Euler
+
+U16 = 2.0**-11
 
 
 @pytest.mark.parametrize("target", [1.0, 2.0**-7, 2.0**9])
@@ -254,6 +258,106 @@ def test_layers_with_learned_gains_of_any_size_have_their_gradients(size, policy
     assert max(relative_errors(list(got), [w.float() for w in run(flow, torch.float64)])) <= 5e-3
 
 
+def in_other_units(factor):
+    """Layers whose results are in other units, and weights behind them that are as much smaller or larger."""
+
+    class InOtherUnits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(4))
+            for layer in self.layers[1:]:
+                layer.weight.data.div_(factor)
+            self.scale = torch.nn.Parameter(torch.tensor(float(factor)))
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                x = self.layers[0](y)
+                for layer in self.layers[1:]:
+                    x = layer(self.scale * torch.tanh(x))
+                y = y + dt * x
+            return y
+
+    return InOtherUnits()
+
+
+class Divided(torch.nn.Module):
+    """Parts of a velocity that are divided by a large parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.unit = torch.nn.Parameter(torch.full((6,), 1e8))
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            h = torch.tanh(self.first(y))
+            y = y + dt * (h + self.second(h) / self.unit)
+        return y
+
+
+class Normalised(torch.nn.Module):
+    """A residual layer whose norm begins with a small weight."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.second, self.norm = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), norm
+        norm.weight.data.mul_(1e-7)
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * (torch.sin(y) + self.norm(torch.tanh(self.second(torch.tanh(self.first(y))))))
+        return y
+
+
+FACTORS = {
+    "units of 100": lambda: in_other_units(100),
+    "units of 1000": lambda: in_other_units(1000),
+    "units of 1/1000": lambda: in_other_units(1e-3),
+    "divided": Divided,
+    "layer norm": lambda: Normalised(torch.nn.LayerNorm(6)),
+    "group norm": lambda: Normalised(torch.nn.GroupNorm(1, 6)),
+    "batch norm": lambda: Normalised(torch.nn.BatchNorm1d(6).eval()),
+}
+
+
+@pytest.mark.parametrize("model", FACTORS)
+def test_gradients_of_float16_behind_factors_of_any_size(model):
+    torch.manual_seed(0)
+    model = FACTORS[model]()
+    exact, y, t = copy.deepcopy(model).double(), torch.randn(8, 6), torch.linspace(0, 1, 4)
+    compiled(model, torch.float16)(y, t).square().sum().backward()
+    exact(y.double(), t.double()).square().sum().backward()
+    wanted = [p.grad.float() for p in exact.parameters()]
+    errors = relative_errors([p.grad for p in model.parameters()], wanted)
+    assert max(errors) < 5 * U16, errors
+
+
+@pytest.mark.parametrize("policy", [{}, {"loop": "unroll"}, {"checkpoint": 2}, {"scaling": "none"}], ids=str)
+@pytest.mark.parametrize("joined", [lambda q, p: torch.cat([q, p], 1), lambda q, p: q + p], ids=["cat", "sum"])
+def test_states_that_are_views_of_one_tensor_and_leave_as_one(joined, policy):
+    """A Hamiltonian: the cotangents of q and p are slices of one, or are one."""
+
+    class Leapfrog(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Softplus(), torch.nn.Linear(8, 1))
+
+        def forward(self, y, t):
+            q, p = y[:, :3], y[:, 3:]
+            for _, dt in rampde_fx.steps(t):
+                p = p - dt / 2 * torch.func.grad(lambda q: self.h(q).sum())(q)
+                q = q + dt * p
+                p = p - dt / 2 * torch.func.grad(lambda q: self.h(q).sum())(q)
+            return joined(q, p)
+
+    torch.manual_seed(0)
+    model, found = Leapfrog(), []
+    y, t = torch.randn(8, 6, requires_grad=True), torch.linspace(0, 1, 5, requires_grad=True)
+    for run in (compiled(model, torch.float16, "aot_eager", **policy), model):
+        found.append(torch.autograd.grad(run(y, t).sum(), [y, t, *model.h[0].parameters()]))
+    assert max(relative_errors(*found)) < 10 * U16
+
+
 @pytest.mark.parametrize("policy", [{}, {"checkpoint": 3}], ids=str)
 def test_states_that_overflow_where_they_are_stored_give_gradients_of_nan(policy):
     def flow(y, t):
@@ -289,20 +393,25 @@ def test_states_that_lose_their_digits_where_they_enter_are_counted_and_warned_o
     assert count == rampde_fx.StateCount(entries=48, underflowed=0)
 
 
-def test_states_that_lose_their_digits_where_they_are_stored_alone_are_counted():
-    """A state in units of 1e-7, which the velocity reads in float32: the backward would read it from float16."""
+@pytest.mark.parametrize("velocity", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_states_that_lose_their_digits_where_they_are_stored_alone_are_counted(velocity, monkeypatch):
+    """A state in units of 1e-7, which the velocity reads in a wider range: the backward would read it from float16."""
 
     def flow(y, a, t):
         for _, dt in rampde_fx.steps(t):
             y = y + dt * 1e-7 * torch.tanh((y / 1e-7) @ a)
         return y
 
+    monkeypatch.setattr(counts, "_warned", set())
     rampde_fx.state_counts(reset=True)
     y, a = 1e-7 * torch.linspace(-2, 1, 12).view(4, 3), torch.eye(3, requires_grad=True)
     with pytest.warns(UserWarning, match="stored for its backward"):
-        compiled(flow, torch.float16)(y, a, torch.linspace(0, 1, 5))
+        compiled(flow, velocity, storage=torch.float16)(y, a, torch.linspace(0, 1, 5))
     (count,) = rampde_fx.state_counts(reset=True).values()
     assert count.underflowed == 4 * 12 and count.subnormal == 4
+    scaled = compiled(flow, velocity, storage=torch.float16, storage_scaling="dynamic")  # near miss
+    scaled(y, a, torch.linspace(0, 1, 5))
+    assert sum(count.underflowed for count in rampde_fx.state_counts(reset=True).values()) == 0
 
 
 def test_states_are_not_counted_in_other_dtypes():

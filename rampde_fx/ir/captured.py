@@ -1,0 +1,125 @@
+"""A marked loop as it was captured, before it is rolled up."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from rampde_fx import operators
+from rampde_fx.ir.sources import CarrySource, Key, Source, carries_among
+from rampde_fx.policy import PrecisionPolicy
+
+STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
+END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}
+
+
+@dataclass(frozen=True)
+class MarkedLoop:
+    """A marked loop in a captured graph.
+
+    Attributes:
+        policy: The policy that the markers carry.
+        markers: The step markers, one per iteration; or the one enter marker of a loop that was captured once.
+        end: The end marker, or leave.
+        iterations: The nodes between two markers, one list per iteration, in graph order.
+        differentiated: Whether gradients are on where the loop stands.
+        monitored: Whether a monitor was open where it was captured.
+    """
+
+    policy: PrecisionPolicy
+    markers: list[fx.Node]
+    end: fx.Node
+    iterations: list[list[fx.Node]]
+    differentiated: bool
+    monitored: bool
+
+    @property
+    def once(self) -> bool:
+        """Whether the one iteration stands for all, its states named by enter and leave."""
+        return self.markers[0].target is operators.enter
+
+    @property
+    def searches(self) -> bool:
+        """Whether the one iteration is tried by a search for adaptive steps."""
+        return self.end.target is operators.leave_search
+
+    def holder(self) -> fx.GraphModule:
+        """The module in whose graph the loop stands: the captured one, or a checkpointed body inside it."""
+        return self.end.graph.owning_module
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive equal iterations of a marked loop.
+
+    Attributes:
+        iterations: The nodes of each iteration, aligned position by position.
+        sources: For every position, the source of each node argument, in order; a key is a value of the same
+            iteration.
+        outputs: For every key that is read outside of the run, by which iterations' values.
+        entered: Times and carries in the order in which a loop that was captured once names them. Its one iteration
+            stands for all, and its outputs are those whose every value is read.
+    """
+
+    iterations: list[list[fx.Node]]
+    sources: list[list[Source | Key]]
+    outputs: dict[Key, list[int]]
+    entered: tuple[Source, ...] = ()
+
+    @property
+    def once(self) -> bool:
+        """Whether the one iteration stands for all."""
+        return bool(self.entered)
+
+    def stacked(self) -> list[Key]:
+        """Keys of the outputs that are not final carries alone."""
+        last = len(self.iterations) - 1
+        finals = {s.key for row in self.sources for s in row if isinstance(s, CarrySource) and s.is_latest}
+        return [key for key, ks in self.outputs.items() if self.once or ks != [last] or key not in finals]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """One iteration of a run as functional ATen.
+
+    Attributes:
+        inputs: The source of every placeholder of the step; carries first.
+        step: Maps the inputs to the next carries, then to the outputs; before find_states to further values.
+        outputs: Keys of the values that are read outside of the run, apart from final carries.
+        after: For every placeholder the node that holds its value after the step (before find_states).
+        written: The outside tensors that carries were updated in, by the index of the carry.
+    """
+
+    inputs: list[Source]
+    step: fx.GraphModule
+    outputs: list[Key]
+    after: list[fx.Node]
+    written: dict[int, fx.Node] = field(default_factory=dict)
+
+    def carries(self) -> int:
+        """Number of carried states."""
+        return len(carries_among(self.inputs))
+
+
+def is_marker(node: fx.Node) -> bool:
+    """Whether a captured node marks the start of an iteration."""
+    return node.target in STEP or node.target is operators.enter
+
+
+def begins_loop(node: fx.Node) -> bool:
+    """Whether a captured node marks the start of a loop's first iteration."""
+    return is_marker(node) and (node.target is operators.enter or node.args[1] == 0)
+
+
+def ends_loop(node: fx.Node) -> bool:
+    """Whether a captured node marks the end of a loop."""
+    return node.target in END
+
+
+def reads_end(user: fx.Node) -> bool:
+    """Whether a reader of a trajectory reads its last entry alone."""
+    index = user.args[1] if user.target is operator.getitem else None
+    return index == -1 or (isinstance(index, tuple) and len(index) > 1 and index[0] == -1)

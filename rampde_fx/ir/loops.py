@@ -1,0 +1,276 @@
+"""A loop, rolled up into one step: one type for each phase, which holds what the passes so far have found.
+
+A pass takes a loop of one phase and gives one of the next, so that a type checker refuses passes in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import fx, nn
+
+from rampde_fx import graphs, torch_private
+from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.schedules import segment_length
+from rampde_fx.step_control import Controller
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Something that stayed in the accumulation dtype inside the loop, and why."""
+
+    operation: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """N equal steps of one loop, as roll_loop makes it.
+
+    The step maps (carries, per-step inputs, invariants, corrections) to (next carries, per-step outputs, stored
+    values, next corrections). Its adjoint takes them in the reverse order of the steps. Passes take a Loop and return
+    another; the graph that holds it is touched by roll_loop and emit_loop alone.
+
+    Attributes:
+        policy: How to rewrite it.
+        steps: N, the number of steps.
+        where: The user's source line of the loop.
+        number: 1 for the first loop of its line in a graph, 2 for the second, and so on.
+        step: The step as a functional ATen graph with true metadata.
+        plain: The step as it was captured, before any pass.
+        carries: Number of carried states, the first placeholders and the first results of the step.
+        per_step: Number of per-step inputs, the placeholders after the carries.
+        plain_needs_grad: For each placeholder of the plain step, whether its gradient is wanted.
+        needs_grad: For each placeholder of the step, whether its gradient is wanted; corrections left out.
+        differentiated: Whether a backward can be asked for.
+        monitored: Whether a monitor was open where it was captured.
+        controller: That of a search for adaptive steps: the loop is one step that is tried until it has found them,
+            with an estimate of its error for each output. None otherwise.
+        evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
+        notes: Sentences for the report.
+    """
+
+    policy: PrecisionPolicy
+    steps: int
+    where: str
+    step: fx.GraphModule
+    plain: fx.GraphModule
+    carries: int
+    per_step: int
+    plain_needs_grad: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
+    differentiated: bool
+    number: int = 1
+    monitored: bool = False
+    controller: Controller | None = None
+    evaluations: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def then(self, phase: type[Phase], **found: Any) -> Phase:
+        """The loop in another phase, with what a pass found for its fields."""
+        return phase(**{field.name: getattr(self, field.name) for field in fields(self)} | found)
+
+    @property
+    def name(self) -> str:
+        """The file and line of its head, numbered from the second loop of that line on."""
+        line = self.where.partition(", in ")[0] or "an unknown line"
+        return line if self.number == 1 else f"{line} ({self.number})"
+
+    def divided(self, values: Sequence[T]) -> Inputs[T]:
+        """Values in the order of the step's placeholders, with or without corrections, by what they are."""
+        first, last = self.carries + self.per_step, len(self.needs_grad)
+        return Inputs(values[: self.carries], values[self.carries : first], values[first:last], values[last:])
+
+    def inputs(self) -> Inputs[fx.Node]:
+        """The step's placeholders."""
+        return self.divided(graphs.placeholders(self.step))
+
+    def results(self) -> Results[Any]:
+        """What the step returns."""
+        found, (stored, corrections) = graphs.results(self.step), self.tail()
+        last = len(found) - corrections
+        first = last - stored
+        return Results(found[: self.carries], found[self.carries : first], found[first:last], found[last:])
+
+    def tail(self) -> tuple[int, int]:
+        """How many of the step's last results are stored values, and corrections behind these."""
+        return 0, 0
+
+    def segment(self) -> int | torch.SymInt:
+        """K, the number of steps from one stored state to the next."""
+        return segment_length(self.policy.schedule, self.steps, self.where)
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether it is emitted step by step rather than as a scan."""
+        if self.policy.loop == "unroll" and torch_private.is_data_dependent(self.steps):
+            raise UnsupportedLoopError(
+                'loop="unroll" with a number of steps that is computed from the times',
+                required="a number of steps that the shape of the times tells",
+                fix='leave loop out, or use options={"num_steps": n} instead of a step size or adaptive steps',
+                where=self.where,
+            )
+        return self.policy.unrolls(self.steps)
+
+
+Phase = TypeVar("Phase", bound=Loop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoistedLoop(Loop):
+    """Behind hoist_invariants.
+
+    Attributes:
+        preamble: What depends on invariants alone: maps the captured invariants to those of the step, or None.
+    """
+
+    preamble: fx.GraphModule | None = None
+
+
+class WidenedLoop(HoistedLoop):
+    """Behind widen_parameters: gradients of all inputs are as wide as the accumulation dtype."""
+
+
+class PartitionedLoop(WidenedLoop):
+    """Behind partition_velocity: every node of the step has a role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweredLoop(PartitionedLoop):
+    """Behind lower_velocity.
+
+    Attributes:
+        stages: Names of the velocity submodules in the order of their evaluation.
+        low_operations: How many operations of the step's evaluations are in the velocity dtype.
+        fallbacks: What stayed in the accumulation dtype.
+    """
+
+    stages: tuple[str, ...] = ()
+    low_operations: int = 0
+    fallbacks: tuple[Fallback, ...] = ()
+
+    @property
+    def stays_wide(self) -> bool:
+        """Whether nothing is evaluated in the half precision that its policy asks for."""
+        return self.policy.velocity.itemsize < 4 and self.low_operations == 0
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """How often a step evaluates the velocity; of a loop over steps(t) its parts that are no sums of states."""
+        return len(self.stages) if self.evaluations is None else self.evaluations
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedLoop(LoweredLoop):
+    """Behind count_underflow.
+
+    Attributes:
+        counted: Whether the last per-step output counts the entries that underflow in float16, where states enter a
+            velocity or are stored.
+    """
+
+    counted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferentiatedLoop(CountedLoop):
+    """Behind generate_adjoint.
+
+    Attributes:
+        adjoint: The transpose of the step; None without a backward.
+    """
+
+    adjoint: Adjoint | None = None
+
+
+class SummedLoop(DifferentiatedLoop):
+    """Behind widen_gradients: the sums of the pullbacks are in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledLoop(SummedLoop):
+    """Behind scale_adjoint.
+
+    Attributes:
+        target: The target of the adjoint scaling.
+    """
+
+    target: float = 1.0
+
+
+class WatchedLoop(ScaledLoop):
+    """Behind watch_adjoint: the adjoint returns what a monitor records, if one is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptLoop(WatchedLoop):
+    """Behind keep_activations.
+
+    Attributes:
+        slots: What the step stores for the backward, in the order in which it returns it.
+    """
+
+    slots: tuple[Slot, ...] = ()
+
+    def tail(self) -> tuple[int, int]:
+        """How many of the step's last results are stored values, and corrections behind these."""
+        return sum(slot.parts for slot in self.slots), 0
+
+
+class StoredLoop(KeptLoop):
+    """Behind store_states: the adjoint reads no carry of the step but from a slot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensatedLoop(StoredLoop):
+    """Behind compensate_sums, the last phase.
+
+    Attributes:
+        corrections: The carries of the step whose sums are compensated, one correction each.
+    """
+
+    corrections: tuple[int, ...] = ()
+
+    def tail(self) -> tuple[int, int]:
+        """How many of the step's last results are stored values, and corrections behind these."""
+        return super().tail()[0], len(self.corrections)
+
+
+First = TypeVar("First", bound=Loop)
+Last = TypeVar("Last", bound=Loop)
+Next = TypeVar("Next", bound=Loop)
+
+
+class Pipeline(Generic[First, Last]):
+    """Passes, each of which takes a loop of the phase that the one before it gives."""
+
+    def __init__(self, *passes: Callable[[Any], Loop]) -> None:
+        self.passes = passes
+
+    @classmethod
+    def of(cls, step_pass: Callable[[First], Last]) -> Pipeline[First, Last]:
+        """A pipeline of one pass."""
+        return Pipeline(step_pass)
+
+    def then(self, step_pass: Callable[[Last], Next]) -> Pipeline[First, Next]:
+        """The pipeline with another pass at its end."""
+        return Pipeline(*self.passes, step_pass)
+
+    def __iter__(self) -> Iterator[Callable[[Any], Loop]]:
+        return iter(self.passes)
+
+
+class LoopNode(nn.Module):
+    """Stands for a rolled loop in the captured graph until emit_loop replaces it; never called."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop

@@ -1,0 +1,86 @@
+"""Where an input of an iteration comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import fx
+
+Key = int | str  # names a value of an iteration: the position of its node, or "t" and "dt"
+Time = Literal["t", "dt"]
+
+
+@dataclass(frozen=True)
+class CarrySource:
+    """From an earlier iteration; in the first ones from outside.
+
+    Attributes:
+        values: The outside nodes that stand in for the earlier iterations.
+        key: The value of the earlier iteration that it is; None where no iteration is compared with another.
+    """
+
+    values: tuple[fx.Node, ...]
+    key: Key | None
+
+    @property
+    def is_latest(self) -> bool:
+        """Whether it is from the iteration just before."""
+        return len(self.values) == 1
+
+    def younger(self) -> CarrySource:
+        """What replaces a carry of a longer lag: the one that is one step younger."""
+        return replace(self, values=self.values[1:])
+
+
+@dataclass(frozen=True)
+class TimeSource:
+    """A time t_i, or a step size dt_i."""
+
+    key: Time
+    values: ClassVar[tuple[fx.Node, ...]] = ()
+
+
+@dataclass(frozen=True)
+class PerStepSource:
+    """From outside, another value in every iteration: one node each."""
+
+    values: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class InvariantSource:
+    """From outside, always the same value."""
+
+    value: fx.Node
+
+    @property
+    def values(self) -> tuple[fx.Node, ...]:
+        """The one value."""
+        return (self.value,)
+
+
+@dataclass(frozen=True)
+class IndexSource:
+    """The number of the step, on a device, for its random numbers."""
+
+    device: str
+    values: ClassVar[tuple[fx.Node, ...]] = ()
+
+
+@dataclass(frozen=True)
+class SeedSource:
+    """The seed of the loop's random numbers, on a device."""
+
+    device: str
+    values: ClassVar[tuple[fx.Node, ...]] = ()
+
+
+Source = CarrySource | TimeSource | PerStepSource | InvariantSource | IndexSource | SeedSource
+# The order in which a step takes its inputs: carries, what each step has of its own, what all share.
+ORDER = (CarrySource, TimeSource, PerStepSource, IndexSource, InvariantSource, SeedSource)
+
+
+def carries_among(sources: list[Source]) -> list[CarrySource]:
+    """The carries, in order."""
+    return [source for source in sources if isinstance(source, CarrySource)]
