@@ -112,7 +112,7 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
             fix="decorate the Module or the function that holds the loop with @rampde_fx.mixed_precision",
             where=user_line(marker),
         )
-    return MarkedLoop(PrecisionPolicy.decode(policy), [], marker, [], gradients, monitored=policy != told)
+    return MarkedLoop(PrecisionPolicy.parse(policy), [], marker, [], gradients, monitored=policy != told)
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:

@@ -12,7 +12,7 @@ from rampde_fx.counts import (
     state_counts,
 )
 from rampde_fx.integrate import odeint
-from rampde_fx.marking import mixed_precision, steps
+from rampde_fx.marking import mixed_precision, policy_of, steps
 from rampde_fx.monitoring import AdjointRecord, Monitor, monitor
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.report import explain
@@ -38,6 +38,7 @@ __all__ = [
     "mixed_precision",
     "monitor",
     "odeint",
+    "policy_of",
     "state_counts",
     "steps",
 ]

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from html import escape
-
-import torch
+from typing import Any
 
 from rampde_fx.errors import CheckError, PolicyError
-from rampde_fx.policy import AdjointScaling, PrecisionPolicy
+from rampde_fx.policy import PrecisionPolicy
 
 COLUMNS = ("policy", "values", "gradients", "worst gradient", "stored", "repeated", "vanished", "overflowed")
 TIMES = ("ms", "of eager", "of compiled")
 
 
 def label(policy: PrecisionPolicy) -> str:
-    """A policy by its velocity's dtype and the fields that are not as they are by default."""
-    plain = PrecisionPolicy(policy.velocity)
-    named = [f.name for f in fields(PrecisionPolicy) if f.compare and f.name != "velocity"]
-    given = [(name, getattr(policy, name)) for name in named]
-    same = {
-        "storage": policy.storage_dtype is plain.storage_dtype,
-        "storage_scaling": policy.scales_storage == plain.scales_storage,
-        "scaling": policy.adjoint_scaling == plain.adjoint_scaling,
-    }
-    told = [f"{name}={_short(value)}" for name, value in given if not same.get(name, value == getattr(plain, name))]
-    return ", ".join([_short(policy.velocity), *told])
-
-
-def _short(value: object) -> str:
-    if value == AdjointScaling():
-        return "dynamic"
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, str)) else repr(value)
+    """A policy as text, less what is so without being said: the same for all policies of the same effect."""
+    shortest = policy.filled_in()
+    for f in fields(policy):
+        default: dict[str, Any] = {f.name: f.default}
+        shorter = replace(shortest, **default)
+        if shorter.filled_in() == policy.filled_in():
+            shortest = shorter
+    return str(shortest)
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class CheckRow:
     """What one policy costs. Errors are relative to float64, in the Euclidean norm.
 
     Attributes:
-        name: The policy in words.
+        name: The policy as text.
         policy: The policy; None for the model as it is written.
         value_errors: The error of each output, and of what the model updates in place.
         gradient_errors: The error of the gradient of each parameter and argument.

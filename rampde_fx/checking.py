@@ -448,7 +448,7 @@ def _policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
         if node.target in STEP or node.target is operators.enter
     ]
     told = dict.fromkeys(str(marker.args[-1]).removeprefix(MONITORED) for marker in markers)
-    return [PrecisionPolicy.decode(text) for text in told if text]
+    return [PrecisionPolicy.parse(text) for text in told if text]
 
 
 def _compile(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

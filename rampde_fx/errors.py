@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -52,7 +53,8 @@ def raising(error: RampdeError) -> Callable[..., Any]:
     return refuse
 
 
-class PolicyError(RampdeError, ValueError):
+# argparse shows the text of an ArgumentTypeError, where PrecisionPolicy.parse is the type of an option.
+class PolicyError(RampdeError, ValueError, ArgumentTypeError):
     """A precision policy, or an option of the backend, that means nothing."""
 
 

@@ -22,6 +22,7 @@ from rampde_fx.unrewritten import Target
 
 T = TypeVar("T")
 NO_POLICY = ""
+MARK = "_rampde_fx_policy"  # attribute of a marked function
 
 
 class _UnderWay(threading.local):
@@ -134,9 +135,9 @@ def loop_ends(*, once: bool) -> bool:
     return True
 
 
-def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _under(policy: PrecisionPolicy, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with the policy in force while it runs."""
-    place = unrewritten.place_of(function)
+    place, encoded = unrewritten.place_of(function), policy.encoded
 
     @torch.compiler.assume_constant_result
     def enters() -> bool:
@@ -150,13 +151,13 @@ def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and _body_begins(policy):
+        if torch.compiler.is_dynamo_compiling() and _body_begins(encoded):
             try:
                 return function(*args, **kwargs)
             finally:
                 _body_ends()
         outer = _under_way.target
-        _under_way.target = Target(policy, place, outer)
+        _under_way.target = Target(encoded, place, outer)
         if torch.compiler.is_dynamo_compiling():
             enters()
         try:
@@ -169,22 +170,43 @@ def _under(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
             unrewritten.target_ends(place)
         return result
 
+    marked.__dict__.setdefault(MARK, policy)  # wraps has copied that of a mark inside, which counts
     return torch_private.with_own_code(marked)
 
 
-def _mark_class(module_class: type[nn.Module], policy: str) -> None:
-    module_class.forward = _under(policy, module_class.forward)
+def _with_policy(extra_repr: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A Module's extra_repr, with the policy on a line of its own."""
+
+    @functools.wraps(extra_repr)
+    def with_policy(self: nn.Module) -> str:
+        own, policy = extra_repr(self), policy_of(self)
+        line = f"mixed_precision: {policy}"
+        if policy is None or line in own:  # a subclass does not call the marked forward, or is marked as well
+            return own
+        return f"{own}\n{line}" if own else line
+
+    return with_policy
+
+
+def _marked_methods(module_class: type[nn.Module], policy: PrecisionPolicy) -> dict[str, Callable[..., Any]]:
+    """What replaces methods of a Module class, by their names."""
+    return {"forward": _under(policy, module_class.forward), "extra_repr": _with_policy(module_class.extra_repr)}
+
+
+def _mark_class(module_class: type[nn.Module], policy: PrecisionPolicy) -> None:
+    for name, method in _marked_methods(module_class, policy).items():
+        setattr(module_class, name, method)
 
 
 @functools.cache
-def _marked_subclass(module_class: Any, policy: str) -> Any:
+def _marked_subclass(module_class: Any, policy: PrecisionPolicy) -> Any:
     """A subclass of the module's class, of the same name, with a marked forward; its instances pickle as marked."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[object, ...]:
         return _rebuild_marked, (module_class, policy), self.__dict__
 
     namespace = {
-        "forward": _under(policy, module_class.forward),
+        **_marked_methods(module_class, policy),
         "__reduce_ex__": reduce,
         "__module__": module_class.__module__,
         "_unmarked_class": module_class,
@@ -192,9 +214,40 @@ def _marked_subclass(module_class: Any, policy: str) -> Any:
     return type(module_class.__name__, (module_class,), namespace)
 
 
-def _rebuild_marked(module_class: Any, policy: str) -> Any:
+def _rebuild_marked(module_class: Any, policy: PrecisionPolicy) -> Any:
     marked = _marked_subclass(module_class, policy)
     return marked.__new__(marked)
+
+
+def policy_of(target: Callable[..., Any]) -> PrecisionPolicy | None:
+    """The policy with which mixed_precision has marked a target.
+
+    Args:
+        target: A Module class, a Module instance, a function or a method, compiled by torch.compile or not. Of a Module
+            its forward counts: a subclass is marked as the class is, unless it has a forward of its own.
+
+    Returns:
+        The policy as it was given; of a target that is marked more than once, the innermost one, which its loops take.
+        None where it is not marked. The submodules of a Module, and what surrounds it, do not count.
+
+    Raises:
+        PolicyError: if the target cannot be called.
+
+    >>> marked = mixed_precision(nn.Identity(), dtype=torch.bfloat16)
+    >>> print(policy_of(marked), policy_of(nn.Identity()))
+    bfloat16 None
+    >>> marked
+    Identity(mixed_precision: bfloat16)
+    """
+    if not callable(target):
+        raise PolicyError(
+            f"policy_of was given {target!r}",
+            required="a Module class, a Module instance, a function or a method",
+            fix="pass the model itself",
+        )
+    marked: Any = torch_private.uncompiled(target)
+    is_module = isinstance(marked, nn.Module) or (isinstance(marked, type) and issubclass(marked, nn.Module))
+    return getattr(marked.forward if is_module else marked, MARK, None)
 
 
 @overload
@@ -243,16 +296,15 @@ def mixed_precision(
     policy = policy or (PrecisionPolicy() if dtype is None else PrecisionPolicy(velocity=dtype))
     if target is None:
         return lambda target: mixed_precision(target, policy=policy)
-    encoded = policy.encoded
     if isinstance(target, type) and issubclass(target, nn.Module):
-        _mark_class(target, encoded)
+        _mark_class(target, policy)
         return target
     if isinstance(target, nn.Module):
         module_class: Any = getattr(type(target), "_unmarked_class", type(target))  # marked again: the new policy
-        target.__class__ = _marked_subclass(module_class, encoded)
+        target.__class__ = _marked_subclass(module_class, policy)
         return target
     if callable(target) and not isinstance(target, type):
-        return _under(encoded, target)
+        return _under(policy, target)
     raise PolicyError(
         f"mixed_precision was applied to {target!r}",
         required="a Module class, a Module instance or a function",

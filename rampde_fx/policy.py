@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,12 +17,14 @@ from rampde_fx.schedules import Schedule, schedule_of
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-STORAGE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
-LOOPS = ("auto", "scan", "unroll")
-ACCUMULATIONS = ("plain", "compensated")
-STORAGE_SCALINGS = (None, "dynamic", "none")
+# The dtypes that a field of a policy takes, by their names.
+DTYPES_OF = {"velocity": DTYPES, "storage": {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}}
 MONITORED = "monitored "  # before a policy on a marker: a monitor is open
-CHECKPOINTS = ("step", "sqrt", "none")
+
+Scaling = Literal["dynamic", "none"]
+Accumulation = Literal["plain", "compensated"]
+LoopForm = Literal["auto", "scan", "unroll"]
+Checkpoint = Literal["step", "sqrt", "none"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class AdjointScaling:
     def __post_init__(self) -> None:
         _refuse(_wrong_scaling(self.target, self.max_attempts))
 
+    def __str__(self) -> str:
+        return f"AdjointScaling({', '.join(_changed(fields(self), (self.target, self.max_attempts)))})"
+
 
 # Found, required, fix; empty where nothing is wrong.
 _Problem = tuple[str, ...]
@@ -74,8 +81,19 @@ def _wrong_scaling(target: float | None, max_attempts: int) -> _Problem:
     return ()
 
 
+class _Encoded:
+    """What a policy has besides its fields.
+
+    Attributes:
+        encoded: The policy as text, the form in which it travels through a captured graph. It is made with the policy,
+            where Dynamo is not.
+    """
+
+    encoded: str
+
+
 @dataclass(frozen=True)
-class PrecisionPolicy:
+class PrecisionPolicy(_Encoded):
     """How a marked loop is rewritten. The accumulation dtype is always the dtype of the user's state.
 
     Args:
@@ -109,17 +127,20 @@ class PrecisionPolicy:
     AdjointScaling(target=None, max_attempts=3)
     >>> PrecisionPolicy(torch.bfloat16).adjoint_scaling is None
     True
+
+    As text a policy is its velocity dtype and the fields that are not as they are by default; parse reads it back.
+
+    >>> print(PrecisionPolicy(torch.bfloat16, storage=torch.float8_e4m3fn, checkpoint="sqrt"))
+    bfloat16, storage=float8_e4m3fn, checkpoint=sqrt
     """
 
     velocity: torch.dtype = torch.float16
     storage: torch.dtype | None = None
-    storage_scaling: str | None = None
-    scaling: str | AdjointScaling | None = None
-    accumulation: str = "plain"
-    loop: str = "auto"
-    checkpoint: str | int = "step"
-    # The policy as one string, the form in which it travels through a captured graph; made here, where Dynamo is not.
-    encoded: str = field(init=False, repr=False, compare=False)
+    storage_scaling: Scaling | None = None
+    scaling: Scaling | AdjointScaling | None = None
+    accumulation: Accumulation = "plain"
+    loop: LoopForm = "auto"
+    checkpoint: Checkpoint | int = "step"
 
     def __post_init__(self) -> None:
         scaling: Any = self.scaling
@@ -127,9 +148,20 @@ class PrecisionPolicy:
             scaling = (scaling.target, scaling.max_attempts)
         elif isinstance(scaling, tuple):  # which stands for an AdjointScaling below
             scaling = str(scaling)
-        fields = (self.velocity, self.storage, self.storage_scaling, self.accumulation, self.loop, self.checkpoint)
-        _refuse(_wrong_policy(scaling, *fields))
-        object.__setattr__(self, "encoded", _encode(scaling, *fields))
+        in_order = (
+            self.velocity,
+            self.storage,
+            self.storage_scaling,
+            scaling,
+            self.accumulation,
+            self.loop,
+            self.checkpoint,
+        )
+        _refuse(_wrong_policy(*in_order))
+        object.__setattr__(self, "encoded", _encode(*in_order))
+
+    def __str__(self) -> str:
+        return self.encoded
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -155,45 +187,62 @@ class PrecisionPolicy:
         """What the forward stores and the backward recomputes."""
         return schedule_of(self.checkpoint)
 
+    def filled_in(self) -> PrecisionPolicy:
+        """The policy of the same effect that leaves nothing to storage, storage_scaling and scaling of None."""
+        scaling: Scaling | AdjointScaling | None = self.adjoint_scaling
+        if scaling is None or scaling == AdjointScaling():
+            scaling = "none" if scaling is None else "dynamic"
+        storage_scaling: Scaling = "dynamic" if self.scales_storage else "none"
+        return replace(self, storage=self.storage_dtype, storage_scaling=storage_scaling, scaling=scaling)
+
     def unrolls(self, steps: int | torch.SymInt) -> bool:
         """Whether a loop of this many equal steps is emitted step by step rather than as a scan."""
         return self.loop == "unroll" or (self.loop == "auto" and isinstance(steps, int) and steps <= 2)
 
     @classmethod
-    def decode(cls, text: str) -> PrecisionPolicy:
-        """The policy that was encoded, with its defaults filled in."""
-        fields = json.loads(text)
-        scaling = fields["scaling"]
-        return cls(
-            velocity=DTYPES[fields["velocity"]],
-            storage=STORAGE_DTYPES[fields["storage"]],
-            storage_scaling=fields["storage_scaling"],
-            scaling=scaling if scaling == "none" else AdjointScaling(*scaling),
-            accumulation=fields["accumulation"],
-            loop=fields["loop"],
-            checkpoint=fields["checkpoint"],
-        )
+    def parse(cls, text: str) -> PrecisionPolicy:
+        """Read a policy that is written as text, such as an option of a command line: argparse takes it as a type.
+
+        Args:
+            text: The arguments of PrecisionPolicy, without quotes and without "torch.": the velocity dtype, then
+                FIELD=VALUE with commas between. An AdjointScaling has its arguments in parentheses.
+
+        Returns:
+            The policy. For every policy, PrecisionPolicy.parse(str(policy)) == policy.
+
+        Raises:
+            PolicyError: naming what it cannot read, or the field that is wrong.
+
+        >>> PrecisionPolicy.parse("float16, storage=float8_e4m3fn, checkpoint=sqrt").storage
+        torch.float8_e4m3fn
+        >>> PrecisionPolicy.parse("bfloat16, scaling=AdjointScaling(target=0.5), checkpoint=8").scaling
+        AdjointScaling(target=0.5, max_attempts=3)
+        """
+        first, *others = re.split(r",(?![^(]*\))", text)  # at commas outside of parentheses
+        words = _words(cls, [first if "=" in first else f"velocity={first}", *others])
+        return cls(**{name: _value(name, word) for name, word in words.items()})
 
 
 @torch.compiler.assume_constant_result
 def _wrong_policy(
-    scaling: Any,
     velocity: Any,
     storage: Any,
     storage_scaling: Any,
+    scaling: Any,
     accumulation: Any,
     loop: Any,
     checkpoint: Any,
 ) -> _Problem:
     """What is wrong with the fields of a policy; an AdjointScaling comes as the tuple of its fields."""
-    for name, dtype, allowed in (("velocity", velocity, DTYPES), ("storage", storage, STORAGE_DTYPES)):
-        if dtype not in allowed.values() and not (name == "storage" and dtype is None):
-            required = "one of " + ", ".join(map(str, allowed.values()))
+    for name, dtype in (("velocity", velocity), ("storage", storage)):
+        allowed = DTYPES_OF[name].values()
+        if dtype not in allowed and not (name == "storage" and dtype is None):
+            required = "one of " + ", ".join(map(str, allowed))
             return f"PrecisionPolicy({name}={dtype!r})", required, "use torch.float16 or torch.bfloat16"
-    if not (scaling in (None, "dynamic", "none") or isinstance(scaling, tuple)):
+    if not (scaling in (None, *get_args(Scaling)) or isinstance(scaling, tuple)):
         return (
             f"PrecisionPolicy(scaling={scaling!r})",
-            '"dynamic", "none" or an AdjointScaling',
+            f"one of {get_args(Scaling)}, or an AdjointScaling",
             "leave it out: float16 is then scaled and the other dtypes are not",
         )
     if storage is torch.float8_e4m3fn and storage_scaling == "none":
@@ -202,16 +251,16 @@ def _wrong_policy(
             "scaling: float8_e4m3fn ends at 448",
             "leave storage_scaling out",
         )
-    if checkpoint not in CHECKPOINTS and not (type(checkpoint) is int and checkpoint >= 1):
+    if checkpoint not in get_args(Checkpoint) and not (type(checkpoint) is int and checkpoint >= 1):
         return (
             f"PrecisionPolicy(checkpoint={checkpoint!r})",
-            f"one of {CHECKPOINTS}, or an int of at least 1",
+            f"one of {get_args(Checkpoint)}, or an int of at least 1",
             "use the default, 'step', or \"sqrt\" to save memory",
         )
     choices = (
-        ("storage_scaling", storage_scaling, STORAGE_SCALINGS),
-        ("accumulation", accumulation, ACCUMULATIONS),
-        ("loop", loop, LOOPS),
+        ("storage_scaling", storage_scaling, (None, *get_args(Scaling))),
+        ("accumulation", accumulation, get_args(Accumulation)),
+        ("loop", loop, get_args(LoopForm)),
     )
     for name, value, options in choices:
         if value not in options:
@@ -220,28 +269,62 @@ def _wrong_policy(
 
 
 @torch.compiler.assume_constant_result
-def _encode(
-    scaling: Any,
-    velocity: torch.dtype,
-    storage: torch.dtype | None,
-    storage_scaling: str | None,
-    accumulation: str,
-    loop: str,
-    checkpoint: str | int,
-) -> str:
-    """A policy as one string, its defaults filled in."""
-    storage = velocity if storage is None else storage
-    if scaling == "dynamic" or (scaling is None and velocity is torch.float16):
-        default = AdjointScaling()
-        scaling = (default.target, default.max_attempts)
-    scales_storage = storage is torch.float8_e4m3fn or storage_scaling == "dynamic"
-    fields = {
-        "velocity": str(velocity).removeprefix("torch."),
-        "storage": str(storage).removeprefix("torch."),
-        "storage_scaling": "dynamic" if scales_storage else "none",
-        "scaling": list(scaling) if isinstance(scaling, tuple) else "none",
-        "accumulation": accumulation,
-        "loop": loop,
-        "checkpoint": checkpoint,
-    }
-    return json.dumps(fields)
+def _encode(*in_order: Any) -> str:
+    """The fields of a policy as text; an AdjointScaling comes as the tuple of its fields."""
+    velocity, *others = (AdjointScaling(*value) if isinstance(value, tuple) else value for value in in_order)
+    return ", ".join([_word(velocity), *_changed(fields(PrecisionPolicy)[1:], others)])
+
+
+def _changed(in_order: Iterable[Field[Any]], values: Iterable[object]) -> list[str]:
+    """Those of the fields that are not as they are by default, as name=value."""
+    pairs = zip(in_order, values, strict=True)
+    return [f"{field.name}={_word(value)}" for field, value in pairs if value != field.default]
+
+
+def _word(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _words(kind: type[PrecisionPolicy | AdjointScaling], items: Iterable[str]) -> dict[str, str]:
+    """The values by the fields of a kind, from items that are written name=value."""
+    names = [f.name for f in fields(kind)]
+    required = f"FIELD=VALUE, with one of the fields {', '.join(names)}"
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, word = (part.strip() for part in item.partition("="))
+        leave_out = f"leave {item.strip()!r} out"
+        if not equals:
+            raise PolicyError(f"{name!r} names no field of {kind.__name__}", required=required, fix=leave_out)
+        if name not in names:
+            nearest = get_close_matches(name, names, n=1)
+            fix = f"write {nearest[0]}={word}" if nearest else leave_out
+            raise PolicyError(f"{kind.__name__} has no field {name!r}", required=required, fix=fix)
+        if name in found:
+            raise PolicyError(f"{kind.__name__} is given {name} twice", required="each field once", fix=leave_out)
+        found[name] = word
+    return found
+
+
+def _value(name: str, word: str) -> Any:
+    """What a word stands for in a field of a policy; whether the field takes it, the policy itself says."""
+    if name in DTYPES_OF:
+        dtypes = DTYPES_OF[name]
+        if word not in dtypes:
+            nearest = get_close_matches(word, dtypes, n=1) or list(dtypes)
+            required = f"one of {', '.join(dtypes)}"
+            raise PolicyError(f"PrecisionPolicy({name}={word!r})", required=required, fix=f"write {nearest[0]}")
+        return dtypes[word]
+    if scaling := re.fullmatch(r"AdjointScaling\((.*)\)", word):
+        words = _words(AdjointScaling, scaling[1].split(",") if scaling[1].strip() else ())
+        return AdjointScaling(**{field: _number(text) for field, text in words.items()})
+    return _number(word)
+
+
+def _number(word: str) -> Any:
+    """An int or a float, or the word itself where it is none."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word

@@ -50,7 +50,7 @@ class LoopReport:
     Attributes:
         where: The user's source line of the loop.
         steps: N, the number of steps; None where it is known at run time only.
-        policy: The policy in force, its defaults filled in.
+        policy: The policy in force.
         target: Target of the adjoint scaling, None without scaling or without an adjoint.
         emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
         carries: The carried states as "name: dtype[shape]".

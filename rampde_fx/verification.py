@@ -32,13 +32,7 @@ SEED = 0
 
 def in_float64(policy: PrecisionPolicy) -> PrecisionPolicy:
     """The policy that does to a graph all that the given one does, but in float64."""
-    return replace(
-        policy,
-        velocity=torch.float64,
-        storage=torch.float64,
-        storage_scaling="dynamic" if policy.scales_storage else "none",
-        scaling=policy.adjoint_scaling or "none",
-    )
+    return replace(policy.filled_in(), velocity=torch.float64, storage=torch.float64)
 
 
 def change_policies(
@@ -58,7 +52,7 @@ def change_policies(
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target in STEP or node.target is enter:
                 told = str(node.args[-1]).removeprefix(MONITORED)
-                policy = PrecisionPolicy.decode(told) if told else PrecisionPolicy()
+                policy = PrecisionPolicy.parse(told) if told else PrecisionPolicy()
                 node.args = (*node.args[:-1], (MONITORED if monitored else "") + change(policy).encoded)
 
 

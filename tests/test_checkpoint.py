@@ -255,7 +255,7 @@ def test_bad_values_are_refused(value):
 @pytest.mark.parametrize("value", ["step", "sqrt", "none", 5])
 def test_the_policy_travels_with_it(value):
     policy = rampde_fx.PrecisionPolicy(checkpoint=value)
-    assert rampde_fx.PrecisionPolicy.decode(policy.encoded).checkpoint == value
+    assert rampde_fx.PrecisionPolicy.parse(policy.encoded).checkpoint == value
 
 
 @pytest.mark.inductor

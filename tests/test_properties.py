@@ -417,8 +417,7 @@ def test_random_models_agree_with_eager(given):
 def test_every_field_of_a_policy_is_drawn():
     problems = [problem for _, problem in cases(600, 0)]
     for field in dataclasses.fields(rampde_fx.PrecisionPolicy):
-        if field.compare:
-            assert len({getattr(problem.policy(), field.name) for problem in problems}) > 1, field.name
+        assert len({getattr(problem.policy(), field.name) for problem in problems}) > 1, field.name
 
 
 def test_every_field_of_a_problem_and_every_layer_is_drawn():

@@ -1,6 +1,6 @@
 """How the time to compile a training step grows with the number of steps.
 
-python -m tests.benchmarks.compile_time [--loop odeint] [--dtype float16] [--compiler inductor] [--steps 8 1024]
+python -m tests.benchmarks.compile_time [--loop odeint] [--policy float16] [--compiler inductor] [--steps 8 1024]
 
 Every row is a process of its own with an empty cache, and a second one that finds what the first one left there.
 Dynamo's capture is apart from what follows it: the rewrite, AOTAutograd and the compiler, of forward and backward.
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import rampde_fx
+from rampde_fx import PrecisionPolicy
 from rampde_fx.backend import rampde_fx as backend
 from tests.models import RK4, Velocity
 
@@ -40,7 +41,7 @@ class Odeint(nn.Module):
 LOOPS = {"steps": RK4, "odeint": Odeint}
 
 
-def measure(loop: str, steps: int, dtype: str, compiler: str) -> tuple[float, float]:
+def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tuple[float, float]:
     """Seconds in Dynamo, and seconds in rewrite and compiler, of the first training step."""
     spent = called = 0.0
 
@@ -57,7 +58,7 @@ def measure(loop: str, steps: int, dtype: str, compiler: str) -> tuple[float, fl
 
         return call
 
-    model = rampde_fx.mixed_precision(LOOPS[loop](dim=16, width=64, layers=3), dtype=getattr(torch, dtype))
+    model = rampde_fx.mixed_precision(LOOPS[loop](dim=16, width=64, layers=3), policy=policy)
     function = torch.compile(model, backend=timed, fullgraph=True)
     y, t = torch.randn(64, 16), torch.linspace(0, 1, steps + 1)
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def _backward_seconds(out: torch.Tensor) -> float:
 def in_a_process(options: argparse.Namespace, steps: int, cache: str) -> tuple[float, float]:
     """The same, in a process that keeps its caches in a folder."""
     command = [sys.executable, "-m", "tests.benchmarks.compile_time", "--one", "--steps", str(steps)]
-    command += ["--loop", options.loop, "--dtype", options.dtype, "--compiler", options.compiler]
+    command += ["--loop", options.loop, "--policy", str(options.policy), "--compiler", options.compiler]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     captured, compiled = map(float, output.split())
@@ -87,13 +88,13 @@ def main() -> None:
     """Print one row per number of steps, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loop", default="steps", choices=list(LOOPS), help="for t, dt in steps(...), or odeint")
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--policy", default="float16", type=PrecisionPolicy.parse, help='such as "bfloat16, loop=scan"')
     parser.add_argument("--compiler", default="inductor", choices=["inductor", "aot_eager"])
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 128])
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(*measure(options.loop, options.steps[0], options.dtype, options.compiler))
+        print(*measure(options.loop, options.steps[0], options.policy, options.compiler))
         return
     print(
         "| steps | Dynamo's capture (s) | rewrite and compile (s) | sum, to the first row | both from the caches (s) |"
