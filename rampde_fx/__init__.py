@@ -1,8 +1,10 @@
 """Mixed-precision training of neural ODEs as a compiler pass (arXiv 2510.23498)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rampde_fx import errors
 from rampde_fx.check_table import CheckResult, CheckRow
-from rampde_fx.checking import check
 from rampde_fx.counts import (
     BackwardCount,
     EvaluationCount,
@@ -15,8 +17,22 @@ from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, policy_of, steps
 from rampde_fx.monitoring import AdjointRecord, Monitor, monitor
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
-from rampde_fx.report import explain
 from rampde_fx.tableau import METHODS, ButcherTableau
+
+# What compiles needs Dynamo and Inductor, which take twice as long to import as torch: when it is asked for.
+_LATER = {"check": "checking", "explain": "report"}
+if TYPE_CHECKING:
+    from rampde_fx.checking import check
+    from rampde_fx.report import explain
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return getattr(import_module(f"rampde_fx.{_LATER[name]}"), name)
+        if name in ("backend", "report"):
+            return import_module(f"rampde_fx.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "METHODS",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx import marking, operators, step_control, torch_private
+from rampde_fx import marking, operators, step_control
 from rampde_fx.errors import OptionError, refuse
 from rampde_fx.fixed_steps import (
     FIXED_OPTIONS,
@@ -26,6 +26,7 @@ from rampde_fx.fixed_steps import (
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runge_kutta import State, Velocity, attempt, combine, interpolate, quartic_term
 from rampde_fx.tableau import ButcherTableau
+from rampde_fx.torch_private import dynamo
 
 ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor", "status")
 MAX_STEPS = 4096
@@ -111,7 +112,7 @@ def _adapt_later(
     # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
     count = operators.found(count, status, reached) if raises else count.clamp(min=1)
     interpolates = tableau.interpolates and t.shape[0] > 2
-    with torch_private.capturing_scalars():
+    with dynamo.capturing_scalars():
         steps = int((count + interpolates).item())
     torch._check(steps >= 1)
     torch._check(steps <= most + 1)
@@ -154,7 +155,7 @@ def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, step
     return [states(leaf) for leaf in range(len(steps.states))]
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def _adapt_now(
     tableau: ButcherTableau,
     velocity: Velocity,

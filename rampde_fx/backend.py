@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, graphs, pass_log, torch_private, unrewritten
+from rampde_fx import cpu_products, cuda_graphs, graphs, pass_log, torch_private, unrewritten
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.ir.captured import MarkedLoop
 from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
@@ -39,7 +39,10 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
+from rampde_fx.torch_private import names
 from rampde_fx.verification import Verification, on_first_call
+
+names.require_all()
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method, and of the passes' types.
@@ -201,6 +204,7 @@ def rampde_fx(
         verification = None if captured is None else Verification(captured, rewrite)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
+        replayable = cuda_graphs.launches_alone if replayed else None
     except RampdeError as error:
         return raising(error)
     emitted = [loop for loop in loops if isinstance(loop, CompensatedLoop)]
@@ -211,7 +215,7 @@ def rampde_fx(
         return torch_private.compile_plainly(compiler, graph_module, example_inputs, options, mode)
     with torch_private.compile_settings():
         compiled = torch_private.compile_graph(
-            compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayed
+            compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )
     if differentiated := [loop for loop in emitted if loop.adjoint is not None]:
         compiled = _refusing_second_derivatives(compiled, differentiated[0].where)

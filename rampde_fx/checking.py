@@ -454,7 +454,7 @@ def _policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
 def _compile(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     with torch_private.compile_settings():
         return torch_private.compile_graph(
-            compiler, graph_module, example_inputs, {}, None, cpu_products.replace_products(), False
+            compiler, graph_module, example_inputs, {}, None, cpu_products.replace_products(), None
         )
 
 
@@ -510,9 +510,15 @@ def _medians(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(REPETITIONS + 1):
         for name, step in steps.items():
-            torch_private.wait_for_devices()
+            _wait_for_devices()
             begin = clock.perf_counter()
             step()
-            torch_private.wait_for_devices()
+            _wait_for_devices()
             taken[name].append(clock.perf_counter() - begin)
     return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
+
+
+def _wait_for_devices() -> None:
+    """Wait for what was launched on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -4,28 +4,44 @@ Inductor runs a scan as a loop on the host, which launches the kernels of each s
 takes as long as its launches. Where nothing that the device computes decides what is launched, every call of the loop
 launches the same kernels, on memory that can be the same too: a CUDA graph.
 
-Code that Inductor generates calls run_loop in the place of such a loop (torch_private.replay_loops says which ones).
+Code that Inductor generates calls run_loop in the place of such a loop (launches_alone says of which ones).
 The overflow flag of the backward is read outside, after the replay, so that a repetition is one more replay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from rampde_fx import torch_private
 from rampde_fx.errors import CaptureError
+from rampde_fx.torch_private import kernels
+from rampde_fx.torch_private.higher_order import while_loop_op
+
+aten = torch.ops.aten
 
 # Maps the carried and the additional inputs, a list that it empties, to the next carried ones; a condition to a bool.
 Body = Callable[[list[Any]], Sequence[Any]]
 DEVICES = {"cuda"}
 MOST_GRAPHS = 8  # of one loop; under further shapes it runs step by step
 MOST_SEEN = 64  # shapes, and numbers on the host, that a loop remembers
+# A move from the host's memory waits, and so does an index that lies there.
+_MOVES = {
+    aten._to_copy.default,
+    aten.copy.default,
+    aten.copy_.default,
+    aten.index.Tensor,
+    aten.index_put.default,
+    torch.ops.prims.device_put.default,
+}
+_SIZED = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 # By the generated function of a step; what was seen once has no graph yet.
 _captured: WeakKeyDictionary[Body, dict[Hashable, _Captured | None]] = WeakKeyDictionary()
@@ -184,7 +200,7 @@ class _Captured:
 
     def __call__(self, carried: Sequence[Any], additional: Sequence[Any]) -> list[Any]:
         given = [*carried, *additional]
-        torch_private.copy_all([self.inputs[i] for i in self.copied], [given[i] for i in self.copied])
+        kernels.copy_all([self.inputs[i] for i in self.copied], [given[i] for i in self.copied])
         self.launch()
         finals, targets, sources = [], [], []
         for i, result in enumerate(self.results):
@@ -196,18 +212,67 @@ class _Captured:
                 finals.append(carried[i] if i in self.mutated else _empty_like(result))
                 targets.append(finals[-1])
                 sources.append(result)
-        torch_private.copy_all(targets, sources)
+        kernels.copy_all(targets, sources)
         return finals
 
 
 def capture(run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
     """Capture what a function launches; what launches it again, and the function's results, which it overwrites."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # of the current device, unlike torch's own for this
-    torch_private.free_cublas_workspaces()  # those of a graph are in its memory, and another must not share them
+    kernels.free_cublas_workspaces()  # those of a graph are in its memory, and another must not share them
     try:
         # The outer context restores the stream even if the capture cannot be ended.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             results = run()
     finally:
-        torch_private.free_cublas_workspaces()
+        kernels.free_cublas_workspaces()
     return graph.replay, results
+
+
+def launches_alone(cond: fx.GraphModule, body: fx.GraphModule) -> bool:
+    """Whether a loop only launches work: no value on the device reaches the host, and no operator acts on the host."""
+    if not _decided_on_host(cond):
+        return False
+    modules = [module for graph in (cond, body) for module in graph.modules()]
+    return not any(
+        _involves_host(node)
+        or (node.target is while_loop_op and not _decided_on_host(getattr(module, str(node.args[0].target))))
+        for module in modules
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
+
+
+def _decided_on_host(cond: fx.GraphModule) -> bool:
+    return _devices(cond.graph.output_node().all_input_nodes) == {"cpu"}
+
+
+def _involves_host(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload) and not _only_launches(node):
+        return True
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    if node.target is torch.ops.higher_order.cond:
+        return True
+    made, read = _devices([node]), _devices(node.all_input_nodes)
+    if made == {"cpu"} or node.target is aten._local_scalar_dense.default:
+        return not read <= {"cpu"}
+    return node.target in _MOVES and "cpu" in read and "cpu" not in made
+
+
+def _only_launches(node: fx.Node) -> bool:
+    target: Any = node.target
+    name = target._schema.name
+    if target.namespace == "rampde_fx":
+        return not name.startswith("rampde_fx::record")
+    if target is aten.index.Tensor:
+        sized = any(source.meta["val"].dtype in (torch.bool, torch.uint8) for source in node.all_input_nodes[1:])
+    else:  # a number is read from a tensor: that may be on the host
+        sized = bool(_SIZED & set(target.tags)) and target is not aten._local_scalar_dense.default
+    solves = "linalg" in name  # most of these ask the device whether they succeeded
+    return target.namespace in ("aten", "prims", "inductor") and not sized and not solves
+
+
+def _devices(nodes: Sequence[fx.Node]) -> set[str]:
+    leaves = tree_leaves([node.meta.get("val") for node in nodes])
+    return {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}

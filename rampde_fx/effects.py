@@ -5,14 +5,17 @@ Found by making the call, on fake values of its operands' kinds, and not by its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
+from rampde_fx.torch_private import fake_tensors
 
 OF_TORCH = ("torch", "_operator", "builtins", "math", "einops")
 
@@ -52,7 +55,7 @@ class Observer:
     def written(self, node: fx.Node) -> set[int]:
         """The storages that a node writes to."""
         operands = node.all_input_nodes
-        storages = (torch_private.storage_of(graphs.value(operands[i])) for i in self.effects(node).writes)
+        storages = (fake_tensors.storage_of(graphs.value(operands[i])) for i in self.effects(node).writes)
         return {storage for storage in storages if storage is not None}
 
 
@@ -64,10 +67,40 @@ def _observed(node: fx.Node) -> Effects:
         return Effects()  # a mode, a number
     try:
         values = [stand_in(operand) for operand in operands]
-        written, draws = torch_private.observe(lambda: call(node, dict(zip(operands, values, strict=True))))
+        written, draws = _observe(lambda: call(node, dict(zip(operands, values, strict=True))))
     except Exception:
         return Effects(writes=tuple(range(len(operands))), draws=True, unknown=True)
-    return Effects(tuple(i for i, value in enumerate(values) if torch_private.storage_of(value) in written), draws)
+    return Effects(tuple(i for i, value in enumerate(values) if fake_tensors.storage_of(value) in written), draws)
+
+
+class _Writes(fake_tensors.TorchDispatchMode):
+    """Notes what the operators that run under it write to, and whether any draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int | None] = set()
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written.update(map(fake_tensors.storage_of, tree_leaves(given.get(argument.name))))
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **kwargs)
+
+
+def _observe(call: Callable[[], Any]) -> tuple[set[int | None], bool]:
+    """Make a call on fake values: the storages that it writes to, and whether it draws random numbers."""
+    observer = _Writes()
+    with contextlib.ExitStack() as stack:
+        modes = (torch.inference_mode(False), fake_tensors.fake_mode(), fake_tensors.fresh_symbols_ignored())
+        for context in (*modes, torch.no_grad(), fake_tensors.no_autocast(), observer):
+            stack.enter_context(context)
+        call()
+    return observer.written, observer.draws
 
 
 def stand_in(node: fx.Node) -> Any:
@@ -75,7 +108,7 @@ def stand_in(node: fx.Node) -> Any:
     value = graphs.value(node)
     if node.op == "get_attr" and not isinstance(value, torch.Tensor):
         return node.graph.owning_module.get_submodule(str(node.target))
-    return torch_private.detached(value)
+    return fake_tensors.detached(value)
 
 
 def call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -109,8 +142,24 @@ def own_backward(node: fx.Node) -> str:
     """The name of an autograd.Function in the derivative of a function that Dynamo was told to admit; empty if none."""
     if node.op != "call_function" or not _is_admitted(node.target):
         return ""
-    with torch_private.fake_mode(), torch.enable_grad():
-        return torch_private.own_derivative(call(node, {n: _varying(stand_in(n)) for n in node.all_input_nodes}))
+    with fake_tensors.fake_mode(), torch.enable_grad():
+        return _own_derivative(call(node, {n: _varying(stand_in(n)) for n in node.all_input_nodes}))
+
+
+def _own_derivative(results: Any) -> str:
+    """The name of an autograd.Function, in Python or C++, among what autograd recorded of results; empty if none."""
+    open_nodes = [leaf.grad_fn for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    seen = set(open_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name():
+            return node.name().removesuffix("Backward")
+        parents = {parent for parent, _ in node.next_functions} - seen
+        seen |= parents
+        open_nodes += parents
+    return ""
 
 
 def _is_admitted(target: Any) -> bool:
@@ -125,7 +174,7 @@ def _is_admitted(target: Any) -> bool:
 
 def _varying(value: Any) -> Any:
     return (
-        torch_private.differentiable(value)
+        fake_tensors.differentiable(value)
         if isinstance(value, torch.Tensor) and graphs.has_derivatives(value.dtype)
         else value
     )
@@ -137,8 +186,8 @@ def shares_memory(node: fx.Node) -> bool:
 
 
 def _storages(nodes: Iterable[fx.Node]) -> set[int]:
-    leaves = torch.utils._pytree.tree_leaves([graphs.value(node) for node in nodes])
-    return {storage for storage in map(torch_private.storage_of, leaves) if storage is not None}
+    leaves = tree_leaves([graphs.value(node) for node in nodes])
+    return {storage for storage in map(fake_tensors.storage_of, leaves) if storage is not None}
 
 
 def detaches(node: fx.Node) -> bool:

@@ -144,6 +144,10 @@ class RewriteMismatchError(RampdeError):
         return type(self), (self.tensor, self.difference, self.where)
 
 
+class MissingTorchNameError(RampdeError):
+    """A private name of torch that compiling needs, and that the installed version does not have."""
+
+
 class CheckError(RampdeError):
     """A model that check() cannot compare with float64, or a bound that none of the checked policies satisfies."""
 

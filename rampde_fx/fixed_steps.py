@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from rampde_fx import marking, operators, torch_private
+from rampde_fx import marking, operators
 from rampde_fx.errors import OptionError, refuse, velocity_error
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runge_kutta import State, Velocity, advance, advance_collecting
 from rampde_fx.step_control import scalar
 from rampde_fx.tableau import ButcherTableau
+from rampde_fx.torch_private import dynamo
 
 # Gives a derivative, and what is wrong with it, or an empty string.
 CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]
@@ -61,7 +62,7 @@ def steps_from(
 
 def is_captured() -> bool:
     """Whether Dynamo captures the code for a backend that may rewrite it."""
-    return torch.compiler.is_dynamo_compiling() and torch_private.rewritten_later()
+    return torch.compiler.is_dynamo_compiling() and dynamo.rewritten_later()
 
 
 def captured_once(
@@ -143,7 +144,7 @@ def equal_steps(
 ) -> list[torch.Tensor]:
     """The states at every t, interpolated linearly between steps of one size from t[0] on."""
     span, size = (t[-1] - t[0]).detach(), scalar(step_size, t.device)
-    with torch_private.capturing_scalars():
+    with dynamo.capturing_scalars():
         count = int(operators.count_steps(t.detach(), size).item())
     torch._check(count >= 1)
     forward = torch.sign(span)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import keyword
+import math
 import operator
 import os
 import re
@@ -15,7 +16,7 @@ from torch import fx
 
 from rampde_fx import operator_table, torch_private
 
-PACKAGE = os.path.dirname(__file__)
+PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -123,7 +124,7 @@ def user_line(node: fx.Node) -> str:
     frames = re.findall(
         r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s*(?!File ")([^\n]*))?', node.meta.get("stack_trace") or ""
     )
-    users = [frame for frame in frames if "/torch/" not in frame[0] and os.path.dirname(frame[0]) != PACKAGE]
+    users = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith(PACKAGE)]
     if not users:
         return ""
     file, line, function, code = users[-1]
@@ -169,6 +170,23 @@ def name_arguments(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
         for node, operand in zip(inner, call.args[1:], strict=True):
             if operand.op == "placeholder":  # another name may be that of a node inside
                 node.meta["user_name"] = operand.meta["user_name"]
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node's result depends on the random number generator: not that of an attention without dropout."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
+    given = {**defaults, **{a.name: value for a, value in zip(schema, node.args, strict=False)}, **node.kwargs}
+    return bool(given.get("dropout_p", True))
+
+
+def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
+    """The square root of a positive size, rounded up."""
+    if isinstance(size, torch.SymInt):
+        return torch.sym_int(torch.sym_sqrt(size - 1)) + 1
+    return math.isqrt(size - 1) + 1
 
 
 def distinct(names: Iterable[str]) -> list[str]:

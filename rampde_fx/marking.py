@@ -14,10 +14,11 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from rampde_fx import operators, torch_private, unrewritten
+from rampde_fx import operators, unrewritten
 from rampde_fx.errors import PolicyError, TimeGridError, refuse
 from rampde_fx.monitoring import open_here
 from rampde_fx.policy import DTYPES, MONITORED, PrecisionPolicy
+from rampde_fx.torch_private import capturing, dynamo
 from rampde_fx.unrewritten import Target
 
 T = TypeVar("T")
@@ -36,13 +37,13 @@ class _UnderWay(threading.local):
 _under_way = _UnderWay()
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def is_time_grid(t: Any) -> bool:
     """Whether t is a floating 1-D tensor of at least two points."""
     return is_real(t) and t.ndim == 1 and t.shape[0] >= 2
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def is_real(value: Any) -> bool:
     """Whether it is a tensor of a floating dtype in which torch computes: those of eight bits only store."""
     return isinstance(value, torch.Tensor) and value.dtype in DTYPES.values()
@@ -96,7 +97,7 @@ def policy_in_force(own: PrecisionPolicy | None = None) -> str:
     return MONITORED + policy if policy and open_here.any else policy
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def meet_loop(own: PrecisionPolicy | None = None) -> None:
     """Where a marked loop begins, see to it that it is said if nothing rewrites it."""
     if not torch.compiler.is_dynamo_compiling():
@@ -106,29 +107,29 @@ def meet_loop(own: PrecisionPolicy | None = None) -> None:
         _loop_is_captured()
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def _loop_is_captured() -> bool:
     unrewritten.loop_is_captured(_under_way.target)
     return True
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def _policy_of_body() -> str:
     return unrewritten.policy_of_body()
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def _body_begins(policy: str) -> bool:
     return unrewritten.body_begins(policy)
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def _body_ends() -> bool:
     unrewritten.body_ends()
     return True
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def loop_ends(*, once: bool) -> bool:
     """Where Dynamo captures the end of a marked loop, or of the one step that stands for all."""
     unrewritten.loop_ends(once=once)
@@ -139,12 +140,12 @@ def _under(policy: PrecisionPolicy, function: Callable[..., Any]) -> Callable[..
     """The function, with the policy in force while it runs."""
     place, encoded = unrewritten.place_of(function), policy.encoded
 
-    @torch.compiler.assume_constant_result
+    @dynamo.constant
     def enters() -> bool:
         unrewritten.target_is_entered(place)
         return True
 
-    @torch.compiler.assume_constant_result
+    @dynamo.constant
     def leaves() -> bool:
         unrewritten.target_is_left(place)
         return True
@@ -171,7 +172,7 @@ def _under(policy: PrecisionPolicy, function: Callable[..., Any]) -> Callable[..
         return result
 
     marked.__dict__.setdefault(MARK, policy)  # wraps has copied that of a mark inside, which counts
-    return torch_private.with_own_code(marked)
+    return dynamo.with_own_code(marked)
 
 
 def _with_policy(extra_repr: Callable[[Any], str]) -> Callable[[Any], str]:
@@ -245,7 +246,7 @@ def policy_of(target: Callable[..., Any]) -> PrecisionPolicy | None:
             required="a Module class, a Module instance, a function or a method",
             fix="pass the model itself",
         )
-    marked: Any = torch_private.uncompiled(target)
+    marked: Any = capturing.uncompiled(target)
     is_module = isinstance(marked, nn.Module) or (isinstance(marked, type) and issubclass(marked, nn.Module))
     return getattr(marked.forward if is_module else marked, MARK, None)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rampde_fx import counts, monitoring, step_control, torch_private
+from rampde_fx import counts, monitoring, step_control
 from rampde_fx.errors import (
     OptionError,
     TimeGridError,
@@ -21,6 +21,7 @@ from rampde_fx.errors import (
     step_too_small,
     too_many_steps,
 )
+from rampde_fx.torch_private import kernels
 
 _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
@@ -290,7 +291,7 @@ library.impl("found", _found, "CompositeExplicitAutograd")
 library.impl("monotone", _monotone, "CompositeExplicitAutograd")
 torch.library.register_autograd("rampde_fx::needs_backend", lambda ctx, gradient: gradient, lib=library)
 library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
-library.impl("stop_gradient", torch_private.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
+library.impl("stop_gradient", kernels.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")
 library.impl("narrow", _narrow, "CompositeExplicitAutograd")
 torch.library.register_autograd(
     "rampde_fx::narrow",
@@ -307,7 +308,7 @@ torch.library.register_autograd(
 )
 library.impl("record_sweep", _record_sweep, "CPU")
 library.impl("count_underflow", _count_underflow, "CompositeExplicitAutograd")
-library.impl("count_underflow", torch_private.below_autograd(torch.ops.rampde_fx.count_underflow), "Autograd")
+library.impl("count_underflow", kernels.below_autograd(torch.ops.rampde_fx.count_underflow), "Autograd")
 _records: dict[str, _Function] = {
     "record_forward": _record_forward,
     "record_backward": _record_backward,
@@ -315,7 +316,7 @@ _records: dict[str, _Function] = {
 }
 for _name, _function in _records.items():
     library.impl(_name, _function, "CompositeExplicitAutograd")
-    library.impl(_name, torch_private.below_autograd(getattr(torch.ops.rampde_fx, _name)), "Autograd")
+    library.impl(_name, kernels.below_autograd(getattr(torch.ops.rampde_fx, _name)), "Autograd")
 library.impl("record_adjoint", _record_adjoint, "CompositeExplicitAutograd")
 _distributions: dict[str, _Function] = {"uniform": _uniform, "normal": _normal, "bernoulli": _bernoulli}
 # Without these a kernel runs on fake tensors, and fixes symbolic sizes.
@@ -347,7 +348,7 @@ DECOMPOSITIONS: dict[Any, _Function] = {
 for _name, _function in _distributions.items():
     _operator = getattr(torch.ops.rampde_fx, _name)
     library.impl(_name, _function, "CompositeExplicitAutograd")
-    library.impl(_name, torch_private.below_autograd(_operator), "Autograd")
+    library.impl(_name, kernels.below_autograd(_operator), "Autograd")
     DECOMPOSITIONS[_operator.default] = _function
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end
 again = torch.ops.rampde_fx.again

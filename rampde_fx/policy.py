@@ -13,6 +13,7 @@ import torch
 
 from rampde_fx.errors import PolicyError, refuse
 from rampde_fx.schedules import Schedule, schedule_of
+from rampde_fx.torch_private import dynamo
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,7 +67,7 @@ def _refuse(problem: _Problem) -> None:
         refuse(PolicyError, problem[0], required=problem[1], fix=problem[2])
 
 
-@torch.compiler.assume_constant_result  # a policy that is made in compiled code is a constant
+@dynamo.constant  # a policy that is made in compiled code is a constant
 def _wrong_scaling(target: float | None, max_attempts: int) -> _Problem:
     """What is wrong with the fields of an AdjointScaling."""
     is_number = isinstance(target, (int, float))
@@ -223,7 +224,7 @@ class PrecisionPolicy(_Encoded):
         return cls(**{name: _value(name, word) for name, word in words.items()})
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def _wrong_policy(
     velocity: Any,
     storage: Any,
@@ -268,7 +269,7 @@ def _wrong_policy(
     return ()
 
 
-@torch.compiler.assume_constant_result
+@dynamo.constant
 def _encode(*in_order: Any) -> str:
     """The fields of a policy as text; an AdjointScaling comes as the tuple of its fields."""
     velocity, *others = (AdjointScaling(*value) if isinstance(value, tuple) else value for value in in_order)

@@ -11,9 +11,8 @@ from operator import mul
 from types import MappingProxyType
 from typing import TypeAlias
 
-import torch
-
 from rampde_fx.errors import MethodError, TableauError, refuse
+from rampde_fx.torch_private import dynamo
 
 Row: TypeAlias = tuple[float, ...]
 Tree: TypeAlias = "tuple[Tree, ...]"  # the sorted branches of the root; () is the single vertex
@@ -322,7 +321,7 @@ def tableau_of(method: str | ButcherTableau) -> ButcherTableau:
     return _known(method)
 
 
-@torch.compiler.assume_constant_result  # or under dynamic=True Dynamo makes inputs of the weights
+@dynamo.constant  # or under dynamic=True Dynamo makes inputs of the weights
 def _known(method: str) -> ButcherTableau:
     return METHODS[method]
 

@@ -21,8 +21,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
 from rampde_fx.errors import CounterError, FullPrecisionWarning, raising
+from rampde_fx.torch_private import dynamo, side_effects
 
 BACKEND = "rampde_fx"  # key of a graph's meta: whether the rewrite, or the whole backend, has taken it
 FULLGRAPH = (
@@ -59,11 +59,11 @@ _met: set[Place] = set()  # targets in which a marked loop was met
 _said: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def loop_runs(target: Target | None, *, has_policy: bool) -> None:
     """A marked loop runs uncompiled."""
     _meet(target)
-    callback = torch_private.compilation_asked()
+    callback = dynamo.compilation_asked()
     if callback is not None and (has_policy or _is_ours(callback)):
         _say_uncompiled(callback)
 
@@ -71,10 +71,10 @@ def loop_runs(target: Target | None, *, has_policy: bool) -> None:
 def loop_is_captured(target: Target | None) -> None:
     """A marked loop with a policy is captured by Dynamo."""
     _meet(target)
-    notes = torch_private.notes_of_capture(_after_backend)
+    notes = dynamo.notes_of_capture(_after_backend)
     _met.update(notes.get("entered", ()))
-    notes.setdefault("loops", []).append(torch_private.captured_line())
-    notes["open"] = [torch_private.numbers_kept()]
+    notes.setdefault("loops", []).append(dynamo.captured_line())
+    notes["open"] = [side_effects.numbers_kept()]
 
 
 def loop_ends(*, once: bool) -> None:
@@ -83,45 +83,45 @@ def loop_ends(*, once: bool) -> None:
     A number that one step changes counts captures, and no steps. One that all steps change is counted, but where Dynamo
     finds another number in a module at the next call, it compiles anew.
     """
-    notes = torch_private.notes_of_capture(_after_backend)
+    notes = dynamo.notes_of_capture(_after_backend)
     opened = notes.pop("open", [])
     before: dict[Any, Any] = opened[0] if opened else {}
-    for (owner, name), number in torch_private.numbers_kept().items():
+    for (owner, name), number in side_effects.numbers_kept().items():
         if (owner, name) in before:
             counts = once and before[owner, name] != number
         else:
-            counts = torch_private.was_read(owner, name) and (once or torch_private.is_specialized(owner))
+            counts = side_effects.was_read(owner, name) and (once or side_effects.is_specialized(owner))
         if counts:
-            notes.setdefault("counters", []).append(torch_private.name_of(owner, name))
+            notes.setdefault("counters", []).append(side_effects.name_of(owner, name))
 
 
 def target_is_entered(place: Place) -> None:
     """Dynamo captures the beginning of a marked target."""
-    torch_private.notes_of_capture(_after_backend).setdefault("entered", []).append(place)
+    dynamo.notes_of_capture(_after_backend).setdefault("entered", []).append(place)
 
 
 def body_begins(policy: str) -> bool:
     """Whether a marked target is captured in the body of a higher-order operation; the notes then hold its policy."""
-    if not torch_private.captures_body():
+    if not dynamo.captures_body():
         return False
-    torch_private.notes_of_capture(_after_backend).setdefault("policies", []).append(policy)
+    dynamo.notes_of_capture(_after_backend).setdefault("policies", []).append(policy)
     return True
 
 
 def body_ends() -> None:
     """The marked target in the body has ended."""
-    torch_private.notes_of_capture(_after_backend)["policies"].pop()
+    dynamo.notes_of_capture(_after_backend)["policies"].pop()
 
 
 def policy_of_body() -> str:
     """The policy of the innermost marked target in the body that is captured, or an empty string."""
-    policies = torch_private.notes_of_capture(_after_backend).get("policies") if torch_private.captures_body() else None
+    policies = dynamo.notes_of_capture(_after_backend).get("policies") if dynamo.captures_body() else None
     return policies[-1] if policies else ""
 
 
 def target_is_left(place: Place) -> None:
     """Dynamo captures the end of a marked target."""
-    notes = torch_private.notes_of_capture(_after_backend)
+    notes = dynamo.notes_of_capture(_after_backend)
     entered = notes.get("entered", [])
     if place in entered:  # else it began in another graph
         while entered.pop() != place:
@@ -129,20 +129,20 @@ def target_is_left(place: Place) -> None:
         notes.setdefault("left", []).append(place)
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def target_ends(place: Place) -> None:
     """A marked target has run uncompiled; its parts may have been compiled."""
-    callback = torch_private.compilation_asked()
+    callback = dynamo.compilation_asked()
     if place not in _met and callback is not None and _is_ours(callback):
         _say_empty(callback, place)
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def _is_ours(callback: Any) -> bool:
-    return torch_private.is_of(torch_private.innermost(callback), "rampde_fx")
+    return dynamo.is_of(dynamo.innermost(callback), "rampde_fx")
 
 
-@torch_private.never_alone
+@dynamo.never_alone
 def _meet(target: Target | None) -> None:
     while target is not None:
         _met.add(target.place)
@@ -178,11 +178,11 @@ def _counts(name: str, line: tuple[str, int]) -> CounterError:
     )
 
 
-@torch.compiler.disable
+@dynamo.never_compiled
 def _say_uncompiled(asked: Any) -> None:
     _say_at(
         asked,
-        *torch_private.running_line(),
+        *dynamo.running_line(),
         "a loop over rampde_fx.steps(t), or an odeint, in a compiled model runs uncompiled, without mixed precision: "
         "there is a graph break in it or around it, torch skips its code after one, or has compiled it "
         "torch._dynamo.config.recompile_limit times already",
@@ -203,7 +203,7 @@ def loop_stays_wide(where: str, dtype: torch.dtype) -> None:
     )
 
 
-@torch.compiler.disable
+@dynamo.never_compiled
 def _say_empty(asked: Any, place: Place) -> None:
     name, file, line = place
     _say_at(

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import rampde_fx
 from rampde_fx import cpu_products, torch_private
+from rampde_fx.torch_private import inductor
 from tests.models import Euler
 
 aten = torch.ops.aten
@@ -91,11 +92,11 @@ class Recorded(CustomGraphPass):
 def test_inductor_lowers_with_them_behind_a_pass_of_the_users(monkeypatch):
     given = {}
 
-    def inductor(graph_module, inputs, *, config_patches):
+    def compiler(graph_module, inputs, *, config_patches):
         given.update(config_patches)
         return graph_module
 
-    monkeypatch.setattr(torch_private, "lookup_backend", lambda name: inductor)
+    monkeypatch.setattr(inductor, "lookup_backend", lambda name: compiler)
     users = Recorded("of the user's")
     for options in ({}, {"post_grad_custom_pre_pass": users}):
         torch._dynamo.reset()

@@ -2,7 +2,6 @@
 
 import copy
 import operator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import rampde_fx
-from rampde_fx import cuda_graphs, torch_private
+from rampde_fx import cuda_graphs
 from rampde_fx.errors import CaptureError, PolicyError
+from rampde_fx.torch_private import inductor
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Euler
 from tests.test_scaling import Steep
@@ -230,7 +230,7 @@ class TestLaunchesAlone:
             values = [torch.zeros((), dtype=torch.int64), torch.empty(3, device="cuda:0")]
         with mode:
             traced = make_fx(body)(*values)
-        return any(torch_private._involves_host(node) for node in traced.graph.nodes)
+        return any(cuda_graphs._involves_host(node) for node in traced.graph.nodes)
 
     def test_launches(self):
         assert not self.involved(lambda k, y: (k + 1, y * 2))
@@ -244,11 +244,11 @@ class TestLaunchesAlone:
         def subgraph(function):
             with FakeTensorMode():
                 values = [torch.zeros((), dtype=torch.int64), torch.empty(3, device="cuda:0")]
-                return SimpleNamespace(graph_module=make_fx(function)(*values))
+                return make_fx(function)(*values)
 
         body = subgraph(lambda k, y: (k + 1, y * 2))
-        assert torch_private._launches_alone(subgraph(lambda k, y: (k < 3,)), body)
-        assert not torch_private._launches_alone(subgraph(lambda k, y: (y.sum() < 3,)), body)
+        assert cuda_graphs.launches_alone(subgraph(lambda k, y: (k < 3,)), body)
+        assert not cuda_graphs.launches_alone(subgraph(lambda k, y: (y.sum() < 3,)), body)
 
     def test_a_move_from_the_host(self):
         assert self.involved(lambda k, y: (k + 1, y * k.to("cuda:0")))
@@ -271,7 +271,7 @@ class TestLaunchesAlone:
             (aten.index.Tensor, (y, [value(torch.int64)]), False),
             (aten.tanh.default, (y,), False),
         ]:
-            assert torch_private._involves_host(graph.call_function(target, args)) == asks
+            assert cuda_graphs._involves_host(graph.call_function(target, args)) == asks
 
     def test_operators_that_act_on_the_host_or_may(self):
         @torch.library.custom_op("cuda_graphs_test::unknown", mutates_args=())
@@ -289,21 +289,21 @@ class TestLaunchesAlone:
         k.meta["val"] = torch.zeros((), dtype=torch.int64)
         read = graph.call_function(torch.ops.aten._local_scalar_dense.default, (k,))
         chosen = graph.call_function(operator.getitem, (k, 0))
-        assert not any(map(torch_private._involves_host, (k, read, chosen)))
+        assert not any(map(cuda_graphs._involves_host, (k, read, chosen)))
         with FakeTensorMode():
             k.meta["val"] = torch.zeros((), dtype=torch.int64, device="cuda:0")
-        assert torch_private._involves_host(read)
+        assert cuda_graphs._involves_host(read)
 
 
 def test_caches_tell_replayed_code_from_other_code():
-    keys = {torch_private._Lowering(lambda graph: None, None, replayed).uuid() for replayed in (False, True)}
+    keys = {inductor._Lowering(lambda graph: None, None, replayed).uuid() for replayed in (False, True)}
     assert keys == {None}  # a pass without a key is not cached
 
     class Keyed:
         def uuid(self):
             return "key"
 
-    keys = {torch_private._Lowering(Keyed(), None, replayed).uuid() for replayed in (False, True)}
+    keys = {inductor._Lowering(Keyed(), None, replayed).uuid() for replayed in (False, True)}
     assert len(keys) == 2
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 import rampde_fx
-from rampde_fx import backend, counts, errors, graphs, operators, torch_private
+from rampde_fx import backend, counts, decompositions, errors, graphs, operators
 from rampde_fx.ir.ends import Cotangent, Target
 from rampde_fx.ir.sources import InvariantSource
 from rampde_fx.passes import emit_loop, generate_adjoint, roll_loop, scale_adjoint
@@ -508,13 +508,14 @@ def check_batch_norm():
 
 def statistics_are_updated_twice(patch):
     """Every update of the running statistics is made twice."""
-    operator, update = aten._native_batch_norm_legit_functional.default, torch_private._batch_norm
+    operator = aten._native_batch_norm_legit_functional.default
+    update = decompositions.DECOMPOSITIONS[operator]
 
     def broken(x, weight, bias, mean, var, *settings):
         mean, var = update(x, weight, bias, mean, var, *settings)[3:]
         return update(x, weight, bias, mean, var, *settings)
 
-    patch.setitem(torch_private._UPDATES, operator, broken)
+    patch.setitem(decompositions.DECOMPOSITIONS, operator, broken)
 
 
 # 11. param.data is swapped during the backward.

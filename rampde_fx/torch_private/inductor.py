@@ -1,0 +1,195 @@
+"""Compiling by torch's backends: Inductor's settings and caches, and the code that it writes for loops."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+
+from rampde_fx.torch_private.names import Names
+
+_torch = Names(
+    {
+        "torch._dynamo.backends.registry": "lookup_backend",
+        "torch._functorch._aot_autograd.graph_compile": ". collect_bw_donated_buffer_idxs",
+        "torch._guards": "TracingContext",
+        "torch._higher_order_ops.scan": ".",
+        "torch._higher_order_ops.utils": "validate_subgraph_args_types",
+        "torch._inductor": "list_mode_options",
+        "torch._inductor.config": ".",
+        "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop",
+        "torch._inductor.compile_fx": "compile_fx_inner",
+        "torch._inductor.custom_graph_pass": "CustomGraphPass",
+        "torch.utils.checkpoint": "_CachedTorchDispatchMode _CachingTorchDispatchMode",
+    }
+)
+_functorch = Names({"torch._functorch.config": "."})
+lookup_backend = _torch.lookup_backend
+CACHEABLE = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
+# Whether a loop with these condition and body may be replayed.
+Replayable = Callable[[fx.GraphModule, fx.GraphModule], bool]
+
+
+@contextlib.contextmanager
+def compile_settings() -> Iterator[None]:
+    """The settings of torch under which a graph with rewritten loops compiles correctly, and caches.
+
+    Donated buffers: Inductor applies the outer graph's donated indices to the bodies of scan and while_loop, and
+    overwrites inputs that a later iteration reads (pytorch/pytorch issue 153679, pull requests 193787 and 193960). No
+    buffer is named as one, instead of donated_buffer=False: with that the backward would not know that there is none,
+    and would refuse to run with retain_graph=True where the setting is on, as it is outside of this patch.
+    Caches: a graph with a custom backward is cached only where that is allowed; one with scan, see compile_graph. What
+    is cached holds the backward's graph, and traces it again when it is loaded: a scan inside a while loop then takes
+    the tracer's proxies for operands of a wrong type.
+    Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so.
+    """
+    with (
+        _functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),
+        mock.patch.object(_torch.graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: []),
+        mock.patch.object(_torch.scan, "validate_subgraph_args_types", _validate_operands),
+        mock.patch.object(_torch._CachingTorchDispatchMode, "supports_higher_order_operators", True),
+        mock.patch.object(_torch._CachedTorchDispatchMode, "supports_higher_order_operators", True),
+    ):
+        yield
+
+
+def _validate_operands(operands: Sequence[Any]) -> None:
+    if not any(isinstance(operand, fx.Proxy) for operand in operands):
+        _torch.validate_subgraph_args_types(operands)
+
+
+def compile_graph(
+    compiler: str,
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    mode: str | None,
+    lower: Any,
+    replayable: Replayable | None,
+) -> Callable[..., Any]:
+    """Compile a graph with rewritten loops by one of torch's backends; Inductor applies lower, which has a uuid.
+
+    Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If loops are to be
+    replayed, those that are replayable become CUDA graphs instead, and nothing else.
+
+    Inductor turns a scan into a while loop that reads its index from a tensor; Dynamo allows that to graphs under
+    fullgraph=True only. Its cache takes graphs with scan where they are marked as cacheable: in a patch of its own,
+    which holds where the backward is compiled as well, at the first backward pass.
+    """
+    _torch.TracingContext.get().fake_mode.allow_scalar_outputs = True
+    if compiler != "inductor":
+        return lookup_backend(compiler)(graph_module, list(example_inputs))
+    name = "post_grad_custom_pre_pass"
+    patches = {
+        "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
+        **_options(options, mode),
+        name: _Lowering(lower, options.get(name, getattr(_torch.config, name)), replayable is not None),
+    }
+    if replayable is None:
+        return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
+    patches["triton.cudagraphs"] = False
+    inner = functools.partial(_compile_replayed, replayable)
+    return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches, inner_compile=inner)
+
+
+def compile_plainly(
+    compiler: str,
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    mode: str | None,
+) -> Callable[..., Any]:
+    """Compile a graph without rewritten loops as torch.compile does by one of torch's backends."""
+    backend = lookup_backend(compiler)
+    if compiler != "inductor":
+        return backend(graph_module, list(example_inputs))
+    return backend(graph_module, list(example_inputs), config_patches=_options(options, mode))
+
+
+def _options(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
+    return {**(_torch.list_mode_options(mode) if mode else {}), **options}
+
+
+def asks_for(setting: str, options: dict[str, Any], mode: str | None) -> bool:
+    """Whether a setting of Inductor is on: by an option, a mode of torch.compile, or everywhere."""
+    given = _options(options, mode)
+    return bool(given[setting] if setting in given else operator.attrgetter(setting)(_torch.config))
+
+
+def _compile_replayed(replayable: Replayable, *args: Any, **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph, the backward's included, in which loops are replayed."""
+    token = _replays.set(replayable)
+    try:
+        with mock.patch.object(_torch.PythonWrapperCodegen, "codegen_while_loop", _write_loop):
+            return _torch.compile_fx_inner(*args, **kwargs)
+    finally:
+        _replays.reset(token)
+
+
+_replays: ContextVar[Replayable | None] = ContextVar("which loops this thread compiles to be replayed", default=None)
+_write_host_loop = _torch.codegen_while_loop
+
+
+def _write_loop(wrapper: Any, loop: Any, stack_output: bool) -> None:
+    """Write a call of cuda_graphs.run_loop for a loop that can be replayed, Inductor's own loop for any other."""
+    replayable = None if stack_output else _replays.get()
+    if replayable is None or not replayable(loop.cond_subgraph.graph_module, loop.body_subgraph.graph_module):
+        _write_host_loop(wrapper, loop, stack_output)
+        return
+    inputs = [
+        ", ".join(value.codegen_reference() for value in values)
+        for values in (loop.carried_inputs, loop.additional_inputs)
+    ]
+    for subgraph in (loop.cond_subgraph, loop.body_subgraph):
+        wrapper.codegen_subgraph_common(subgraph)
+    fresh = {output.indices[0][1] for output in loop.outputs}
+    mutated = [i for i in range(len(loop.carried_inputs)) if i not in fresh]
+    functions = f"{loop.cond_subgraph.graph.name}, {loop.body_subgraph.graph.name}"
+    # Imported in place: the code of a subgraph has no header.
+    wrapper.writeline(
+        f"{loop.get_name()} = __import__('rampde_fx.cuda_graphs').cuda_graphs.run_loop("
+        f"{functions}, [{inputs[0]}], [{inputs[1]}], {mutated})"
+    )
+
+
+CustomGraphPass: Any = _torch.CustomGraphPass
+
+
+class _Lowering(CustomGraphPass):
+    """A pass of ours over each graph that Inductor lowers, behind the user's own: None, one or, as of 2.13, several."""
+
+    def __init__(self, ours: Any, users: Any, replayed: bool) -> None:
+        self.replayed = replayed  # what is generated from a graph depends on it
+        self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), ours]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
+        keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
+        return None if None in keys else (*keys, self.replayed, _digest_of_package())
+
+
+def cpp_wrapper_calls_loops() -> bool:
+    """Whether code that Inductor writes in C++ can call a loop; that of torch 2.11 fails on its condition."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+@functools.cache
+def _digest_of_package() -> str:
+    """Changes with the package: what it generates is not to be taken from a cache that another version filled."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent.parent
+    for file in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""Kernels of operators: the dispatcher, and what a device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rampde_fx.torch_private.names import Names
+
+_torch = Names({"torch": "_foreach_copy_", "torch._C": "_AutoDispatchBelowAutograd"})
+_cuda = Names({"torch._C": "_cuda_clearCublasWorkspaces"}, everywhere=False)
+
+
+def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd kernel that computes without recording anything."""
+
+    def run(*args: Any) -> Any:
+        with _torch._AutoDispatchBelowAutograd():
+            return function(*args)
+
+    return run
+
+
+def free_cublas_workspaces() -> None:
+    """Have cuBLAS allocate its workspaces anew, as torch does round its own captures."""
+    _cuda._cuda_clearCublasWorkspaces()
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors, in as few launches as their dtypes allow."""
+    if targets:
+        _torch._foreach_copy_(targets, sources)
+
+
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has arithmetic for products in float16 or bfloat16."""
+    low = {
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    }
+    return torch.backends.mkldnn.is_available() and low[dtype]()

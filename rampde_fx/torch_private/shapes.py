@@ -1,0 +1,73 @@
+"""Symbolic sizes and numbers: what is known of them when a graph is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from rampde_fx.torch_private.names import Names
+
+_torch = Names(
+    {
+        "torch._dynamo.exc": "TensorifyScalarRestartAnalysis",
+        "torch._dynamo.symbolic_convert": "TensorifyState",
+        "torch.fx.experimental.symbolic_shapes": "free_unbacked_symbols statically_known_true",
+        "torch.utils._sympy.symbol": "SymT symbol_is_type",
+    }
+)
+TensorifyScalarRestartAnalysis = _torch.TensorifyScalarRestartAnalysis
+
+
+def size_hint(size: Any) -> int:
+    """The size, or what a symbolic one was when the graph was captured."""
+    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
+
+
+def hint_of(number: float | torch.SymFloat) -> float | None:
+    """The number, or what a symbolic one was when the graph was captured; None of one that is read from a tensor."""
+    if not isinstance(number, torch.SymFloat):
+        return number
+    return None if _torch.free_unbacked_symbols(number) else float(number.node.hint)
+
+
+def number_of(size: int | torch.SymInt) -> int | torch.SymInt:
+    """The size, as an int where the guards of a symbolic one leave a single number: tracing knows no proxy for it."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return size if known is None else known
+
+
+def symbol_of(size: torch.SymInt) -> torch.SymInt:
+    """The symbol s of a size a s + b with numbers a and b, computed from the size; any other size as it is."""
+    polynomial = size.node.expr.as_poly()
+    if polynomial is None or len(polynomial.gens) != 1 or polynomial.degree() != 1:
+        return size
+    factor, constant = map(int, polynomial.all_coeffs())
+    return (size - constant) // factor
+
+
+def is_data_dependent(number: Any) -> bool:
+    """Whether a number is read from a tensor, so that nothing is known of it when the graph is compiled."""
+    return isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) and not number.node.has_hint()
+
+
+def takes_no_more_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a tensor takes no more bytes than another one, for all values of their symbolic sizes."""
+    return bool(_torch.statically_known_true(a.numel() * a.itemsize <= b.numel() * b.itemsize))
+
+
+def capture_again_with(numbers: Iterable[torch.SymFloat]) -> None:
+    """Have Dynamo capture the model again, with the present values of its Python floats behind these numbers.
+
+    It guards them then, and compiles anew when one changes. A number that is read from a tensor stays as it is.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: which Dynamo catches; unless all of the numbers are read from tensors.
+    """
+    symbols = {symbol for number in numbers for symbol in number.node._expr.free_symbols}
+    floats = {str(symbol) for symbol in symbols if _torch.symbol_is_type(symbol, _torch.SymT.FLOAT)}
+    for name in floats:
+        _torch.TensorifyState.specialize(name)
+    if floats:
+        raise TensorifyScalarRestartAnalysis
