@@ -1,6 +1,7 @@
-"""Every private interface of torch that rampde_fx touches, by purpose. No other file imports one.
+"""Every private interface of torch that rampde_fx touches, by purpose. No other file reads one.
 
-Checked on torch 2.11.0, 2.13.0 and 2.15.0.
+A part is imported by its name, which says beside each call what of torch it is about, and that importing dynamo,
+side_effects or kernels costs nothing: the others are for what compiles.
 """
 
 from importlib import import_module

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+import pkgutil
 import sys
 from importlib import import_module
 from typing import Any
@@ -32,6 +34,8 @@ class Names:
             _tables.append(self)
 
     def __getattr__(self, name: str) -> Any:
+        if name not in self._places:  # what inspects modules asks for other names
+            raise AttributeError(name)
         module, path = self._places[name]
         try:
             owner = sys.modules.get(module) or import_module(module)
@@ -55,10 +59,12 @@ class Names:
 
 
 def require_all() -> None:
-    """Read the private names of every part that is imported, before anything is compiled.
+    """Read the private names of every part, before anything is compiled.
 
     Raises:
         MissingTorchNameError: if one is missing.
     """
+    for part in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        import_module(f"{__package__}.{part.name}")
     for table in _tables:
         table.require()
