@@ -106,7 +106,7 @@ def cost(monkeypatch, name, dtype):
     return "\n".join([*lines, f"graphs: {counters['stats']['unique_graphs']}, graph breaks: {breaks}"])
 
 
-def kernels(code):
+def kernels_of(code):
     """For each loop body in Inductor's generated code: its calls of generated kernels, and of library products."""
     for body in re.findall(r"^def while_loop_body_graph_\w+\(args\):\n((?:    .*\n|\n)+)", code, re.MULTILINE):
         fused = len(re.findall(r"^ +cpp_fused_\w+\(", body, re.MULTILINE))
@@ -194,7 +194,7 @@ graphs: 1, graph breaks: 0""",
         function, _, x, t = prepared("cnf", torch.float16, "inductor")
         _, codes = run_and_get_code(lambda: function(x, t).backward())
         self.assertExpectedInline(
-            "\n".join(found for code in codes for found in kernels(code)),
+            "\n".join(found for code in codes for found in kernels_of(code)),
             """\
 13 kernels, 16 products
 1 kernels, 0 products
