@@ -18,7 +18,7 @@ from rampde_fx import operators, unrewritten
 from rampde_fx.errors import PolicyError, TimeGridError, refuse
 from rampde_fx.monitoring import open_here
 from rampde_fx.policy import DTYPES, MONITORED, PrecisionPolicy
-from rampde_fx.torch_private import capturing, dynamo
+from rampde_fx.torch_private import dynamo
 from rampde_fx.unrewritten import Target
 
 T = TypeVar("T")
@@ -246,6 +246,8 @@ def policy_of(target: Callable[..., Any]) -> PrecisionPolicy | None:
             required="a Module class, a Module instance, a function or a method",
             fix="pass the model itself",
         )
+    from rampde_fx.torch_private import capturing
+
     marked: Any = capturing.uncompiled(target)
     is_module = isinstance(marked, nn.Module) or (isinstance(marked, type) and issubclass(marked, nn.Module))
     return getattr(marked.forward if is_module else marked, MARK, None)
