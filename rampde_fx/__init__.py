@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rampde_fx import errors
+from rampde_fx.adjoint_record import AdjointRecord
 from rampde_fx.check_table import CheckResult, CheckRow
 from rampde_fx.counts import (
     BackwardCount,
@@ -15,7 +16,7 @@ from rampde_fx.counts import (
 )
 from rampde_fx.integrate import odeint
 from rampde_fx.marking import mixed_precision, policy_of, steps
-from rampde_fx.monitoring import AdjointRecord, Monitor, monitor
+from rampde_fx.monitoring import Monitor, monitor
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.tableau import METHODS, ButcherTableau
 

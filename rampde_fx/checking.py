@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import statistics
-import time as clock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,20 +19,22 @@ from torch.utils import _pytree as pytree
 from rampde_fx import counts, cpu_products, graphs, operators, report, torch_private, verification
 from rampde_fx.backend import COMPILERS, rewrite
 from rampde_fx.check_table import CheckResult, CheckRow, label
+from rampde_fx.check_timing import medians
 from rampde_fx.checked_call import Call, Captured, tensor_attributes, untouched
 from rampde_fx.comparison import (
     Mismatch,
     Named,
     Outcome,
-    difference,
-    distance,
+    check_dtypes,
+    check_float32,
+    errors_of,
+    first_beyond_float32,
     first_mismatch,
-    norm,
-    relative_error,
 )
 from rampde_fx.errors import CheckError, PolicyError, RampdeError, RewriteMismatchError
 from rampde_fx.ir.captured import STEP
 from rampde_fx.ir.loops import LoopNode
+from rampde_fx.loop_report import LoopReport
 from rampde_fx.monitoring import monitor
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.widening import AsWritten, Twins, copies, default_dtype
@@ -46,10 +46,6 @@ POLICIES = tuple(
 )
 # Up to how many steps the structure is checked step by step as well as as a scan.
 MOST_UNROLLED = 8
-# A training step is timed so often, in turns.
-REPETITIONS = 7
-# How many times the error of eager float32 that of the float32 policy may be: its sums are in another order.
-SLACK_OF_FLOAT32 = 64
 SEED = 0
 
 Loss = Callable[[Any], torch.Tensor]
@@ -134,7 +130,7 @@ class _Prepared:
     """A policy, compiled or refused."""
 
     policy: PrecisionPolicy
-    reports: list[report.LoopReport] = field(default_factory=list)
+    reports: list[LoopReport] = field(default_factory=list)
     watched: Callable[..., Any] | None = None  # records what monitors see
     alone: Callable[..., Any] | None = None
     refusal: RampdeError | None = None
@@ -243,7 +239,7 @@ class _Check:
         if mismatch is None:
             return wanted, rounded
         # Either the capture is wrong, or this code means something else in float64. In its own dtypes it shows.
-        if (wrong := _first_beyond_float32(rounded, narrow)) is not None:
+        if (wrong := first_beyond_float32(rounded, narrow)) is not None:
             raise RewriteMismatchError(wrong.tensor, wrong.found, twin.loops[0].where)
         self.notes.append(
             f"the model's own code does not mean the same in float64 ({mismatch.found}): the reference is its captured "
@@ -336,7 +332,7 @@ class _Check:
         return label(twin.loops[0].policy)
 
     def _eager_row(self, wanted: Outcome, rounded: Outcome) -> CheckRow:
-        return CheckRow("as it is written, eager", None, *_errors(wanted, rounded))
+        return CheckRow("as it is written, eager", None, *errors_of(wanted, rounded))
 
     def _row(self, prepared: _Prepared, wanted: Outcome, rounded: Outcome) -> CheckRow:
         if prepared.watched is None or prepared.refusal is not None:
@@ -344,14 +340,14 @@ class _Check:
         with counts.apart() as (counted, _), monitor() as watched:
             got = self._ran(prepared.watched, widen=False)
         where = prepared.reports[0].where
-        _check_dtypes(got, rounded, where)
+        check_dtypes(got, rounded, where)
         if prepared.policy == self.baseline:
-            _check_float32(got, wanted, rounded, where)
+            check_float32(got, wanted, rounded, where)
         records = watched.records
         return CheckRow(
             label(prepared.policy),
             prepared.policy,
-            *_errors(wanted, got),
+            *errors_of(wanted, got),
             stored_bytes=sum(loop.stored_bytes for loop in prepared.reports),
             repeated=sum(count.repeated for count in counted.values()),
             overflowed=sum(count.overflowed for count in counted.values()),
@@ -372,7 +368,7 @@ class _Check:
                 if prepared.alone is not None:
                     steps[label(prepared.policy)] = self._graph_step(prepared.alone)
             try:
-                seconds = _medians(steps)
+                seconds = medians(steps)
             finally:
                 forget()
         rows.insert(1, CheckRow(compiled, None, {}, {}))
@@ -456,69 +452,3 @@ def _compile(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequen
         return torch_private.compile_graph(
             compiler, graph_module, example_inputs, {}, None, cpu_products.replace_products(), None
         )
-
-
-def _errors(wanted: Outcome, got: Outcome) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative errors of the values, with what is written in place, and of the gradients."""
-    floats = {n: x for n, x in wanted.written.items() if x is not None and x.is_floating_point()}
-    values = _relative(wanted.values, got.values)
-    written = _relative(floats, got.written)
-    return values | {n: e for n, e in written.items() if e > 0}, _relative(wanted.gradients, got.gradients)
-
-
-def _relative(wanted: Named, got: Named) -> dict[str, float]:
-    largest = max(map(norm, wanted.values()), default=0.0)
-    return {name: relative_error(got.get(name), value, largest) for name, value in wanted.items()}
-
-
-def _check_dtypes(got: Outcome, rounded: Outcome, where: str) -> None:
-    for (kind, found), (_, wanted) in zip(got.kinds(), rounded.kinds(), strict=True):
-        for name, value in wanted.items():
-            other = found.get(name)
-            if value is not None and other is not None and (value.dtype, value.shape) != (other.dtype, other.shape):
-                raise RewriteMismatchError(
-                    kind + name,
-                    f"it is {other.dtype} of shape {list(other.shape)}, and {value.dtype} of shape "
-                    f"{list(value.shape)} in eager",
-                    where,
-                )
-
-
-def _check_float32(got: Outcome, wanted: Outcome, rounded: Outcome, where: str) -> None:
-    """The compiled graph without low precision has the errors of eager, up to the order of sums."""
-    if (wrong := _first_beyond_float32(wanted, got, rounded)) is not None:
-        raise RewriteMismatchError(wrong.tensor, wrong.found, where)
-
-
-def _first_beyond_float32(wanted: Outcome, got: Outcome, rounded: Outcome | None = None) -> Mismatch | None:
-    """The first tensor that is not what is wanted to the rounding of its own dtype, or of eager's error."""
-    runs = (wanted, got, wanted if rounded is None else rounded)
-    for (kind, exact), (_, found), (_, eager) in zip(*(run.kinds() for run in runs), strict=True):
-        largest = max(map(norm, exact.values()), default=0.0)
-        for name, value in exact.items():
-            like = next((x for x in (found.get(name), eager.get(name)) if x is not None), None)
-            inexact = like is not None and graphs.has_derivatives(like.dtype)
-            unit = torch.finfo(like.dtype).eps if like is not None and inexact else 0.0
-            bound = SLACK_OF_FLOAT32 * (distance(eager.get(name), value) + unit * (norm(value) + unit**0.5 * largest))
-            if (text := difference(value, found.get(name), bound)) is not None:
-                return Mismatch(kind + name, text)
-    return None
-
-
-def _medians(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """The median time of each step in seconds, the steps taken in turns; the first turn is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(REPETITIONS + 1):
-        for name, step in steps.items():
-            _wait_for_devices()
-            begin = clock.perf_counter()
-            step()
-            _wait_for_devices()
-            taken[name].append(clock.perf_counter() - begin)
-    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
-
-
-def _wait_for_devices() -> None:
-    """Wait for what was launched on a GPU."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()

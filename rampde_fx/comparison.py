@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rampde_fx.errors import RewriteMismatchError
 from rampde_fx.graphs import has_derivatives
 
 Named = dict[str, torch.Tensor | None]
@@ -19,6 +20,8 @@ FLOAT64_OF_FLOAT32 = 2.0**-29
 # Where float32 happens to round nothing: of the value itself, and of the largest one of its kind, in whose terms a
 # value may be what is left of a cancellation.
 FLOOR, FLOOR_OF_LARGEST = 2.0**-40, 2.0**-50
+# How many times the error of eager float32 that of the float32 policy may be: its sums are in another order.
+SLACK_OF_FLOAT32 = 64
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,59 @@ def weights_of(results: Sequence[Any]) -> Iterator[tuple[torch.Tensor, torch.Ten
             pairs = torch.randn((*result.shape, 2), generator=generator, dtype=torch.float64)
             weights = torch.view_as_complex(pairs) if result.is_complex() else pairs[..., 0]
             yield result, weights.to(result)
+
+
+def errors_of(wanted: Outcome, got: Outcome) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative errors of the values, with what is written in place, and of the gradients."""
+    floats = {n: x for n, x in wanted.written.items() if x is not None and x.is_floating_point()}
+    values = _relative(wanted.values, got.values)
+    written = _relative(floats, got.written)
+    return values | {n: e for n, e in written.items() if e > 0}, _relative(wanted.gradients, got.gradients)
+
+
+def _relative(wanted: Named, got: Named) -> dict[str, float]:
+    largest = max(map(norm, wanted.values()), default=0.0)
+    return {name: relative_error(got.get(name), value, largest) for name, value in wanted.items()}
+
+
+def check_dtypes(got: Outcome, rounded: Outcome, where: str) -> None:
+    """The compiled graph gives what eager gives, in its dtypes and shapes.
+
+    Raises:
+        RewriteMismatchError: naming the first tensor that does not.
+    """
+    for (kind, found), (_, wanted) in zip(got.kinds(), rounded.kinds(), strict=True):
+        for name, value in wanted.items():
+            other = found.get(name)
+            if value is not None and other is not None and (value.dtype, value.shape) != (other.dtype, other.shape):
+                raise RewriteMismatchError(
+                    kind + name,
+                    f"it is {other.dtype} of shape {list(other.shape)}, and {value.dtype} of shape "
+                    f"{list(value.shape)} in eager",
+                    where,
+                )
+
+
+def check_float32(got: Outcome, wanted: Outcome, rounded: Outcome, where: str) -> None:
+    """The compiled graph without low precision has the errors of eager, up to the order of sums.
+
+    Raises:
+        RewriteMismatchError: naming the first tensor that has others.
+    """
+    if (wrong := first_beyond_float32(wanted, got, rounded)) is not None:
+        raise RewriteMismatchError(wrong.tensor, wrong.found, where)
+
+
+def first_beyond_float32(wanted: Outcome, got: Outcome, rounded: Outcome | None = None) -> Mismatch | None:
+    """The first tensor that is not what is wanted to the rounding of its own dtype, or of eager's error."""
+    runs = (wanted, got, wanted if rounded is None else rounded)
+    for (kind, exact), (_, found), (_, eager) in zip(*(run.kinds() for run in runs), strict=True):
+        largest = max(map(norm, exact.values()), default=0.0)
+        for name, value in exact.items():
+            like = next((x for x in (found.get(name), eager.get(name)) if x is not None), None)
+            inexact = like is not None and has_derivatives(like.dtype)
+            unit = torch.finfo(like.dtype).eps if like is not None and inexact else 0.0
+            bound = SLACK_OF_FLOAT32 * (distance(eager.get(name), value) + unit * (norm(value) + unit**0.5 * largest))
+            if (text := difference(value, found.get(name), bound)) is not None:
+                return Mismatch(kind + name, text)
+    return None

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from rampde_fx.adjoint_record import AdjointRecord
 from rampde_fx.errors import MonitorError
-from rampde_fx.monitoring import AdjointRecord
 
 LARGEST, SMALLEST, SCALED = "tab:red", "tab:blue", "tab:green"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rampde_fx.adjoint_record import AdjointRecord
 
 
 class _Open(threading.local):
@@ -18,34 +19,6 @@ class _Open(threading.local):
 
     def __init__(self) -> None:
         self.any = False
-
-
-@dataclass(frozen=True, eq=False)
-class AdjointRecord:
-    """One backward pass through one loop of N steps with V velocity VJPs each.
-
-    Tensors are on the CPU, of shape (N, V), in the order of the forward: steps from the first on, evaluations within a
-    step as it makes them. They describe the last run of the reverse loop.
-
-    Attributes:
-        loop: The file and line of the loop's head, numbered where one graph holds several loops of that line.
-        training_step: How many steps optimizers had taken since the monitor was opened.
-        runs: How often the reverse loop ran: more than once after an overflow.
-        scales: The factor of the cotangent, a power of two, float32; 1 where the policy does not scale.
-        largest: The largest magnitude in the cotangent before it was scaled, float32.
-        smallest: The smallest magnitude but zero in it, float32; inf where all entries are zero.
-        underflows: How many entries of the cotangent became zero in the velocity dtype, scaled as they are; int64.
-        overflows: How many entries of the gradients that the VJP returned are not finite, int64.
-    """
-
-    loop: str
-    training_step: int
-    runs: int
-    scales: torch.Tensor
-    largest: torch.Tensor
-    smallest: torch.Tensor
-    underflows: torch.Tensor
-    overflows: torch.Tensor
 
 
 class Monitor:

@@ -6,13 +6,10 @@ from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from html import escape
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from rampde_fx.ir.loops import CompensatedLoop
+from rampde_fx.loop_report import LoopReport, PassReport
 from rampde_fx.step_picture import picture
-
-if TYPE_CHECKING:
-    from rampde_fx.report import LoopReport, PassReport, Report
 
 # Of every role, on a light and on a dark page.
 COLOURS = {"time": ("#a85d00", "#f2b456"), "state": ("#0b5cad", "#7ab8ff"), "velocity": ("#00786a", "#5fd3bd")}
@@ -77,9 +74,9 @@ LEGEND = (
 )
 
 
-def page(report: Report) -> str:
-    """The whole page."""
-    loops = "".join(_loop(f"l{i}", loop) for i, loop in enumerate(report.loops)) or f"<p>{escape(str(report))}</p>"
+def page(reports: Sequence[LoopReport], text: str) -> str:
+    """The whole page: of loops, or where there is none of the text alone."""
+    loops = "".join(_loop(f"l{i}", loop) for i, loop in enumerate(reports)) or f"<p>{escape(text)}</p>"
     legend = "".join(f'<li><span class="{kind}"></span>{escape(text)}</li>' for kind, text in LEGEND)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>rampde_fx report</title>'

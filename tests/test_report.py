@@ -27,6 +27,10 @@ def explained(form, **policy):
     return rampde_fx.explain(model, torch.zeros(3, 5), torch.linspace(0, 1, 5))
 
 
+def page_of(report):
+    return report_html.page(report.loops, str(report))
+
+
 class Page(HTMLParser):
     """A page that is well-formed: every element is closed, in order; ids are unique and edges end at boxes."""
 
@@ -87,22 +91,22 @@ def test_the_page_holds_every_node(form, policy, tmp_path):
 
 
 def test_casts_and_scaling_are_marked():
-    scaled = report_html.page(explained(Euler))
+    scaled = page_of(explained(Euler))
     assert 'class="node velocity scale"' in scaled and 'class="node state scale"' in scaled
     assert 'class="node state cast"' in scaled and "f32→f16" in scaled and "f16→f32" in scaled
-    assert 'class="node velocity scale"' not in report_html.page(explained(Euler, velocity=torch.bfloat16))
+    assert 'class="node velocity scale"' not in page_of(explained(Euler, velocity=torch.bfloat16))
 
 
 def test_without_gradients_there_is_one_picture():
     with torch.no_grad():
         report = explained(Midpoint)
     assert report.loops[0].adjoint_flops == 0
-    page = Page(report_html.page(report))
+    page = Page(page_of(report))
     assert page.tags.count("svg") == 1 and any("no gradient" in text for text in page.text)
 
 
 def test_without_a_loop_the_page_says_so():
-    text = report_html.page(rampde_fx.explain(torch.nn.Linear(5, 5), torch.zeros(3, 5)))
+    text = page_of(rampde_fx.explain(torch.nn.Linear(5, 5), torch.zeros(3, 5)))
     assert "nothing is rewritten" in " ".join(Page(text).text)
 
 
