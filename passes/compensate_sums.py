@@ -28,9 +28,9 @@ from torch import fx
 from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir.loops import CompensatedLoop, Loop, StoredLoop
+from rampde_fx.operator_table import properties
 
 aten = torch.ops.aten
-SUM = {aten.add.Tensor, aten.sub.Tensor}
 
 
 def compensate_sums(loop: StoredLoop) -> CompensatedLoop:
@@ -53,9 +53,9 @@ def find_sums(result: fx.Node, carry: fx.Node) -> list[tuple[fx.Node, int]] | No
         return []
     if graphs.stops_gradient(result):  # the same value
         return find_sums(result.args[0], carry)
-    if result.target not in SUM or graphs.value(result).shape != graphs.value(carry).shape:
+    if properties(result.target).update != "add" or graphs.value(result).shape != graphs.value(carry).shape:
         return None
-    commutes = result.target is aten.add.Tensor and not result.kwargs
+    commutes = properties(result.target).commutes and not result.kwargs
     for position, operand in enumerate(result.args[: 2 if commutes else 1]):
         sums = find_sums(operand, carry) if isinstance(operand, fx.Node) else None
         if sums is not None:
@@ -109,14 +109,13 @@ def _compensated(graph_module: fx.GraphModule, carries: int) -> tuple[fx.GraphMo
 def _two_sum(graph: fx.Graph, node: fx.Node, position: int, correction: fx.Node) -> fx.Node:
     """Let a sum of an older value and an increment take the correction in; the correction of the next sum."""
     call: Callable[..., fx.Node] = graph.call_function
-    add, sub = aten.add.Tensor, aten.sub.Tensor
     old, increment = node.args[position], node.args[1 - position]
     with graph.inserting_before(node):
         corrected = call(node.target, (correction, increment), node.kwargs)
-        total = call(add, (old, corrected))
-        taken = call(sub, (total, old))
-        lost_of_old = call(sub, (old, call(sub, (total, taken))))
-        lost = call(add, (lost_of_old, call(sub, (corrected, taken))))
+        total = call(aten.add.Tensor, (old, corrected))
+        taken = call(aten.sub.Tensor, (total, old))
+        lost_of_old = call(aten.sub.Tensor, (old, call(aten.sub.Tensor, (total, taken))))
+        lost = call(aten.add.Tensor, (lost_of_old, call(aten.sub.Tensor, (corrected, taken))))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total)
     graph.erase_node(node)

@@ -27,18 +27,11 @@ from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, TimeSource
+from rampde_fx.operator_table import properties
 
 aten = torch.ops.aten
-# A state keeps its identity through these, whatever it is scaled by and whatever is added.
-CHAIN = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.clone.default,
-    aten.expand.default, torch.ops.rampde_fx.stop_gradient.default,
-}  # fmt: skip
-SUMS = {
-    aten.add.Tensor, aten.sub.Tensor, aten.addmm.default, aten.baddbmm.default, aten.index_add.default,
-    aten.scatter_add.default,
-}  # fmt: skip
-WRITES = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default}
+# A state keeps its identity through updates by these, whatever it is scaled by and whatever is added.
+CHAIN = ("add", "scale", "copy")
 
 
 def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> CapturedStep:
@@ -141,7 +134,7 @@ def _carry_single_step(captured: CapturedStep) -> CapturedStep:
     nodes, results = graphs.placeholders(step), graphs.results(step)
     first_output, last_output = len(results) - len(outputs), len(results)
     # A new state may also leave the step by a write into a tensor that collects the trajectory.
-    results += [_written_value(node) for node in graphs.body(step) if node.target in WRITES]
+    results += [_written_value(node) for node in graphs.body(step) if properties(node.target).update == "write"]
     invariants = {
         node: i
         for i, (node, s) in enumerate(zip(nodes, inputs, strict=True))
@@ -175,13 +168,18 @@ def _written_value(write: fx.Node) -> Any:
 
 
 def _by_sums(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes if node.target in CHAIN else []
+    return node.all_input_nodes if properties(node.target).update in CHAIN else []
 
 
 def _without_a_product(node: fx.Node) -> list[fx.Node]:
     if not operator_table.is_product(node):
         return node.all_input_nodes
-    return [node.args[0]] if node.target in SUMS else []
+    return [node.args[0]] if _adds(node) else []
+
+
+def _adds(node: fx.Node) -> bool:
+    row = properties(node.target)
+    return row.update == "add" or row.first_is_summand
 
 
 def _by_any_path(node: fx.Node) -> list[fx.Node]:
@@ -220,7 +218,7 @@ def _state_behind(result: Any, candidates: dict[fx.Node, int], way: Way) -> int 
         node, summed = open_nodes.pop()
         if summed and node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
             found[node] = None
-        parents = [(p, summed or node.target in SUMS) for p in way.operands(node)]
+        parents = [(p, summed or _adds(node)) for p in way.operands(node)]
         parents = [pair for pair in dict.fromkeys(parents) if pair not in seen]
         seen.update(parents)
         open_nodes += reversed(parents)

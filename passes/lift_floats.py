@@ -24,13 +24,7 @@ from torch import fx
 from rampde_fx import graphs, torch_private
 from rampde_fx.graphs import value
 from rampde_fx.ir.captured import begins_loop, ends_loop
-
-# What takes a tensor wherever it takes a number, and computes the same of it.
-ARITHMETIC = set(
-    """add sub mul div truediv true_divide divide multiply subtract pow iadd isub imul itruediv ipow
-    add_ sub_ mul_ div_ pow_ lt le gt ge eq ne where""".split()
-)
-SCALED = {"add", "sub", "add_", "sub_"}  # by alpha
+from rampde_fx.operator_table import properties_of_captured
 
 
 def lift_floats(graph_module: fx.GraphModule) -> None:
@@ -125,11 +119,12 @@ def _of_floats(node: fx.Node) -> bool:
 
 def _takes_tensors(node: fx.Node) -> bool:
     """Whether a node computes the same of a tensor of its kind as of a number."""
-    if graphs.function_name(node) not in ARITHMETIC or _kind(node) is None:
+    row = properties_of_captured(graphs.function_name(node))
+    if not row.takes_tensors or _kind(node) is None:
         return False
     if not node.kwargs:
         return True
-    scaled = graphs.function_name(node) in SCALED and list(node.kwargs) == ["alpha"]
+    scaled = row.update == "add" and list(node.kwargs) == ["alpha"]
     return scaled and graphs.is_float(node.args[1])
 
 

@@ -33,14 +33,10 @@ from torch import fx
 
 from rampde_fx import graphs, operator_table
 from rampde_fx.ir.loops import Loop, PartitionedLoop, WidenedLoop
+from rampde_fx.operator_table import properties
 
 aten = torch.ops.aten
-SUM = {aten.add.Tensor, aten.sub.Tensor}
-SCALE = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-CONTRACT = {aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
-MOVE = {aten.cat.default, aten.stack.default, aten.clone.default, aten.where.self, aten._to_copy.default}
-JOIN = {aten.cat.default, aten.stack.default}
-SCATTER = {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
+MOVES = ("copy", "cast", "choose", "join")
 SMALL = 0.125  # a larger number is no step size
 Roles = dict[fx.Node, str]
 
@@ -94,10 +90,10 @@ def _with_sums_apart(loop: Loop) -> fx.GraphModule:
     """A copy of the step in which addmm(y, h, w) is y + mm(h, w) where y varies: it may be the state."""
     step = graphs.copied(loop.step)
     varying = graphs.depends_on(step.graph, graphs.placeholders(step)[: loop.carries])
-    fused = [n for n in graphs.body(step) if n.target in operator_table.FUSED_SUMS and _adds_to(n, varying)]
+    fused = [n for n in graphs.body(step) if _product_alone(n) is not None and _adds_to(n, varying)]
     for node in fused:
         with step.graph.inserting_before(node):
-            product = step.graph.call_function(operator_table.FUSED_SUMS[node.target], node.args[1:])
+            product = step.graph.call_function(_product_alone(node), node.args[1:])
             terms = [node.args[0], product]
             for i, name in enumerate(("beta", "alpha")):
                 if node.kwargs.get(name, 1) != 1:
@@ -108,6 +104,12 @@ def _with_sums_apart(loop: Loop) -> fx.GraphModule:
         node.replace_all_uses_with(total)
         step.graph.erase_node(node)
     return graphs.refresh(step) if fused else step
+
+
+def _product_alone(node: fx.Node) -> Any:
+    """The operator of the product that a node adds to a summand; None if it does nothing of the kind."""
+    name = properties(node.target).without_summand
+    return getattr(aten, name).default if name else None
 
 
 def _adds_to(node: fx.Node, varying: Set[fx.Node]) -> bool:
@@ -173,8 +175,9 @@ def _between(
 def _is_small(node: fx.Node, varying: Set[fx.Node]) -> bool:
     """Whether a value is scaled by the step size, by a small number, or summed up with weights that are."""
     factors = [operand for operand in node.all_input_nodes if operand not in varying]
-    numbers = operator_table.numbers(node.target, node.args, node.kwargs) if node.target in SCALE else []
-    scales = node.target in SCALE or operator_table.name_of(node.target) in operator_table.BILINEAR
+    row = properties(node.target)
+    numbers = operator_table.numbers(node.target, node.args, node.kwargs) if row.update == "scale" else []
+    scales = row.update == "scale" or row.linear == "each"
     return scales and (any(map(_vanishes, factors)) or any(abs(number) <= SMALL for number in numbers))
 
 
@@ -184,10 +187,10 @@ def _vanishes(node: fx.Node) -> bool:
         return not node.meta["parameter"]
     if node.target is aten.mul.Tensor:
         return any(map(_vanishes, node.all_input_nodes))
-    if node.target in (aten.div.Tensor, aten.pow.Tensor_Scalar):
+    if node.target is aten.div.Tensor or node.target is aten.pow.Tensor_Scalar:
         return isinstance(node.args[0], fx.Node) and _vanishes(node.args[0])
-    moves = graphs.is_view(node) or node.target in MOVE or node.target in SUM or node.target is aten.neg.default
-    return moves and bool(node.all_input_nodes) and all(map(_vanishes, node.all_input_nodes))
+    passes_on = _moves(node) or properties(node.target).update == "add" or node.target is aten.neg.default
+    return passes_on and bool(node.all_input_nodes) and all(map(_vanishes, node.all_input_nodes))
 
 
 def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozenset()) -> Roles:
@@ -250,9 +253,10 @@ def _varying(node: fx.Node, roles: Roles) -> list[fx.Node]:
 def _scaled_operand(node: fx.Node, roles: Roles) -> fx.Node | None:
     """What a node scales by something that depends on no state, or None."""
     varying = _varying(node, roles)
-    if node.target not in SCALE or len(varying) != 1:
+    if properties(node.target).update != "scale" or len(varying) != 1:
         return None
-    return varying[0] if node.target is aten.mul.Tensor or node.args[0] is varying[0] else None
+    commutes = properties(node.target).commutes
+    return varying[0] if commutes or node.args[0] is varying[0] else None
 
 
 def _reads_parameter(node: Any) -> bool:
@@ -271,33 +275,39 @@ def _is_increment(node: fx.Node, roles: Roles) -> bool:
     """Whether a velocity value is a velocity times a step size, or a sum of such."""
     if roles[node] != "velocity":
         return True
-    if node.target in SUM:
+    if properties(node.target).update == "add":
         return all(_is_increment(parent, roles) for parent in node.all_input_nodes)
-    if node.target in CONTRACT:
+    if operator_table.is_matrix_product(node):
         return _is_weighted_sum(node, roles)
     if _scaled_by_time(node, roles) is not None:
         return True
-    return (graphs.is_view(node) or node.target in MOVE) and all(_is_increment(p, roles) for p in node.all_input_nodes)
+    return _moves(node) and all(_is_increment(p, roles) for p in node.all_input_nodes)
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a node gives entries of its operands as they are."""
+    return graphs.is_view(node) or properties(node.target).update in MOVES
 
 
 def _is_weighted_sum(node: fx.Node, roles: Roles) -> bool:
     """Whether a contraction sums velocities with weights of time: einsum("s,sbd->bd", dt * b, k)."""
     weights = [parent for parent in node.all_input_nodes if roles[parent] == "time"]
-    return node.target in CONTRACT and len(weights) == 1 and not _reads_parameter(weights[0])
+    return operator_table.is_matrix_product(node) and len(weights) == 1 and not _reads_parameter(weights[0])
 
 
 def _keeps_state(node: fx.Node, roles: Roles) -> bool:
     parents = node.all_input_nodes
     if not any(roles[parent] == "state" for parent in parents):
         return False
-    if node.target in SUM:
+    update = properties(node.target).update
+    if update == "add":
         scaled = node.kwargs.get("alpha", 1) != 1
         return all(_is_increment(p, roles) or (scaled and p is node.args[1]) for p in parents)
-    if node.target in SCALE:
+    if update == "scale":
         return _scaled_by_time(node, roles) is not None
-    if node.target in SCATTER:
+    if update == "write":
         return True
-    return (graphs.is_view(node) or node.target in MOVE) and all(roles[parent] != "velocity" for parent in parents)
+    return _moves(node) and all(roles[parent] != "velocity" for parent in parents)
 
 
 def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
@@ -310,9 +320,9 @@ def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
         if roles[node] != "velocity" or not all(u.op == "output" or roles[u] == "state" for u in node.users):
             continue
         # 1 - dt * z, by which a state is multiplied: rounded low, it would lose dt * z.
-        summed = node.target in SUM and _is_increment(node, roles)
+        summed = properties(node.target).update == "add" and _is_increment(node, roles)
         scaled = summed or _scaled_by_time(node, roles) is not None or _is_weighted_sum(node, roles)
-        joined = graphs.is_float(node) and graphs.base_of_view(node).target in JOIN
+        joined = graphs.is_float(node) and properties(graphs.base_of_view(node).target).update == "join"
         if scaled or joined or _sums_evaluations(node, roles, numbers):
             roles[node] = "state"
 
@@ -320,4 +330,4 @@ def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
 def _sums_evaluations(node: fx.Node, roles: Roles, numbers: dict[fx.Node, int]) -> bool:
     varying = _varying(node, roles)
     several = len({numbers[parent] for parent in varying}) > 1 or any(roles[p] == "state" for p in varying)
-    return node.target in SUM and len(varying) == 2 and several
+    return properties(node.target).update == "add" and len(varying) == 2 and several

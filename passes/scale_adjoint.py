@@ -184,7 +184,7 @@ class _Propagation:
         """The pullback with its gains and ratios."""
         for node in graphs.body(self.module):
             read = [operand for operand in node.all_input_nodes if operand in self.origins]
-            if read and operator_table.name_of(node.target) not in operator_table.SHAPED_LIKE:
+            if read and not operator_table.properties(node.target).reads_shape:
                 self._carry(node, read)
         gradients = tuple(self.origins.get(result, frozenset()) for result in graphs.results(self.module))
         return Propagation(graphs.refresh(self.module), tuple(self.gains), tuple(self.ratios), gradients)
@@ -239,9 +239,9 @@ def _gain(node: fx.Node, read: list[fx.Node], factors: Mapping[fx.Node, int]) ->
     """What makes up for the factor that a product or a quotient multiplies a cotangent by; None for another node."""
     name = operator_table.name_of(node.target)
     if node.target is operator.getitem and node.args[1] == 0:  # the gradient of a norm's input
-        weight = operator_table.WEIGHTS_A_GRADIENT.get(operator_table.name_of(read[0].target))
+        weight = operator_table.properties(read[0].target).weight
         return None if weight is None else _gain_of(read[0].args[weight], factors)
-    if name not in operator_table.ENTRYWISE_PRODUCTS or len(node.args) != 2 or node.kwargs:
+    if operator_table.properties(node.target).product != "entries" or len(node.args) != 2 or node.kwargs:
         return None
     divides, (first, second) = name == "div", node.args
     other = second if first is read[0] else first

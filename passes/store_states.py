@@ -196,6 +196,6 @@ def _is_counted(state: fx.Node) -> bool:
     """Whether a state, or what only moves its entries, is counted where it enters an evaluation."""
     return any(
         user.target is COUNT
-        or ((graphs.is_view(user) or operator_table.name_of(user.target) in operator_table.MOVES) and _is_counted(user))
+        or ((graphs.is_view(user) or operator_table.properties(user.target).dtype == "follows") and _is_counted(user))
         for user in state.users
     )

@@ -28,14 +28,11 @@ from torch import fx
 
 from rampde_fx import graphs, operator_table
 from rampde_fx.ir.loops import DifferentiatedLoop, SummedLoop
+from rampde_fx.operator_table import properties
 
 aten = torch.ops.aten
 CAST = aten._to_copy.default
 ADD = aten.add.Tensor
-PRODUCT = {aten.mm.default: aten.mm.dtype, aten.bmm.default: aten.bmm.dtype}
-# Products with vectors have no operator with a wide result; Inductor fuses the casts of their factors with the sum.
-VECTOR = {aten.mv.default, aten.dot.default}
-SUM = {aten.sum.dim_IntList, aten.sum.default}
 HALF = (torch.float16, torch.bfloat16)
 WIDE = {"dtype": torch.float32}
 
@@ -61,8 +58,8 @@ def find_low_accumulations(module: fx.GraphModule) -> list[fx.Node]:
     """The operations that may add terms up in low precision one by one."""
 
     def accumulates(node: fx.Node) -> bool:
-        name = operator_table.name_of(node.target)
-        once = name in operator_table.LOW or name in operator_table.ROUNDED_ONCE
+        row = properties(node.target)
+        once = row.dtype == "low" or row.rounded_once
         known = once or operator_table.follows_operands(node.target, node.args, node.kwargs)
         return not known and any(map(_is_low, node.all_input_nodes))
 
@@ -133,7 +130,7 @@ def _is_low(node: fx.Node) -> bool:
 
 def _is_narrow_sum(node: fx.Node) -> bool:
     fits = graphs.value(node).dtype is torch.bfloat16 and graphs.value(node).device.type != "cuda"
-    return node.target in SUM or ((node.target in PRODUCT or node.target in VECTOR) and not fits)
+    return properties(node.target).rounded_once or (operator_table.is_matrix_product(node) and not fits)
 
 
 def widened(module: fx.GraphModule, found: dict[str, list[str]]) -> fx.GraphModule:
@@ -155,11 +152,12 @@ def _widen(graph: fx.Graph, node: fx.Node, wide: set[fx.Node]) -> None:
     def cast(operand: fx.Node) -> fx.Node:
         return operand if operand in wide else graph.call_function(CAST, (operand,), {"dtype": torch.float32})
 
-    if node.target in SUM or node.target is CAST:
+    row = properties(node.target)
+    if row.rounded_once or node.target is CAST:
         node.kwargs = {**node.kwargs, "dtype": torch.float32}
-    elif node.target in PRODUCT and graphs.value(node).device.type == "cuda":
-        node.args, node.target = (*node.args, torch.float32), PRODUCT[node.target]
-    elif not graphs.is_view(node):
+    elif row.wide_overload and graphs.value(node).device.type == "cuda":
+        node.args, node.target = (*node.args, torch.float32), getattr(node.target.overloadpacket, row.wide_overload)
+    elif not graphs.is_view(node):  # of products with vectors too: Inductor fuses these casts with the sum
         node.args = fx.map_arg(node.args, cast)
 
 

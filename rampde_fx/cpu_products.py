@@ -19,17 +19,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from rampde_fx import graphs, operators, torch_private
+from rampde_fx import graphs, operator_table, operators, torch_private
 
-aten = torch.ops.aten
-PRODUCTS = (
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.convolution.default,
-    aten.convolution_backward.default,
-)
+PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.cpu_twin))
 LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from rampde_fx import operator_table
 from rampde_fx.errors import CaptureError
 from rampde_fx.torch_private import kernels
 from rampde_fx.torch_private.higher_order import while_loop_op
@@ -32,15 +33,6 @@ Body = Callable[[list[Any]], Sequence[Any]]
 DEVICES = {"cuda"}
 MOST_GRAPHS = 8  # of one loop; under further shapes it runs step by step
 MOST_SEEN = 64  # shapes, and numbers on the host, that a loop remembers
-# A move from the host's memory waits, and so does an index that lies there.
-_MOVES = {
-    aten._to_copy.default,
-    aten.copy.default,
-    aten.copy_.default,
-    aten.index.Tensor,
-    aten.index_put.default,
-    torch.ops.prims.device_put.default,
-}
 _SIZED = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 # By the generated function of a step; what was seen once has no graph yet.
@@ -257,7 +249,8 @@ def _involves_host(node: fx.Node) -> bool:
     made, read = _devices([node]), _devices(node.all_input_nodes)
     if made == {"cpu"} or node.target is aten._local_scalar_dense.default:
         return not read <= {"cpu"}
-    return node.target in _MOVES and "cpu" in read and "cpu" not in made
+    # A move from the host's memory waits, and so does an index that lies there.
+    return operator_table.properties(node.target).from_host and "cpu" in read and "cpu" not in made
 
 
 def _only_launches(node: fx.Node) -> bool:

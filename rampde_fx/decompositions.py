@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rampde_fx import operator_table
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
@@ -70,7 +71,7 @@ def _batch_norm(
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     # Spellings of the affine update that are more than one operation, and would hide a state inside a velocity.
-    **fake_tensors.decompositions_of([aten.addcmul, aten.addcdiv, aten.rsub]),
+    **fake_tensors.decompositions_of(operator_table.packets(lambda row: row.traced == "apart")),
     aten.lerp.Scalar: _lerp,
     aten.lerp.Tensor: _lerp,
     # aten.copy, the functional form of a write to a slice, has no derivative of its own.

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rampde_fx import graphs, operator_table, torch_private
 from rampde_fx.errors import UnsupportedVelocityError
+from rampde_fx.operator_table import properties
 
 HALF = (torch.float16, torch.bfloat16)
 COMPLEX = "complex: fp32"
@@ -49,8 +50,7 @@ class Lowering(fx.Interpreter):
         self.low = 0  # operations that were evaluated in the dtype
         self.hidden: list[torch.Tensor] = []  # whether a NaN, or an overflow, might not show in the results
         self.finite: set[fx.Node] = set()  # what is never infinite
-        names = {operator_table.name_of(node.target) for node in velocity.graph.nodes}
-        self.handles_nan = dtype is torch.float16 and bool(names & operator_table.HANDLES_NAN)
+        self.handles_nan = dtype is torch.float16 and any(map(_handles_nan, velocity.graph.nodes))
         self.current: fx.Node | None = None
 
     def evaluate(self, *args: Any) -> tuple[Any, ...]:
@@ -107,10 +107,10 @@ class Lowering(fx.Interpreter):
             return self._widened(name, leaves, real, COMPLEX)
         if self.dtype in HALF and not operator_table.has_low_kernel(target, args):
             return self._widened(name, leaves, torch.float32, NO_KERNEL)
-        if name in operator_table.LOW:
+        if properties(target).dtype == "low":
             return self.dtype
         if self.dtype in HALF and not operator_table.follows_operands(target, args, kwargs):
-            reason = "autocast's policy: fp32" if name in operator_table.WIDE else UNKNOWN
+            reason = "autocast's policy: fp32" if properties(target).dtype == "wide" else UNKNOWN
             return self._widened(name, leaves, torch.float32, reason)
         if self.dtype is torch.float16 and self.current is not None and _multiplies_entries(self.current):
             return self._widened(name, leaves, torch.float32, "a product of entries, whose range is fp32's")
@@ -133,15 +133,15 @@ class Lowering(fx.Interpreter):
 
     def _operands(self, target: Any, args: Any, kwargs: Any, to: torch.dtype | None) -> tuple[Any, Any, Any]:
         """The operands in their dtypes, and the dtype to which the result is cast, or None."""
-        back, name = None, operator_table.name_of(target)
+        back, row = None, properties(target)
         if to is None and _rounds_first(args, [leaf for leaf in tree_leaves((args, kwargs)) if is_float(leaf)]):
-            if name in operator_table.COMMUTATIVE and not kwargs:
+            if row.commutes and not kwargs:
                 args = (args[1], args[0])
             else:
                 to, back = torch.float32, self.dtype
         if to is None:
             return args, kwargs, back
-        keep_scalars = to in HALF and name not in operator_table.LOW
+        keep_scalars = to in HALF and row.dtype != "low"
 
         def enter(value: Any) -> Any:
             return value if not is_float(value) or (keep_scalars and value.ndim == 0) else self._cast(value, to)
@@ -155,7 +155,7 @@ class Lowering(fx.Interpreter):
         node = self.current
         if self.dtype is not torch.float16 or node is None:
             return result
-        if operator_table.name_of(target) in operator_table.WITHIN_ONE:
+        if properties(target).limit == "finite":
             self.finite.add(node)
         if not can_overflow(target, args, kwargs) or (read_by_products_alone(node) and not self.handles_nan):
             return result
@@ -198,7 +198,7 @@ def find_read_wide(velocity: fx.GraphModule, dtype: torch.dtype) -> set[fx.Node]
 
 def _is_wide(node: fx.Node, dtype: torch.dtype, read_wide: bool) -> bool:
     """Whether an operation of a velocity in the dtype is evaluated in float32."""
-    if operator_table.name_of(node.target) in operator_table.LOW:
+    if properties(node.target).dtype == "low":
         return False
     if dtype is torch.float16 and (discretises(node) or _multiplies_entries(node)):
         return True
@@ -208,12 +208,12 @@ def _is_wide(node: fx.Node, dtype: torch.dtype, read_wide: bool) -> bool:
 
 def _multiplies_entries(node: fx.Node) -> bool:
     """Whether a node multiplies or divides entries: what may leave float16's range from within it, either way."""
-    return operator_table.name_of(node.target) in operator_table.ENTRYWISE_PRODUCTS and graphs.is_float(node)
+    return properties(node.target).product == "entries" and graphs.is_float(node)
 
 
 def discretises(node: fx.Node) -> bool:
     """Whether a node makes integers or truth values of floating tensors: a NaN does not show in them."""
-    if node.op != "call_function" or operator_table.name_of(node.target) in operator_table.SHOWS_NAN:
+    if node.op != "call_function" or properties(node.target).nan in ("shows", "asks"):
         return False
     made = [leaf for leaf in tree_leaves(graphs.value(node)) if isinstance(leaf, torch.Tensor)]
     discrete = any(not graphs.has_derivatives(leaf.dtype) for leaf in made)
@@ -228,16 +228,19 @@ def hides_nan(node: fx.Node) -> bool:
     """
     if node.op != "call_function" or not any(map(graphs.is_float, node.all_input_nodes)):
         return False
-    name, target = operator_table.name_of(node.target), node.target
-    if name in operator_table.HIDES_NAN or discretises(node):
+    nan = properties(node.target).nan
+    if nan == "hides" or discretises(node):
         return True
-    if name in operator_table.CHOOSES | operator_table.SHOWS_NAN | operator_table.HANDLES_NAN:
+    if nan or not graphs.is_float(node) or operator_table.is_known(node.target):
         return False
-    if not graphs.is_float(node) or operator_table.is_known(name):
-        return False
-    if operator_table.is_elementwise(target):
+    if operator_table.is_elementwise(node.target):
         return _swallows_nan(node)
-    return not operator_table.follows_operands(target, node.args, node.kwargs)
+    return not operator_table.follows_operands(node.target, node.args, node.kwargs)
+
+
+def _handles_nan(node: fx.Node) -> bool:
+    """Whether an operation handles a NaN, or another infinity, that may be the user's."""
+    return properties(node.target).nan in ("asks", "handles")
 
 
 def _swallows_nan(node: fx.Node) -> bool:
@@ -271,17 +274,17 @@ def _is_array(node: fx.Node) -> bool:
 
 def can_overflow(target: Any, args: Any, kwargs: Any) -> bool:
     """Whether finite operands of a half-precision operation may give an infinity that none of its numbers is."""
-    name = operator_table.name_of(target)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    moves = operator_table.is_view(target) or name in operator_table.MOVES or name in operator_table.BOUNDED
-    return not moves and float("inf") not in map(abs, operator_table.numbers(target, args, kwargs))
+    row = properties(target)
+    within = operator_table.is_view(target) or row.dtype == "follows" or row.limit != ""
+    return not within and float("inf") not in map(abs, operator_table.numbers(target, args, kwargs))
 
 
 def entrywise_operands(node: fx.Node) -> list[fx.Node]:
     """The operands whose infinities are a node's, entry by entry; a factor's come out as NaN, and so do an unknown
     operation's."""
-    if operator_table.name_of(node.target) in operator_table.SUMMAND_FIRST:
+    if properties(node.target).first_is_summand:
         return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
     return node.all_input_nodes if operator_table.is_elementwise(node.target) else []
 

@@ -1,143 +1,222 @@
-"""What is known of ATen operators, by name: which dtype each one takes in a velocity, and what each does to numbers.
+"""What is known of torch's operators: which dtype each takes in a velocity, and what each does to numbers.
 
-A name stands for all of an operator's overloads. What no list knows is evaluated in float32.
+One row for each family, the operators of which the same is known; each operator stands in one row. So all that is
+known of an operator can be read at one place, and to add one is to add its name to the row that fits it. A row for
+each operator would say the same thing sixty times; a set for each property would put one operator into ten places,
+where it is soon missing from one.
+
+No other file lists operators: passes ask properties(), or the predicates below. What no row knows is evaluated in
+float32, but for elementwise operations and views, which torch itself marks as such.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
-from typing import Any
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
 
-ATTENTION = set(
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known of the operators of a row. The defaults say nothing.
+
+    Attributes:
+        dtype: In a velocity "low" or "wide" (float32) as torch.amp's CUDA lists have it (docs: "CUDA Ops that can
+            autocast"); or it "follows" its operands, for it chooses or moves entries, and adds none up. Elementwise
+            operations and views that are not wide follow as well.
+        product: Of "matrices" and vectors; of other whole "tensors"; or entry by entry ("entries"), quotients included.
+        linear: In "all" tensors whose entries are numbers at once, in "each" of them while the others are constant, or
+            in the one at this position. Views are linear too.
+        update: How a step's update is spelled by it: it may "add" to a state; "scale", "copy", "cast" or "choose" from
+            one; "join" several tensors; or "write" to a part of one.
+        first_is_summand: The rest is added to the first operand.
+        adds_if: The argument that makes it add to entries, which it overwrites otherwise.
+        rounded_once: A sum that every device forms in float32, and rounds once, to its argument dtype.
+        limit: The result of finite operands is "bounded", by them or by a small number; or "finite" whatever they are.
+        nan: Of an operand it "hides" from the result; it "shows" in the results that are numbers, and not in the
+            others; the operation "asks" for it, or "handles" it, or another infinity, which may be the user's; or it
+            does not matter where it was not chosen ("chooses"). By default the result has one too.
+        reads_shape: It reads the shape of its operand alone.
+        aligned: Its half-precision kernel takes heads of whole groups of 16 bytes alone.
+        commutes: Its first two operands may be exchanged.
+        takes_tensors: It takes a tensor wherever it takes a number, and computes the same of it.
+        traced: What tracing makes of it: it is "dropped", becomes a "reshape", or is taken "apart".
+        from_host: It waits for what it reads of the host's memory.
+        weight: Its first result is multiplied entry by entry by the argument at this position, a weight.
+        without_summand: The operator of its product by itself.
+        wide_overload: The overload that takes low factors and gives a wide result.
+        cpu_twin: CPUs without low arithmetic take the twin that cpu_products.py makes.
+    """
+
+    dtype: Literal["low", "wide", "follows", ""] = ""
+    product: Literal["matrices", "tensors", "entries", ""] = ""
+    linear: Literal["all", "each", ""] | int = ""
+    update: Literal["add", "scale", "copy", "cast", "choose", "join", "write", ""] = ""
+    first_is_summand: bool = False
+    adds_if: str = ""
+    rounded_once: bool = False
+    limit: Literal["bounded", "finite", ""] = ""
+    nan: Literal["hides", "shows", "asks", "handles", "chooses", ""] = ""
+    reads_shape: bool = False
+    aligned: bool = False
+    commutes: bool = False
+    takes_tensors: bool = False
+    traced: Literal["dropped", "reshape", "apart", ""] = ""
+    from_host: bool = False
+    weight: int | None = None
+    without_summand: str = ""
+    wide_overload: str = ""
+    cpu_twin: bool = False
+
+
+# A name stands for all overloads that have no row of their own. The package's own operators begin with rampde_fx::.
+ROWS = {
+    # Products.
+    "mm bmm": Operator("low", product="matrices", linear="each", wide_overload="dtype", cpu_twin=True),
+    "mm.dtype bmm.dtype mv dot vdot": Operator("low", product="matrices", linear="each"),
+    "addmm": Operator(
+        "low", product="matrices", linear="each", first_is_summand=True, without_summand="mm", cpu_twin=True
+    ),
+    "baddbmm": Operator(
+        "low", product="matrices", linear="each", first_is_summand=True, without_summand="bmm", cpu_twin=True
+    ),
+    "addmv": Operator("low", product="matrices", linear="each", first_is_summand=True, without_summand="mv"),
+    "addmm.dtype baddbmm.dtype addbmm addr": Operator("low", product="matrices", linear="each", first_is_summand=True),
+    "convolution": Operator("low", product="tensors", linear="each", cpu_twin=True),
+    "convolution_backward": Operator("low", product="tensors", cpu_twin=True),
+    # Of an attention on a CPU a query that is NaN attends to nothing.
     """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_fused_attention_overrideable""".split()
-)
-# torch.amp's CUDA lists (docs: "CUDA Ops that can autocast"), as they appear in ATen graphs.
-# Products, in low precision:
-LOW = ATTENTION | set(
-    """mm addmm bmm baddbmm addbmm mv addmv addr dot vdot convolution convolution_backward _prelu_kernel
-    _scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward
-    _scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward""".split()
-)
-# Of these a half-precision kernel takes heads of whole groups of 16 bytes alone.
-ALIGNED = set(
-    """_scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward""".split()
-)
-# In float32:
-WIDE = set(
-    """exp expm1 log log10 log2 log1p pow reciprocal rsqrt acos asin cosh sinh tan erfinv softplus softplus_backward
-    _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp sum prod cumsum cumprod mean var
-    var_mean std std_mean norm linalg_vector_norm dist renorm native_layer_norm native_layer_norm_backward
-    native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward
+    _scaled_dot_product_fused_attention_overrideable""": Operator(
+        "low", product="tensors", limit="bounded", nan="hides"
+    ),
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": Operator(
+        "low", product="tensors", limit="bounded", nan="hides", aligned=True
+    ),
+    """_scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward
+    _scaled_dot_product_fused_attention_overrideable_backward""": Operator("low", product="tensors"),
+    "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward": Operator(
+        "low", product="tensors", aligned=True
+    ),
+    "_prelu_kernel": Operator("low", limit="bounded"),
+    # Arithmetic.
+    "add": Operator(linear="all", update="add", commutes=True, takes_tensors=True),
+    "sub": Operator(linear="all", update="add", takes_tensors=True),
+    "mul": Operator(product="entries", linear="each", update="scale", commutes=True, takes_tensors=True),
+    "div": Operator(product="entries", linear=0, update="scale", takes_tensors=True),
+    "div.Tensor_mode div.Scalar_mode": Operator(product="entries"),  # they round the quotient
+    "neg": Operator(linear="all", update="scale", limit="bounded"),
+    "pow": Operator("wide", takes_tensors=True),
+    "lt le gt ge eq ne": Operator(takes_tensors=True),
+    "addcmul addcdiv rsub": Operator(traced="apart"),
+    # Functions of entries.
+    """abs asinh ceil clamp clamp_max clamp_min copysign elu floor fmod frac gelu hardshrink hardsigmoid hardtanh
+    heaviside leaky_relu maximum minimum mish relu remainder round silu softshrink sqrt threshold trunc tanh_backward
+    sigmoid_backward threshold_backward""": Operator(limit="bounded"),
+    "tanh sigmoid sin cos erf erfc atan atan2 sign sgn": Operator(limit="finite"),
+    """elu_backward leaky_relu_backward log_sigmoid_forward log_sigmoid_backward hardswish hardswish_backward
+    hardsigmoid_backward hardtanh_backward mish_backward glu glu_backward rrelu_with_noise_functional
+    _prelu_kernel_backward native_dropout_backward polar""": Operator("follows"),
+    """exp expm1 log log10 log2 log1p reciprocal rsqrt acos asin cosh sinh tan erfinv softplus softplus_backward
+    logaddexp logaddexp2 logit lgamma digamma polygamma xlogy""": Operator("wide"),
+    "_conj_physical": Operator(linear="all"),
+    "isnan isinf": Operator(nan="asks"),
+    "nan_to_num nansum nanmedian fmin fmax": Operator(nan="handles"),
+    "masked_fill": Operator(limit="bounded", nan="chooses"),
+    # Sums, norms, transforms.
+    "sum mean": Operator("wide", linear="all", rounded_once=True),
+    "cumsum _fft_r2c _fft_c2c _fft_c2r upsample_bilinear2d upsample_nearest2d upsample_bicubic2d": Operator(
+        "wide", linear="all"
+    ),
+    """_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp prod cumprod var var_mean std
+    std_mean norm linalg_vector_norm dist renorm native_layer_norm native_group_norm native_batch_norm
     _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional cudnn_batch_norm
-    cudnn_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward _cdist_forward _cdist_backward _pdist_forward
-    _fft_r2c _fft_c2c _fft_c2r upsample_bilinear2d upsample_nearest2d upsample_bicubic2d
-    logaddexp logaddexp2 logit lgamma digamma polygamma xlogy square""".split()
-)
-# Beside elementwise operations and views these take the dtype of what they read: they choose or move entries, and add
-# none up.
-MOVES = set(
-    """_to_copy alias amax amin aminmax argmax argmin as_strided_scatter cat clone complex constant_pad_nd copy
-    diagonal_scatter embedding empty empty_like expand_copy fill flip full full_like gather getitem im2col index
-    index_fill index_put index_select lift_fresh_copy masked_scatter masked_select max max_pool2d_with_indices
-    max_pool3d_with_indices median min native_dropout native_dropout_backward new_empty new_full new_ones new_zeros
-    ones_like polar reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d
-    replication_pad3d roll rot90 scatter select_backward select_scatter slice_backward slice_scatter sort stack take
-    topk tril triu zeros_like _unsafe_index kthvalue mode scalar_tensor sym_size sym_stride sym_numel arange
-    elu_backward leaky_relu_backward log_sigmoid_forward log_sigmoid_backward hardswish hardswish_backward
-    hardsigmoid_backward mish_backward glu glu_backward rrelu_with_noise_functional _prelu_kernel_backward
-    hardtanh_backward pixel_shuffle pixel_unshuffle channel_shuffle""".split()
-)
-# These overwrite entries in some forms, and add to them in others: the argument that says so, and its position.
-ADDS_IF = {"index_put": ("accumulate", 3), "_unsafe_index_put": ("accumulate", 3)}
-# Sums that every device forms in float32, and rounds once.
-ROUNDED_ONCE = {"sum", "mean"}
-# The result is no larger than the operands, or than a small number.
-BOUNDED = ATTENTION | set(
-    """abs atan atan2 asinh ceil clamp clamp_max clamp_min copysign cos elu erf erfc floor fmod frac gelu hardshrink
-    hardsigmoid hardswish hardtanh heaviside isfinite leaky_relu log_sigmoid_forward masked_fill maximum minimum mish
-    neg relu remainder round sgn sigmoid sign silu sin softshrink sqrt tanh threshold trunc where tanh_backward
-    sigmoid_backward threshold_backward hardtanh_backward _prelu_kernel""".split()
-)
-# The result is never infinite, whatever the operands.
-WITHIN_ONE = {"tanh", "sigmoid", "sin", "cos", "erf", "erfc", "atan", "atan2", "sign", "sgn"}
-# The result may have no NaN though an operand has one: on a CPU a query that is NaN attends to nothing.
-HIDES_NAN = ATTENTION | {"_cdist_forward", "histc", "grid_sampler_2d", "grid_sampler_3d"}
-# These handle a NaN, or an infinity, that may be the user's.
-HANDLES_NAN = {"isnan", "isinf", "isfinite", "nan_to_num", "nansum", "nanmedian", "fmin", "fmax"}
-# An entry that is not chosen does not matter.
-CHOOSES = {"where", "masked_fill"}
-# Products of whole tensors with each other.
-PRODUCTS = set(
-    """mm addmm bmm baddbmm addbmm mv addmv addr dot vdot convolution convolution_backward linalg_solve
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
-)
-# A summand and a product, and the product by itself.
-FUSED_SUMS = {
-    aten.addmm.default: aten.mm.default,
-    aten.baddbmm.default: aten.bmm.default,
-    aten.addmv.default: aten.mv.default,
-}
-# Read the shape of their operand alone.
-SHAPED_LIKE = set(
+    _fused_rms_norm _fused_rms_norm_backward _cdist_backward _pdist_forward""": Operator("wide"),
+    "native_layer_norm_backward": Operator("wide", weight=5),
+    "native_group_norm_backward": Operator("wide", weight=4),
+    "native_batch_norm_backward cudnn_batch_norm_backward": Operator("wide", weight=2),
+    "_cdist_forward": Operator("wide", nan="hides"),
+    "histc grid_sampler_2d grid_sampler_3d": Operator(nan="hides"),
+    """col2im avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_linear1d
+    upsample_nearest1d upsample_nearest3d""": Operator(linear="all"),
+    "adaptive_max_pool2d fractional_max_pool2d": Operator(nan="shows"),
+    "_linalg_solve_ex linalg_solve_triangular": Operator(linear=1),
+    "triangular_solve cholesky_solve": Operator(linear=0),
+    "linalg_lu_solve": Operator(linear=2),
+    # What moves entries, or chooses among them.
+    "clone": Operator("follows", linear="all", update="copy"),
+    "expand": Operator(update="copy"),
+    "rampde_fx::stop_gradient": Operator(linear="all", update="copy"),
+    "_to_copy": Operator("follows", linear="all", update="cast", from_host=True),
+    "rampde_fx::narrow": Operator(update="cast"),
+    "where": Operator(linear="all", update="choose", limit="bounded", nan="chooses", takes_tensors=True),
+    "cat stack": Operator("follows", linear="all", update="join"),
+    "slice_scatter select_scatter": Operator("follows", linear="all", update="write"),
+    "index_put": Operator("follows", linear="all", update="write", adds_if="accumulate", from_host=True),
+    "_unsafe_index_put": Operator("follows", linear="all", adds_if="accumulate"),
+    "scatter": Operator("follows", linear="all", adds_if="reduce"),
+    "index_add scatter_add": Operator(linear="all", first_is_summand=True),
+    "index copy": Operator("follows", linear="all", from_host=True),
+    "copy_ device_put": Operator(from_host=True),
+    """as_strided_scatter complex constant_pad_nd diagonal_scatter embedding expand_copy flip gather im2col index_select
+    reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d roll
+    rot90 take tril triu""": Operator("follows", linear="all"),
+    """_unsafe_index amax amin aminmax arange argmax argmin channel_shuffle empty fill full index_fill kthvalue
+    masked_scatter masked_select max median min mode pixel_shuffle pixel_unshuffle scalar_tensor select_backward
+    slice_backward sort topk""": Operator("follows"),
+    "max_pool2d_with_indices max_pool3d_with_indices native_dropout": Operator("follows", nan="shows"),
     """zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full sym_size sym_stride
-    sym_numel""".split()
-)
-# Linear in all of the tensors whose entries are numbers; so are views.
-LINEAR = set(
-    """add sub neg sum mean cumsum clone copy _to_copy cat stack where index gather index_select take slice_scatter
-    select_scatter diagonal_scatter as_strided_scatter index_put scatter scatter_add index_add constant_pad_nd flip
-    roll rot90 repeat tril triu expand_copy _fft_r2c _fft_c2c _fft_c2r complex conj_physical _conj_physical
-    stop_gradient im2col col2im avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
-    upsample_linear1d upsample_bilinear2d upsample_nearest1d upsample_nearest2d upsample_bicubic2d reflection_pad1d
-    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d embedding""".split()
-)
-# Linear in each of their tensors while the others are constant.
-BILINEAR = set("mul mm bmm mv dot vdot convolution addmm baddbmm addmv addbmm addr linalg_vecdot".split())
-# Linear in one operand, the one at this position.
-LINEAR_IN = {
-    "div": 0,
-    "_linalg_solve_ex": 1,
-    "linalg_solve_triangular": 1,
-    "triangular_solve": 0,
-    "cholesky_solve": 0,
-    "linalg_lu_solve": 2,
+    sym_numel""": Operator("follows", reads_shape=True),
+    "alias lift_fresh_copy": Operator("follows", traced="dropped"),
+    "detach lift_fresh": Operator(traced="dropped"),
+    "view.default _unsafe_view": Operator(traced="reshape"),
 }
-SUMMAND_FIRST = {"addmm", "baddbmm", "addbmm", "addmv", "addr"}
-COMMUTATIVE = {"mul", "add"}
-ENTRYWISE_PRODUCTS = {"mul", "div"}
-# Their first result is multiplied by the argument at this position.
-WEIGHTS_A_GRADIENT = {
-    "native_layer_norm_backward": 5,
-    "native_group_norm_backward": 4,
-    "native_batch_norm_backward": 2,
-    "cudnn_batch_norm_backward": 2,
+TABLE = {name: row for names, row in ROWS.items() for name in names.split()}
+# What Python's operators and torch's other names call these.
+SPELLINGS = {
+    "iadd": "add",
+    "isub": "sub",
+    "subtract": "sub",
+    "imul": "mul",
+    "multiply": "mul",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "itruediv": "div",
+    "ipow": "pow",
 }
-# Their results are not all numbers: a NaN shows in the others, or in the truth value itself.
-SHOWS_NAN = {
-    "isnan",
-    "isinf",
-    "isfinite",
-    "native_dropout",
-    "max_pool2d_with_indices",
-    "max_pool3d_with_indices",
-    "adaptive_max_pool2d",
-    "fractional_max_pool2d",
-}
+UNKNOWN = Operator()
 
 
 def name_of(target: Any) -> str:
     """The name of an ATen operator up to its overload."""
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
+
+
+def properties(target: Any) -> Operator:
+    """What is known of an operator: that of its overload, or of its name. Of a user's own nothing is."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return UNKNOWN
+    name = name_of(target)
+    if target.namespace not in ("aten", "prims"):
+        return TABLE.get(f"{target.namespace}::{name}", UNKNOWN)
+    return TABLE.get(f"{name}.{target._overloadname}", TABLE.get(name, UNKNOWN))
+
+
+def properties_of_captured(name: str) -> Operator:
+    """What is known of a function or a method of torch, or an operator of Python, by its name in Dynamo's graph."""
+    plain = name.removesuffix("_")  # in place
+    return TABLE.get(SPELLINGS.get(plain, plain), UNKNOWN)
+
+
+def packets(has: Callable[[Operator], Any]) -> list[Any]:
+    """The ATen operators, with all of their overloads, whose rows have a property."""
+    return [getattr(aten, name) for name, row in TABLE.items() if has(row)]
 
 
 def is_view(target: Any) -> bool:
@@ -155,40 +234,42 @@ def follows_operands(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Whether an operation may take its operands' dtype however low: it multiplies no tensors and adds few terms."""
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    name = name_of(target)
-    if target.namespace not in ("aten", "prims", "rampde_fx") or name in WIDE or _adds(name, target, args, kwargs):
+    dtype = properties(target).dtype
+    if target.namespace not in ("aten", "prims", "rampde_fx") or dtype == "wide" or _adds(target, args, kwargs):
         return False
-    return target.namespace == "rampde_fx" or is_elementwise(target) or is_view(target) or name in MOVES
+    return target.namespace == "rampde_fx" or is_elementwise(target) or is_view(target) or dtype == "follows"
 
 
 def has_low_kernel(target: Any, args: tuple[Any, ...]) -> bool:
     """Whether an attention's kernel takes heads of this size in half precision; so does any other operation."""
-    if name_of(target) not in ALIGNED:
+    if not properties(target).aligned:
         return True
-    names = [argument.name for argument in target._schema.arguments]
-    heads = [args[names.index(name)].shape[-1] for name in ("query", "key", "value")]
+    heads = [_argument(target, name, args, {}).shape[-1] for name in ("query", "key", "value")]
     return all(size % 8 == 0 for size in heads)
 
 
-def _adds(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name == "scatter":
-        return target not in (aten.scatter.src, aten.scatter.value)
-    argument, position = ADDS_IF.get(name, ("", 0))
-    return bool(argument and (args[position] if len(args) > position else kwargs.get(argument, False)))
+def _adds(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = properties(target).adds_if
+    return bool(name and _argument(target, name, args, kwargs))
+
+
+def _argument(target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator's argument is given; None if nothing, or if this overload does not have it."""
+    names = [argument.name for argument in target._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}.get(name)
 
 
 def linear_operands(node: fx.Node, varying: Set[fx.Node]) -> list[fx.Node]:
     """The varying operands in which an operation is linear; none where it is not linear in what varies."""
-    name = name_of(node.target)
+    row = properties(node.target)
     operands = [operand for operand in node.all_input_nodes if operand in varying]
-    if is_view(node.target) or name in LINEAR or node.target is operator.getitem:
+    if is_view(node.target) or row.linear == "all" or node.target is operator.getitem:
         return operands
-    if name in SUMMAND_FIRST and node.args[0] in operands:
+    if row.first_is_summand and node.args[0] in operands:
         return [node.args[0], *operands[1:]] if len(operands) <= 2 else [node.args[0]]
-    if name in BILINEAR or name in LINEAR_IN:
-        only = len(operands) == 1 and _reads_once(node, operands[0])
-        return operands if only and (name in BILINEAR or node.args[LINEAR_IN[name]] is operands[0]) else []
-    return []
+    only = len(operands) == 1 and _reads_once(node, operands[0])
+    linear = row.linear == "each" or (isinstance(row.linear, int) and only and node.args[row.linear] is operands[0])
+    return operands if only and linear else []
 
 
 def _reads_once(node: fx.Node, operand: fx.Node) -> bool:
@@ -197,19 +278,26 @@ def _reads_once(node: fx.Node, operand: fx.Node) -> bool:
     return read.count(operand) == 1
 
 
-def is_known(name: str) -> bool:
-    """Whether an operation is a product, a sum or a function of which a table says what it does to numbers."""
-    return name in LOW | WIDE | LINEAR | BILINEAR | LINEAR_IN.keys()
+def is_known(target: Any) -> bool:
+    """Whether an operation is a product, a sum or a function of which the table says what it does to numbers."""
+    row = properties(target)
+    return row.dtype in ("low", "wide") or row.linear != ""
 
 
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a product of whole tensors, the cost of a velocity."""
-    return name_of(node.target) in PRODUCTS
+    return properties(node.target).product in ("matrices", "tensors")
 
 
 def is_contraction(node: fx.Node) -> bool:
     """Whether a node is a product of whole tensors that is linear in each of them."""
-    return is_product(node) and name_of(node.target) in BILINEAR
+    return is_product(node) and properties(node.target).linear == "each"
+
+
+def is_matrix_product(node: fx.Node) -> bool:
+    """Whether a node is a product of matrices or vectors to which nothing is added."""
+    row = properties(node.target)
+    return row.product == "matrices" and not row.first_is_summand
 
 
 def numbers(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:

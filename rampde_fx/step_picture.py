@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, pass_log
+from rampde_fx import graphs, operator_table, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
 from rampde_fx.ir.loops import CompensatedLoop
 
@@ -23,7 +23,6 @@ LANES = ("time", "state", "velocity")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
 WIDTH = 2 * MARGIN + 3 * LANE + 2 * GUTTER
 CHARACTERS = 25  # of the label's font, in a box
-CASTS = {torch.ops.aten._to_copy.default, torch.ops.rampde_fx.narrow.default}
 SCALES = ("adjoint_scale_", "store_", "load_")  # submodules that find a power of two, or divide by one
 
 
@@ -171,7 +170,8 @@ class _Drawing:
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a node changes the dtype of a floating tensor."""
-    return node.target in CASTS and graphs.value(node.args[0]).dtype != graphs.value(node).dtype
+    casts = operator_table.properties(node.target).update == "cast"
+    return casts and graphs.value(node.args[0]).dtype != graphs.value(node).dtype
 
 
 def is_scaling(node: fx.Node) -> bool:

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from rampde_fx import operator_table
 from rampde_fx.decompositions import DECOMPOSITIONS
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
 
-# What tracing leaves behind and a functional graph does not need.
-_IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
-_STRICT_VIEWS = {aten.view.default, aten._unsafe_view.default}
 MAX_CONSTANT = 64
 
 
@@ -37,11 +35,12 @@ def trace(
         function, args, {**DECOMPOSITIONS, **decompositions}, functionalize=functionalize, gradients=gradients
     )
     for node in list(graph_module.graph.nodes):
-        if node.target in _IDENTITIES:
+        row = operator_table.properties(node.target)
+        if row.traced == "dropped":  # what tracing leaves behind and a functional graph does not need
             node.replace_all_uses_with(node.args[0])
         if node.target is aten._conj.default and not isinstance(node.args[0], fx.Node):  # of a constant of the user's
             node.replace_all_uses_with(node.args[0].conjugate())
-        if node.target in _STRICT_VIEWS:  # a view of the traced strides; passes may bring others
+        if row.traced == "reshape":  # a view of the traced strides; passes may bring others
             node.target = aten.reshape.default
         if node.op == "get_attr" and isinstance(constant := getattr(graph_module, node.target, None), torch.Tensor):
             _spell_out(node, constant)

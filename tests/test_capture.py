@@ -381,6 +381,29 @@ def test_one_step_takes_what_equal_and_unequal_steps_take(update):
     agrees(unequal, 3)
 
 
+SUMMANDS = {
+    "addmm": lambda y, k, h: torch.addmm(y, k, h * torch.eye(4).to(k)),
+    "addmv": lambda y, k, h: torch.addmv(y, h * torch.eye(4).to(k), k),
+    "addbmm": lambda y, k, h: torch.addbmm(y, k[None], h * torch.eye(4).to(k)[None]),
+    "addr": lambda y, k, h: torch.addr(y, k[:, 0], h * k[0]),
+}
+
+
+@pytest.mark.parametrize("update", SUMMANDS)
+def test_what_one_step_adds_a_product_to_is_its_state(update):
+    """And not what the product is made of, though it has the state's shape, and is read more often."""
+
+    def quadrature(u, y, t):
+        for _, dt in steps(t):
+            y = SUMMANDS[update](y, torch.tanh(u) * u, dt)
+        return y
+
+    y, _, t = data(torch.float32, 1)
+    y = y[0] if update == "addmv" else y
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(quadrature), y + 1, y, t).loops
+    assert [carry.partition(":")[0] for carry in loop.carries] == ["y"]
+
+
 def test_two_states_of_one_step_from_the_same_start_are_both_states():
     def symplectic(y, w, t):
         q = p = y

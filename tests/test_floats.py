@@ -58,6 +58,13 @@ def of_an_update_in_place(self, y, t):
     return y
 
 
+def of_other_names(self, y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = torch.subtract(y, dt * torch.tanh(self.linear(y)), alpha=2 * self.rate)
+        y.multiply_(self.rate)
+    return y
+
+
 def of_alpha(self, y, t):
     for _, dt in rampde_fx.steps(t):
         y = torch.add(y, dt * torch.tanh(self.linear(y)), alpha=2 * self.rate)
@@ -99,6 +106,7 @@ LIFTED = [
     of_steps,
     of_the_index,
     of_an_update_in_place,
+    of_other_names,
     of_alpha,
     of_a_condition,
     of_a_checkpointed_part,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import rampde_fx
 from tests.comparison import compiled
@@ -45,6 +46,9 @@ SPELLINGS = {
     ),
     "a convolution": lambda y, dt, n: (
         torch.conv1d(y[:, None], torch.tensor([[[0.0, 1.0, 0.0]]]).to(y), padding=1)[:, 0] + dt * rate(y)
+    ),
+    "an interpolation": lambda y, dt, n: (
+        F.interpolate(y[None, None, None], size=(1, 3, 4))[0, 0, 0] @ R.to(y) + dt * rate(y)
     ),
     "an index": lambda y, dt, n: (y.repeat(2, 1)[: y.shape[0]] @ R.to(y)).flip(1) + dt * rate(y),
 }
@@ -124,3 +128,32 @@ def test_a_multistep_velocity_is_low_though_it_is_linear():
     marked = rampde_fx.mixed_precision(adams, dtype=torch.bfloat16)
     (loop,) = rampde_fx.explain(marked, torch.ones(3, 4), torch.linspace(0, 1, 5)).loops
     assert loop.evaluations == 1 and loop.notes == ()
+
+
+@pytest.mark.parametrize("product", [torch.dot, torch.vdot])
+def test_a_sum_of_velocities_with_weights_of_time_is_wide(product):
+    _, kept = products(lambda y, dt, n: y + product(torch.stack([dt] * 4), torch.tanh(y @ A)[0]))
+    assert kept == 1
+
+
+def test_what_a_derivative_scales_an_increment_by_is_wide():
+    """A mean's derivative divides by div.Scalar, an overload that autograd alone calls."""
+
+    def step(y, dt, n):
+        (increment,) = torch.func.vjp(lambda z: z.mean(0), y)[1]((dt * torch.tanh(y @ A))[0])
+        return y + increment
+
+    loop, _ = products(step)
+    assert "div" in [f.operation for f in loop.fallbacks if f.reason.startswith("state")]
+
+
+def test_a_trajectory_of_detached_states_is_not_rounded():
+    def flow(y, t):
+        kept = []
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * rate(y)
+            kept.append(y.detach())
+        return y, torch.stack(kept)
+
+    final, kept = compiled(flow, torch.bfloat16)(torch.linspace(1, 3, 12).view(3, 4), torch.linspace(0, 1, 5))
+    assert torch.equal(kept[-1], final)
