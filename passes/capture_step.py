@@ -24,11 +24,12 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, tracing
 from rampde_fx.effects import Observer, detaches, gradient_modes, shares_memory
 from rampde_fx.errors import MutationError, RampdeError, UnsupportedLoopError
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run
 from rampde_fx.ir.sources import ORDER, CarrySource, Key, Source, TimeSource, carries_among
+from rampde_fx.torch_private import fake_tensors
 
 DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
 
@@ -85,10 +86,10 @@ def _name(source: Source) -> str:
 
 def _fake(source: Source, marked: MarkedLoop) -> Any:
     if isinstance(source, TimeSource):
-        return torch_private.detached(graphs.value(marked.markers[0].args[0])[0])
+        return fake_tensors.detached(graphs.value(marked.markers[0].args[0])[0])
     values = [graphs.value(node) for node in source.values]
     weighs = not isinstance(source, CarrySource) and any(getattr(value, "requires_grad", False) for value in values)
-    return torch_private.differentiable(values[0]) if weighs else torch_private.detached(values[0])
+    return fake_tensors.differentiable(values[0]) if weighs else fake_tensors.detached(values[0])
 
 
 def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
@@ -101,7 +102,7 @@ def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule,
 
     names = [node.name for node in graphs.placeholders(step)]
     try:
-        traced = graphs.named(torch_private.trace(results_and_inputs, values, functionalize=True), names)
+        traced = graphs.named(tracing.trace(results_and_inputs, values, functionalize=True), names)
     except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
         if isinstance(error, RampdeError):
             raise
@@ -156,11 +157,11 @@ def _shown(node: fx.Node) -> fx.Node:
 
 def _has_gradient(node: fx.Node) -> bool:
     """Whether a gradient flows through the memory that a node shows, by whatever name."""
-    storage = torch_private.storage_of(graphs.value(node))
+    storage = fake_tensors.storage_of(graphs.value(node))
     return any(
         graphs.value(other).requires_grad
         for other in node.graph.nodes
-        if isinstance(graphs.value(other), torch.Tensor) and torch_private.storage_of(graphs.value(other)) == storage
+        if isinstance(graphs.value(other), torch.Tensor) and fake_tensors.storage_of(graphs.value(other)) == storage
     )
 
 
@@ -183,7 +184,7 @@ class _Captured(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
             return super().run_node(n)
-        with torch_private.LinalgChecks() as checks:
+        with tracing.LinalgChecks() as checks:
             result = self._called(n)
         for info in checks.infos:
             result = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x, info=info: _solved(x, info), result)
@@ -197,7 +198,7 @@ class _Captured(fx.Interpreter):
         elif "out" in n.kwargs and not self.differentiated:
             with torch.no_grad():  # the caller's, which the graph does not show: with gradients on there is no out=
                 result = super().run_node(n)
-        elif shares_memory(n) and torch_private.storage_of(graphs.value(n)) in self.written:
+        elif shares_memory(n) and fake_tensors.storage_of(graphs.value(n)) in self.written:
             result = super().run_node(n)
         else:
             with _Stops(self._computes_without_gradients):

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, tracing
 from rampde_fx.ir.ends import (
     Adjoint,
     AdjointInput,
@@ -51,7 +51,8 @@ from rampde_fx.policy import AdjointScaling
 from rampde_fx.recurrence import Body, at, emit_preamble, iterate, repeat
 from rampde_fx.scales import are_finite
 from rampde_fx.segments import Recomputation, Segments
-from rampde_fx.torch_private import autograd_function_apply
+from rampde_fx.torch_private import fake_tensors, shapes
+from rampde_fx.torch_private.higher_order import autograd_function_apply
 
 Key = TypeVar("Key")
 RETRY = 2.0**-8  # by which the target falls after an overflow
@@ -107,7 +108,7 @@ class _Emission:
         return Segments(self.loop) if self.loop.slots and self.loop.segment() != 1 else None
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
-        traced = torch_private.trace(function, values, gradients=False)
+        traced = tracing.trace(function, values, gradients=False)
         return graphs.named(traced, names)
 
     def is_per_step(self, i: int) -> bool:
@@ -120,7 +121,7 @@ class _Emission:
 
     def _stacked(self, node: fx.Node, count: int | torch.SymInt | None = None) -> torch.Tensor:
         value, count = graphs.value(node), self.loop.steps if count is None else count
-        with torch_private.fake_mode(), torch.no_grad():
+        with fake_tensors.fake_mode(), torch.no_grad():
             return torch.empty((count, *value.shape), dtype=value.dtype, device=value.device)
 
     def _result(self, j: int) -> torch.Tensor:
@@ -367,7 +368,7 @@ def _smallest(values: dict[Key, torch.Tensor]) -> Key:
 
     def entries(key: Key) -> float:
         number = values[key].numel()
-        return math.inf if torch_private.is_data_dependent(number) else torch_private.size_hint(number)
+        return math.inf if shapes.is_data_dependent(number) else shapes.size_hint(number)
 
     return min(values, key=entries)
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, step_control, torch_private
+from rampde_fx import graphs, step_control, tracing
 from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.recurrence import Body, emit_preamble, repeat
+from rampde_fx.torch_private import fake_tensors
 
 FIELDS = len(step_control.Search._fields)
 
@@ -36,9 +37,9 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
     values = list(map(graphs.value, inputs))
     first = loop.carries + loop.per_step
     values[loop.carries : first] = [
-        torch_private.detached(graphs.value(node)) for node in call.args[loop.carries : first]
+        fake_tensors.detached(graphs.value(node)) for node in call.args[loop.carries : first]
     ]
-    search = torch_private.trace(_Search(loop).run, values, gradients=False)
+    search = tracing.trace(_Search(loop).run, values, gradients=False)
     graph_module.add_submodule(f"{call.target}_search", graphs.named(search, [node.name for node in inputs]))
     operands = emit_preamble(graph_module, call, loop)
     with graph_module.graph.inserting_before(call):

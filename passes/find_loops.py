@@ -21,12 +21,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
 from rampde_fx.effects import own_backward, with_bodies
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.graphs import user_line, value
 from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
 from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.torch_private import higher_order
 
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
@@ -69,7 +69,7 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             marker = first_marker(body)
             assert marker is not None
             _check_surroundings(marker, open_loop, transforms, regions)
-            if node.target is not torch_private.tag_activation_checkpoint:
+            if node.target is not higher_order.tag_activation_checkpoint:
                 _refuse(
                     marker, f"a marked loop runs inside the higher-order operation {node.target}", "call it plainly"
                 )
@@ -170,7 +170,7 @@ def _check_operation(node: fx.Node, differentiated: bool) -> None:
     """Refuse an operation whose meaning a trace of its body would lose."""
     if _opens(node, "_enter_autocast"):
         _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
-    if node.target is torch_private.autograd_function_apply:
+    if node.target is higher_order.autograd_function_apply:
         _refuse(node, "a step calls a torch.autograd.Function, which has a backward of its own", FIX_OWN_BACKWARD)
     if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
         _refuse(node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch")

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table, torch_private
+from rampde_fx import graphs, operator_table
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, TimeSource
 from rampde_fx.operator_table import properties
+from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
 # A state keeps its identity through updates by these, whatever it is scaled by and whatever is added.
@@ -43,7 +44,7 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
     if found.carries() == 0:
         found = _carry_unchanged(found)
     _check_operands(found.inputs, where)
-    found = replace(found, step=graphs.refresh(torch_private.deduplicated(found.step)))
+    found = replace(found, step=graphs.refresh(fake_tensors.deduplicated(found.step)))
     _check_states(found, where)
     if marked.searches:
         _check_search(found)
@@ -52,7 +53,7 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
 
 def _check_search(captured: CapturedStep) -> None:
     """A search evaluates the velocity more often than the steps that count, and again: it must be a function."""
-    drawing = [node for node in captured.step.graph.nodes if torch_private.draws_random_numbers(node)]
+    drawing = [node for node in captured.step.graph.nodes if graphs.draws_random_numbers(node)]
     changed = [graphs.results(captured.step)[i] for i in captured.written]
     if drawing or changed:
         raise UnsupportedLoopError(
@@ -108,10 +109,10 @@ def _is_leaf(node: fx.Node) -> bool:
 
 def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
     """Whether the loop reads the memory of an input by another name as well."""
-    own = torch_private.storage_of(graphs.value(inputs[i].values[0]))
+    own = fake_tensors.storage_of(graphs.value(inputs[i].values[0]))
     others = [graphs.value(node) for j, source in enumerate(inputs) if j != i for node in source.values]
     others.append(graphs.value(marked.markers[0].args[0]))
-    return own in map(torch_private.storage_of, others)
+    return own in map(fake_tensors.storage_of, others)
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:

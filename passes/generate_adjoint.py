@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, tracing
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.ir.ends import Adjoint, AdjointInput, Cotangent, Evaluation, Gradient, Operand, Total, remaining
 from rampde_fx.ir.loops import CountedLoop, DifferentiatedLoop, Loop
 from rampde_fx.lowering import mark_coefficients
+from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
 Output = tuple[fx.Node, int]  # a node of the step, and which of its outputs
@@ -150,7 +151,7 @@ class _Transposition:
 
     def _placeholder(self, name: str, like: fx.Node) -> fx.Node:
         node = graphs.placeholder(self.graph, name)
-        node.meta["val"] = torch_private.detached(graphs.value(like))
+        node.meta["val"] = fake_tensors.detached(graphs.value(like))
         return node
 
     def _output(self, node: fx.Node) -> Output:
@@ -291,7 +292,7 @@ def _trace_vjp(
 
     value = graphs.value(node)
     like = list(value) if isinstance(value, (tuple, list)) else [value]
-    cotangents = [torch_private.detached(like[i]) for i in outputs]
+    cotangents = [fake_tensors.detached(like[i]) for i in outputs]
     return _traced(vjp, [*values, *cotangents], f"the operation {node.target}", node)
 
 
@@ -299,11 +300,11 @@ def _traced(derivative: Callable[..., Any], values: list[Any], of: str, node: fx
     """The trace of a derivative of what stands at the node."""
 
     def unchecked(*args: Any) -> Any:
-        with torch_private.LinalgChecks():  # the step has NaN where they fail
+        with tracing.LinalgChecks():  # the step has NaN where they fail
             return derivative(*args)
 
     try:
-        return torch_private.trace(unchecked, values, functionalize=True)
+        return tracing.trace(unchecked, values, functionalize=True)
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedVelocityError(
             f"{of} has no derivative that can be traced: {error}",
@@ -320,7 +321,7 @@ def split_pullback(
     inputs = graphs.placeholders(velocity)
     values = [graphs.value(node) for node in inputs]
     results = graphs.results(velocity)
-    tangents = [torch_private.detached(graphs.value(results[i])) for i in outputs]
+    tangents = [fake_tensors.detached(graphs.value(results[i])) for i in outputs]
     present: list[int] = []
 
     def joint(*args: Any) -> list[Any]:

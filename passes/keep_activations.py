@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.ir.ends import ActivationSlot, Evaluation, Operand, Saved, remaining
 from rampde_fx.ir.loops import KeptLoop, WatchedLoop
 from rampde_fx.schedules import Activations
+from rampde_fx.torch_private import fake_tensors, shapes
 
 aten = torch.ops.aten
 
@@ -62,7 +63,7 @@ def _is_cheap(node: fx.Node) -> bool:
     (operand, *others) = node.all_input_nodes
     is_cast = node.target is aten._to_copy.default
     cheap = (graphs.is_view(node) or is_cast) and not others
-    return cheap and torch_private.takes_no_more_bytes(graphs.value(operand), graphs.value(node))
+    return cheap and shapes.takes_no_more_bytes(graphs.value(operand), graphs.value(node))
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _Keeping:
                 value = graphs.item(self.step.graph, f"kept_{node.name}", evaluation, j)
             with self.adjoint.graph.inserting_after(list(self.inputs)[-1]):
                 made.append(graphs.placeholder(self.adjoint.graph, f"{evaluation.name}_{node.name}"))
-            made[-1].meta["val"] = torch_private.detached(graphs.value(node))
+            made[-1].meta["val"] = fake_tensors.detached(graphs.value(node))
             self.inputs[made[-1]] = Saved(len(self.slots))
             self.slots.append(ActivationSlot(evaluation.name))
             self.values.append(value)

@@ -21,10 +21,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.graphs import value
 from rampde_fx.ir.captured import begins_loop, ends_loop
 from rampde_fx.operator_table import properties_of_captured
+from rampde_fx.torch_private import fake_tensors, shapes
 
 
 def lift_floats(graph_module: fx.GraphModule) -> None:
@@ -53,7 +54,7 @@ class _Lifting:
             elif begins_loop(node):
                 head = node
         if self.left:
-            torch_private.capture_again_with(self.left)
+            shapes.capture_again_with(self.left)
 
     def _visit(self, node: fx.Node, head: fx.Node) -> None:
         if _of_floats(node) and not any(operand in self.inside for operand in node.all_input_nodes):
@@ -102,7 +103,7 @@ class _Lifting:
 
 
 def _valued(node: fx.Node, dtype: torch.dtype, device: torch.device) -> fx.Node:
-    node.meta["example_value"] = torch_private.fake_number(dtype, device)
+    node.meta["example_value"] = fake_tensors.fake_number(dtype, device)
     return node
 
 
@@ -113,7 +114,7 @@ def _is_float(node: fx.Node) -> bool:
 def _of_floats(node: fx.Node) -> bool:
     """Whether a node computes a number from Python floats; one from a tensor may depend on where it stands."""
     if isinstance(value(node), torch.SymFloat):
-        return torch_private.hint_of(value(node)) is not None
+        return shapes.hint_of(value(node)) is not None
     return isinstance(value(node), (torch.SymBool, torch.SymInt)) and any(map(_is_float, node.all_input_nodes))
 
 

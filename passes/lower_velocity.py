@@ -26,9 +26,10 @@ import torch
 from torch import fx
 from torch.fx.passes.tools_common import legalize_graph
 
-from rampde_fx import graphs, operator_table, torch_private
+from rampde_fx import graphs, operator_table, tracing
 from rampde_fx.ir.loops import Fallback, LoweredLoop, PartitionedLoop
 from rampde_fx.lowering import Lowering
+from rampde_fx.torch_private import shapes
 
 aten = torch.ops.aten
 
@@ -112,7 +113,7 @@ def _narrows(node: fx.Node) -> bool:
 
 
 def _size(node: fx.Node) -> int:
-    return math.prod(torch_private.size_hint(size) for size in graphs.value(node).shape)
+    return math.prod(shapes.size_hint(size) for size in graphs.value(node).shape)
 
 
 def _in_order(step: fx.GraphModule) -> bool:
@@ -149,7 +150,7 @@ def _boundary(nodes: list[fx.Node], own: list[fx.Node]) -> tuple[list[fx.Node], 
 
 
 def _lower(lowering: Lowering, inputs: list[fx.Node]) -> fx.GraphModule:
-    lowered = torch_private.trace(lowering.evaluate, [graphs.value(node) for node in inputs])
+    lowered = tracing.trace(lowering.evaluate, [graphs.value(node) for node in inputs])
     return graphs.named(lowered, [_input_name(node) for node in inputs])
 
 

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.effects import Observer, call, gradient_modes
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.graphs import value
 from rampde_fx.ir.captured import MarkedLoop, Run, reads_end
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, PerStepSource, Source, TimeSource
+from rampde_fx.torch_private import fake_tensors, shapes
 
 Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a value from outside
 
@@ -69,7 +70,7 @@ def _sink_readers(marked: MarkedLoop) -> None:
     written = {storage for node in inside for storage in observer.written(node)}
     moved: list[fx.Node] = []
     for node in reversed(readers):
-        shown = {torch_private.storage_of(value(operand)) for operand in node.all_input_nodes}
+        shown = {fake_tensors.storage_of(value(operand)) for operand in node.all_input_nodes}
         if not (marked.once or shown & written) and inside.isdisjoint(node.users):
             marked.end.append(node)
             inside.remove(node)
@@ -82,11 +83,11 @@ def _sink_readers(marked: MarkedLoop) -> None:
 
 
 def _reads_number(node: fx.Node) -> bool:
-    return torch_private.is_data_dependent(value(node)) or graphs.function_name(node) in ("_assert_async", "_assert")
+    return shapes.is_data_dependent(value(node)) or graphs.function_name(node) in ("_assert_async", "_assert")
 
 
 def _number_read(node: fx.Node) -> UnsupportedLoopError:
-    sized = [p for p in node.all_input_nodes if any(map(torch_private.is_data_dependent, _shape(p)))]
+    sized = [p for p in node.all_input_nodes if any(map(shapes.is_data_dependent, _shape(p)))]
     if sized:
         return UnsupportedLoopError(
             f"the size of '{sized[0].name}' depends on the values of a tensor",
@@ -199,7 +200,7 @@ def _computed_outside(
     found: set[fx.Node] = set()
     for column in columns:
         reads = {i for node in column for i in node.all_input_nodes}
-        shown = {torch_private.storage_of(value(node)) for node in (*reads, *column)}
+        shown = {fake_tensors.storage_of(value(node)) for node in (*reads, *column)}
         computed = all(_computes(node) and not observer.has_effects(node) for node in column)
         if computed and not shown & written and all(i in found or i not in inside | markers for i in reads):
             found.update(column)
@@ -229,7 +230,7 @@ def _move(nodes: list[fx.Node], first_marker: fx.Node, gradients: bool, outer: b
     """Move nodes before the loop, and the mode with them; a transform that they stood in is none of theirs."""
     for node in nodes:
         values = dict(zip(node.all_input_nodes, map(value, node.all_input_nodes), strict=True))
-        with torch_private.fake_mode(), torch.set_grad_enabled(gradients):
+        with fake_tensors.fake_mode(), torch.set_grad_enabled(gradients):
             node.meta["example_value"] = call(node, values)
     if gradients is not outer:
         nodes = [_switch(first_marker, gradients), *nodes, _switch(first_marker, outer)]

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, tracing
 from rampde_fx.errors import RandomVelocityError
 from rampde_fx.ir.captured import CapturedStep
 from rampde_fx.ir.sources import IndexSource, InvariantSource, SeedSource
+from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
 ops = torch.ops.rampde_fx
@@ -33,7 +34,7 @@ ops = torch.ops.rampde_fx
 
 def replay_random(captured: CapturedStep) -> CapturedStep:
     """Replace the random numbers of a captured step by functions of a seed and of the step's index."""
-    drawing = [node for node in captured.step.graph.nodes if torch_private.draws_random_numbers(node)]
+    drawing = [node for node in captured.step.graph.nodes if graphs.draws_random_numbers(node)]
     for node in drawing:
         if node.target not in DRAWS:
             raise RandomVelocityError(
@@ -52,7 +53,7 @@ def _replayed(captured: CapturedStep, device: torch.device) -> CapturedStep:
     position = {node: i for i, node in enumerate(graphs.placeholders(captured.step))}
     twins = dict(zip(captured.step.graph.nodes, step.graph.nodes, strict=True))
     step.graph.output_node().args = ((*results, *(twins[node] for node in captured.after)),)
-    with torch_private.fake_mode():
+    with fake_tensors.fake_mode():
         index, seed = (torch.empty((), dtype=torch.int64, device=device) for _ in range(2))
 
     def run(*args: Any) -> Any:
@@ -60,7 +61,7 @@ def _replayed(captured: CapturedStep, device: torch.device) -> CapturedStep:
         return _Drawing(step, seed, rest.pop(first)).run(*rest)
 
     values = [graphs.value(node) for node in nodes]
-    traced = torch_private.trace(run, [*values[:first], index, *values[first:], seed])
+    traced = tracing.trace(run, [*values[:first], index, *values[first:], seed])
     names = [node.name for node in nodes]
     traced = graphs.named(traced, [*names[:first], "index", *names[first:], "seed"])
     found, inputs = graphs.results(traced), graphs.placeholders(traced)
@@ -88,7 +89,7 @@ class _Drawing(fx.Interpreter):
         self.draws = 0
 
     def run_node(self, n: fx.Node) -> Any:
-        if not torch_private.draws_random_numbers(n):
+        if not graphs.draws_random_numbers(n):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         self.draws += 1

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.effects import Observer
 from rampde_fx.errors import MutationError
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, reads_end
@@ -35,6 +35,7 @@ from rampde_fx.ir.sources import (
     carries_among,
 )
 from rampde_fx.step_control import Controller
+from rampde_fx.torch_private import fake_tensors, shapes
 
 PER_STEP = (TimeSource, PerStepSource, IndexSource)
 
@@ -42,7 +43,7 @@ PER_STEP = (TimeSource, PerStepSource, IndexSource)
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captured: CapturedStep, name: str) -> Loop:
     """Replace the first iterations of a marked loop, a Run, by a call of a LoopNode of the given name."""
     starts = graphs.value(marked.markers[0].args[0])
-    steps = torch_private.number_of(starts.shape[0]) if run.once else len(run.iterations)
+    steps = shapes.number_of(starts.shape[0]) if run.once else len(run.iterations)
     loop = _loop(marked, captured, steps)
     _replace(graph_module, marked, run, captured, name, loop)
     return loop
@@ -81,7 +82,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
 def _controller(marked: MarkedLoop) -> Controller:
     """That of a search; what may change is as it was at the capture, and an operand of the loop beside."""
     *_, order, max_steps, rtol, atol, _, _ = fx.map_arg(marked.end.args, graphs.value)
-    return Controller(order, int(max_steps), torch_private.hint_of(rtol), torch_private.hint_of(atol))
+    return Controller(order, int(max_steps), shapes.hint_of(rtol), shapes.hint_of(atol))
 
 
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:
@@ -139,9 +140,9 @@ def _replace(
 def _shared(graph: fx.Graph, target: fx.Node, run: Run) -> bool:
     """Whether a node outside of the run, other than the target, shows the target's memory, or reads the target."""
     inside = {node for nodes in run.iterations for node in nodes}
-    storage = torch_private.storage_of(graphs.value(target))
+    storage = fake_tensors.storage_of(graphs.value(target))
     others = (node for node in graph.nodes if node is not target and node not in inside)
-    return any(torch_private.storage_of(graphs.value(n)) == storage or target in n.all_input_nodes for n in others)
+    return any(fake_tensors.storage_of(graphs.value(n)) == storage or target in n.all_input_nodes for n in others)
 
 
 def _getitem(graph: fx.Graph, node: fx.Node, index: Any) -> fx.Node:
@@ -153,7 +154,7 @@ def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
     seen: set[int | None] = {None}
     made: list[fx.Node] = []
     for node in operands:
-        storage = torch_private.storage_of(graphs.value(node))
+        storage = fake_tensors.storage_of(graphs.value(node))
         repeated = storage is not None and storage in seen
         made.append(graph.call_method("clone", (node,)) if repeated else node)
         seen.add(storage)
@@ -215,7 +216,7 @@ def _rewire(
 
 
 def _storage(node: fx.Node | None) -> int | None:
-    return None if node is None else torch_private.storage_of(graphs.value(node))
+    return None if node is None else fake_tensors.storage_of(graphs.value(node))
 
 
 def _written_afterwards(marked: MarkedLoop) -> set[int]:

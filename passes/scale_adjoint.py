@@ -41,11 +41,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table, torch_private
+from rampde_fx import graphs, operator_table, tracing
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.ir.ends import Evaluation, Operand, Target, Vanished, cotangents_of
 from rampde_fx.ir.loops import ScaledLoop, SummedLoop
 from rampde_fx.scales import power_of_two_scale, vanishing_entries
+from rampde_fx.torch_private import fake_tensors, shapes
 
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
@@ -105,7 +106,7 @@ def scale_adjoint(loop: SummedLoop) -> ScaledLoop:
     with adjoint.graph.inserting_after(graphs.placeholders(adjoint)[-1]):
         target = graphs.placeholder(adjoint.graph, "target")
     device = graphs.value(graphs.placeholders(adjoint)[0]).device
-    with torch_private.fake_mode():
+    with fake_tensors.fake_mode():
         target.meta["val"] = torch.empty((), dtype=torch.float32, device=device)
     states = [n for entry, n in own.nodes().items() if not isinstance(entry, Operand) or entry.operand < loop.carries]
     varying = graphs.depends_on(adjoint.graph, states)
@@ -151,7 +152,7 @@ def _narrow_sum(node: fx.Node) -> int:
     cotangent = graphs.value(node.args[0])
     if cotangent.dtype is not torch.float16:
         return 0
-    sizes = [torch_private.size_hint(size) for size in cotangent.shape]
+    sizes = [shapes.size_hint(size) for size in cotangent.shape]
     return math.prod(sizes) // max(sizes[1], 1)
 
 
@@ -221,7 +222,7 @@ class _Propagation:
         """A further 0-d placeholder, in front of another one."""
         with self.module.graph.inserting_before(before):
             new = graphs.placeholder(self.module.graph, name)
-        new.meta["val"] = torch_private.fake_number(torch.float32, graphs.value(self.first_cotangent).device)
+        new.meta["val"] = fake_tensors.fake_number(torch.float32, graphs.value(self.first_cotangent).device)
         return new
 
 
@@ -362,7 +363,7 @@ class _Scaling:
 
         self.scales[key] = f"adjoint_scale_{len(self.scales)}"
         names = ["target", *(f"factor_{i}" for i in factors), *(f"cotangent_{i}" for i in measured)]
-        module = graphs.refresh(graphs.named(torch_private.trace(find, values), names))
+        module = graphs.refresh(graphs.named(tracing.trace(find, values), names))
         self.adjoint.add_submodule(self.scales[key], module)
         return self.scales[key]
 

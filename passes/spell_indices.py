@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import torch_private
+from rampde_fx import indices
 from rampde_fx.effects import Observer
 from rampde_fx.graphs import value
 
@@ -43,7 +43,7 @@ def _places(node: fx.Node) -> dict[int, int]:
     if not isinstance(source, fx.Node) or not isinstance(value(source), torch.Tensor):
         return {}
     entries = index if isinstance(index, tuple) else (index,)
-    return torch_private.scalar_places(value(source), [_known(entry) for entry in entries])
+    return indices.scalar_places(value(source), [_known(entry) for entry in entries])
 
 
 def _known(entry: Any) -> Any:
@@ -54,7 +54,7 @@ def _spell(node: fx.Node, places: dict[int, int]) -> None:
     source, index = node.args
     entries = index if isinstance(index, tuple) else (index,)
     with node.graph.inserting_before(node):
-        read = node.graph.call_function(torch_private.read_at, (source, entries, places))
+        read = node.graph.call_function(indices.read_at, (source, entries, places))
     read.meta = dict(node.meta)
     node.replace_all_uses_with(read)
     node.graph.erase_node(node)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table, torch_private
+from rampde_fx import graphs, operator_table, tracing
 from rampde_fx.ir.ends import Adjoint, Operand, Saved, StateSlot, remaining
 from rampde_fx.ir.loops import KeptLoop, Loop, StoredLoop
 from rampde_fx.scales import power_of_two_scale
@@ -114,7 +114,7 @@ class _Storing:
         def load(value: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
             return [value.view(dtype).to(own) / scale]
 
-        name, stores = f"store_{len(self.slots)}", torch_private.trace(store, [graphs.value(state)])
+        name, stores = f"store_{len(self.slots)}", tracing.trace(store, [graphs.value(state)])
         self.step.add_submodule(name, stores)
         with self.step.graph.inserting_before(self.step.graph.output_node()):
             call = self.step.graph.call_module(name, (state,))
@@ -188,7 +188,7 @@ class _Storing:
 def _load(function: Callable[..., list[torch.Tensor]], stored: list[fx.Node]) -> fx.GraphModule:
     """What maps stored values to a state, as a module of its own."""
     names = ["stored", "scale"][: len(stored)]
-    traced = torch_private.trace(function, [graphs.value(node) for node in stored])
+    traced = tracing.trace(function, [graphs.value(node) for node in stored])
     return graphs.refresh(graphs.named(traced, names))
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs, tracing
 from rampde_fx.ir.ends import Evaluation, Statistics, cotangents_of
 from rampde_fx.ir.loops import ScaledLoop, WatchedLoop
 from rampde_fx.scales import are_finite
@@ -88,7 +88,7 @@ def _module(
 
         known[key] = f"adjoint_statistics_{len(known)}"
         names = ["scale"] * scales + ["cotangent"] * cotangents + ["gradient"] * (len(values) - scales - cotangents)
-        module = graphs.named(torch_private.trace(describe, values), names)
+        module = graphs.named(tracing.trace(describe, values), names)
         adjoint.add_submodule(known[key], graphs.refresh(module))
     return known[key]
 

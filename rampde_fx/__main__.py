@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx import torch_private
 from rampde_fx.errors import RampdeError
 from rampde_fx.report import explain
+from rampde_fx.torch_private import capturing, kernels
 
 EPILOG = """examples:
   python -m rampde_fx explain flow:model --shape 256,2 --times 32
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def environment() -> str:
     """What results depend on: versions, the processor's arithmetic, devices; one "name: value" a line."""
     low = (torch.float16, torch.bfloat16)
-    products = [str(dtype).removeprefix("torch.") for dtype in low if torch_private.cpu_multiplies(dtype)]
+    products = [str(dtype).removeprefix("torch.") for dtype in low if kernels.cpu_multiplies(dtype)]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = {
         "rampde_fx": rampde_fx.__version__,
@@ -126,7 +126,7 @@ def _load(target: str, *, call: bool, refuse: Callable[[str], NoReturn]) -> Call
         found = found()
     if not callable(found):
         refuse(f"{target!r} holds a {type(found).__name__}, neither a function nor a Module")
-    return torch_private.uncompiled(found)
+    return capturing.uncompiled(found)
 
 
 def _check_arguments(function: Callable[..., Any], given: Sequence[Any], refuse: Callable[[str], NoReturn]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, cuda_graphs, graphs, pass_log, torch_private, unrewritten
+from rampde_fx import cpu_products, cuda_graphs, graphs, pass_log, unrewritten
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.ir.captured import MarkedLoop
 from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
@@ -39,10 +39,11 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
-from rampde_fx.torch_private import names
+from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, shapes
+from rampde_fx.torch_private.names import require_all
 from rampde_fx.verification import Verification, on_first_call
 
-names.require_all()
+require_all()
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method, and of the passes' types.
@@ -80,7 +81,7 @@ def rewrite(
             would take some exceptions for a wish to run the loop uncompiled, in fp32.
     """
     graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
-    with _foreseen("the rewrite"), torch_private.fake_mode_of(graph_module):
+    with _foreseen("the rewrite"), fake_tensors.fake_mode_of(graph_module):
         return _rewrite(graph_module, watch, only)
 
 
@@ -89,7 +90,7 @@ def _foreseen(what: str, where: str = "") -> Iterator[None]:
     """Whatever goes wrong in it and has no type of ours is a RewriteError that names it."""
     try:
         yield
-    except (RampdeError, torch_private.TensorifyScalarRestartAnalysis):
+    except (RampdeError, shapes.TensorifyScalarRestartAnalysis):
         raise
     except Exception as error:
         raise RewriteError(
@@ -106,7 +107,7 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
     spell_indices(graph_module)
     if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
         lift_numbers(graph_module, first)
-    found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=torch_private.autocast_enabled())
+    found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=fake_tensors.autocast_enabled())
     rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
     loops: list[Loop] = []
     for holder, name, notes in rolled:
@@ -127,7 +128,7 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         loops[-1] = loop
     for holder in dict.fromkeys(holder for holder, *_ in rolled):
         if holder is not graph_module:
-            torch_private.recompute_loops(holder)
+            higher_order.recompute_loops(holder)
         holder.graph.lint()
         holder.recompile()
     return loops
@@ -197,7 +198,7 @@ def rampde_fx(
             )
         marked = has_loop(graph_module)
         if marked:
-            graphs.name_arguments(graph_module, torch_private.names_of_arguments())
+            graphs.name_arguments(graph_module, dynamo.names_of_arguments())
             check_repetition(graph_module)
         captured = graphs.copied(graph_module) if verify and marked else None
         loops = rewrite(graph_module) if marked else []
@@ -212,9 +213,9 @@ def rampde_fx(
         if loop.stays_wide and loop.controller is None:
             unrewritten.loop_stays_wide(loop.where, loop.policy.velocity)
     if not loops:  # as torch compiles it: our settings are for our loops
-        return torch_private.compile_plainly(compiler, graph_module, example_inputs, options, mode)
-    with torch_private.compile_settings():
-        compiled = torch_private.compile_graph(
+        return inductor.compile_plainly(compiler, graph_module, example_inputs, options, mode)
+    with inductor.compile_settings():
+        compiled = inductor.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )
     if differentiated := [loop for loop in emitted if loop.adjoint is not None]:
@@ -224,10 +225,10 @@ def rampde_fx(
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
     """Whether the loops are to be CUDA graphs (rampde_fx/cuda_graphs.py)."""
-    replays = torch_private.asks_for("triton.cudagraphs", options, mode)
-    if not torch_private.asks_for("cpp_wrapper", options, mode):
+    replays = inductor.asks_for("triton.cudagraphs", options, mode)
+    if not inductor.asks_for("cpp_wrapper", options, mode):
         return replays
-    if not torch_private.cpp_wrapper_calls_loops():
+    if not inductor.cpp_wrapper_calls_loops():
         raise PolicyError(
             f"cpp_wrapper was asked for on torch {torch.__version__}",
             required="torch 2.13 or newer, whose code in C++ can call a loop",

@@ -11,11 +11,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from rampde_fx import graphs, operators, torch_private, unrewritten
+from rampde_fx import graphs, operators, random_state, unrewritten
 from rampde_fx.errors import CheckError, RampdeError, raising
 from rampde_fx.ir.captured import STEP
 from rampde_fx.marking import is_time_grid
 from rampde_fx.passes.find_loops import has_loop
+from rampde_fx.torch_private import capturing
 from rampde_fx.widening import AsWritten, Twins, copies
 
 
@@ -134,7 +135,7 @@ class Call:
         for tensor, twin in twins:
             twin.requires_grad_(tensor.requires_grad and id(tensor) not in {id(leaf) for leaf in self.leaves})
         mode = Twins(twins, widen=False)
-        with torch_private.kept_random_state(), untouched(self.function), mode:
+        with random_state.kept_random_state(), untouched(self.function), mode:
             self(mode.of)
         return {id(tensor) for tensor, twin in twins if twin._version != before[id(tensor)]}
 
@@ -182,8 +183,8 @@ class Captured:
         with untouched(call.function):
             before = tensor_attributes(call.function)
             try:
-                tree = torch_private.capture(call, backend, fullgraph=True)
-            except torch_private.Unsupported as error:
+                tree = capturing.capture(call, backend, fullgraph=True)
+            except capturing.Unsupported as error:
                 raise _not_one_graph(error) from error
             after = tensor_attributes(call.function)
         if not self.inputs:
@@ -194,7 +195,7 @@ class Captured:
         known = call.tensors()
         nodes = graphs.placeholders(self.graph)
         self.names = [
-            known[id(x)][1] if id(x) in known else torch_private.source_name(node)
+            known[id(x)][1] if id(x) in known else capturing.source_name(node)
             for x, node in zip(self.inputs, nodes, strict=True)
         ]
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rampde_fx import counts, cpu_products, graphs, operators, report, torch_private, verification
+from rampde_fx import counts, cpu_products, graphs, operators, random_state, report, verification
 from rampde_fx.backend import COMPILERS, rewrite
 from rampde_fx.check_table import CheckResult, CheckRow, label
 from rampde_fx.check_timing import medians
@@ -37,6 +37,7 @@ from rampde_fx.ir.loops import LoopNode
 from rampde_fx.loop_report import LoopReport
 from rampde_fx.monitoring import monitor
 from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.torch_private import capturing, inductor
 from rampde_fx.widening import AsWritten, Twins, copies, default_dtype
 
 POLICIES = tuple(
@@ -88,8 +89,8 @@ def check(
         RampdeError: as the backend would, if every policy is refused.
     """
     wanted = _policies(policies, compiler)
-    function = torch_private.uncompiled(model)
-    with untouched(function), torch_private.kept_random_state(SEED), counts.apart():
+    function = capturing.uncompiled(model)
+    with untouched(function), random_state.kept_random_state(SEED), counts.apart():
         call = Call(function, args, kwargs)
         if steps is not None:
             call = call.shortened(Captured(call).times(), steps)
@@ -278,7 +279,7 @@ class _Check:
         function = self.captured.call.function
         called, leaves = verification.inputs_like(self.tensors, widen=widen)
         mode = Twins(self._pairs(called), widen=widen)
-        with self._settings(widen), torch_private.kept_random_state(SEED) as drew, untouched(function):
+        with self._settings(widen), random_state.kept_random_state(SEED) as drew, untouched(function):
             before = tensor_attributes(function)
             with mode:
                 tree = pytree.tree_map(mode.of, self.captured.call(mode.of))
@@ -292,7 +293,7 @@ class _Check:
         """What a graph leaves, on copies of all tensors."""
         called, leaves = verification.inputs_like(self.tensors, widen=widen)
         count = len(self.captured.inputs)
-        with self._settings(widen), torch_private.kept_random_state(SEED) as drew:
+        with self._settings(widen), random_state.kept_random_state(SEED) as drew:
             tree, rebound = self.captured.outputs(function(*called[:count]), called)
             self.draws = drew()
             with Twins(self._pairs(called), widen=widen):  # a loss may read parameters, too
@@ -362,7 +363,7 @@ class _Check:
         eager, compiled = "as it is written, eager", f"as it is written, {self.compiler}"
         steps: dict[str, Callable[[], None]] = {eager: self._plain_step(self.captured.call)}
         with self._kept_tensors():
-            plain, forget = torch_private.compiled_by_torch(self.captured.call, self.compiler)
+            plain, forget = capturing.compiled_by_torch(self.captured.call, self.compiler)
             steps[compiled] = self._plain_step(plain)
             for prepared in self.prepared:
                 if prepared.alone is not None:
@@ -448,7 +449,7 @@ def _policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
 
 
 def _compile(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    with torch_private.compile_settings():
-        return torch_private.compile_graph(
+    with inductor.compile_settings():
+        return inductor.compile_graph(
             compiler, graph_module, example_inputs, {}, None, cpu_products.replace_products(), None
         )

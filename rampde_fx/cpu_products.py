@@ -19,7 +19,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from rampde_fx import graphs, operator_table, operators, torch_private
+from rampde_fx import graphs, operator_table, operators
+from rampde_fx.torch_private import kernels
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.cpu_twin))
 LOW_DTYPES = (torch.float16, torch.bfloat16)
@@ -68,4 +69,4 @@ class ReplaceProducts:
 
 def replace_products() -> ReplaceProducts:
     """The pass for the CPU of this machine."""
-    return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not torch_private.cpu_multiplies(dtype)))
+    return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not kernels.cpu_multiplies(dtype)))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import operator_table, torch_private
+from rampde_fx import operator_table
+from rampde_fx.torch_private import fake_tensors, higher_order
 
 PACKAGE = os.path.dirname(__file__) + os.sep
 
@@ -115,7 +116,7 @@ def refresh(graph_module: fx.GraphModule, args: Sequence[Any] | None = None) -> 
     graph_module.graph.lint()
     graph_module.recompile()
     args = [value(node) for node in placeholders(graph_module)] if args is None else args
-    torch_private.propagate(graph_module, args)
+    fake_tensors.propagate(graph_module, args)
     return graph_module
 
 
@@ -165,7 +166,7 @@ def name_arguments(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
         if position and int(position[1]) < len(names):
             name = f"l_{names[int(position[1])]}_{name[position.end() :]}"
         node.meta["user_name"] = readable(name)
-    for call in graph_module.graph.find_nodes(op="call_function", target=torch_private.tag_activation_checkpoint):
+    for call in graph_module.graph.find_nodes(op="call_function", target=higher_order.tag_activation_checkpoint):
         inner = placeholders(graph_module.get_submodule(call.args[0].target))
         for node, operand in zip(inner, call.args[1:], strict=True):
             if operand.op == "placeholder":  # another name may be that of a node inside

@@ -17,9 +17,10 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rampde_fx import graphs, operator_table, torch_private
+from rampde_fx import graphs, operator_table
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.operator_table import properties
+from rampde_fx.torch_private import fake_tensors
 
 HALF = (torch.float16, torch.bfloat16)
 COMPLEX = "complex: fp32"
@@ -245,7 +246,7 @@ def _handles_nan(node: fx.Node) -> bool:
 
 def _swallows_nan(node: fx.Node) -> bool:
     """Whether an elementwise operation on numbers and one NaN gives a number, for any place of the NaN."""
-    with torch_private.real_tensors():
+    with fake_tensors.real_tensors():
         return any(_gives_number(node, place) for place in filter(graphs.is_float, node.all_input_nodes))
 
 

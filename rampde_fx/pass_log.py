@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from torch import fx
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.ir.ends import StateSlot
 from rampde_fx.ir.loops import DifferentiatedLoop, HoistedLoop, KeptLoop, Loop
+from rampde_fx.torch_private import capturing
 
 # Takes the number of a loop in its captured graph, the name of a pass, and the loop after this pass.
 Watcher = Callable[[int, str, Loop], None]
@@ -26,7 +27,7 @@ def tell(number: int, pass_name: str, loop: Loop) -> None:
     """Tell the logs what a pass made of a loop."""
     if log.isEnabledFor(logging.DEBUG):
         log.debug("loop %d after %s, %s\n%s", number, pass_name, loop.where, code(loop))
-    torch_private.trace_artifact(f"rampde_fx_loop_{number}_{pass_name}", lambda: code(loop))
+    capturing.trace_artifact(f"rampde_fx_loop_{number}_{pass_name}", lambda: code(loop))
 
 
 def parts(loop: Loop) -> dict[str, fx.GraphModule]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rampde_fx import graphs, operators, torch_private
+from rampde_fx import graphs, operators, tracing
 from rampde_fx.ir.ends import Inputs, Results
 from rampde_fx.ir.loops import HoistedLoop
-from rampde_fx.torch_private import scan_op, while_loop_op
+from rampde_fx.torch_private import fake_tensors, higher_order, shapes
+from rampde_fx.torch_private.higher_order import scan_op, while_loop_op
 
 aten = torch.ops.aten
 
@@ -64,13 +65,13 @@ def _flat(graph_module: fx.GraphModule) -> fx.GraphModule:
     """One graph without submodules, with equal nodes merged and needless casts folded."""
     nodes = graphs.placeholders(graph_module)
     values = [graphs.value(node) for node in nodes]
-    flat = torch_private.trace(
+    flat = tracing.trace(
         fx.Interpreter(graph_module).run, values, gradients=False, decompositions=operators.DECOMPOSITIONS
     )
     for node in flat.graph.nodes:
         if graphs.stops_gradient(node):
             node.replace_all_uses_with(node.args[0])
-    flat = graphs.named(torch_private.deduplicated(flat), [node.name for node in nodes])
+    flat = graphs.named(fake_tensors.deduplicated(flat), [node.name for node in nodes])
     _fold_casts(flat)
     return flat
 
@@ -106,7 +107,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
         if all(
             isinstance(graphs.value(node), nn.Parameter) for node in made.all_input_nodes
         ):  # they live on as they are
-            torch_private.recompute_in_backward(made)
+            higher_order.recompute_in_backward(made)
         results = [graph.call_function(operator.getitem, (made, i)) for i in range(len(graphs.results(loop.preamble)))]
     return [*varying, *results]
 
@@ -219,6 +220,6 @@ def symbols(values: list[Any]) -> list[torch.SymInt]:
     found: dict[str, torch.SymInt] = {}
     for size in sizes:
         if isinstance(size, torch.SymInt):
-            symbol = torch_private.symbol_of(size)
+            symbol = shapes.symbol_of(size)
             found.setdefault(str(symbol), symbol)
     return list(found.values())

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from rampde_fx import graphs, operators, pass_log, report_html, torch_private, unrewritten
+from rampde_fx import graphs, operators, pass_log, report_html, unrewritten
 from rampde_fx.backend import rewrite
 from rampde_fx.errors import RampdeError, raising
 from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
@@ -21,6 +21,7 @@ from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.loop_report import LoopReport, PassReport, short
 from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.find_loops import has_loop
+from rampde_fx.torch_private import capturing, fake_tensors
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     Raises:
         RampdeError: as the backend would.
     """
-    fn = torch_private.uncompiled(fn)
+    fn = capturing.uncompiled(fn)
     names = list(signature(getattr(fn, "forward", fn)).parameters)
     loops: list[LoopReport] = []
 
@@ -75,7 +76,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             return raising(error)
         return _without_odeint(graph_module).forward
 
-    torch_private.capture(fn, inspect, args, kwargs)
+    capturing.capture(fn, inspect, args, kwargs)
     return Report(tuple(loops))
 
 
@@ -88,7 +89,7 @@ def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:
         passes.setdefault(number, []).append(PassReport(pass_name, loop))
 
     rewrite(graph_module, watch)
-    with torch_private.fake_mode_of(graph_module):
+    with fake_tensors.fake_mode_of(graph_module):
         return [_report(tuple(history)) for history in passes.values()]
 
 
@@ -175,7 +176,7 @@ def _describe_stored(loop: CompensatedLoop, stored: list[tuple[Saved, fx.Node]])
 def _flops(graph_module: fx.GraphModule) -> int:
     """Floating-point operations of a graph's products, counted while it runs on its fake values."""
     values = [graphs.value(node) for node in graphs.placeholders(graph_module)]
-    with torch_private.fake_mode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with fake_tensors.fake_mode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         fx.Interpreter(graph_module).run(*values)
     return int(counter.get_total_flops())
 
@@ -183,21 +184,21 @@ def _flops(graph_module: fx.GraphModule) -> int:
 def _saved_by_autograd(loop: Loop) -> int:
     """Bytes that autograd saves for one plain step, measured on fake tensors by its own hooks."""
     nodes = graphs.placeholders(loop.plain)
-    values = [torch_private.detached(graphs.value(node)) for node in nodes]
+    values = [fake_tensors.detached(graphs.value(node)) for node in nodes]
     saved: dict[int | None, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[torch_private.storage_of(tensor)] = tensor
+        saved[fake_tensors.storage_of(tensor)] = tensor
         return tensor
 
     for node, value in zip(nodes, values, strict=True):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value.requires_grad_(node in nodes[: loop.carries] or loop.plain_needs_grad[nodes.index(node)])
     with (
-        torch_private.fake_mode(),
+        fake_tensors.fake_mode(),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         fx.Interpreter(loop.plain).run(*values)
-    outside = set(map(torch_private.storage_of, values[loop.carries :]))
+    outside = set(map(fake_tensors.storage_of, values[loop.carries :]))
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in outside)

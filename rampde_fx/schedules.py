@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rampde_fx import torch_private
+from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.torch_private import shapes
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def segment_length(schedule: Schedule, steps: int | torch.SymInt, where: str) ->
         case Segments(length):
             return min(length, steps) if isinstance(steps, int) else length
         case SqrtSegments():
-            if torch_private.is_data_dependent(steps):
+            if shapes.is_data_dependent(steps):
                 raise UnsupportedLoopError(
                     'checkpoint="sqrt" with a number of steps that is computed from the times',
                     required="a number of steps that the shape of the times tells",
                     fix='use an int instead of "sqrt", or options={"num_steps": n} instead of a step size',
                     where=where,
                 )
-            return torch_private.ceil_sqrt(steps)
+            return graphs.ceil_sqrt(steps)

@@ -18,10 +18,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.ir.ends import Inputs, Results, StateSlot
 from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.recurrence import Body, at, iterate, owned
+from rampde_fx.torch_private import shapes
 
 Tensors = Sequence[torch.Tensor]
 
@@ -212,6 +213,6 @@ class Segments:
         whole = stack.flatten(0, 1)
         if not self.padded:
             return whole
-        if torch_private.is_data_dependent(self._loop.steps):  # a slice would have a size of its own, to torch 2.11
+        if shapes.is_data_dependent(self._loop.steps):  # a slice would have a size of its own, to torch 2.11
             return whole.index_select(0, torch.arange(self._loop.steps, device=whole.device))
         return whole[: self._loop.steps]

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import counts, graphs, marking, torch_private
+from rampde_fx import counts, graphs, marking, random_state
 from rampde_fx.comparison import Mismatch, Named, Outcome, first_mismatch, weights_of
 from rampde_fx.errors import CheckError, RampdeError, RewriteMismatchError
 from rampde_fx.ir.captured import STEP
 from rampde_fx.ir.loops import Loop
 from rampde_fx.operators import enter
 from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.torch_private import capturing
 from rampde_fx.widening import AsWritten, copies, default_dtype, widened
 
 # rampde_fx.backend.rewrite, which imports this file.
@@ -164,7 +165,7 @@ class Verification:
         """What a run on copies of the inputs leaves."""
         called, leaves = inputs_like(inputs, widen=widen)
         dtype = torch.float64 if widen else torch.get_default_dtype()
-        with counts.apart(), default_dtype(dtype), torch_private.kept_random_state(SEED) as drew:
+        with counts.apart(), default_dtype(dtype), random_state.kept_random_state(SEED) as drew:
             try:
                 outputs = list(graph.run(*called))
                 self._draws = drew()
@@ -190,7 +191,7 @@ class Verification:
 
 def _names(graph_module: fx.GraphModule) -> list[str]:
     """The user's names of the inputs of the graph that is being captured."""
-    file, variables = torch_private.captured_frame()
+    file, variables = capturing.captured_frame()
     parameters: list[str] = []
     if file == marking.__file__:  # what mixed_precision has wrapped has *args and **kwargs
         parameters = list(signature(variables["function"]).parameters)
@@ -198,7 +199,7 @@ def _names(graph_module: fx.GraphModule) -> list[str]:
     def named(position: re.Match[str]) -> str:
         return parameters[int(position[1])] if int(position[1]) < len(parameters) else position[0]
 
-    found = [torch_private.source_name(node) for node in graphs.placeholders(graph_module)]
+    found = [capturing.source_name(node) for node in graphs.placeholders(graph_module)]
     found = [re.sub(r"^args\[(\d+)\]", named, name) for name in found]
     return [re.sub(r"^kwargs\['(\w+)'\]", r"\1", name).removeprefix("self.") for name in found]
 

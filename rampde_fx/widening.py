@@ -14,8 +14,9 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from rampde_fx import graphs, operators, step_control, torch_private
+from rampde_fx import graphs, operators, step_control
 from rampde_fx.ir.loops import Loop, LoopNode
+from rampde_fx.torch_private import fake_tensors, higher_order
 
 WIDE = {
     torch.float16: torch.float64,
@@ -28,7 +29,7 @@ CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "c
 # Mean the very tensors that they are given, of which a cast would be another.
 BY_IDENTITY = {torch.autograd.grad, torch.Tensor.requires_grad_, torch.Tensor.backward}
 # Run the graph that they are given.
-TRANSPARENT = {torch_private.tag_activation_checkpoint, torch.ops.higher_order.wrap}
+TRANSPARENT = {higher_order.tag_activation_checkpoint, torch.ops.higher_order.wrap}
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +52,7 @@ def widened(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a captured graph that computes in float64, with the metadata of such a graph."""
     twin = graphs.copied(graph_module)
     values = _FakeValues()
-    with torch_private.fake_mode_of(graph_module):
+    with fake_tensors.fake_mode_of(graph_module):
         for module in [inner for inner in twin.modules() if isinstance(inner, fx.GraphModule)]:
             for node in module.graph.nodes:
                 _widen_node(module, node, values)
@@ -87,10 +88,10 @@ class _FakeValues:
         dtype = wide_dtype(value.dtype)
         if dtype is value.dtype:
             return value
-        with torch_private.fake_mode(), torch.no_grad():
-            if torch_private.is_wrapped(value):  # inside of a torch.func transform, where nothing has a memory
+        with fake_tensors.fake_mode(), torch.no_grad():
+            if fake_tensors.is_wrapped(value):  # inside of a torch.func transform, where nothing has a memory
                 return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
-            key = torch_private.storage_of(value)
+            key = fake_tensors.storage_of(value)
             if key not in self._memory:
                 real = value.dtype.itemsize // (2 if dtype.is_complex else 1)
                 size = value.untyped_storage().nbytes() // real
@@ -110,7 +111,7 @@ def copies(values: Sequence[Any], *, widen: bool) -> list[Any]:
     groups: dict[Any, list[torch.Tensor]] = {}
     for value in values:
         if _is_strided(value):
-            groups.setdefault((torch_private.storage_of(value), value.dtype), []).append(value)
+            groups.setdefault((fake_tensors.storage_of(value), value.dtype), []).append(value)
     found = {id(value): copy for group in groups.values() for value, copy in _copied_together(group, widen)}
     return [found.get(id(value), _copied(value, widen)) for value in values]
 

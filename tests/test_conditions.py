@@ -6,9 +6,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rampde_fx
-from rampde_fx import graphs, lowering, torch_private
+from rampde_fx import graphs, lowering, tracing
 from rampde_fx.passes.match_iterations import _alike
 from rampde_fx.recurrence import Body
+from rampde_fx.torch_private import fake_tensors
 from tests.comparison import compiled, gradients, relative_errors
 
 aten = torch.ops.aten
@@ -193,8 +194,8 @@ def test_a_widening_and_back_is_folded_away(narrow):
     with FakeTensorMode():
         value = torch.zeros(3, dtype=narrow)
     graphs.placeholders(captured)[0].meta["example_value"] = value
-    with torch_private.fake_mode_of(captured):
-        step = torch_private.trace(lambda x: [x.to(wide).to(narrow).sin()], [value])
+    with fake_tensors.fake_mode_of(captured):
+        step = tracing.trace(lambda x: [x.to(wide).to(narrow).sin()], [value])
         body = Body(step, [0], 1, 1).body
     assert aten._to_copy.default in {node.target for node in graphs.body(step)}
     assert [node.target for node in graphs.body(body)] == [aten.sin.default]

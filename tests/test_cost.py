@@ -17,7 +17,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
-from rampde_fx import PrecisionPolicy, backend, graphs, operator_table, torch_private
+from rampde_fx import PrecisionPolicy, backend, graphs, operator_table
+from rampde_fx.torch_private import kernels
 from tests.benchmarks.cases import QUICK
 from tests.benchmarks.contenders import solve_by_odeint
 from tests.benchmarks.measure import saved_bytes
@@ -190,7 +191,7 @@ graphs: 1, graph breaks: 0""",
     @pytest.mark.slow
     def test_kernels_of_a_step_and_of_its_adjoint(self):
         """Of every loop body in the order of the generated code: steps, attempts at the reverse loop, adjoint steps."""
-        self.monkeypatch.setattr(torch_private, "cpu_multiplies", lambda dtype: True)  # on whatever CPU it runs
+        self.monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)  # on whatever CPU it runs
         function, _, x, t = prepared("cnf", torch.float16, "inductor")
         _, codes = run_and_get_code(lambda: function(x, t).backward())
         self.assertExpectedInline(

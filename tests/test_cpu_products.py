@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rampde_fx
-from rampde_fx import cpu_products, torch_private
-from rampde_fx.torch_private import inductor
+from rampde_fx import cpu_products
+from rampde_fx.torch_private import inductor, kernels
 from tests.models import Euler
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def cpu_without_float16(monkeypatch):
-    monkeypatch.setattr(torch_private, "cpu_multiplies", lambda dtype: dtype is not torch.float16)
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: dtype is not torch.float16)
 
 
 def lowered(product, args):
@@ -72,7 +72,7 @@ def test_other_products_stay(dtype, device):
 
 
 def test_a_cpu_with_float16_arithmetic_keeps_them(monkeypatch):
-    monkeypatch.setattr(torch_private, "cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
     assert operators_of(lowered(aten.mm.default, (A, B))) == ["aten.mm.default"]
 
 
@@ -107,7 +107,7 @@ def test_inductor_lowers_with_them_behind_a_pass_of_the_users(monkeypatch):
     lowering(graph.graph)
     assert operators_of(graph) == ["rampde_fx.mm.default"] and "aten.mm.default" in users.seen[0]
     assert "of the user's" in lowering.uuid()
-    monkeypatch.setattr(torch_private, "cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
     assert cpu_products.replace_products().uuid() not in lowering.uuid()
     users.key = None
     assert lowering.uuid() is None

@@ -23,7 +23,7 @@ from rampde_fx.ir.ends import Cotangent, Target
 from rampde_fx.ir.sources import InvariantSource
 from rampde_fx.passes import emit_loop, generate_adjoint, roll_loop, scale_adjoint
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.torch_private import scan_op, while_loop_op
+from rampde_fx.torch_private.higher_order import scan_op, while_loop_op
 from tests.comparison import compiled, relative_errors
 
 steps = rampde_fx.steps

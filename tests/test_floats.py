@@ -9,9 +9,10 @@ from expecttest import TestCase
 from torch import nn
 
 import rampde_fx
-from rampde_fx import errors, graphs, torch_private
+from rampde_fx import errors, graphs
 from rampde_fx.backend import rewrite
 from rampde_fx.passes.lift_floats import lift_floats
+from rampde_fx.torch_private import fake_tensors
 from tests.comparison import compiled, gradients, relative_errors
 from tests.golden import printed, without_captured_inputs
 
@@ -199,7 +200,7 @@ def captured_with_a_float(function):
     found = []
 
     def backend(graph_module, _):
-        with torch_private.fake_mode_of(graph_module):
+        with fake_tensors.fake_mode_of(graph_module):
             found.append(function(graphs.copied(graph_module)))
         return graph_module.forward
 

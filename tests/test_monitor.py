@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx import AdjointScaling, PrecisionPolicy, errors, monitoring, torch_private
+from rampde_fx import AdjointScaling, PrecisionPolicy, errors, monitoring
+from rampde_fx.torch_private import inductor
 from tests.comparison import compiled, gradients
 from tests.models import RK4, Euler
 from tests.test_scaling import Steep
@@ -119,11 +120,11 @@ def test_nothing_is_in_the_graph_of_a_closed_monitor():
 
     def backend(graph_module, inputs):
         graphs.append(graph_module.print_readable(print_output=False))
-        return torch_private.lookup_backend("aot_eager")(graph_module, inputs)
+        return inductor.lookup_backend("aot_eager")(graph_module, inputs)
 
     model, y, t = RK4(), torch.randn(3, 5), torch.linspace(0, 1, 4)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch_private, "compile_graph", lambda _, graph, inputs, *__: backend(graph, inputs))
+        patched.setattr(inductor, "compile_graph", lambda _, graph, inputs, *__: backend(graph, inputs))
         run = compiled(model, torch.float16)
         plain = gradients(run, model, y, t)
         with rampde_fx.monitor() as monitor:

@@ -6,7 +6,7 @@ import torch
 from expecttest import TestCase
 
 import rampde_fx
-from rampde_fx import graphs, operator_table, torch_private
+from rampde_fx import graphs, operator_table, tracing
 from rampde_fx.backend import STEP_PASSES
 from rampde_fx.ir.ends import Adjoint, Cotangent, Gradient, Operand, Saved, StateSlot, Statistics, Target, Vanished
 from rampde_fx.ir.sources import CarrySource, IndexSource, InvariantSource, SeedSource
@@ -24,6 +24,7 @@ from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import find_sums, widen_gradients, widened
+from rampde_fx.torch_private import fake_tensors
 from tests.golden import printed, without_captured_inputs
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ def through(function, arguments=ARGUMENTS, model=flow):
     found = []
 
     def backend(graph_module, _):
-        with torch_private.fake_mode_of(graph_module):
+        with fake_tensors.fake_mode_of(graph_module):
             found.append(function(graphs.copied(graph_module)))
         return graph_module.forward
 
@@ -380,14 +381,14 @@ class GraphModule(torch.nn.Module):
 
     def test_widen_the_sums_of_a_weight_that_is_read_twice(self):
         def traced(_):
-            with torch_private.fake_mode():
+            with fake_tensors.fake_mode():
                 factors = [torch.empty(shape, dtype=torch.float16) for shape in ((3, 7), (3, 5), (7,), (7, 5))]
 
             def pullback(y, b, c, d):
                 weight = (b.t() @ y).t() + y.t() @ b + d
                 return [weight.float(), (y @ c + y.sum(1)).float(), torch.relu(y.t() @ b).float()]
 
-            module = torch_private.trace(pullback, factors)
+            module = tracing.trace(pullback, factors)
             return printed(widened(module, find_sums(module)))
 
         self.assertExpectedInline(
@@ -423,9 +424,9 @@ class GraphModule(torch.nn.Module):
     def test_widen_gradients_by_device_and_dtype(self):
         def run(device, dtype):
             def traced(_):
-                with torch_private.fake_mode():
+                with fake_tensors.fake_mode():
                     factors = [torch.empty(shape, dtype=dtype, device=device) for shape in ((3, 7), (3, 5))]
-                module = torch_private.trace(lambda y, b: [(y.t() @ b).t().float(), b.sum(0).float()], factors)
+                module = tracing.trace(lambda y, b: [(y.t() @ b).t().float(), b.sum(0).float()], factors)
                 return printed(widened(module, find_sums(module))).replace(
                     ", device = device(type='cuda', index=0)", ""
                 )

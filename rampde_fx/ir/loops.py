@@ -12,12 +12,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import fx, nn
 
-from rampde_fx import graphs, torch_private
+from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.schedules import segment_length
 from rampde_fx.step_control import Controller
+from rampde_fx.torch_private import shapes
 
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ class Loop:
     @property
     def unrolled(self) -> bool:
         """Whether it is emitted step by step rather than as a scan."""
-        if self.policy.loop == "unroll" and torch_private.is_data_dependent(self.steps):
+        if self.policy.loop == "unroll" and shapes.is_data_dependent(self.steps):
             raise UnsupportedLoopError(
                 'loop="unroll" with a number of steps that is computed from the times',
                 required="a number of steps that the shape of the times tells",
