@@ -16,7 +16,7 @@ from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.schedules import segment_length
+from rampde_fx.schedules import Activations, EveryStep, Segments, SqrtSegments
 from rampde_fx.step_control import Controller
 from rampde_fx.torch_private import shapes
 
@@ -107,7 +107,20 @@ class Loop:
 
     def segment(self) -> int | torch.SymInt:
         """K, the number of steps from one stored state to the next."""
-        return segment_length(self.policy.schedule, self.steps, self.where)
+        match self.policy.schedule:
+            case EveryStep() | Activations():
+                return 1
+            case Segments(length):
+                return min(length, self.steps) if isinstance(self.steps, int) else length
+            case SqrtSegments():
+                if shapes.is_data_dependent(self.steps):
+                    raise UnsupportedLoopError(
+                        'checkpoint="sqrt" with a number of steps that is computed from the times',
+                        required="a number of steps that the shape of the times tells",
+                        fix='use an int instead of "sqrt", or options={"num_steps": n} instead of a step size',
+                        where=self.where,
+                    )
+                return graphs.ceil_sqrt(self.steps)
 
     @property
     def unrolled(self) -> bool:
