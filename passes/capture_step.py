@@ -24,10 +24,10 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from rampde_fx import graphs, tracing
-from rampde_fx.effects import Observer, detaches, gradient_modes, shares_memory
 from rampde_fx.errors import MutationError, RampdeError, UnsupportedLoopError
+from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run
+from rampde_fx.ir.effects import Observer, detaches, gradient_modes, shares_memory
 from rampde_fx.ir.sources import ORDER, CarrySource, Key, Source, TimeSource, carries_among
 from rampde_fx.torch_private import fake_tensors
 

@@ -18,8 +18,9 @@ import operator
 
 from torch import fx
 
-from rampde_fx import graphs, operators
 from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.ir import graphs
+from rampde_fx.runtime import operators
 
 
 def check_repetition(graph_module: fx.GraphModule) -> None:

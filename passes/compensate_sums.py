@@ -25,10 +25,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import CompensatedLoop, Loop, StoredLoop
-from rampde_fx.operator_table import properties
+from rampde_fx.ir.operator_table import properties
 
 aten = torch.ops.aten
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import CountedLoop, LoweredLoop
 
 COUNT = torch.ops.rampde_fx.count_underflow.default

@@ -11,7 +11,7 @@ of invariants are accumulated in the invariants' dtype. Where no gradient is wan
 and nothing is stored. The overflow flag is read once per attempt, on the host; an incoming cotangent that is not
 finite passes through and is not tried again.
 
-Where the policy asks for segments of K steps, both scans are nested: rampde_fx/segments.py.
+Where the policy asks for segments of K steps, both scans are nested: rampde_fx/emit/segments.py.
 
 Requires: a Loop whose adjoint, if any, has its storage dtypes.
 Ensures:  results in the user's dtypes; what is saved is what the step stores, and operands of the loop.
@@ -28,7 +28,9 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from rampde_fx import graphs, tracing
+from rampde_fx.emit.recurrence import Body, at, emit_preamble, iterate, repeat
+from rampde_fx.emit.segments import Recomputation, Segments
+from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import (
     Adjoint,
     AdjointInput,
@@ -48,9 +50,7 @@ from rampde_fx.ir.ends import (
 )
 from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.policy import AdjointScaling
-from rampde_fx.recurrence import Body, at, emit_preamble, iterate, repeat
-from rampde_fx.scales import are_finite
-from rampde_fx.segments import Recomputation, Segments
+from rampde_fx.runtime.scales import are_finite
 from rampde_fx.torch_private import fake_tensors, shapes
 from rampde_fx.torch_private.higher_order import autograd_function_apply
 

@@ -10,7 +10,7 @@ many steps as the search found, computes the solution and has the adjoint.
 
 Requires: a Loop with a controller, lowered, without adjoint.
 Ensures:  no gradient; the condition of the loop is read once per step that is tried, on the host.
-Source:   the controller's, rampde_fx/step_control.py.
+Source:   the controller's, rampde_fx/solvers/step_control.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, step_control, tracing
+from rampde_fx.emit.recurrence import Body, emit_preamble, repeat
+from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.loops import CompensatedLoop
-from rampde_fx.recurrence import Body, emit_preamble, repeat
+from rampde_fx.solvers import step_control
 from rampde_fx.torch_private import fake_tensors
 
 FIELDS = len(step_control.Search._fields)

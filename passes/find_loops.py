@@ -21,10 +21,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx.effects import own_backward, with_bodies
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
-from rampde_fx.graphs import user_line, value
 from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
+from rampde_fx.ir.effects import own_backward, with_bodies
+from rampde_fx.ir.graphs import user_line, value
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.torch_private import higher_order
 

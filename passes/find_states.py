@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table
 from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopError
+from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop
+from rampde_fx.ir.operator_table import properties
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, TimeSource
-from rampde_fx.operator_table import properties
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, tracing
 from rampde_fx.errors import UnsupportedVelocityError
+from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import Adjoint, AdjointInput, Cotangent, Evaluation, Gradient, Operand, Total, remaining
 from rampde_fx.ir.loops import CountedLoop, DifferentiatedLoop, Loop
-from rampde_fx.lowering import mark_coefficients
+from rampde_fx.ir.lowering import mark_coefficients
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten

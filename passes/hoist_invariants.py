@@ -11,7 +11,7 @@ Ensures:  no node of the step that computes anything depends on invariants alone
 
 from __future__ import annotations
 
-from rampde_fx import graphs
+from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import HoistedLoop, Loop
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import ActivationSlot, Evaluation, Operand, Saved, remaining
 from rampde_fx.ir.loops import KeptLoop, WatchedLoop
 from rampde_fx.schedules import Activations

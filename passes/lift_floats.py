@@ -21,10 +21,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rampde_fx import graphs
-from rampde_fx.graphs import value
+from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import begins_loop, ends_loop
-from rampde_fx.operator_table import properties_of_captured
+from rampde_fx.ir.graphs import value
+from rampde_fx.ir.operator_table import properties_of_captured
 from rampde_fx.torch_private import fake_tensors, shapes
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rampde_fx.graphs import value
+from rampde_fx.ir.graphs import value
 
 
 def lift_numbers(graph_module: fx.GraphModule, first: fx.Node) -> None:

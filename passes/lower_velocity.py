@@ -26,9 +26,9 @@ import torch
 from torch import fx
 from torch.fx.passes.tools_common import legalize_graph
 
-from rampde_fx import graphs, operator_table, tracing
+from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.loops import Fallback, LoweredLoop, PartitionedLoop
-from rampde_fx.lowering import Lowering
+from rampde_fx.ir.lowering import Lowering
 from rampde_fx.torch_private import shapes
 
 aten = torch.ops.aten

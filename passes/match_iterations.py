@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs
-from rampde_fx.effects import Observer, call, gradient_modes
 from rampde_fx.errors import UnsupportedLoopError
-from rampde_fx.graphs import value
+from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop, Run, reads_end
+from rampde_fx.ir.effects import Observer, call, gradient_modes
+from rampde_fx.ir.graphs import value
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, PerStepSource, Source, TimeSource
 from rampde_fx.torch_private import fake_tensors, shapes
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, tracing
 from rampde_fx.errors import RandomVelocityError
+from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.captured import CapturedStep
 from rampde_fx.ir.sources import IndexSource, InvariantSource, SeedSource
 from rampde_fx.torch_private import fake_tensors

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs
-from rampde_fx.effects import Observer
 from rampde_fx.errors import MutationError
+from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, reads_end
+from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.loops import Loop, LoopNode
 from rampde_fx.ir.sources import (
     CarrySource,
@@ -34,7 +34,7 @@ from rampde_fx.ir.sources import (
     TimeSource,
     carries_among,
 )
-from rampde_fx.step_control import Controller
+from rampde_fx.solvers.step_control import Controller
 from rampde_fx.torch_private import fake_tensors, shapes
 
 PER_STEP = (TimeSource, PerStepSource, IndexSource)

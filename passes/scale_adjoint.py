@@ -41,11 +41,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table, tracing
 from rampde_fx.errors import UnsupportedVelocityError
+from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.ends import Evaluation, Operand, Target, Vanished, cotangents_of
 from rampde_fx.ir.loops import ScaledLoop, SummedLoop
-from rampde_fx.scales import power_of_two_scale, vanishing_entries
+from rampde_fx.runtime.scales import power_of_two_scale, vanishing_entries
 from rampde_fx.torch_private import fake_tensors, shapes
 
 aten = torch.ops.aten

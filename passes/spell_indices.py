@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import indices
-from rampde_fx.effects import Observer
-from rampde_fx.graphs import value
+from rampde_fx.ir import indices
+from rampde_fx.ir.effects import Observer
+from rampde_fx.ir.graphs import value
 
 
 def spell_indices(graph_module: fx.GraphModule) -> None:

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table, tracing
+from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.ends import Adjoint, Operand, Saved, StateSlot, remaining
 from rampde_fx.ir.loops import KeptLoop, Loop, StoredLoop
-from rampde_fx.scales import power_of_two_scale
+from rampde_fx.runtime.scales import power_of_two_scale
 
 CAST = torch.ops.aten._to_copy.default
 NARROW = torch.ops.rampde_fx.narrow.default

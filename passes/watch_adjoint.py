@@ -20,10 +20,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx import graphs, tracing
+from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import Evaluation, Statistics, cotangents_of
 from rampde_fx.ir.loops import ScaledLoop, WatchedLoop
-from rampde_fx.scales import are_finite
+from rampde_fx.runtime.scales import are_finite
 
 aten = torch.ops.aten
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import graphs, operator_table
+from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.loops import DifferentiatedLoop, SummedLoop
-from rampde_fx.operator_table import properties
+from rampde_fx.ir.operator_table import properties
 
 aten = torch.ops.aten
 CAST = aten._to_copy.default

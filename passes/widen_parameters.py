@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import HoistedLoop, Loop, WidenedLoop
 
 CAST = torch.ops.aten._to_copy.default

@@ -4,9 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rampde_fx import errors
-from rampde_fx.adjoint_record import AdjointRecord
-from rampde_fx.check_table import CheckResult, CheckRow
-from rampde_fx.counts import (
+from rampde_fx.frontend.integrate import odeint
+from rampde_fx.frontend.marking import mixed_precision, policy_of, steps
+from rampde_fx.policy import AdjointScaling, PrecisionPolicy
+from rampde_fx.proof.check_table import CheckResult, CheckRow
+from rampde_fx.runtime.adjoint_record import AdjointRecord
+from rampde_fx.runtime.counts import (
     BackwardCount,
     EvaluationCount,
     StateCount,
@@ -14,24 +17,21 @@ from rampde_fx.counts import (
     evaluation_counts,
     state_counts,
 )
-from rampde_fx.integrate import odeint
-from rampde_fx.marking import mixed_precision, policy_of, steps
-from rampde_fx.monitoring import Monitor, monitor
-from rampde_fx.policy import AdjointScaling, PrecisionPolicy
-from rampde_fx.tableau import METHODS, ButcherTableau
+from rampde_fx.runtime.monitoring import Monitor, monitor
+from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 
 # What compiles needs Dynamo and Inductor, which take twice as long to import as torch: when it is asked for.
-_LATER = {"check": "checking", "explain": "report"}
+_LATER = {"check": "proof.checking", "explain": "report.explain"}
 if TYPE_CHECKING:
-    from rampde_fx.checking import check
-    from rampde_fx.report import explain
+    from rampde_fx.proof.checking import check
+    from rampde_fx.report.explain import explain
 else:
 
     def __getattr__(name: str) -> Any:
         if name in _LATER:
             return getattr(import_module(f"rampde_fx.{_LATER[name]}"), name)
-        if name in ("backend", "report"):
-            return import_module(f"rampde_fx.{name}")
+        if name == "backend":
+            return import_module("rampde_fx.backend")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import rampde_fx
 from rampde_fx.errors import RampdeError
-from rampde_fx.report import explain
+from rampde_fx.report.explain import explain
 from rampde_fx.torch_private import capturing, kernels
 
 EPILOG = """examples:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx import cpu_products, cuda_graphs, graphs, pass_log, unrewritten
+from rampde_fx.emit import cpu_products, cuda_graphs
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
+from rampde_fx.frontend import unrewritten
+from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop
+from rampde_fx.ir.loop_verifier import verify
 from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
-from rampde_fx.loop_verifier import verify
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.compensate_sums import compensate_sums
@@ -39,9 +41,10 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
+from rampde_fx.proof.verification import Verification, on_first_call
+from rampde_fx.report import pass_log
 from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, shapes
 from rampde_fx.torch_private.names import require_all
-from rampde_fx.verification import Verification, on_first_call
 
 require_all()
 
@@ -224,7 +227,7 @@ def rampde_fx(
 
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
-    """Whether the loops are to be CUDA graphs (rampde_fx/cuda_graphs.py)."""
+    """Whether the loops are to be CUDA graphs (rampde_fx/emit/cuda_graphs.py)."""
     replays = inductor.asks_for("triton.cudagraphs", options, mode)
     if not inductor.asks_for("cpp_wrapper", options, mode):
         return replays

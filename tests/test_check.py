@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx import backend, check, errors, graphs
+from rampde_fx import backend, check, errors
+from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Total
 from rampde_fx.policy import PrecisionPolicy
 from tests import test_semantics

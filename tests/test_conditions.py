@@ -6,9 +6,9 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rampde_fx
-from rampde_fx import graphs, lowering, tracing
+from rampde_fx.emit.recurrence import Body
+from rampde_fx.ir import graphs, lowering, tracing
 from rampde_fx.passes.match_iterations import _alike
-from rampde_fx.recurrence import Body
 from rampde_fx.torch_private import fake_tensors
 from tests.comparison import compiled, gradients, relative_errors
 

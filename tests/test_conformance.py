@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx.tableau import METHODS
+from rampde_fx.solvers.tableau import METHODS
 from tests.comparison import compiled, relative_errors
 from tests.problems import PROBLEMS, Constant, Sine, Spiral, exact, times
 

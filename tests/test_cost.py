@@ -17,7 +17,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
-from rampde_fx import PrecisionPolicy, backend, graphs, operator_table
+from rampde_fx import PrecisionPolicy, backend
+from rampde_fx.ir import graphs, operator_table
 from rampde_fx.torch_private import kernels
 from tests.benchmarks.cases import QUICK
 from tests.benchmarks.contenders import solve_by_odeint

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rampde_fx
-from rampde_fx import cpu_products
+from rampde_fx.emit import cpu_products
 from rampde_fx.torch_private import inductor, kernels
 from tests.models import Euler
 

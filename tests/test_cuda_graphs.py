@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import rampde_fx
-from rampde_fx import cuda_graphs
+from rampde_fx.emit import cuda_graphs
 from rampde_fx.errors import CaptureError, PolicyError
 from rampde_fx.torch_private import inductor
 from tests.comparison import compiled, gradients, relative_errors

@@ -18,11 +18,13 @@ import torch
 from torch import fx, nn
 
 import rampde_fx
-from rampde_fx import backend, counts, decompositions, errors, graphs, operators
+from rampde_fx import backend, errors
+from rampde_fx.ir import decompositions, graphs
 from rampde_fx.ir.ends import Cotangent, Target
 from rampde_fx.ir.sources import InvariantSource
 from rampde_fx.passes import emit_loop, generate_adjoint, roll_loop, scale_adjoint
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runtime import counts, operators
 from rampde_fx.torch_private.higher_order import scan_op, while_loop_op
 from tests.comparison import compiled, relative_errors
 
@@ -354,7 +356,7 @@ def adjoints_are_added_in_place(patch):
         return self.graph.call_function(target, (before, cotangent))
 
     patch.setattr(generate_adjoint._Transposition, "_sum", add_into)
-    patch.setattr("rampde_fx.recurrence.owned", lambda value: value)
+    patch.setattr("rampde_fx.emit.recurrence.owned", lambda value: value)
 
 
 # 8. It crashes on t.requires_grad with a batch, a frozen parameter, a plain function as velocity, and a 0-d state.

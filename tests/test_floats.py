@@ -9,8 +9,9 @@ from expecttest import TestCase
 from torch import nn
 
 import rampde_fx
-from rampde_fx import errors, graphs
+from rampde_fx import errors
 from rampde_fx.backend import rewrite
+from rampde_fx.ir import graphs
 from rampde_fx.passes.lift_floats import lift_floats
 from rampde_fx.torch_private import fake_tensors
 from tests.comparison import compiled, gradients, relative_errors

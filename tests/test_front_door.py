@@ -167,7 +167,7 @@ def test_what_another_version_of_the_package_compiled_is_not_taken_from_a_cache(
 
     assert hits() == 0
     assert hits() > 0  # near miss: the same version again
-    for file in ("rampde_fx/loop.py", "rampde_fx/passes/emit_loop.py"):
+    for file in ("rampde_fx/ir/loops.py", "rampde_fx/passes/emit_loop.py"):
         with (tmp_path / file).open("a") as source:
             source.write("\n# another version\n")
         assert hits() == 0

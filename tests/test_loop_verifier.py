@@ -7,11 +7,12 @@ import torch
 from torch import fx
 
 import rampde_fx
-from rampde_fx import backend, graphs
+from rampde_fx import backend
 from rampde_fx.errors import RewriteError
+from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import ActivationSlot, Gradient, Operand, Vanished
+from rampde_fx.ir.loop_verifier import faults, verify
 from rampde_fx.ir.loops import Pipeline
-from rampde_fx.loop_verifier import faults, verify
 from tests.models import FORMS, Midpoint
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import rampde_fx
-from rampde_fx.lowering import Lowering
+from rampde_fx.ir.lowering import Lowering
 from tests.comparison import compiled, relative_errors
 
 MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4).sin()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx import AdjointScaling, PrecisionPolicy, errors, monitoring
+from rampde_fx import AdjointScaling, PrecisionPolicy, errors
+from rampde_fx.runtime import monitoring
 from rampde_fx.torch_private import inductor
 from tests.comparison import compiled, gradients
 from tests.models import RK4, Euler

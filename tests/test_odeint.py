@@ -9,7 +9,7 @@ from torch import nn
 import rampde_fx
 from rampde_fx import errors
 from rampde_fx.backend import rewrite
-from rampde_fx.tableau import METHODS, ButcherTableau
+from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 from tests.comparison import gradients, relative_errors
 from tests.models import Solved, Velocity
 

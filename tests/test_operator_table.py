@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import fx
 
-from rampde_fx import operator_table
-from rampde_fx.operator_table import ROWS, TABLE, Operator, properties
+from rampde_fx.ir import operator_table
+from rampde_fx.ir.operator_table import ROWS, TABLE, Operator, properties
 
 aten = torch.ops.aten
 ROOT = pathlib.Path(operator_table.__file__).parent

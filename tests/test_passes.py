@@ -6,8 +6,8 @@ import torch
 from expecttest import TestCase
 
 import rampde_fx
-from rampde_fx import graphs, operator_table, tracing
 from rampde_fx.backend import STEP_PASSES
+from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.ends import Adjoint, Cotangent, Gradient, Operand, Saved, StateSlot, Statistics, Target, Vanished
 from rampde_fx.ir.sources import CarrySource, IndexSource, InvariantSource, SeedSource
 from rampde_fx.passes.capture_step import capture_step

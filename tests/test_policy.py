@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 import rampde_fx
 from rampde_fx import AdjointScaling, PrecisionPolicy, errors, policy, policy_of
-from rampde_fx.check_table import label
+from rampde_fx.proof.check_table import label
 from tests.models import Euler
 from tests.test_properties import cases
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx import graphs, operator_table
+from rampde_fx.ir import graphs, operator_table
 
 for name in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(name)

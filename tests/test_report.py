@@ -13,9 +13,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
-from rampde_fx import graphs, pass_log, report_html, step_picture
 from rampde_fx.__main__ import main
 from rampde_fx.backend import STEP_PASSES
+from rampde_fx.ir import graphs
+from rampde_fx.report import pass_log, report_html, step_picture
 from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory, Velocity
 
 PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
@@ -119,7 +120,7 @@ def test_hostile_names_are_escaped():
         node.name = hostile
         node.meta["stack_trace"] = f'File "{hostile}.py", line 1, in f\n    {hostile}'
     object.__setattr__(loop, "where", f"{hostile}:1, in f: {hostile}")
-    text = report_html.page(report)
+    text = page_of(report)
     assert hostile not in text and hostile in unescape(text)
     assert Page(text).tags.count("script") == 1
 
@@ -146,7 +147,7 @@ def test_flops_are_those_of_the_products():
     assert loop.adjoint_flops == 3 * products  # evaluated again, and one product for each factor's gradient
     (kept,) = explained(Euler, checkpoint="none").loops
     assert kept.adjoint_flops == 2 * products
-    assert f"{products:,} FLOP" in str(loop) and f">{4 * products:,}<" in report_html.page(explained(Euler))
+    assert f"{products:,} FLOP" in str(loop) and f">{4 * products:,}<" in page_of(explained(Euler))
 
 
 def test_one_checkpointed_loop_after_another():
@@ -187,7 +188,7 @@ def test_the_logs_name_each_pass_in_order(caplog):
             rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True
         )
         model(torch.zeros(3, 5), torch.linspace(0, 1, 5))
-    records = [record for record in caplog.records if record.name == "rampde_fx.pass_log"]
+    records = [record for record in caplog.records if record.name == "rampde_fx.report.pass_log"]
     assert [record.args[1] for record in records] == PASSES
     assert "models.py" in records[0].getMessage() and '"f16[3, 5]"' in records[-1].getMessage()
 

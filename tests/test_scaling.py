@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rampde_fx
-from rampde_fx import counts
-from rampde_fx.scales import power_of_two_scale
+from rampde_fx.runtime import counts
+from rampde_fx.runtime.scales import power_of_two_scale
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import RK4, Euler
 

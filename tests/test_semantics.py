@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import errors
-from rampde_fx.tracing import MAX_CONSTANT
+from rampde_fx.ir.tracing import MAX_CONSTANT
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Flow, Velocity
 

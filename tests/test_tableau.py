@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rampde_fx.errors import MethodError, RampdeError, TableauError
-from rampde_fx.runge_kutta import advance_collecting, interpolate
-from rampde_fx.tableau import METHODS, ButcherTableau, bracket, density, rooted_trees, tableau_of, vertices
+from rampde_fx.solvers.runge_kutta import advance_collecting, interpolate
+from rampde_fx.solvers.tableau import METHODS, ButcherTableau, bracket, density, rooted_trees, tableau_of, vertices
 
 
 def embedded(tableau):

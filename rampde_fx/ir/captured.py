@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from rampde_fx import operators
 from rampde_fx.ir.sources import CarrySource, Key, Source, carries_among
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runtime import operators
 
 STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
 END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import fx
 
-from rampde_fx import graphs
+from rampde_fx.ir import graphs
 
 T = TypeVar("T")
 

@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import fx, nn
 
-from rampde_fx import graphs
 from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.schedules import Activations, EveryStep, Segments, SqrtSegments
-from rampde_fx.step_control import Controller
+from rampde_fx.solvers.step_control import Controller
 from rampde_fx.torch_private import shapes
 
 T = TypeVar("T")

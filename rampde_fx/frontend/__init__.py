@@ -1,0 +1,1 @@
+"""What a model calls: the decorator, steps and odeint; and the warnings for what stays in fp32."""

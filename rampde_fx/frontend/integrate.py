@@ -1,0 +1,223 @@
+"""odeint: the initial value problem of a neural ODE in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError, refuse
+from rampde_fx.frontend.marking import is_real, is_time_grid
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runtime import operators
+from rampde_fx.solvers.adaptive_steps import adaptive_steps, controller_of
+from rampde_fx.solvers.fixed_steps import (
+    FIXED_OPTIONS,
+    CheckedVelocity,
+    equal_steps,
+    fixed_options,
+    is_number,
+    steps_between,
+)
+from rampde_fx.solvers.runge_kutta import State, real_dtype
+from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
+
+
+def odeint(
+    func: Callable[[torch.Tensor, Any], Any],
+    y0: Any,
+    t: torch.Tensor,
+    *,
+    method: str | ButcherTableau = "rk4",
+    rtol: float = 1e-7,
+    atol: float = 1e-9,
+    options: Mapping[str, Any] | None = None,
+    policy: PrecisionPolicy | None = None,
+) -> Any:
+    """Integrate dy/dt = func(t, y) from y(t[0]) = y0, and return y at every t.
+
+    Uncompiled it is plain torch code in the dtype of y0. In a model compiled for the rampde_fx backend it is one loop,
+    captured once whatever the number of steps, and rewritten as a loop over steps(t) is.
+
+    Args:
+        func: The velocity: takes t, a 0-d tensor of y0's dtype (real where that is complex), and y, of y0's
+            structure; returns dy/dt, of the structure, shapes and dtypes of y0. It may read any tensors; gradients
+            reach all of them.
+        y0: Initial state: a floating or complex tensor of any shape, or a nested tuple, list or dict of such.
+        t: Times of the solution, shape (M,) with M >= 2, floating, strictly monotone; it may run backward. Time is
+            computed in t's dtype.
+        method: A name of METHODS, or a ButcherTableau of one's own.
+        rtol: Relative tolerance of adaptive steps. It should not be below the unit roundoff of the velocity's dtype.
+        atol: Absolute tolerance of adaptive steps.
+        options: For fixed steps one of these; without either, one step leads from each time to the next.
+
+            - "num_steps", an int: as many equal steps between two output times.
+            - "step_size": steps of this size from t[0] on, the last one shortened; the solution between two of them
+              is interpolated linearly.
+
+            Methods with embedded weights (bosh3, dopri5, tsit5, dopri8) adapt their steps unless one of the above is
+            given: these do not end at output times where the method interpolates (all but dopri8). They take these.
+
+            - "first_step": its size; no step is smaller than t resolves.
+            - "max_steps" (4096): the most that may count, over all of t.
+            - "safety" (0.9), "ifactor" (10), "dfactor" (0.2): of the step size's control.
+            - "status": True, for the pair that is described below.
+
+        policy: How the backend is to rewrite it; where None, as the surrounding mixed_precision says.
+
+    Returns:
+        The solution, of the structure and dtypes of y0, each tensor with a first dimension of M more; y0 comes first.
+        With options={"status": True} a pair of it and a 0-d int64 tensor: 1 if the last time was reached, 2 after too
+        many steps, 3 if a step that t resolves no smaller was rejected, 4 if y0 or its velocity is not finite; times
+        that were not reached are NaN then.
+
+    Raises:
+        StateError: if y0 is not of floating or complex tensors, or func is no function or returns another structure,
+            shape or dtype.
+        TimeGridError: if t is not a floating, finite, strictly monotone 1-D tensor of at least two points.
+        MethodError: if there is no such method.
+        OptionError: naming an option or a tolerance that does not exist or means nothing.
+        PolicyError: if policy is no PrecisionPolicy.
+        StepSizeError: if adaptive steps do not reach the last time.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.1.
+
+    >>> t = torch.linspace(0, 1, 11)
+    >>> y = odeint(lambda t, y: -y, torch.ones(3), t)
+    >>> y.shape, bool(torch.allclose(y[-1], torch.exp(torch.tensor(-1.0))))
+    (torch.Size([11, 3]), True)
+    """
+    leaves, structure = _flat_state(y0)
+    tableau = tableau_of(method)
+    t = _times(t, leaves)
+    _check_policy(policy)
+    _check_tolerances(rtol, atol)
+    given = _given(options)
+    steps_adapt = tableau.adaptive and not any(name in given for name in FIXED_OPTIONS)
+    velocity = _velocity(func, leaves, structure)
+    if steps_adapt:
+        asks_status = _asks_status(given)
+        controller, first_size = controller_of(given, tableau, rtol, atol)
+        trajectories, status = adaptive_steps(
+            tableau, velocity, leaves, t, controller, first_size, policy, raises=not asks_status
+        )
+        solution = pytree.tree_unflatten(trajectories, structure)
+        return (solution, status) if asks_status else solution
+    if (rtol, atol) != (1e-7, 1e-9) and not torch.compiler.is_dynamo_compiling():
+        warnings.warn("rtol and atol mean nothing to fixed steps", stacklevel=2)
+    step_size, count = fixed_options(given)
+    if step_size is not None:
+        trajectories = equal_steps(tableau, velocity, leaves, t, step_size, policy)
+    else:
+        trajectories = steps_between(tableau, velocity, leaves, t, count, policy)
+    return pytree.tree_unflatten(trajectories, structure)
+
+
+def _flat_state(y0: Any) -> tuple[State, pytree.TreeSpec]:
+    leaves, structure = pytree.tree_flatten(y0)
+    wrong = [leaf for leaf in leaves if not is_state(leaf)]
+    if wrong or not leaves:
+        refuse(
+            StateError,
+            f"y0 holds {_kind(wrong[0])}" if wrong else "y0 holds no tensor",
+            required="a floating or complex tensor, or a nested tuple, list or dict of such",
+            fix="convert integers and float8 by .float()",
+        )
+    return list(leaves), structure
+
+
+def is_state(value: Any) -> bool:
+    """Whether it is a tensor in whose dtype a state can be summed up."""
+    return is_real(value) or (isinstance(value, torch.Tensor) and value.dtype in (torch.complex64, torch.complex128))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pytree.TreeSpec) -> CheckedVelocity:
+    """The user's function on flat states; with what it returns, what is wrong with it."""
+    if not callable(func):
+        refuse(
+            StateError,
+            f"func is {_kind(func)}",
+            required="a function of t and y that returns dy/dt",
+            fix="write odeint(func, y0, t), in this order",
+        )
+    dtype = y[0].dtype
+    for leaf in y[1:]:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    dtype = real_dtype(dtype)
+
+    def velocity(t: torch.Tensor, state: State) -> tuple[State, str]:
+        rates, found = pytree.tree_flatten(func(t.to(dtype), pytree.tree_unflatten(state, structure)))
+        if found != structure:
+            return state, f"func returns {found}, and y0 is {structure}"
+        for before, after in zip(state, rates, strict=True):
+            if not isinstance(after, torch.Tensor) or (before.shape, before.dtype) != (after.shape, after.dtype):
+                return state, f"func returns {_kind(after)} as the derivative of {_kind(before)}"
+        return list(rates), ""
+
+    return velocity
+
+
+def _check_policy(policy: PrecisionPolicy | None) -> None:
+    if policy is not None and not isinstance(policy, PrecisionPolicy):
+        refuse(
+            PolicyError,
+            f"policy={policy!r}",
+            required="a PrecisionPolicy, or None for that of the surrounding mixed_precision",
+            fix="write policy=rampde_fx.PrecisionPolicy(torch.float16)",
+        )
+
+
+def _check_tolerances(rtol: float, atol: float) -> None:
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (is_number(value) and 0 <= value < float("inf")):
+            refuse(
+                OptionError,
+                f"{name}={value!r}",
+                required="tolerances that are finite numbers of at least 0",
+                fix="write rtol=1e-3, atol=1e-6, or leave both out",
+            )
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        refuse(
+            OptionError,
+            f"options={options!r}",
+            required="a dict of options by their names",
+            fix='write options={"num_steps": 4}',
+        )
+    return {} if options is None else dict(options)
+
+
+def _asks_status(given: dict[str, Any]) -> bool:
+    """Whether a status is asked for; takes the option out of those that are given."""
+    status = given.pop("status", False)
+    if not isinstance(status, bool):
+        refuse(
+            OptionError,
+            f'options={{"status": {status!r}}}',
+            required="True, for a pair of the solution and a status, or False",
+            fix='write options={"status": True}',
+        )
+    return status
+
+
+def _times(t: torch.Tensor, y: State) -> torch.Tensor:
+    if not is_time_grid(t):
+        refuse(
+            TimeGridError,
+            f"t is {_kind(t)}",
+            required="a floating 1-D tensor of at least two time points",
+            fix="pass torch.linspace(t0, t1, number_of_times), or torch.tensor([t0, t1])",
+        )
+    t = t.to(y[0].device)
+    return t + operators.monotone(t.detach())

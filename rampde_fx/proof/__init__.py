@@ -1,0 +1,1 @@
+"""check, and the verification of a rewrite on its first call."""

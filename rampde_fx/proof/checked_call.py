@@ -1,0 +1,269 @@
+"""One call of a user's model: its arguments and their names, and the one graph that Dynamo captures of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from inspect import getclosurevars, isfunction, ismethod, signature
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from rampde_fx.errors import CheckError, RampdeError, raising
+from rampde_fx.frontend import unrewritten
+from rampde_fx.frontend.marking import is_time_grid
+from rampde_fx.ir import graphs
+from rampde_fx.ir.captured import STEP
+from rampde_fx.passes.find_loops import has_loop
+from rampde_fx.proof.widening import AsWritten, Twins, copies
+from rampde_fx.runtime import operators, random_state
+from rampde_fx.torch_private import capturing
+
+
+@contextlib.contextmanager
+def untouched(function: Callable[..., Any]) -> Iterator[None]:
+    """Put the attributes of the modules that a function reads back: what they are, not what is in a list or a dict."""
+    saved = [(module, dict(module.__dict__), _registers(module)) for module in _modules_of(function)]
+    try:
+        yield
+    finally:
+        for module, attributes, registers in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for now, before in zip(_registers(module, own=True), registers, strict=True):
+                now.clear()
+                now.update(before)
+
+
+def _registers(module: nn.Module, *, own: bool = False) -> list[dict[str, Any]]:
+    found = [module._parameters, module._buffers, module._modules]
+    return found if own else [dict(register) for register in found]
+
+
+def _held_by(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a model reads beside its arguments, by name: itself, or what a function's closure and globals hold."""
+    owner = getattr(function, "__self__", None) if ismethod(function) else function
+    if isinstance(owner, nn.Module):
+        return {"": owner}
+    plain = getattr(function, "__wrapped__", function)
+    if not isfunction(plain):
+        return {}
+    names = getclosurevars(plain)
+    held = {**names.globals, **names.nonlocals}
+    return {
+        name + pytree.keystr(path): leaf
+        for name, value in held.items()
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]
+        if isinstance(leaf, (nn.Module, torch.Tensor))
+    }
+
+
+def _modules_of(function: Callable[..., Any]) -> dict[nn.Module, str]:
+    """The modules that a model reads, with those inside, and their names."""
+    found: dict[nn.Module, str] = {}
+    for name, held in _held_by(function).items():
+        if isinstance(held, nn.Module):
+            for inner, module in held.named_modules(prefix=name):
+                found.setdefault(module, inner)
+    return found
+
+
+def _tensors_of(function: Callable[..., Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a model reads beside its arguments, by name."""
+    for name, held in _held_by(function).items():
+        if isinstance(held, torch.Tensor):
+            yield name, held
+    for module, prefix in _modules_of(function).items():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}".removeprefix("."), value
+
+
+class Call:
+    """A model and copies of its arguments, whose floating tensors require a gradient unless the model updates them.
+
+    Attributes:
+        leaves: The arguments' leaves, tensors copied.
+        names: The user's name of each.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.function = function
+        self._given, self._structure = pytree.tree_flatten((tuple(args), kwargs))
+        self.names = _argument_names(function, args, kwargs)
+        self.leaves = self._copies()
+        updated = self._updated()
+        for leaf, given in zip(self.leaves, self._given, strict=True):
+            if isinstance(leaf, torch.Tensor) and graphs.has_derivatives(leaf.dtype):
+                leaf.requires_grad_(id(leaf) not in updated and (torch.is_grad_enabled() or given.requires_grad))
+
+    def __call__(self, stand_in: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+        """What the model returns; of other arguments, if something stands in for each leaf of them."""
+        args, kwargs = pytree.tree_unflatten([stand_in(leaf) for leaf in self.leaves], self._structure)
+        return self.function(*args, **kwargs)
+
+    def shortened(self, times: str, steps: int) -> Call:
+        """The same call with the first steps alone, by the argument that holds the times."""
+        position = self.names.index(times)
+        given = list(self._given)
+        count = given[position].shape[0] - 1
+        if not (isinstance(steps, int) and 1 <= steps <= count):
+            raise CheckError(
+                f"check(steps={steps!r}) where {times} has {count + 1} points",
+                required=f"an int from 1 to {count}",
+                fix="leave steps out to check all of them",
+            )
+        given[position] = given[position][: steps + 1]
+        args, kwargs = pytree.tree_unflatten(given, self._structure)
+        return Call(self.function, args, kwargs)
+
+    def tensors(self) -> dict[int, tuple[torch.Tensor, str]]:
+        """The tensors that have a name of the user's, by their identity."""
+        found = {id(x): (x, n) for x, n in zip(self.leaves, self.names, strict=True) if isinstance(x, torch.Tensor)}
+        for name, tensor in _tensors_of(self.function):
+            found.setdefault(id(tensor), (tensor, name))
+        return found
+
+    def _copies(self) -> list[Any]:
+        return copies(self._given, widen=False)
+
+    def _updated(self) -> set[int]:
+        """The arguments that the model updates in place; no leaf that requires a gradient can be."""
+        named = [tensor for tensor, _ in self.tensors().values()]
+        twins = list(zip(named, copies(named, widen=False), strict=True))
+        before = {id(tensor): twin._version for tensor, twin in twins}
+        for tensor, twin in twins:
+            twin.requires_grad_(tensor.requires_grad and id(tensor) not in {id(leaf) for leaf in self.leaves})
+        mode = Twins(twins, widen=False)
+        with random_state.kept_random_state(), untouched(self.function), mode:
+            self(mode.of)
+        return {id(tensor) for tensor, twin in twins if twin._version != before[id(tensor)]}
+
+
+def _argument_names(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+    """The user's name of every leaf of the arguments."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    parameters = list(signature(called).parameters.values())
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [(names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(args)]
+    return [
+        name + pytree.keystr(path)
+        for name, value in (*named, *kwargs.items())
+        for path, _ in pytree.tree_flatten_with_path(value)[0]
+    ]
+
+
+class Captured:
+    """The one graph of a call, and how the user's outputs follow from what it returns.
+
+    Args:
+        call: The call.
+        prepare: Sees the graph and its fake inputs while torch can compile it.
+
+    Attributes:
+        graph: The graph as Dynamo captured it.
+        inputs: Its inputs: the copied arguments, the model's own tensors.
+        names: The user's name of each input.
+    """
+
+    def __init__(self, call: Call, prepare: Callable[[fx.GraphModule, Sequence[Any]], None] = lambda *_: None) -> None:
+        self.call, self.inputs, self._returned = call, list[Any](), list[Any]()
+
+        def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            graph_module.meta[unrewritten.BACKEND] = "check"
+            self.graph = graphs.copied(graph_module)
+            try:
+                if not has_loop(graph_module):
+                    raise _no_loop()
+                prepare(self.graph, example_inputs)
+            except RampdeError as error:
+                return raising(error)
+            return self._first_run
+
+        with untouched(call.function):
+            before = tensor_attributes(call.function)
+            try:
+                tree = capturing.capture(call, backend, fullgraph=True)
+            except capturing.Unsupported as error:
+                raise _not_one_graph(error) from error
+            after = tensor_attributes(call.function)
+        if not self.inputs:
+            raise _no_loop()
+        leaves, self._structure = pytree.tree_flatten(tree)
+        self._places = [self._place(leaf) for leaf in leaves]
+        self._rebound = {n: self._place(x) for n, x in after.items() if before.get(n) is not x}
+        known = call.tensors()
+        nodes = graphs.placeholders(self.graph)
+        self.names = [
+            known[id(x)][1] if id(x) in known else capturing.source_name(node)
+            for x, node in zip(self.inputs, nodes, strict=True)
+        ]
+
+    @torch.compiler.disable
+    def _first_run(self, *inputs: Any) -> list[Any]:
+        """Run the graph on copies, so that Dynamo can build the user's outputs."""
+        self.inputs = list(inputs)
+        with torch.no_grad():
+            self._returned = list(AsWritten(self.graph).run(*copies(inputs, widen=False)))
+        return self._returned
+
+    def _place(self, leaf: Any) -> tuple[str, Any]:
+        """Where a leaf of the user's outputs comes from."""
+        for kind, values in (("returned", self._returned), ("input", self.inputs)):
+            for position, value in enumerate(values):
+                if leaf is value and isinstance(leaf, torch.Tensor):
+                    return kind, position
+        return "constant", leaf
+
+    def outputs(self, returned: Sequence[Any], called: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        """The user's outputs, and the tensor attributes that the model replaces, from a run of the graph."""
+        given = {"returned": returned, "input": called}
+
+        def at(place: tuple[str, Any]) -> Any:
+            return place[1] if place[0] == "constant" else given[place[0]][place[1]]
+
+        tree = pytree.tree_unflatten([at(place) for place in self._places], self._structure)
+        return tree, {name: at(place) for name, place in self._rebound.items()}
+
+    def times(self) -> str:
+        """The name of the argument that the loops' times come from.
+
+        Raises:
+            CheckError: if there is no such argument, or another one.
+        """
+        grids = {id(x) for x in self.call.leaves if is_time_grid(x)}
+        inputs = dict(zip(graphs.placeholders(self.graph), zip(self.inputs, self.names, strict=True), strict=True))
+        markers = [node for node in self.graph.graph.nodes if node.target in STEP or node.target is operators.enter]
+        read = graphs.ancestors([markers[0].args[0]]) if markers else set()
+        found = [inputs[node][1] for node in inputs if node in read and id(inputs[node][0]) in grids]
+        if len(found) != 1:
+            raise CheckError(
+                f"check(steps=...) cannot tell which argument holds the times: {', '.join(found) or 'none does'}",
+                required="one 1-D argument of the model that steps(t) or odeint is given",
+                fix="pass fewer times to check, and leave steps out",
+            )
+        return found[0]
+
+
+def tensor_attributes(function: Callable[..., Any]) -> dict[str, torch.Tensor]:
+    """The tensors that the modules of a model hold now, by name."""
+    return dict(_tensors_of(function))
+
+
+def _no_loop() -> CheckError:
+    return CheckError(
+        "the model has no loop over rampde_fx.steps(t) and no rampde_fx.odeint",
+        required="a loop that the backend would rewrite",
+        fix="write `for t_i, dt in rampde_fx.steps(t)`, or call rampde_fx.odeint",
+    )
+
+
+def _not_one_graph(error: Exception) -> CheckError:
+    reason = str(error).strip().split("\n\n", maxsplit=1)[0]
+    return CheckError(
+        f"the model cannot be captured as one graph: {reason}",
+        required="a model that torch.compile(..., fullgraph=True) takes",
+        fix='move what breaks the graph out, or train with options={"verify": True}, which checks each graph',
+    )

@@ -1,0 +1,121 @@
+"""What is told about one loop, as data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from rampde_fx.ir.loops import Fallback, Loop
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.report import pass_log
+from rampde_fx.schedules import Activations
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """A loop after one pass. Passes change no graph in place, so that the graphs are printed only when asked for.
+
+    Attributes:
+        name: The name of the pass.
+        loop: The loop that it returned.
+    """
+
+    name: str
+    loop: Loop = field(repr=False)
+
+    @cached_property
+    def code(self) -> str:
+        """The step, the adjoint, and what stands beside them, as readable code."""
+        return pass_log.code(self.loop)
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """One loop as it was rewritten.
+
+    Attributes:
+        where: The user's source line of the loop.
+        steps: N, the number of steps; None where it is known at run time only.
+        policy: The policy in force.
+        target: Target of the adjoint scaling, None without scaling or without an adjoint.
+        emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
+        carries: The carried states as "name: dtype[shape]".
+        evaluations: Velocity evaluations per step.
+        segment: K, where every K-th step stores something for the backward.
+        stored: What such a step stores, as "name: dtype[shape]".
+        stored_bytes: Bytes that the forward stores for the backward, over all steps, or for one where N is unknown.
+        stored_bytes_fp32: The same states in the dtype of the state, as an fp32 policy stores them.
+        stored_bytes_autograd: Bytes that plain autograd saves for the backward of the same loop, parameters and
+            contexts left out.
+        step_flops: Floating-point operations of the products in one step, as torch.utils.flop_counter counts them:
+            matrix products, convolutions and attention, nothing else.
+        adjoint_flops: Those of one step's adjoint, with the velocities that it evaluates again; 0 without an adjoint.
+        fallbacks: What stayed in the accumulation dtype, and why.
+        notes: What else to know, such as iterations that differ.
+        step: The rewritten step: (carries, per-step inputs, invariants) to (next carries, per-step outputs).
+        adjoint: The generated adjoint of the step, or None where no gradient is wanted.
+        passes: The loop after each pass, from roll_loop on.
+    """
+
+    where: str
+    steps: int | None
+    policy: PrecisionPolicy
+    target: float | None
+    emitted: str
+    carries: tuple[str, ...]
+    evaluations: int
+    segment: int
+    stored: tuple[str, ...]
+    stored_bytes: int
+    stored_bytes_fp32: int
+    stored_bytes_autograd: int
+    step_flops: int
+    adjoint_flops: int
+    fallbacks: tuple[Fallback, ...]
+    notes: tuple[str, ...]
+    step: fx.GraphModule
+    adjoint: fx.GraphModule | None
+    passes: tuple[PassReport, ...] = field(repr=False)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What there is to say about the loop as a whole: (label, text)."""
+        return [
+            ("steps", f"{self.steps or 'known at run time'}, emitted as {self.emitted}"),
+            ("carries", ", ".join(self.carries)),
+            ("velocity", f"{self.evaluations} evaluations per step in {short(self.policy.velocity)}"),
+            ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),
+            ("accumulation", self.policy.accumulation),
+            ("checkpointing", self._checkpointing()),
+            ("stored per step" if self.segment == 1 else "stored per segment", ", ".join(self.stored) or "nothing"),
+            (
+                "stored in all" if self.steps else "stored in one step",
+                f"{self.stored_bytes:,} bytes ({self.stored_bytes_fp32:,} in the dtype of the state;"
+                f" plain autograd: {self.stored_bytes_autograd:,})",
+            ),
+            ("products per step", f"{self.step_flops:,} FLOP, and {self.adjoint_flops:,} in the adjoint"),
+        ]
+
+    def __str__(self) -> str:
+        lines = [
+            f"loop at {self.where or 'an unknown line'}",
+            *(f"  {label:19s} {text}" for label, text in self.rows()),
+            "  stayed wide",
+            *(f"    {f.count:3d} x {f.operation:24s} {f.reason}" for f in self.fallbacks),
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def _checkpointing(self) -> str:
+        if isinstance(self.policy.schedule, Activations):
+            return "none: the velocity's activations are stored"
+        if self.segment == 1:
+            return "each step is recomputed from its state"
+        return f"segments of {self.segment} steps are recomputed from their first state"
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name of a dtype without torch."""
+    return str(dtype).removeprefix("torch.")

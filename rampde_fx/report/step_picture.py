@@ -1,0 +1,230 @@
+"""A picture of a step or of its adjoint: its nodes in program order, in three lanes by role.
+
+Each node has a row of its own, so that a curve can pass a lane at the height of the node that it comes from, and
+crosses no other node. Outputs of a call are drawn with the call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx.ir import graphs, operator_table
+from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
+from rampde_fx.ir.loops import CompensatedLoop
+from rampde_fx.report import pass_log
+
+LANES = ("time", "state", "velocity")
+LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
+WIDTH = 2 * MARGIN + 3 * LANE + 2 * GUTTER
+CHARACTERS = 25  # of the label's font, in a box
+SCALES = ("adjoint_scale_", "store_", "load_")  # submodules that find a power of two, or divide by one
+
+
+def find_roles(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The roles of a step's or an adjoint's nodes: those that the passes left, and by dataflow those of new nodes."""
+    roles: dict[fx.Node, str] = {}
+    given = _roles_of_inputs(loop, graph_module)
+    for node in graph_module.graph.nodes:
+        parents = node.all_input_nodes
+        if node.op == "placeholder":
+            roles[node] = given.get(node, "state")
+        elif node.target is operator.getitem:
+            roles[node] = roles[node.args[0]]
+        elif node.op == "call_module":
+            roles[node] = "state" if str(node.target).startswith(("store_", "load_")) else "velocity"
+        else:
+            alone = bool(parents) and all(roles[parent] == "time" for parent in parents)
+            roles[node] = node.meta.get("role") or ("time" if alone else "state")
+    return roles
+
+
+def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Roles of the placeholders that are no cotangents, totals, states or corrections."""
+    inputs = graphs.placeholders(loop.step)
+    own = {node: str(node.meta["role"]) for node in inputs if "role" in node.meta}
+    if graph_module is loop.step:
+        return own
+    found = {}
+    assert loop.adjoint is not None
+    for node, entry in zip(graphs.placeholders(graph_module), loop.adjoint.inputs, strict=False):
+        match entry:
+            case Operand(i):
+                found[node] = own.get(inputs[i], "time")
+            case Saved(slot) if isinstance(loop.slots[slot], ActivationSlot):
+                found[node] = "velocity"
+            case Target():
+                found[node] = "time"
+    return found
+
+
+def picture(loop: CompensatedLoop, graph_module: fx.GraphModule, key: str) -> str:
+    """A step or an adjoint as HTML: curves and boxes in SVG, and the calls of submodules as boxes that open.
+
+    Args:
+        loop: The rewritten loop.
+        graph_module: Its step, or its adjoint.
+        key: Begins the ids of the boxes in the page.
+    """
+    drawing = _Drawing(loop, graph_module, key)
+    edges, boxes = "".join(drawing.edges()), "".join(map(drawing.box, drawing.inline))
+    lanes = "".join(
+        f'<text class="lane {lane}" x="{_left(lane) + LANE // 2}" y="16" text-anchor="middle">{lane}</text>'
+        for lane in LANES
+    )
+    return (
+        f'<div class="picture" style="width:{WIDTH}px;height:{drawing.height}px">'
+        f'<svg width="{WIDTH}" height="{drawing.height}" role="img">{lanes}{edges}{boxes}</svg>'
+        f"{''.join(map(drawing.call, drawing.calls))}</div>"
+    )
+
+
+def _left(lane: str) -> int:
+    return MARGIN + LANES.index(lane) * (LANE + GUTTER)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a node stands: its lane, and the height of its middle."""
+
+    lane: str
+    y: int
+
+    @property
+    def left(self) -> int:
+        return _left(self.lane)
+
+    @property
+    def right(self) -> int:
+        return self.left + LANE
+
+
+class _Drawing:
+    """The nodes of a graph at their places."""
+
+    def __init__(self, loop: CompensatedLoop, graph_module: fx.GraphModule, key: str) -> None:
+        self.module = graph_module
+        self.roles = find_roles(loop, graph_module)
+        shown = [node for node in graph_module.graph.nodes if node.target is not operator.getitem]
+        self.places = {node: _Place(self.roles[node], TOP + ROW * i + ROW // 2) for i, node in enumerate(shown)}
+        self.ids = {node: f"{key}-{i}" for i, node in enumerate(shown)}
+        self.calls = [node for node in shown if node.op == "call_module"]
+        self.inline = [node for node in shown if node.op != "call_module"]
+        self.height = TOP + ROW * len(shown) + ROW
+
+    def edges(self) -> Iterator[str]:
+        """One curve for every pair of a node and a reader."""
+        for node, place in self.places.items():
+            for parent in dict.fromkeys(map(_shown, node.all_input_nodes)):
+                start = self.places[parent]
+                yield (
+                    f'<path class="edge {start.lane}" d="{_curve(start, place)}"'
+                    f' data-from="{self.ids[parent]}" data-to="{self.ids[node]}"/>'
+                )
+
+    def box(self, node: fx.Node) -> str:
+        """A node as a box of the SVG."""
+        place = self.places[node]
+        label, kind = _label(node)
+        return (
+            f'<g class="{self._classes(node)}" id="{self.ids[node]}"><title>{self._title(node)}</title>'
+            f'<rect x="{place.left}" y="{place.y - BOX // 2}" width="{LANE}" height="{BOX}" rx="4"/>'
+            f'<text x="{place.left + 7}" y="{place.y + 4}">{escape(label)}</text>'
+            f'<text class="kind" x="{place.right - 7}" y="{place.y + 4}" text-anchor="end">{escape(kind)}</text></g>'
+        )
+
+    def call(self, node: fx.Node) -> str:
+        """A call of a submodule as a box that opens to the submodule's code."""
+        place = self.places[node]
+        label, kind = _label(node)
+        code = pass_log.readable(self.module.get_submodule(str(node.target)))
+        return (
+            f'<details class="{self._classes(node)}" id="{self.ids[node]}"'
+            f' style="left:{place.left}px;top:{place.y - BOX // 2}px">'
+            f'<summary title="{self._title(node)}">{escape(label)}<span class="kind">{escape(kind)}</span></summary>'
+            f"<pre>{escape(code)}</pre></details>"
+        )
+
+    def _classes(self, node: fx.Node) -> str:
+        marks = [mark for mark, is_marked in (("cast", is_cast), ("scale", is_scaling)) if is_marked(node)]
+        return " ".join(["node", self.roles[node], *marks])
+
+    def _title(self, node: fx.Node) -> str:
+        """All that is known of a node."""
+        made = f"{node.target}({', '.join(map(str, node.args))})" if node.op.startswith("call") else node.op
+        outputs = [user for user in node.users if user.target is operator.getitem]
+        lines = [
+            f"{node.name}{_type_of(node, ': ')}",
+            made,
+            *(f"output {user.args[1]}: {user.name}{_type_of(user, ': ')}" for user in outputs),
+            f"role: {self.roles[node]}",
+            next(filter(None, map(graphs.user_line, [node, *outputs])), ""),
+        ]
+        return escape("\n".join(filter(None, lines)))
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node changes the dtype of a floating tensor."""
+    casts = operator_table.properties(node.target).update == "cast"
+    return casts and graphs.value(node.args[0]).dtype != graphs.value(node).dtype
+
+
+def is_scaling(node: fx.Node) -> bool:
+    """Whether a node finds a power-of-two scale, or multiplies or divides by one."""
+    calls = [node, *map(_shown, node.all_input_nodes)] if node.op == "call_function" else [node]
+    wanted = "adjoint_scale_" if node.op == "call_function" else SCALES
+    return any(call.op == "call_module" and str(call.target).startswith(wanted) for call in calls)
+
+
+def _shown(node: fx.Node) -> fx.Node:
+    """The node that stands for a node in the picture: a call for its outputs."""
+    while node.target is operator.getitem:
+        node = node.args[0]
+    return node
+
+
+def _label(node: fx.Node) -> tuple[str, str]:
+    """A node's name, shortened to fit beside its type, and the type."""
+    name = "return" if node.op == "output" else node.name
+    outputs = [user for user in node.users if user.target is operator.getitem]
+    kind = _short_type(node) if not outputs else f"{len(outputs)} out" if len(outputs) > 1 else _short_type(outputs[0])
+    room = CHARACTERS - len(kind) - (2 if node.op == "call_module" else 1)
+    return name if len(name) <= room else f"…{name[len(name) - max(room, 6) + 1 :]}", kind
+
+
+def _short_type(node: fx.Node) -> str:
+    """Like f16[3,5]; of a cast f32→f16."""
+    if is_cast(node):
+        return f"{_dtype(graphs.value(node.args[0]))}→{_dtype(graphs.value(node))}"
+    return _type_of(node).replace(" ", "")
+
+
+def _type_of(node: fx.Node, before: str = "") -> str:
+    value = graphs.value(node) if node.op != "output" else None
+    return f"{before}{_dtype(value)}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+
+
+def _dtype(value: Any) -> str:
+    """float16 is f16, bfloat16 bf16, int64 i64."""
+    return str(value.dtype).removeprefix("torch.").replace("float", "f").replace("uint", "u").replace("int", "i")
+
+
+def _curve(start: _Place, end: _Place) -> str:
+    """The path of an edge; in the gutters it bends, a lane between it crosses at the height of its start."""
+    a, b = LANES.index(start.lane), LANES.index(end.lane)
+    if a == b:
+        x, side = (start.right, 1) if start.lane == LANES[-1] else (start.left, -1)
+        room = (GUTTER if start.lane == "state" else MARGIN) - 5
+        reach = side * min(8 + (end.y - start.y) // 12, room) * 4 / 3  # of its handles a curve reaches 3/4
+        return f"M{x},{start.y}C{x + reach:.0f},{start.y} {x + reach:.0f},{end.y} {x},{end.y}"
+    x, to, step = (start.right, end.left, 1) if a < b else (start.left, end.right, -1)
+    turn = to - step * GUTTER  # where the last gutter begins
+    middle = (turn + to) // 2
+    across = f"H{turn}" if abs(a - b) > 1 else ""
+    return f"M{x},{start.y}{across}C{middle},{start.y} {middle},{end.y} {to},{end.y}"

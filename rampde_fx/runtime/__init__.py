@@ -1,0 +1,1 @@
+"""What runs inside of a compiled loop: operators, scales, counts and what a monitor records."""

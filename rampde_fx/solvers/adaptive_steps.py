@@ -1,0 +1,293 @@
+"""Adaptive steps: the states at every output time, by steps of a size that the error estimate allows.
+
+Steps do not end at output times where the method interpolates: its interpolant gives the states between the ends of the
+steps that count. It is plain torch code on what these steps collect, so that autograd differentiates it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from rampde_fx.errors import OptionError, refuse
+from rampde_fx.frontend import marking
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runtime import operators
+from rampde_fx.solvers import step_control
+from rampde_fx.solvers.fixed_steps import (
+    FIXED_OPTIONS,
+    CheckedVelocity,
+    captured_collecting,
+    captured_once,
+    is_captured,
+    is_number,
+    noting,
+    per_time,
+    raising,
+)
+from rampde_fx.solvers.runge_kutta import State, Velocity, attempt, combine, interpolate, quartic_term
+from rampde_fx.solvers.tableau import ButcherTableau
+from rampde_fx.torch_private import dynamo
+
+ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor", "status")
+MAX_STEPS = 4096
+
+
+class _Steps(NamedTuple):
+    """The steps that count, in order, and what the solution between their ends asks for.
+
+    Attributes:
+        starts: When each begins, and the last one ends; differentiable in the times like sizes.
+        sizes: Their sizes, and one more entry.
+        states: At each of starts, for each tensor of the state.
+        rates: The velocities there.
+        quartics: The quartic term of each step, if the method has one.
+    """
+
+    starts: torch.Tensor
+    sizes: torch.Tensor
+    states: list[torch.Tensor]
+    rates: list[torch.Tensor]
+    quartics: list[torch.Tensor]
+
+
+def adaptive_steps(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    controller: step_control.Controller,
+    first_size: float | None,
+    policy: PrecisionPolicy | None,
+    *,
+    raises: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The states at every t, and the status of the search; steps end where the method does not interpolate.
+
+    Where it does not raise, the states at times that were not reached are NaN.
+    """
+    ends = torch.stack([t[0], t[-1]]) if tableau.interpolates else t
+    if not is_captured():
+        found, status, reached = _adapt_now(
+            tableau, raising(velocity), y, t, ends, controller, first_size, policy, raises
+        )
+    else:
+        found, status, reached = _adapt_later(tableau, velocity, y, t, ends, controller, first_size, policy, raises)
+    if not raises:
+        late = (t[1:].detach() - reached) * torch.sign(t[-1] - t[0]).detach() > 0
+        found = [torch.where(per_time(late, values), torch.nan, values) for values in found]
+    return [torch.cat([value[None], values]) for value, values in zip(y, found, strict=True)], status
+
+
+def _adapt_later(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    ends: torch.Tensor,
+    controller: step_control.Controller,
+    first_size: float | None,
+    policy: PrecisionPolicy | None,
+    raises: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Captured: a search, and a loop over what it found. The states at every t but the first, status, time reached."""
+    checked, problems = noting(velocity)
+    marking.meet_loop(policy)
+    with torch.no_grad():
+        start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(t.device)
+        rate = checked(times[0], start)
+        size = _first_size(checked, start, rate, times, controller.with_numbers(numbers), first_size)
+        numbers = torch.cat([size[None].to(numbers.dtype), numbers])
+        states = [*start, *rate] if tableau.fsal else start
+        t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
+        first = entered[len(y) :] if tableau.fsal else None
+        before = len(problems)
+        nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+        marking.loop_ends(once=True)
+        # A velocity may return what stands outside of the loop.
+        results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
+        order, most, rtol, atol = controller[:4]
+        intervals, positions, fractions, count, status, reached = operators.leave_search(
+            states, results, errors, times, numbers, order, most, rtol, atol, len(problems) - before, max(problems)
+        )
+    # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
+    count = operators.found(count, status, reached) if raises else count.clamp(min=1)
+    interpolates = tableau.interpolates and t.shape[0] > 2
+    with dynamo.capturing_scalars():
+        steps = int((count + interpolates).item())
+    torch._check(steps >= 1)
+    torch._check(steps <= most + 1)
+    intervals, positions, fractions = (steps_.narrow(0, 0, steps) for steps_ in (intervals, positions, fractions))
+    starts, sizes = step_control.place(ends, intervals, positions, fractions)
+    if interpolates:
+        # One more step, of size 0, has the velocity at the end.
+        starts = torch.where(torch.arange(steps, device=t.device) == count, _end(t, status, reached), starts)
+        collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy)
+        return _between(tableau, t, count, _Steps(starts, sizes, *collected)), status, reached
+    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy)
+    if t.shape[0] == 2:
+        return [values[-1][None] for values in on_grid], status, reached
+    order = torch.arange(t.shape[0] - 1, device=t.device)
+    last_steps = torch.searchsorted(intervals, order, right=True)
+    return [values[last_steps] for values in on_grid], status, reached
+
+
+def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, steps: _Steps) -> list[torch.Tensor]:
+    """The states at every t but the first, between the ends of so many steps; the last one is that of the last step."""
+    inner, forward = t[1:-1], torch.sign(t[-1] - t[0]).detach()
+    passed = torch.searchsorted(steps.starts.detach() * forward, (inner.detach() * forward).contiguous(), right=True)
+    step = torch.minimum(passed, count).clamp(min=1) - 1
+    size = steps.sizes[step]
+    share = (inner - steps.starts[step]) / torch.where(size == 0, 1.0, size)  # of size 0 where no step counts
+    share = torch.where(passed > count, 1.0, share)  # not reached, or just
+
+    def states(leaf: int) -> torch.Tensor:
+        grid, rates = steps.states[leaf], steps.rates[leaf]
+        values = interpolate(
+            tableau,
+            per_time(share.to(grid.dtype), grid),
+            per_time(size.to(grid.dtype), grid),
+            (grid[step], grid[step + 1]),
+            (rates[step], rates[step + 1]),
+            steps.quartics[leaf][step] if steps.quartics else None,
+        )
+        return torch.cat([values, grid[count.reshape(1)]])
+
+    return [states(leaf) for leaf in range(len(steps.states))]
+
+
+@dynamo.never_alone
+def _adapt_now(
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    y: State,
+    t: torch.Tensor,
+    ends: torch.Tensor,
+    controller: step_control.Controller,
+    first_size: float | None,
+    policy: PrecisionPolicy | None,
+    raises: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Uncompiled: step by step. k_1 is not evaluated again where it is known."""
+    marking.meet_loop(policy)
+    controller = controller.with_numbers(controller.numbers(t.device))
+    times, taken, rate = ends.detach(), _Taken(tableau, t, ends), velocity(t[0], y)
+    size = _first_size(velocity, _detached(y), _detached(rate), times, controller, first_size).detach()
+    search = step_control.begin(times, size, controller.max_steps)
+    first: State | None = rate
+    while int(search.status) == step_control.RUNNING:
+        trial = step_control.propose(ends, search)
+        nexts, k, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
+        norm = step_control.error_norm(_detached(errors), _detached(y), _detached(nexts), controller)
+        tried = step_control.Trial(*(value.detach() for value in trial))
+        counts, search = step_control.judge(times, search, tried, norm, controller)
+        first = k[0]
+        if counts:
+            taken.add(trial, y, k, nexts)
+            y, first = nexts, k[-1] if tableau.fsal else None
+    reached = step_control.reached(times, search)
+    if raises:
+        operators.found(search.count, search.status, reached)
+    return taken.solution(velocity, _end(t, search.status, reached), y, first), search.status, reached
+
+
+def _end(t: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+    """The time that was reached, differentiable in the first and the last one: it is a share of their distance."""
+    first, last = t[0], t[-1]
+    share = (reached - first.detach()) / (last - first).detach()
+    return torch.where(status == step_control.DONE, last, first + share * (last - first))
+
+
+class _Taken:
+    """The steps that counted so far, as far as the solution at the times reads them."""
+
+    def __init__(self, tableau: ButcherTableau, t: torch.Tensor, ends: torch.Tensor) -> None:
+        self.tableau, self.t = tableau, t
+        self.interpolates = tableau.interpolates and len(t) > 2
+        self.at_ends: list[State] = []
+        self.rows: list[tuple[torch.Tensor, torch.Tensor, State, State, State]] = []
+
+    def add(self, trial: step_control.Trial, y: State, k: list[State], nexts: State) -> None:
+        """One step more."""
+        if self.interpolates:
+            self.rows.append((trial.t, trial.dt, y, k[0], quartic_term(self.tableau, k)))
+        elif trial.ends_interval:
+            self.at_ends.append(nexts)
+
+    def solution(self, velocity: Velocity, end: torch.Tensor, y: State, rate: State | None) -> list[torch.Tensor]:
+        """The states at every t but the first, given the last state, and the velocity there where it is known.
+
+        They mean nothing at times that were not reached.
+        """
+        if not self.rows:
+            found = self.at_ends + [y] * (len(self.t) - 1 - len(self.at_ends))
+            return [torch.stack(values) for values in zip(*found, strict=True)]
+        rate = velocity(end, y) if rate is None else rate
+        starts, sizes, states, rates, quartics = zip(
+            *self.rows, (end, torch.zeros_like(end), y, rate, self.rows[-1][-1]), strict=True
+        )
+        stacks = [[torch.stack(values) for values in zip(*rows, strict=True)] for rows in (states, rates, quartics)]
+        count = torch.full((), len(self.rows), device=self.t.device)
+        return _between(self.tableau, self.t, count, _Steps(torch.stack(starts), torch.stack(sizes), *stacks))
+
+
+def _detached(state: State) -> State:
+    """Without gradients, and without the tangents of forward mode, which no_grad lets through."""
+    return [leaf.detach() for leaf in state]
+
+
+@torch.no_grad()
+def _first_size(
+    velocity: Velocity,
+    y: State,
+    rate: State,
+    t: torch.Tensor,
+    controller: step_control.Controller,
+    given: float | None,
+) -> torch.Tensor:
+    """The size of the first step, NaN if the state or its velocity is not finite."""
+    finite = torch.stack([leaf.isfinite().all() for leaf in (*y, *rate)]).all()
+    if given is not None:
+        return torch.where(finite, step_control.scalar(given, t.device).to(t.dtype), torch.nan)
+    trial = step_control.trial_size(y, rate, controller)
+    step = trial * torch.sign(t[-1] - t[0]).to(trial.dtype)
+    second = velocity(t[0] + step.to(t.dtype), combine(y, step, [1.0], [rate]))
+    size = step_control.first_step(y, rate, second, trial, controller).to(t.dtype)
+    return torch.where(finite, size, torch.nan)
+
+
+def controller_of(
+    given: dict[str, Any], tableau: ButcherTableau, rtol: float, atol: float
+) -> tuple[step_control.Controller, float | None]:
+    """The controller, and the size of the first step if it is given."""
+    rest = {name: value for name, value in given.items() if name != "first_step"}
+    unknown = [name for name in given if name not in ADAPTIVE_OPTIONS]
+    if unknown:
+        refuse(
+            OptionError,
+            f"options={given}",
+            required=f"options of {', '.join(ADAPTIVE_OPTIONS)}, or for fixed steps one of {', '.join(FIXED_OPTIONS)}",
+            fix=f"leave {unknown[0]!r} out",
+        )
+    if rtol == atol == 0:
+        refuse(
+            OptionError,
+            f"rtol={rtol!r} and atol={atol!r}",
+            required="a tolerance above 0",
+            fix="write rtol=1e-3, atol=1e-6, or leave both out",
+        )
+    limits = {"first_step": 0.0, "max_steps": 0, "safety": 0.0, "ifactor": 1.0, "dfactor": 0.0}
+    for name, value in given.items():
+        number = is_number(value) and (name != "max_steps" or isinstance(value, int))
+        if not number or not limits[name] < value < float("inf") or (name in ("safety", "dfactor") and value >= 1):
+            refuse(
+                OptionError,
+                f"options={{{name!r}: {value!r}}}",
+                required="positive numbers: max_steps an int, ifactor above 1, safety and dfactor below",
+                fix=f"leave {name!r} out",
+            )
+    assert tableau.order_error is not None, "adaptive methods only"
+    order = min(tableau.order, tableau.order_error) + 1
+    rest = {"max_steps": MAX_STEPS, **rest}
+    return step_control.Controller(order, rtol=rtol, atol=atol, **rest), given.get("first_step")

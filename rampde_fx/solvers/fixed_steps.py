@@ -1,0 +1,204 @@
+"""Fixed steps: the states at every output time, by steps whose number or size is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rampde_fx.errors import OptionError, refuse, velocity_error
+from rampde_fx.frontend import marking
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runtime import operators
+from rampde_fx.solvers.runge_kutta import State, Velocity, advance, advance_collecting
+from rampde_fx.solvers.step_control import scalar
+from rampde_fx.solvers.tableau import ButcherTableau
+from rampde_fx.torch_private import dynamo
+
+# Gives a derivative, and what is wrong with it, or an empty string.
+CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]
+FIXED_OPTIONS = ("step_size", "num_steps")
+
+
+def steps_between(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    count: int,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The states at every t, by `count` equal steps from each time to the next."""
+    starts, sizes = t[:-1], t[1:] - t[:-1]
+    if count > 1:
+        sizes = sizes / count
+        offsets = torch.arange(count, dtype=t.dtype, device=t.device)
+        starts = (starts[:, None] + sizes[:, None] * offsets).flatten()
+        sizes = sizes[:, None].expand(-1, count).flatten()
+    return steps_from(tableau, velocity, y, starts, sizes, t.shape[0], count, policy)
+
+
+def steps_from(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    outputs: int,
+    every: int,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The initial states, and those after every few of the given steps: `outputs` of each."""
+    if is_captured():
+        return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy)
+    marking.meet_loop(policy)
+    found, checked = [y], raising(velocity)
+    for i in range(starts.shape[0]):
+        y = advance(tableau, checked, starts[i], sizes[i], y)
+        if (i + 1) % every == 0:
+            found.append(y)
+    return [torch.stack(values) for values in zip(*found, strict=True)]
+
+
+def is_captured() -> bool:
+    """Whether Dynamo captures the code for a backend that may rewrite it."""
+    return torch.compiler.is_dynamo_compiling() and dynamo.rewritten_later()
+
+
+def captured_once(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    outputs: int,
+    every: int,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """One step between markers, which stands for all of them."""
+    marking.meet_loop(policy)
+    checked, problems = noting(velocity)
+    t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
+    nexts = advance(tableau, checked, t, dt, entered)
+    evaluations = len(problems)
+    operators.again(t)
+    advance(tableau, checked, t, dt, nexts)
+    marking.loop_ends(once=True)
+    return list(operators.leave(y, nexts, [], outputs, every, evaluations, max(problems)))
+
+
+def captured_collecting(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    steps: int,
+    policy: PrecisionPolicy | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
+    marking.meet_loop(policy)
+    outputs = steps + 1  # before the loop, whose step computes no numbers
+    checked, problems = noting(velocity)
+    t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
+    nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
+    evaluations = len(problems)
+    operators.again(t)
+    advance_collecting(tableau, checked, t, dt, nexts)
+    marking.loop_ends(once=True)
+    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, evaluations, max(problems)))
+    return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
+
+
+def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
+    """A velocity that notes what is wrong; an exception would be a graph break in the loop, and lost."""
+    problems: list[str] = []
+
+    def checked(t: torch.Tensor, state: State) -> State:
+        rates, problem = velocity(t, state)
+        problems.append(problem)
+        return state if problem else rates
+
+    return checked, problems
+
+
+def raising(velocity: CheckedVelocity) -> Velocity:
+    """A velocity that raises what is wrong."""
+
+    def checked(t: torch.Tensor, state: State) -> State:
+        rates, problem = velocity(t, state)
+        if problem:
+            raise velocity_error(problem)
+        return rates
+
+    return checked
+
+
+def equal_steps(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    step_size: float,
+    policy: PrecisionPolicy | None,
+) -> list[torch.Tensor]:
+    """The states at every t, interpolated linearly between steps of one size from t[0] on."""
+    span, size = (t[-1] - t[0]).detach(), scalar(step_size, t.device)
+    with dynamo.capturing_scalars():
+        count = int(operators.count_steps(t.detach(), size).item())
+    torch._check(count >= 1)
+    forward = torch.sign(span)
+    index = torch.arange(count, device=t.device)
+    # No slices of a grid: Inductor of torch 2.11 knows nothing of a size that is read from a tensor.
+    starts, ends = (t[0] + i.to(t.dtype) * (size.to(t.dtype) * forward) for i in (index, index + 1))
+    sizes = torch.where(index + 1 == count, t[-1], ends) - starts
+    on_grid = steps_from(tableau, velocity, y, starts, sizes, count + 1, 1, policy)
+    if t.shape[0] == 2:
+        return [torch.stack([start, values[-1]]) for start, values in zip(y, on_grid, strict=True)]
+    grid = torch.cat([starts, t[-1:]])
+    last = torch.searchsorted(grid * forward, (t * forward).contiguous()).clamp(min=1)
+    share = (t - grid[last - 1]) / (grid[last] - grid[last - 1])
+    return [_between(values[last - 1], values[last], share) for values in on_grid]
+
+
+def _between(left: torch.Tensor, right: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    return left + per_time(share.to(left.dtype), left) * (right - left)
+
+
+def per_time(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value for each time, of a shape that broadcasts over the states at these times."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:
+    """The step size, and the number of steps between two times."""
+    unknown = [name for name in given if name not in FIXED_OPTIONS]
+    if unknown or len(given) > 1:
+        refuse(
+            OptionError,
+            f"options={given}",
+            required=f"at most one of {', '.join(FIXED_OPTIONS)}",
+            fix='write options={"num_steps": n} for n equal steps between two output times',
+        )
+    step_size, count = given.get("step_size"), given.get("num_steps", 1)
+    if step_size is not None and not (is_number(step_size) and 0 < step_size < float("inf")):
+        refuse(
+            OptionError,
+            f'options={{"step_size": {step_size!r}}}',
+            required="a positive number, in the unit of t",
+            fix="give the magnitude; t says whether time runs backward",
+        )
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 1:
+        refuse(
+            OptionError,
+            f'options={{"num_steps": {count!r}}}',
+            required="an int of at least 1",
+            fix='write options={"num_steps": 4} for four steps between two output times',
+        )
+    return step_size, count
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float; a bool is an int to Python alone."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
