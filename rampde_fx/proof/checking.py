@@ -25,7 +25,7 @@ from rampde_fx.ir.loops import LoopNode
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.proof import verification
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
-from rampde_fx.proof.check_timing import medians
+from rampde_fx.proof.check_timing import TrainingSteps, timed
 from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes, untouched
 from rampde_fx.proof.comparison import (
     Mismatch,
@@ -37,7 +37,7 @@ from rampde_fx.proof.comparison import (
     first_beyond_float32,
     first_mismatch,
 )
-from rampde_fx.proof.widening import AsWritten, Twins, copies, default_dtype
+from rampde_fx.proof.widening import AsWritten, Twins, default_dtype
 from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
 from rampde_fx.runtime import counts, operators, random_state
@@ -223,7 +223,8 @@ class _Check:
             rows.append(self._row(prepared, wanted, rounded))
             gc.collect()  # the graphs of a policy hold its copies of all tensors
         if self.time:
-            rows = self._timed(rows)
+            alone = {label(p.policy): p.alone for p in self.prepared if p.alone is not None}
+            rows = timed(rows, TrainingSteps(self.captured, self.tensors, self.loss), alone, self.compiler)
         loops = tuple(dict.fromkeys(loop.where for twin in self.twins for loop in twin.loops))
         return CheckResult(tuple(rows), loops, tuple(structures), tuple(self.notes))
 
@@ -359,70 +360,6 @@ class _Check:
             underflows=sum(int(record.underflows.sum()) for record in records),
             overflows=sum(int(record.overflows.sum()) for record in records),
         )
-
-    # --- time
-
-    def _timed(self, rows: list[CheckRow]) -> list[CheckRow]:
-        """The rows with the median time of a training step, every model in turn."""
-        eager, compiled = "as it is written, eager", f"as it is written, {self.compiler}"
-        steps: dict[str, Callable[[], None]] = {eager: self._plain_step(self.captured.call)}
-        with self._kept_tensors():
-            plain, forget = capturing.compiled_by_torch(self.captured.call, self.compiler)
-            steps[compiled] = self._plain_step(plain)
-            for prepared in self.prepared:
-                if prepared.alone is not None:
-                    steps[label(prepared.policy)] = self._graph_step(prepared.alone)
-            try:
-                seconds = medians(steps)
-            finally:
-                forget()
-        rows.insert(1, CheckRow(compiled, None, {}, {}))
-        return [
-            replace(
-                row,
-                milliseconds=1e3 * seconds[row.name],
-                of_eager=seconds[row.name] / seconds[eager],
-                of_compiled=seconds[row.name] / seconds[compiled],
-            )
-            if row.name in seconds
-            else row
-            for row in rows
-        ]
-
-    def _plain_step(self, function: Callable[[], Any]) -> Callable[[], None]:
-        def step() -> None:
-            with untouched(self.captured.call.function):
-                self._differentiate(self.loss(function()))
-
-        return step
-
-    def _graph_step(self, function: Callable[..., Any]) -> Callable[[], None]:
-        count = len(self.captured.inputs)
-
-        def step() -> None:
-            tree, _ = self.captured.outputs(function(*self.tensors[:count]), self.tensors)
-            self._differentiate(self.loss(tree))
-
-        return step
-
-    def _differentiate(self, value: torch.Tensor) -> None:
-        """A backward pass that leaves the gradients of the user's parameters alone."""
-        by = [x for x in self.tensors if isinstance(x, torch.Tensor) and x.requires_grad]
-        if by and value.requires_grad:
-            torch.autograd.grad(value, by, allow_unused=True)
-
-    @contextlib.contextmanager
-    def _kept_tensors(self) -> Iterator[None]:
-        """Put back the values of what timed steps update in place."""
-        tensors = [x for x in self.tensors if isinstance(x, torch.Tensor)]
-        saved = [(x, x._version, y) for x, y in zip(tensors, copies(tensors, widen=False), strict=True)]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, version, value in saved:
-                    if tensor._version != version:
-                        tensor.copy_(value)
 
 
 class _Seeded(AsWritten):

@@ -1,0 +1,84 @@
+"""The structure of the source: imports go one way, and files and functions stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PASSES = {f"rampde_fx.passes.{path.stem}": path for path in (ROOT / "passes").glob("[!_]*.py")}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in (ROOT / "rampde_fx").rglob("*.py")
+    if "passes" not in path.parts
+} | PASSES
+DATA = {"rampde_fx.solvers.tableau", "rampde_fx.ir.operator_table"}
+
+
+def imported(tree, known):
+    """The known modules that a tree imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in (*names, node.module) if name in known}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in known}
+    return found
+
+
+def circle(edges):
+    """A circle of a graph, or None."""
+    done, path = set(), []
+
+    def visit(node):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        path.append(node)
+        found = next(filter(None, map(visit, edges[node])), None)
+        path.pop()
+        done.add(node)
+        return found
+
+    return next(filter(None, map(visit, edges)), None)
+
+
+def length(function):
+    """The lines of a function without its docstring."""
+    docstring = function.body[0] if ast.get_docstring(function) else None
+    return function.end_lineno - function.lineno + 1 - (docstring.end_lineno - docstring.lineno + 1 if docstring else 0)
+
+
+def test_there_is_no_import_circle():
+    edges = {name: imported(ast.parse(path.read_text()), FILES) - {name} for name, path in FILES.items()}
+    assert sum(map(len, edges.values())) > 200
+    assert circle(edges) is None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_pass_imports_another():
+    for name, path in PASSES.items():
+        assert not imported(ast.parse(path.read_text()), PASSES) - {name}, name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_stay_short(name):
+    text = FILES[name].read_text()
+    assert name in DATA or text.count("\n") <= 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert all(length(function) <= 50 for function in functions), max(functions, key=length).name
+
+
+def test_no_meta_key_says_what_a_type_could_say():
+    """Nodes carry the metadata of torch, the roles that partition_velocity writes, and nothing else of ours."""
+    ours = {"role", "evaluation", "parameter", "user_name", "recompute"}
+    torchs = {"val", "example_value", "stack_trace", "grapharg", "tensor_meta", "nn_module_stack"}
+    found = set()
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_meta = isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith(".meta")
+            if is_meta and isinstance(node.slice, ast.Constant):
+                found.add(node.slice.value)
+    assert "val" in found and found <= ours | torchs
