@@ -26,7 +26,7 @@ from torch import fx
 
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import MarkedLoop, Run, reads_end
+from rampde_fx.ir.captured import MarkedLoop, Run, is_marker, reads_end
 from rampde_fx.ir.effects import Observer, call, gradient_modes
 from rampde_fx.ir.graphs import value
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, PerStepSource, Source, TimeSource
@@ -151,7 +151,7 @@ def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _is_marker(node: object) -> bool:
-    return isinstance(node, fx.Node) and str(node.target).startswith("rampde_fx.step")
+    return isinstance(node, fx.Node) and is_marker(node)
 
 
 def _hoist_sizes(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[list[fx.Node]]:

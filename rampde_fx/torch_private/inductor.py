@@ -156,7 +156,7 @@ def _write_loop(wrapper: Any, loop: Any, stack_output: bool) -> None:
     functions = f"{loop.cond_subgraph.graph.name}, {loop.body_subgraph.graph.name}"
     # Imported in place: the code of a subgraph has no header.
     wrapper.writeline(
-        f"{loop.get_name()} = __import__('rampde_fx.emit.cuda_graphs').cuda_graphs.run_loop("
+        f"{loop.get_name()} = __import__('rampde_fx.emit.cuda_graphs').emit.cuda_graphs.run_loop("
         f"{functions}, [{inputs[0]}], [{inputs[1]}], {mutated})"
     )
 
