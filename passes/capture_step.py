@@ -168,7 +168,7 @@ def _has_gradient(node: fx.Node) -> bool:
 class _Captured(fx.Interpreter):
     """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient.
 
-    What it writes to then stays itself: views of it, and detached names, are the same memory.
+    Tensors that the step writes to are not wrapped: views of them, and detached names, must go on sharing memory.
 
     In a loop that is under no_grad itself the mode says nothing: there is no gradient but those of torch.func
     transforms in the velocity, which turn it on.

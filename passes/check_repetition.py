@@ -50,7 +50,7 @@ def _check(nodes: list[fx.Node], again: fx.Node) -> None:
             where=graphs.user_line(different) or graphs.user_line(enter),
         )
     for node in (*reversed(second), again):
-        if not node.users:  # else a number that is read behind the loop
+        if not node.users:  # a number that is still read after the loop stays
             node.graph.erase_node(node)
 
 

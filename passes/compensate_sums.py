@@ -9,8 +9,8 @@ are compensated, in the adjoint the adjoints and the totals of the parameters. C
 gradient and are not stored.
 
 Requires: a Loop whose nodes have roles, with its adjoint, if any, complete.
-Ensures:  every carry that is a sum of its old value and increments has a correction: the last placeholder and the last
-          result, one each.
+Ensures:  every carry that is a sum of its old value and increments has a correction: these are the last placeholders
+          and the last results, in the order of the carries.
 Error:    O(u) instead of O(N u) in the sums over N steps, u the unit roundoff of the accumulation dtype.
 Raises:   UnsupportedLoopError for a state that follows from its old value by anything but sums.
 Source:   Knuth, The Art of Computer Programming 2, section 4.2.2 (TwoSum); Kahan, doi 10.1145/363707.363723; for

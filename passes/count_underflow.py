@@ -4,9 +4,9 @@ Before:  k = velocity_0(y, w);  ...;  return y_next
 After:   k = velocity_0(y, w);  ...;  n = rampde_fx.count_underflow([y, ...]) + rampde_fx.count_underflow([w])
          return y_next, n
 
-n holds how many entries that enter, over the evaluations of a step, are too small for eight digits in float16 but not
-zero, how many are not zero, and how many tensors are subnormal there as a whole. An overflow shows itself, as NaN; this
-would be silent. What concerns parameters alone is counted once per call.
+n has three counts over the evaluations of a step: entries that are not zero and too small for eight binary digits in
+float16; entries that are not zero; tensors that are subnormal as a whole. An overflow shows itself, as NaN; this would
+be silent. What concerns parameters alone is counted once per call.
 
 Requires: a lowered Loop without adjoint.
 Ensures:  a step whose velocity is float16 has n, int64 (3,), as its last per-step output; a search and all other loops

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 import torch
 from torch import fx
@@ -215,6 +215,8 @@ class _Backward:
                 return i < self.loop.carries + self.loop.per_step
             case Total() | Target():
                 return False
+            case _:
+                assert_never(entry)
 
     def run(self, *args: Any) -> tuple[Any, ...]:
         """One gradient, or None, for each operand of the loop."""
@@ -223,8 +225,8 @@ class _Backward:
         entries += [*places(self.loop.slots), *map(Operand, emission.kept)]
         given: Given = dict(zip(entries, args, strict=True))
         scaling = self.loop.policy.adjoint_scaling if Target() in self.adjoint.inputs else None
-        # Of two results that the user joined these are slices, of two that he added up one tensor; a scan, and the
-        # while loop of the repetition, take no two of one.
+        # Cotangents may share memory (slices of a cat, one tensor for a sum). Neither a scan nor the while loop of the
+        # repetition takes two views of one tensor: all but the first are cloned.
         cotangents = [entry for entry in self.adjoint.inputs if isinstance(entry, Cotangent)]
         if scaling is None:
             cotangents = [] if self.loop.unrolled else [e for e in cotangents if e in self.inputs.per_step]

@@ -10,7 +10,7 @@ many steps as the search found, computes the solution and has the adjoint.
 
 Requires: a Loop with a controller, lowered, without adjoint.
 Ensures:  no gradient; the condition of the loop is read once per step that is tried, on the host.
-Source:   the controller's, rampde_fx/solvers/step_control.py.
+Source:   the controller's, rampde_fx/runtime/step_control.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import fx
 from rampde_fx.emit.recurrence import Body, emit_preamble, repeat
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.loops import CompensatedLoop
-from rampde_fx.solvers import step_control
+from rampde_fx.runtime import step_control
 from rampde_fx.torch_private import fake_tensors
 
 FIELDS = len(step_control.Search._fields)

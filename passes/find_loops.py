@@ -1,7 +1,7 @@
 """Find the marked integration loops of a captured graph.
 
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
-         or enter(t, dt, states), nodes of one iteration, leave(states, nexts), which odeint leaves
+         or enter(t, dt, states), nodes of one iteration, leave(states, nexts), which odeint writes
 After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
 
 A loop inside a checkpointed function stands in the body of a tag_activation_checkpoint node, a graph of its own.

@@ -4,8 +4,8 @@ Before:  step(y, u, t, dt, w) with y carried; u: updated in place, always the sa
 After:   step(y, u, t, dt, w) with y and u carried; u holds the final value after the loop
 
 A tensor that the iterations update in place is a carry. In a run of one iteration nothing comes back to be compared:
-there a state is an invariant from which a result, or what is written into a collecting tensor, follows. In a step
-without any state what the outputs follow from is carried as it is: it varies, and so does what follows from it.
+there a state is an invariant from which a result, or what is written into a collecting tensor, follows. A step without
+any state gets its inputs as carries that do not change, so that what follows from them counts as varying.
 
 Requires: a CapturedStep.
 Ensures:  every carry enters and leaves the step in one shape, dtype and device; no state is in half precision; no
@@ -128,8 +128,8 @@ def _mutation(source: Source, node: fx.Node) -> MutationError:
 def _carry_single_step(captured: CapturedStep) -> CapturedStep:
     """In a run of one step nothing comes back: a state is an invariant from which a result follows.
 
-    The likelier ones first: by sums, by sums and whatever is no product, without a sum, at last by any path. Of two
-    results that follow from the same state by sums both are states, with the same start.
+    Tried in this order: through sums alone; through all but products, with a sum on the way; the same without a sum;
+    by any path. Of two results that follow from the same state by sums both are states, with the same start.
     """
     inputs, outputs, step = captured.inputs, captured.outputs, captured.step
     nodes, results = graphs.placeholders(step), graphs.results(step)

@@ -159,7 +159,8 @@ class _Transposition:
         return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
 
     def _add(self, output: Output, cotangent: fx.Node) -> None:
-        """Add to a cotangent; an adjoint that passes through the step is added last, to the sum of the increments."""
+        """Add to a cotangent; the incoming adjoint of a carry is added last, to the sum of the increments'
+        gradients."""
         carries = graphs.placeholders(self.loop.step)[: self.loop.carries]
         if output[0] in carries and cotangent.op == "placeholder":
             i = carries.index(output[0])

@@ -36,7 +36,7 @@ def keep_activations(loop: WatchedLoop) -> KeptLoop:
     if loop.adjoint is None or not isinstance(loop.policy.schedule, Activations):
         return loop.then(KeptLoop)
     keeping = _Keeping(loop)
-    for evaluation in reversed(loop.adjoint.evaluations):  # what later ones read, earlier ones may no longer compute
+    for evaluation in reversed(loop.adjoint.evaluations):  # keeping one may leave an earlier one without readers
         keeping.keep(evaluation)
     return keeping.finished()
 
@@ -90,7 +90,7 @@ class _Split:
 
 
 class _Keeping:
-    """The step and the adjoint while values move from the one's recomputation to the other's results."""
+    """The step and the adjoint while values move from the adjoint's recomputation to the step's results."""
 
     def __init__(self, loop: WatchedLoop) -> None:
         assert loop.adjoint is not None

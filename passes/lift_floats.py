@@ -12,7 +12,7 @@ Any other operation, such as leaky_relu's slope, takes numbers alone. Then Dynam
 number as it is, guards it, and compiles anew when it changes.
 
 Requires: a graph captured by Dynamo.
-Ensures:  no operation of a marked loop reads a symbolic float, but those that are read from tensors in the loop.
+Ensures:  no operation of a marked loop reads a symbolic float, except those that item() reads inside the loop.
 Raises:   TensorifyScalarRestartAnalysis, which Dynamo catches.
 """
 

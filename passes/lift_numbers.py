@@ -1,7 +1,7 @@
 """Take what computes Python numbers from inputs of the graph out of its loops.
 
-Dynamo makes an input of an int that changes, or of every one under dynamic=True, where it is read first. A loop has no
-place for what computes a number: its steps read tensors and sizes.
+Dynamo turns an int that changes, and under dynamic=True each int, into an input of the graph, and computes with it
+where it is first read. That may be inside of a loop, whose steps read tensors and sizes alone.
 
 Before:  step(t, 0);  more = count + 1;  k = y.narrow(0, 0, more)
 After:   more = count + 1;  step(t, 0);  k = y.narrow(0, 0, more)

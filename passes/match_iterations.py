@@ -6,8 +6,8 @@ After:   one Run with the carry y: y_init at first, then the value at the positi
 Two iterations are equal if they apply the same operations with the same constants to values from the same places. A
 value that iteration k takes from iteration k - d, and the first d iterations take from outside, is a carry (d > 1 in
 multistep methods). What differs but comes from outside is a per-step input; an operation whose constant differs but
-whose operands all come from outside (weights[i]) is moved before the loop and becomes one, if it computes the same
-there.
+whose operands all come from outside (weights[i]) is moved before the loop, and becomes a per-step input, if it computes
+the same there.
 
 The one iteration of a loop that was captured once is a run as it stands: its markers name the carries.
 
@@ -227,7 +227,7 @@ def _varying(columns: list[tuple[fx.Node, ...]], outside: set[fx.Node]) -> set[f
 
 
 def _move(nodes: list[fx.Node], first_marker: fx.Node, gradients: bool, outer: bool) -> None:
-    """Move nodes before the loop, and the mode with them; a transform that they stood in is none of theirs."""
+    """Move nodes before the loop, and the mode with them; they leave any torch.func transform in which they stood."""
     for node in nodes:
         values = dict(zip(node.all_input_nodes, map(value, node.all_input_nodes), strict=True))
         with fake_tensors.fake_mode(), torch.set_grad_enabled(gradients):

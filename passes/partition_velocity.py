@@ -120,7 +120,7 @@ def _adds_to(node: fx.Node, varying: Set[fx.Node]) -> bool:
 def find_linear(nodes: list[fx.Node], results: list[fx.Node], carries: int) -> set[fx.Node]:
     """The nodes on the paths along which next carries are linear in the carries, and come back to themselves.
 
-    Paths through a value that is scaled by the step size count only where a carry has no other: beside the state they
+    Paths through a value that is scaled by the step size count only for a carry that has no other path; otherwise they
     are increments.
     """
     states = [node for node in nodes[:carries] if graphs.is_differentiable(node)]
@@ -209,7 +209,8 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
 
 
 def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
-    """The velocity nodes between the states of a step and a next carry, or what a linear path adds to it unscaled.
+    """The velocity nodes between the states of a step and a next carry, or a term without a step size that a linear
+    path adds.
 
     y * decay + dt * k, relu(y + dt * k), relu(y) + 0.1 * y: all that lies on a path from a state to the next carry is
     accumulation, unless a product lies on the path. A carried velocity (a multistep method's k) is reached through

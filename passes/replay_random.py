@@ -4,8 +4,8 @@ Before:  step(y, t, w):               m = bernoulli(x, 0.9);  k = f(m * x);  ...
 After:   step(y, t, index, w, seed):  m = rampde_fx.bernoulli(seed, index, 0, x, 0.9);  k = f(m * x);  ...
 
 The numbers are a function of a seed, which the loop draws from torch's generator once per call, of the index of the
-step, of the draw within the step and of the entry: nothing is stored, and every evaluation has numbers of its own.
-Under one torch.manual_seed they differ from eager's, as those of torch.compile do.
+step, of the number of the draw within the step and of the entry: nothing is stored, and every evaluation has numbers of
+its own. Under one torch.manual_seed they differ from eager's, as those of torch.compile do.
 
 Requires: a CapturedStep.
 Ensures:  no node of the step depends on torch's random number generator.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import fx
@@ -34,7 +34,7 @@ from rampde_fx.ir.sources import (
     TimeSource,
     carries_among,
 )
-from rampde_fx.solvers.step_control import Controller
+from rampde_fx.runtime.step_control import Controller
 from rampde_fx.torch_private import fake_tensors, shapes
 
 PER_STEP = (TimeSource, PerStepSource, IndexSource)
@@ -80,13 +80,13 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
 
 
 def _controller(marked: MarkedLoop) -> Controller:
-    """That of a search; what may change is as it was at the capture, and an operand of the loop beside."""
+    """The controller of a search. Tolerances are as they were at the capture; what they are now is an operand, too."""
     *_, order, max_steps, rtol, atol, _, _ = fx.map_arg(marked.end.args, graphs.value)
     return Controller(order, int(max_steps), shapes.hint_of(rtol), shapes.hint_of(atol))
 
 
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:
-    """The tensor behind a time: the grid t, or of a loop captured once its starts or its step sizes.
+    """The tensor of times: the grid t; of a loop that was captured once, its starts or its step sizes.
 
     Of a search it is the ends of its intervals, or the numbers of its control.
     """
@@ -189,6 +189,8 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) ->
             return graph.call_function(torch.stack, (list(values),))
         case CarrySource() | InvariantSource():
             return source.values[0]
+        case _:
+            assert_never(source)
 
 
 def _rewire(

@@ -1,4 +1,4 @@
-"""Scale the adjoint by powers of two round every velocity VJP, one for each output of the velocity.
+"""Scale the adjoint by powers of two around every velocity VJP, one for each output of the velocity.
 
 Before:  dy, dw = velocity_0_pullback(saved, b, c)
 After:   s_b, s_c, s, r_b, r_c, vanished = adjoint_scale(target, b, c)         with s = min(s_b, s_c), r_b = s / s_b
@@ -21,7 +21,7 @@ Where the policy leaves the target open it is 1, or less for a sum over many ent
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
 activation below 2 fit.
 
-Requires: a Loop with an adjoint whose sums are as wide as they are to be, and a policy that scales.
+Requires: a Loop behind widen_gradients, with an adjoint, and a policy that scales.
 Ensures:  the adjoint takes the target as its last placeholder; the cotangents of an evaluation that is marked
           as scaled are products of cotangent and scale; one more result, Vanished, counts the entries of cotangents
           that become zero in float16 though they are scaled.
@@ -53,7 +53,7 @@ COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtenso
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
 MOST_GAIN = 2.0**30
 SMALL = 2.0**-6  # a number from this on needs no gain
-MOST_GAINS = 2  # of a value: a scale of a cotangent within 2^50 of 1, and its gains, are a normal number in float32
+MOST_GAINS = 2  # of a value: with a scale between 2^-50 and 2^50 the product is a normal number in float32
 BOUND_WITH_GAINS = 2.0**50
 
 

@@ -1,12 +1,12 @@
-"""Read entries by 0-d integer tensors as tensor indices.
+"""Write u[i], with a 0-d integer tensor i, as an index by a tensor.
 
 Before:  getitem(u, i)                     u[..., i, 1:]
 After:   read_at(u, (i,), {0: 0})          read_at(u, (..., i, 1:), {1: 1}), of the places and dimensions of tensors
 
 read_at is aten.index(u, [i]), and aten.index(u, [None, i])[..., 1:].
 
-Python's indexing reads the number out of such a tensor, to take a view. In a graph whose numbers may become sizes, as
-they may where loops are, it then stays a number that nobody knows: of a tensor that depends on time, for one.
+Python's indexing reads the number out of such a tensor, to take a view. Beside a loop Dynamo keeps the number symbolic.
+If it is computed from a time it has no known value, and the capture would fail.
 
 Requires: a graph captured by Dynamo.
 Ensures:  no index of a value that is only read is a 0-d integer tensor.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx.ir import indices
+from rampde_fx import indices
 from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.graphs import value
 

@@ -5,10 +5,10 @@ After:   step(y, ...): ...; return y_next, cast(y)  adjoint(a, y: f16[B, D], ...
 Scaled:  step(y, ...): ...; y_lo, s = store_0(y);   adjoint(a, y: u8[B, D], ..., s): y_wide = load_0(y, s); ...
          return y_next, y_lo, s
 
-A carry that the adjoint does not read (a log-density, into which nothing is fed back) is not stored at all, unless
-the recomputation of several steps reads it, where the policy asks for that (checkpoint). Integers
-and states that are no wider than the storage dtype are stored as they are. Where the policy says so, each step's state
-has a power-of-two scale of its own, which brings its largest entry to the upper end of the storage dtype's range.
+A carry that the adjoint does not read (a log-density, into which nothing is fed back) is not stored at all, unless the
+policy asks for segments and their recomputation reads it. Integers and states that are no wider than the storage dtype
+are stored as they are. Where the policy says so, each step's state has a power-of-two scale of its own, which brings
+its largest entry to the upper end of the storage dtype's range.
 
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
 passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
@@ -37,7 +37,8 @@ from rampde_fx.runtime.scales import power_of_two_scale
 CAST = torch.ops.aten._to_copy.default
 NARROW = torch.ops.rampde_fx.narrow.default
 COUNT = torch.ops.rampde_fx.count_underflow.default
-# Where the largest entry is put: twice this is below the largest number of the dtype. Others have float32's range.
+# Where the largest entry is put: twice this is below the largest number of the dtype. A dtype that is not here has
+# float32's range, and no scale.
 TARGETS = {torch.float16: 2.0**14, torch.float8_e4m3fn: 2.0**7}
 
 

@@ -5,7 +5,8 @@ After:   dy, dw = velocity_0_pullback(saved, b * s);  r = adjoint_statistics(s, 
 
 r holds the scale, the largest and the smallest magnitude of the cotangent, how many of its entries become zero in the
 velocity dtype, and how many entries of the gradients are not finite. The entries that vanish are found by their
-magnitude, below half of the least subnormal number: a compiler may leave a rounding out.
+magnitude, below half of the least subnormal number: a compiler may fuse the cast away, and zeros behind it could not be
+counted.
 
 Requires: a Loop with an adjoint, scaled or not.
 Ensures:  of a loop that is monitored the adjoint has one more result, float32 (VJPs, 5), in the order in which the step

@@ -9,11 +9,11 @@ float32. A weight that a velocity reads more than once has several such sums, wh
 devices bfloat16 products stay as they are, for they cannot overflow; a plain sum is widened on every device.
 
 What adds up many terms one by one, such as the derivative of an index or of an embedding, takes float32 and is rounded
-once, as does every operation of which the operator table knows nothing else.
+once, as does every operation that the operator table does not know.
 
 Requires: a Loop with an adjoint whose velocity is float16 or bfloat16.
-Ensures:  matrix products and sums of which a pullback's wide result is made, by views and additions alone, are no
-          longer rounded to the lower dtype; no operation that adds up terms rounds each sum to it.
+Ensures:  products and sums that reach a wide result of a pullback through views and additions alone stay in float32;
+          no operation rounds each of its partial sums.
 Source:   arXiv 2510.23498 accumulates gradients in high precision.
 """
 

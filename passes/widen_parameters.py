@@ -5,11 +5,11 @@ After:   preamble(w: bf16): w_wide = cast(w, f32)
          step(y: f32, t, dt, w_wide: f32):  w = cast(w_wide, bf16);  k = mm(cast(y, bf16), w);  ...
 
 The cast up and the cast down change no number. The loop takes gradients of the wide tensor, and sums and unscales them
-so; autograd casts the total down, once. An input that differs from step to step is cast up and down inside the step,
-for each of its gradients is complete there.
+in its dtype; autograd casts the total down, once. An input that differs from step to step is cast up and down inside
+the step, for each of its gradients is complete there.
 
 Requires: a Loop whose invariants are hoisted.
-Ensures:  no floating input of the step of which a gradient is wanted is narrower than the widest state, but carries.
+Ensures:  every floating input whose gradient is wanted, carries aside, is as wide as the widest state.
 Source:   arXiv 2510.23498 accumulates gradients in high precision.
 """
 

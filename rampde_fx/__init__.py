@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rampde_fx import errors
-from rampde_fx.frontend.integrate import odeint
 from rampde_fx.frontend.marking import mixed_precision, policy_of, steps
 from rampde_fx.policy import AdjointScaling, PrecisionPolicy
 from rampde_fx.proof.check_table import CheckResult, CheckRow
@@ -18,6 +17,7 @@ from rampde_fx.runtime.counts import (
     state_counts,
 )
 from rampde_fx.runtime.monitoring import Monitor, monitor
+from rampde_fx.solvers.integrate import odeint
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 
 # What compiles needs Dynamo and Inductor, which take twice as long to import as torch: when it is asked for.

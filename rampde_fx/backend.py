@@ -13,7 +13,7 @@ from torch import fx
 from rampde_fx.emit import cpu_products, cuda_graphs
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.frontend import unrewritten
-from rampde_fx.ir import graphs
+from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.captured import MarkedLoop
 from rampde_fx.ir.loop_verifier import verify
 from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
@@ -41,10 +41,9 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
-from rampde_fx.proof.verification import Verification, on_first_call
-from rampde_fx.report import pass_log
 from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, shapes
 from rampde_fx.torch_private.names import require_all
+from rampde_fx.validation.verification import Verification, on_first_call
 
 require_all()
 
@@ -187,11 +186,11 @@ def rampde_fx(
     """
     graph_module.meta[unrewritten.BACKEND] = "backend"
     options = dict(options or {})
-    compiler, verify = options.pop("compiler", "inductor"), options.pop("verify", False)
+    compiler, verifies = options.pop("compiler", "inductor"), options.pop("verify", False)
     try:
-        if not isinstance(verify, bool):
+        if not isinstance(verifies, bool):
             raise PolicyError(
-                f'options={{"verify": {verify!r}}}', required="True or False", fix='write options={"verify": True}'
+                f'options={{"verify": {verifies!r}}}', required="True or False", fix='write options={"verify": True}'
             )
         if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
             raise PolicyError(
@@ -203,7 +202,7 @@ def rampde_fx(
         if marked:
             graphs.name_arguments(graph_module, dynamo.names_of_arguments())
             check_repetition(graph_module)
-        captured = graphs.copied(graph_module) if verify and marked else None
+        captured = graphs.copied(graph_module) if verifies and marked else None
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)

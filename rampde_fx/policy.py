@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from rampde_fx.errors import PolicyError, refuse
-from rampde_fx.schedules import Schedule, schedule_of
+from rampde_fx.schedules import Checkpoint, Schedule, schedule_of
 from rampde_fx.torch_private import dynamo
 
 DTYPES = {
@@ -20,12 +20,12 @@ DTYPES = {
 }
 # The dtypes that a field of a policy takes, by their names.
 DTYPES_OF = {"velocity": DTYPES, "storage": {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}}
+ALWAYS_SCALED = {torch.float8_e4m3fn}  # of one byte: few operations know them, and scaled states travel as bytes
 MONITORED = "monitored "  # before a policy on a marker: a monitor is open
 
 Scaling = Literal["dynamic", "none"]
 Accumulation = Literal["plain", "compensated"]
 LoopForm = Literal["auto", "scan", "unroll"]
-Checkpoint = Literal["step", "sqrt", "none"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class PrecisionPolicy(_Encoded):
     @property
     def scales_storage(self) -> bool:
         """Whether a state that is stored in a dtype of less range has a scale of its own at each step."""
-        return self.storage_dtype is torch.float8_e4m3fn or self.storage_scaling == "dynamic"
+        return self.storage_dtype in ALWAYS_SCALED or self.storage_scaling == "dynamic"
 
     @property
     def adjoint_scaling(self) -> AdjointScaling | None:
@@ -246,10 +246,10 @@ def _wrong_policy(
             f"one of {get_args(Scaling)}, or an AdjointScaling",
             "leave it out: float16 is then scaled and the other dtypes are not",
         )
-    if storage is torch.float8_e4m3fn and storage_scaling == "none":
+    if storage in ALWAYS_SCALED and storage_scaling == "none":
         return (
-            'PrecisionPolicy(storage=torch.float8_e4m3fn, storage_scaling="none")',
-            "scaling: float8_e4m3fn ends at 448",
+            f'PrecisionPolicy(storage={storage}, storage_scaling="none")',
+            f"scaling: the range of {_word(storage)} is small",
             "leave storage_scaling out",
         )
     if checkpoint not in get_args(Checkpoint) and not (type(checkpoint) is int and checkpoint >= 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, assert_never
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,20 @@ class SqrtSegments:
     """Segments of ceil(sqrt(N)) of N steps."""
 
 
+Checkpoint = Literal["step", "sqrt", "none"]
 Schedule = EveryStep | Activations | Segments | SqrtSegments
 
 
-def schedule_of(checkpoint: str | int) -> Schedule:
+def schedule_of(checkpoint: Checkpoint | int) -> Schedule:
     """The schedule that PrecisionPolicy.checkpoint names."""
-    if isinstance(checkpoint, int):
-        return Segments(checkpoint)
-    named: dict[str, Schedule] = {"step": EveryStep(), "none": Activations(), "sqrt": SqrtSegments()}
-    return named[checkpoint]
+    match checkpoint:
+        case int():
+            return Segments(checkpoint)
+        case "step":
+            return EveryStep()
+        case "none":
+            return Activations()
+        case "sqrt":
+            return SqrtSegments()
+        case _:
+            assert_never(checkpoint)

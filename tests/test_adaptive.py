@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 import rampde_fx
 from rampde_fx import errors
 from rampde_fx.passes import emit_search
-from rampde_fx.solvers import step_control
+from rampde_fx.runtime import step_control
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import rampde_fx
 from rampde_fx.__main__ import main
 from rampde_fx.backend import STEP_PASSES
-from rampde_fx.ir import graphs
-from rampde_fx.report import pass_log, report_html, step_picture
+from rampde_fx.ir import graphs, pass_log
+from rampde_fx.report import report_html, step_picture
 from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory, Velocity
 
 PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
@@ -188,7 +188,7 @@ def test_the_logs_name_each_pass_in_order(caplog):
             rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True
         )
         model(torch.zeros(3, 5), torch.linspace(0, 1, 5))
-    records = [record for record in caplog.records if record.name == "rampde_fx.report.pass_log"]
+    records = [record for record in caplog.records if record.name == "rampde_fx.ir.pass_log"]
     assert [record.args[1] for record in records] == PASSES
     assert "models.py" in records[0].getMessage() and '"f16[3, 5]"' in records[-1].getMessage()
 

@@ -1,6 +1,7 @@
 """The structure of the source: imports go one way, and files and functions stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PASSES = {f"rampde_fx.passes.{path.stem}": path for path in (ROOT / "passes").glob("[!_]*.py")}
 FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "rampde_fx").rglob("*.py")
     if "passes" not in path.parts
 } | PASSES
+# From the top to the bottom: a file imports from its own part and from those below it.
+ORDER = """__main__ proof report backend validation passes emit ir solvers frontend runtime policy schedules
+torch_private
+    torch_private indices errors""".split()
 DATA = {"rampde_fx.solvers.tableau", "rampde_fx.ir.operator_table"}
 
 
@@ -56,6 +61,21 @@ def test_there_is_no_import_circle():
     assert sum(map(len, edges.values())) > 200
     assert circle(edges) is None
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def part(module):
+    return module.split(".")[1]
+
+
+def test_imports_go_down_the_list_of_contributing():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| part of `rampde_fx/` | holds |")[2].partition("\n\n")[0]
+    told = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)(?:/|\.py)?`", row.split("|")[1])]
+    assert told == ORDER
+    for name, path in FILES.items():
+        if name.count("."):  # but for the package itself, which gathers what is public
+            upward = {other for other in imported(ast.parse(path.read_text()), FILES) if other.count(".")}
+            upward = {other for other in upward if ORDER.index(part(other)) < ORDER.index(part(name))}
+            assert not upward, (name, upward)
 
 
 def test_no_pass_imports_another():

@@ -59,9 +59,9 @@ class Run:
         iterations: The nodes of each iteration, aligned position by position.
         sources: For every position, the source of each node argument, in order; a key is a value of the same
             iteration.
-        outputs: For every key that is read outside of the run, by which iterations' values.
-        entered: Times and carries in the order in which a loop that was captured once names them. Its one iteration
-            stands for all, and its outputs are those whose every value is read.
+        outputs: For each key that is read outside of the run, the iterations whose value is read.
+        entered: Of a loop that was captured once (odeint), its times and carries in the order in which it names them;
+            its outputs are wanted of every step. Empty for all other loops.
     """
 
     iterations: list[list[fx.Node]]
@@ -75,7 +75,7 @@ class Run:
         return bool(self.entered)
 
     def stacked(self) -> list[Key]:
-        """Keys of the outputs that are not final carries alone."""
+        """Keys of the outputs to be stacked: all but the carries of which only the last value is read."""
         last = len(self.iterations) - 1
         finals = {s.key for row in self.sources for s in row if isinstance(s, CarrySource) and s.is_latest}
         return [key for key, ks in self.outputs.items() if self.once or ks != [last] or key not in finals]
@@ -87,7 +87,8 @@ class CapturedStep:
 
     Attributes:
         inputs: The source of every placeholder of the step; carries first.
-        step: Maps the inputs to the next carries, then to the outputs; before find_states to further values.
+        step: Maps the inputs to the next carries, then to the outputs; before find_states also to what the inputs have
+            become.
         outputs: Keys of the values that are read outside of the run, apart from final carries.
         after: For every placeholder the node that holds its value after the step (before find_states).
         written: The outside tensors that carries were updated in, by the index of the carry.

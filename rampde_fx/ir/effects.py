@@ -139,7 +139,7 @@ def with_bodies(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
 
 
 def own_backward(node: fx.Node) -> str:
-    """The name of an autograd.Function in the derivative of a function that Dynamo was told to admit; empty if none."""
+    """Of a function that Dynamo was told to admit, the name of the custom autograd.Function behind it; else empty."""
     if node.op != "call_function" or not _is_admitted(node.target):
         return ""
     with fake_tensors.fake_mode(), torch.enable_grad():

@@ -40,7 +40,7 @@ class Cotangent:
 
 @dataclass(frozen=True)
 class Total:
-    """Taken by an adjoint: the gradient of an input of the step that later steps gave."""
+    """Taken by an adjoint: the sum of an input's gradients over the later steps."""
 
     operand: int
 
@@ -135,7 +135,7 @@ class Evaluation:
         forward: The call in the adjoint that recomputes it; None where nothing is recomputed.
         pullback: The call in the adjoint that maps residuals and cotangents to gradients; None where none is wanted.
         cotangents: How many of the pullback's last operands are cotangents.
-        scaled: Whether these are products of a cotangent and its scale.
+        scaled: Whether each of these was multiplied by its scale.
     """
 
     step_call: str

@@ -290,7 +290,7 @@ def body(graph_module: fx.GraphModule) -> list[fx.Node]:
 def split_invariants(
     graph_module: fx.GraphModule, first: int
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]] | None:
-    """Split off what depends on the placeholders from the first invariant on alone.
+    """Split off the nodes that depend only on the placeholders from number `first` on.
 
     Views and numbers stay, for they cost nothing where they are read.
 

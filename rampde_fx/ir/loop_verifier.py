@@ -171,7 +171,7 @@ def _returned(name: str, module: fx.GraphModule, carries: int, corrections: Sequ
 def _of_roles(loop: Loop) -> Iterator[str]:
     told = [node for node in loop.step.graph.nodes if "role" in node.meta]
     if wrong := [node.name for node in told if node.meta["role"] not in ROLES]:
-        yield f"the roles of {', '.join(wrong)} are none"
+        yield f"{', '.join(wrong)} have a role that does not exist"
 
 
 def _of_slots(loop: KeptLoop) -> Iterator[str]:
@@ -190,7 +190,7 @@ def _of_slots(loop: KeptLoop) -> Iterator[str]:
     for i, slot in enumerate(loop.slots):
         if isinstance(slot, ActivationSlot):
             if slot.evaluation not in calls:
-                yield f"slot {i} is of the evaluation {slot.evaluation}, which is none"
+                yield f"slot {i} is of the evaluation {slot.evaluation}, which does not exist"
             continue
         for part, entry in enumerate(graphs.placeholders(slot.load)):
             if text := _unlike(entry, values[Saved(i, part)]):
@@ -216,7 +216,7 @@ def _of_adjoint(loop: Loop, adjoint: Adjoint, slots: Sequence[Slot]) -> Iterator
             case Target():
                 continue
             case _:
-                yield f"the adjoint reads {entry}, which is none"
+                yield f"the adjoint reads {entry}, which does not exist"
                 continue
         if isinstance(same, fx.Node) and (text := _unlike(node, same)):
             yield f"the adjoint reads {entry} as {text}"

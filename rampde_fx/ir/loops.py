@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, assert_never
 
 import torch
 from torch import fx, nn
@@ -16,8 +16,8 @@ from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.runtime.step_control import Controller
 from rampde_fx.schedules import Activations, EveryStep, Segments, SqrtSegments
-from rampde_fx.solvers.step_control import Controller
 from rampde_fx.torch_private import shapes
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Loop:
     """N equal steps of one loop, as roll_loop makes it.
 
     The step maps (carries, per-step inputs, invariants, corrections) to (next carries, per-step outputs, stored
-    values, next corrections). Its adjoint takes them in the reverse order of the steps. Passes take a Loop and return
+    values, next corrections). Its adjoint runs over the steps from the last to the first. Passes take a Loop and return
     another; the graph that holds it is touched by roll_loop and emit_loop alone.
 
     Attributes:
@@ -50,11 +50,12 @@ class Loop:
         carries: Number of carried states, the first placeholders and the first results of the step.
         per_step: Number of per-step inputs, the placeholders after the carries.
         plain_needs_grad: For each placeholder of the plain step, whether its gradient is wanted.
-        needs_grad: For each placeholder of the step, whether its gradient is wanted; corrections left out.
+        needs_grad: For each placeholder of the step, whether its gradient is wanted; corrections left out. It differs
+            from the former once hoist_invariants has replaced invariants.
         differentiated: Whether a backward can be asked for.
         monitored: Whether a monitor was open where it was captured.
-        controller: That of a search for adaptive steps: the loop is one step that is tried until it has found them,
-            with an estimate of its error for each output. None otherwise.
+        controller: What chooses the sizes of adaptive steps, in the loop that searches for them: its one step is tried
+            again and again, and its per-step outputs are estimates of its error. None for other loops.
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
         notes: Sentences for the report.
     """
@@ -121,6 +122,8 @@ class Loop:
                         where=self.where,
                     )
                 return graphs.ceil_sqrt(self.steps)
+            case _:
+                assert_never(self.policy.schedule)
 
     @property
     def unrolled(self) -> bool:
@@ -178,7 +181,7 @@ class LoweredLoop(PartitionedLoop):
 
     @property
     def evaluations_per_step(self) -> int:
-        """How often a step evaluates the velocity; of a loop over steps(t) its parts that are no sums of states."""
+        """How often a step evaluates the velocity; of a loop over steps(t), the number of calls of its submodules."""
         return len(self.stages) if self.evaluations is None else self.evaluations
 
 
@@ -240,7 +243,7 @@ class KeptLoop(WatchedLoop):
 
 
 class StoredLoop(KeptLoop):
-    """Behind store_states: the adjoint reads no carry of the step but from a slot."""
+    """Behind store_states: the adjoint reads the step's carries from slots alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

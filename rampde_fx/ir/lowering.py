@@ -2,8 +2,8 @@
 
 In half precision products of matrices are low; elementwise and moving operations take the widest dtype among their
 operands; complex numbers, sums, and whatever operator_table.py does not know are float32. In float16 products of
-entries are float32 too, for its range; a number that overflows though it follows from finite ones becomes NaN, which no
-later operation hides; infinities of the user's pass.
+entries are float32 too, for its range. An overflow of finite operands becomes NaN, and no later operation hides it;
+infinities in the user's data stay infinities.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ class Lowering(fx.Interpreter):
         return self._noted(value, result) if is_half(result) and result is not value else result
 
     def _noted(self, value: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
-        """The marked value. Where the velocity handles NaN itself, an overflow is noted: it might be taken for one of
-        the user's, which may be handled."""
+        """The marked value. If the velocity handles NaN itself, each overflow is noted: the user's code would otherwise
+        handle our NaN as its own."""
         if self.handles_nan and value.numel() > 0:
             self.hidden.append((marked.isnan() & ~value.isnan()).any())
         return marked
@@ -283,8 +283,8 @@ def can_overflow(target: Any, args: Any, kwargs: Any) -> bool:
 
 
 def entrywise_operands(node: fx.Node) -> list[fx.Node]:
-    """The operands whose infinities are a node's, entry by entry; a factor's come out as NaN, and so do an unknown
-    operation's."""
+    """The operands whose infinity at an entry may be the result's; of a factor, or of an unknown operation, it comes
+    out as NaN."""
     if properties(node.target).first_is_summand:
         return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
     return node.all_input_nodes if operator_table.is_elementwise(node.target) else []

@@ -31,17 +31,17 @@ class Operator:
             autocast"); or it "follows" its operands, for it chooses or moves entries, and adds none up. Elementwise
             operations and views that are not wide follow as well.
         product: Of "matrices" and vectors; of other whole "tensors"; or entry by entry ("entries"), quotients included.
-        linear: In "all" tensors whose entries are numbers at once, in "each" of them while the others are constant, or
-            in the one at this position. Views are linear too.
+        linear: Jointly in "all" of its floating operands, in "each" alone while the others are constant, or in the one
+            at this position. Views are linear too.
         update: How a step's update is spelled by it: it may "add" to a state; "scale", "copy", "cast" or "choose" from
             one; "join" several tensors; or "write" to a part of one.
         first_is_summand: The rest is added to the first operand.
         adds_if: The argument that makes it add to entries, which it overwrites otherwise.
         rounded_once: A sum that every device forms in float32, and rounds once, to its argument dtype.
         limit: The result of finite operands is "bounded", by them or by a small number; or "finite" whatever they are.
-        nan: Of an operand it "hides" from the result; it "shows" in the results that are numbers, and not in the
-            others; the operation "asks" for it, or "handles" it, or another infinity, which may be the user's; or it
-            does not matter where it was not chosen ("chooses"). By default the result has one too.
+        nan: What becomes of a NaN in an operand. "hides": the result may be a number. "shows": floating results have
+            it, others cannot. "asks": it tests for NaN or infinity. "handles": it replaces them. "chooses": it ignores
+            entries that it does not choose. By default the result has it.
         reads_shape: It reads the shape of its operand alone.
         aligned: Its half-precision kernel takes heads of whole groups of 16 bytes alone.
         commutes: Its first two operands may be exchanged.
@@ -241,7 +241,7 @@ def follows_operands(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def has_low_kernel(target: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an attention's kernel takes heads of this size in half precision; so does any other operation."""
+    """Whether an attention's kernel takes heads of this size in half precision; True for all that is no attention."""
     if not properties(target).aligned:
         return True
     heads = [_argument(target, name, args, {}).shape[-1] for name in ("query", "key", "value")]

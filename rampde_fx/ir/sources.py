@@ -17,7 +17,7 @@ class CarrySource:
 
     Attributes:
         values: The outside nodes that stand in for the earlier iterations.
-        key: The value of the earlier iteration that it is; None where no iteration is compared with another.
+        key: The value of the earlier iteration that it is; None where find_states found the carry.
     """
 
     values: tuple[fx.Node, ...]
@@ -29,7 +29,7 @@ class CarrySource:
         return len(self.values) == 1
 
     def younger(self) -> CarrySource:
-        """What replaces a carry of a longer lag: the one that is one step younger."""
+        """What a carry that lags by d > 1 steps becomes in the next step: the one that lags by d - 1."""
         return replace(self, values=self.values[1:])
 
 

@@ -13,8 +13,8 @@ import torch
 
 from rampde_fx.proof.check_table import CheckRow
 from rampde_fx.proof.checked_call import Captured, untouched
-from rampde_fx.proof.widening import copies
 from rampde_fx.torch_private import capturing
+from rampde_fx.validation.widening import copies
 
 # How often each step is timed, behind one turn that is not counted.
 REPETITIONS = 7

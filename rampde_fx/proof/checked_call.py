@@ -17,9 +17,9 @@ from rampde_fx.frontend.marking import is_time_grid
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import STEP
 from rampde_fx.passes.find_loops import has_loop
-from rampde_fx.proof.widening import AsWritten, Twins, copies
 from rampde_fx.runtime import operators, random_state
 from rampde_fx.torch_private import capturing
+from rampde_fx.validation.widening import AsWritten, Twins, copies
 
 
 @contextlib.contextmanager

@@ -23,11 +23,16 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import STEP
 from rampde_fx.ir.loops import LoopNode
 from rampde_fx.policy import MONITORED, PrecisionPolicy
-from rampde_fx.proof import verification
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
 from rampde_fx.proof.check_timing import TrainingSteps, timed
 from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes, untouched
-from rampde_fx.proof.comparison import (
+from rampde_fx.report import explain
+from rampde_fx.report.loop_report import LoopReport
+from rampde_fx.runtime import counts, operators, random_state
+from rampde_fx.runtime.monitoring import monitor
+from rampde_fx.torch_private import capturing, inductor
+from rampde_fx.validation import verification
+from rampde_fx.validation.comparison import (
     Mismatch,
     Named,
     Outcome,
@@ -37,12 +42,7 @@ from rampde_fx.proof.comparison import (
     first_beyond_float32,
     first_mismatch,
 )
-from rampde_fx.proof.widening import AsWritten, Twins, default_dtype
-from rampde_fx.report import explain
-from rampde_fx.report.loop_report import LoopReport
-from rampde_fx.runtime import counts, operators, random_state
-from rampde_fx.runtime.monitoring import monitor
-from rampde_fx.torch_private import capturing, inductor
+from rampde_fx.validation.widening import AsWritten, Twins, default_dtype
 
 POLICIES = tuple(
     PrecisionPolicy(dtype, checkpoint=checkpoint)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import fx
@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from rampde_fx.backend import rewrite
 from rampde_fx.errors import RampdeError, raising
 from rampde_fx.frontend import unrewritten
-from rampde_fx.ir import graphs
+from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
 from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.find_loops import has_loop
-from rampde_fx.report import pass_log, report_html
+from rampde_fx.report import report_html
 from rampde_fx.report.loop_report import LoopReport, PassReport, short
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import capturing, fake_tensors
@@ -164,7 +164,8 @@ def _bytes_in_the_dtype_of_the_state(loop: CompensatedLoop, stored: list[tuple[S
 
 def _describe_stored(loop: CompensatedLoop, stored: list[tuple[Saved, fx.Node]]) -> Iterator[str]:
     for place, node in stored:
-        match loop.slots[place.slot]:
+        slot = loop.slots[place.slot]
+        match slot:
             case ActivationSlot():
                 evaluation, index = node.args
                 made = graphs.results(loop.step.get_submodule(evaluation.target))[index]
@@ -174,6 +175,8 @@ def _describe_stored(loop: CompensatedLoop, stored: list[tuple[Saved, fx.Node]])
                 is_byte = graphs.value(node).dtype is torch.uint8 and graphs.is_float(state)
                 dtype = loop.policy.storage_dtype if is_byte else graphs.value(node).dtype
                 yield _describe(f"scale of {state.name}" if place.part else state.name, node, dtype)
+            case _:
+                assert_never(slot)
 
 
 def _flops(graph_module: fx.GraphModule) -> int:

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from rampde_fx.ir import pass_log
 from rampde_fx.ir.loops import Fallback, Loop
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.report import pass_log
 from rampde_fx.schedules import Activations
 
 

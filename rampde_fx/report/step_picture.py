@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx.ir import graphs, operator_table
+from rampde_fx.ir import graphs, operator_table, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
 from rampde_fx.ir.loops import CompensatedLoop
-from rampde_fx.report import pass_log
 
 LANES = ("time", "state", "velocity")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30

@@ -51,7 +51,7 @@ class Monitor:
         Raises:
             MonitorError: if nothing was recorded, or matplotlib is not installed.
         """
-        from rampde_fx.report.monitor_plot import draw
+        from rampde_fx.runtime.monitor_plot import draw
 
         return draw(self.loops(), path)
 

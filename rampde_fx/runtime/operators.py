@@ -20,8 +20,7 @@ from rampde_fx.errors import (
     step_too_small,
     too_many_steps,
 )
-from rampde_fx.runtime import counts, monitoring
-from rampde_fx.solvers import step_control
+from rampde_fx.runtime import counts, monitoring, step_control
 from rampde_fx.torch_private import kernels
 
 _Function = Callable[..., torch.Tensor]

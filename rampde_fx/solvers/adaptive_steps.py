@@ -13,8 +13,7 @@ import torch
 from rampde_fx.errors import OptionError, refuse
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.runtime import operators
-from rampde_fx.solvers import step_control
+from rampde_fx.runtime import operators, step_control
 from rampde_fx.solvers.fixed_steps import (
     FIXED_OPTIONS,
     CheckedVelocity,

@@ -11,8 +11,8 @@ from rampde_fx.errors import OptionError, refuse, velocity_error
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import operators
+from rampde_fx.runtime.step_control import scalar
 from rampde_fx.solvers.runge_kutta import State, Velocity, advance, advance_collecting
-from rampde_fx.solvers.step_control import scalar
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import dynamo
 

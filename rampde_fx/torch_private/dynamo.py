@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from rampde_fx.errors import MissingTorchNameError
-from rampde_fx.ir.indices import read_at, scalar_places
+from rampde_fx.indices import read_at, scalar_places
 from rampde_fx.torch_private.names import Names
 
 _torch = Names(

@@ -22,11 +22,11 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import STEP
 from rampde_fx.ir.loops import Loop
 from rampde_fx.policy import MONITORED, PrecisionPolicy
-from rampde_fx.proof.comparison import Mismatch, Named, Outcome, first_mismatch, weights_of
-from rampde_fx.proof.widening import AsWritten, copies, default_dtype, widened
 from rampde_fx.runtime import counts, random_state
 from rampde_fx.runtime.operators import enter
 from rampde_fx.torch_private import capturing
+from rampde_fx.validation.comparison import Mismatch, Named, Outcome, first_mismatch, weights_of
+from rampde_fx.validation.widening import AsWritten, copies, default_dtype, widened
 
 # rampde_fx.backend.rewrite, which imports this file.
 Rewrite = Callable[..., list[Loop]]

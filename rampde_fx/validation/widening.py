@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import Loop, LoopNode
-from rampde_fx.runtime import operators
-from rampde_fx.solvers import step_control
+from rampde_fx.runtime import operators, step_control
 from rampde_fx.torch_private import fake_tensors, higher_order
 
 WIDE = {
