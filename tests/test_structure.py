@@ -15,7 +15,6 @@ FILES = {
 } | PASSES
 # From the top to the bottom: a file imports from its own part and from those below it.
 ORDER = """__main__ proof report backend validation passes emit ir solvers frontend runtime policy schedules
-torch_private
     torch_private indices errors""".split()
 DATA = {"rampde_fx.solvers.tableau", "rampde_fx.ir.operator_table"}
 
@@ -26,7 +25,7 @@ def imported(tree, known):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name for name in (*names, node.module) if name in known}
+            found |= names & known.keys() or {node.module} & known.keys()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in known}
     return found
