@@ -50,6 +50,8 @@ SMALLEST = {torch.float16: 2.0**-25, torch.float8_e4m3fn: 2.0**-10}
 LARGEST = {torch.float16: 2.0**14}
 # How many times the largest deviation of the perturbed runs an error may reach; the runs on a second, closer look.
 FACTOR, DRAWS, MORE_DRAWS = 2.0, 3, 64
+# From where on a problem is chaotic: a norm of nearly equal numbers, in a low dtype.
+CHAOS = 1e3
 
 
 class Disagreement(AssertionError):
@@ -278,6 +280,11 @@ def ratios(problem: Problem) -> list[float]:
         ]
         if max(found) <= FACTOR:
             break
+    else:
+        gradients = range(len(exact.outputs), len(spread))
+        sizes = [exact.values()[j].norm().item() for j in gradients if exact.values()[j] is not None]
+        if max(spread[len(exact.outputs) :], default=0.0) > CHAOS * max(sizes, default=0.0):
+            raise Invalid("rounding alone makes a gradient a thousand times as large as the largest one is")
     return found
 
 
