@@ -186,10 +186,10 @@ class _Transposition:
         call = self.graph.call_module(pullback.forward, args)
         self.evaluations[node] = Evaluation(node.name, call.name, None)
         self.env[node] = call
-        computed = itertools.count(pullback.outputs)
+        computed, saved = itertools.count(pullback.outputs), f"saved_{len(self.evaluations)}"
         names = [entry.name for entry in graphs.placeholders(self.adjoint.get_submodule(pullback.pullback))]
         self.residuals[node] = [
-            args[i] if i is not None else graphs.item(self.graph, f"saved_{name}", call, next(computed))
+            args[i] if i is not None else graphs.item(self.graph, f"{saved}_{name}", call, next(computed))
             for i, name in zip(pullback.residuals, names, strict=False)
         ]
         self.used[node] = pullback

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rampde_fx
 from rampde_fx.emit.recurrence import Body
 from rampde_fx.ir import graphs, lowering, tracing
+from rampde_fx.ir.ends import Inputs, Results
 from rampde_fx.passes.match_iterations import _alike
 from rampde_fx.torch_private import fake_tensors
 from tests.comparison import compiled, gradients, relative_errors
@@ -196,7 +197,7 @@ def test_a_widening_and_back_is_folded_away(narrow):
     graphs.placeholders(captured)[0].meta["example_value"] = value
     with fake_tensors.fake_mode_of(captured):
         step = tracing.trace(lambda x: [x.to(wide).to(narrow).sin()], [value])
-        body = Body(step, [0], 1, 1).body
+        body = Body(step, Inputs(graphs.placeholders(step), [], [], []), Results(graphs.results(step), [], [], [])).body
     assert aten._to_copy.default in {node.target for node in graphs.body(step)}
     assert [node.target for node in graphs.body(body)] == [aten.sin.default]
 
