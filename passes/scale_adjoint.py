@@ -14,8 +14,9 @@ never rounded beside a larger one. Each result is divided by its own scale.
 
 A velocity may multiply by a small factor: a learned gain of 1e-6, a number. Behind it the cotangent is small, too, and
 would vanish where it is cast down. If the factor depends on no state, the product is multiplied by a power of two, its
-gain, that makes up for the factor's largest entry, and carries it from there on. A large factor has none: what it makes
-too large overflows, and the backward is repeated with a lower target.
+gain, that makes up for the factor's largest entry, and carries it from there on. A large number takes back the gains of
+small ones before it; another large factor has none: what it makes too large overflows, and the backward is repeated
+with a lower target.
 
 Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
@@ -33,8 +34,7 @@ Source:   arXiv 2510.23498, dynamic adjoint scaling; scales that are propagated 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ from torch import fx
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.ends import Evaluation, Operand, Target, Vanished, cotangents_of
+from rampde_fx.ir.gains import MOST_GAIN, Gain, Origins, gain_of, net, with_gain
 from rampde_fx.ir.loops import ScaledLoop, SummedLoop
 from rampde_fx.runtime.scales import power_of_two_scale, vanishing_entries
 from rampde_fx.torch_private import fake_tensors, shapes
@@ -51,29 +52,8 @@ from rampde_fx.torch_private import fake_tensors, shapes
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
-MOST_GAIN = 2.0**30
-SMALL = 2.0**-6  # a number from this on needs no gain
-MOST_GAINS = 2  # of a value: with a scale between 2^-50 and 2^50 the product is a normal number in float32
+MOST_GAINS = 3  # of a value: with a scale between 2^-50 and 2^50 the product is a normal number in float32
 BOUND_WITH_GAINS = 2.0**50
-
-
-@dataclass(frozen=True, order=True)
-class Gain:
-    """What makes up for a factor: a power of two.
-
-    Attributes:
-        factor: The factor, by its number among the placeholders of the pullback, or -1.
-        number: The gain, where the factor is a number.
-        divides: Whether the factor divides.
-    """
-
-    factor: int = -1
-    number: float = 1.0
-    divides: bool = False
-
-
-# What a value follows from: cotangents, by number, each with the gains on the way. Its scale is the least of theirs.
-Origins = frozenset[tuple[int, tuple[Gain, ...]]]
 
 
 @dataclass(frozen=True)
@@ -199,10 +179,12 @@ class _Propagation:
                 if key not in self.ratios:
                     self.ratios[key] = self._placeholder(f"ratio_{len(self.ratios)}", self.first_cotangent)
                 node.replace_input_with(operand, _times(self.module.graph, node, operand, self.ratios[key]))
-        gain = _gain(node, read, self.factors) if node in self.cast_down and len(read) == 1 else None
-        if gain is not None and all(len(gains) < MOST_GAINS for _, gains in self.origins[node]):
+        gain = gain_of(node, read, self.factors) if node in self.cast_down and len(read) == 1 else None
+        if gain is not None and gain.factor < 0:
+            gain = net(gain, self.origins[node])
+        if gain is not None and all(len(with_gain(gains, gain)) <= MOST_GAINS for _, gains in self.origins[node]):
             product = self._amplified(node, gain)
-            self.origins[product] = frozenset((i, tuple(sorted((*g, gain)))) for i, g in self.origins[node])
+            self.origins[product] = frozenset((i, with_gain(gains, gain)) for i, gains in self.origins[node])
 
     def _amplified(self, node: fx.Node, gain: Gain) -> fx.Node:
         """A node times a gain, in its place for all that read it."""
@@ -234,31 +216,6 @@ def _cast_down(module: fx.GraphModule) -> set[fx.Node]:
         if graphs.is_float(node) and graphs.value(node).dtype.itemsize > 2 and (any(half) or found & set(node.users)):
             found.add(node)
     return found
-
-
-def _gain(node: fx.Node, read: list[fx.Node], factors: Mapping[fx.Node, int]) -> Gain | None:
-    """What makes up for the factor that a product or a quotient multiplies a cotangent by; None for another node."""
-    name = operator_table.name_of(node.target)
-    if node.target is operator.getitem and node.args[1] == 0:  # the gradient of a norm's input
-        weight = operator_table.properties(read[0].target).weight
-        return None if weight is None else _gain_of(read[0].args[weight], factors)
-    if operator_table.properties(node.target).product != "entries" or len(node.args) != 2 or node.kwargs:
-        return None
-    divides, (first, second) = name == "div", node.args
-    other = second if first is read[0] else first
-    if isinstance(other, (int, float)):
-        size = abs(other) if not divides else abs(1 / other) if other else 0.0
-        return Gain(number=min(2.0 ** -math.floor(math.log2(size)), MOST_GAIN)) if 0 < size < SMALL else None
-    if divides and first is not read[0]:
-        return None
-    return _gain_of(other, factors, divides=divides) if other is not read[0] else None
-
-
-def _gain_of(factor: Any, factors: Mapping[fx.Node, int], *, divides: bool = False) -> Gain | None:
-    """What makes up for a factor that depends on no state; None for another one, and for a complex number."""
-    while isinstance(factor, fx.Node) and (graphs.is_view(factor) or factor.target is aten._to_copy.default):
-        factor = factor.args[0]
-    return Gain(factors[factor], divides=divides) if factor in factors else None
 
 
 def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node) -> fx.Node:

@@ -138,7 +138,7 @@ def test_little_is_not_run():
 
 def test_the_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r":: (?:rampde_fx\.)?(?:\w+\.)?(\w+)(?:\(\))?$", text, flags=re.MULTILINE))
+    documented = set(re.findall(r":: (?:\w+\.)*(\w+)(?:\(\))?$", text, flags=re.MULTILINE))
     assert set(rampde_fx.__all__) - {"errors"} <= documented
     assert ".. automodule:: rampde_fx.errors" in text
 

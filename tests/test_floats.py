@@ -233,7 +233,7 @@ class TestLiftFloats(TestCase):
             captured_with_a_float(shown),
             """\
 class GraphModule(torch.nn.Module):
-        step = rampde_fx.step(l_args_2_, 0, policy)
+        step = rampde_fx.step(l_args_2_, 0, 'float32')
         t_i: "f32[]" = step[0]
         dt: "f32[]" = step[1]
         item: "Sym" = l_args_0_rate.item()
@@ -243,7 +243,7 @@ class GraphModule(torch.nn.Module):
         sub: "f32[2, 4]" = mul - mul_1
         mul_2: "f32[2, 4]" = dt * sub
         y: "f32[2, 4]" = l_args_1_ + mul_2
-        step_1 = rampde_fx.step(l_args_2_, 1, policy)
+        step_1 = rampde_fx.step(l_args_2_, 1, 'float32')
         t_i_1: "f32[]" = step_1[0]
         dt_1: "f32[]" = step_1[1]
         mul_3: "f32[2, 4]" = item * y
@@ -270,7 +270,7 @@ class GraphModule(torch.nn.Module):
         zeros_1: "f64[]" = torch.zeros((), dtype = torch.float64)
         add_1: "f64[]" = torch.add(zeros_1, pow_1)
         to_1: "f32[]" = add_1.to(device(type='cpu'), torch.float32)
-        step = rampde_fx.step(l_args_2_, 0, policy)
+        step = rampde_fx.step(l_args_2_, 0, 'float32')
         t_i: "f32[]" = step[0]
         dt: "f32[]" = step[1]
         mul: "f32[2, 4]" = to * l_args_1_
@@ -278,7 +278,7 @@ class GraphModule(torch.nn.Module):
         sub: "f32[2, 4]" = mul - mul_1
         mul_2: "f32[2, 4]" = dt * sub
         y: "f32[2, 4]" = l_args_1_ + mul_2
-        step_1 = rampde_fx.step(l_args_2_, 1, policy)
+        step_1 = rampde_fx.step(l_args_2_, 1, 'float32')
         t_i_1: "f32[]" = step_1[0]
         dt_1: "f32[]" = step_1[1]
         mul_3: "f32[2, 4]" = to * y

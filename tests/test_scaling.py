@@ -309,7 +309,43 @@ class Normalised(torch.nn.Module):
         return y
 
 
+class Converted(torch.nn.Module):
+    """Layers that compute in other units and convert back."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            x = y
+            for layer in self.layers:
+                x = torch.tanh(layer(x) * 1e-6 / 1e-6)
+            y = y + dt * x
+        return y
+
+
+class TwoBlocks(torch.nn.Module):
+    """Two residual blocks behind norms, each with a small learned scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(6) for _ in range(2))
+        self.scales = torch.nn.Parameter(torch.full((2,), 1e-8))
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            x = y
+            for layer, norm, scale in zip(self.layers, self.norms, self.scales, strict=False):
+                x = x + scale * torch.tanh(layer(norm(x)))
+            y = y + dt * self.layers[2](x)
+        return y
+
+
 FACTORS = {
+    "converted": Converted,
+    "two blocks": TwoBlocks,
     "units of 100": lambda: in_other_units(100),
     "units of 1000": lambda: in_other_units(1000),
     "units of 1/1000": lambda: in_other_units(1e-3),
