@@ -53,4 +53,5 @@ def test_wide_parameters_and_those_without_gradients_enter_as_they_are():
     (loop,) = rampde_fx.explain(marked, y, a, b, torch.linspace(0, 1, 5)).loops
     found = {record.name: record.loop for record in loop.passes}
     assert find_narrow(found["hoist_invariants"]) == []
-    assert found["widen_parameters"] is found["hoist_invariants"]
+    assert found["widen_parameters"].step is found["hoist_invariants"].step
+    assert found["widen_parameters"].preamble is found["hoist_invariants"].preamble
