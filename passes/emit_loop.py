@@ -88,6 +88,7 @@ class _Emission:
         self.inputs = graphs.placeholders(loop.step)[: len(loop.needs_grad)]
         results = loop.results()
         self.outputs, self.stored = results.outputs, results.stored
+        self.slots = [loop.slots[place.slot] for place in places(loop.slots)]  # of each stored value
         self.segments, recomputed = self._segments(), list[int]()
         if self.segments is not None:
             self.recomputation = Recomputation(loop)
@@ -113,7 +114,7 @@ class _Emission:
 
     def is_per_step(self, i: int) -> bool:
         """Whether an operand of the loop is a stack, of a value for each step."""
-        return self.loop.carries <= i < self.loop.carries + self.loop.per_step
+        return self.loop.carries <= i < self.loop.first_invariant
 
     def _operand(self, i: int) -> Any:
         per_step = self.is_per_step(i)
@@ -165,8 +166,7 @@ class _Emission:
         results = [self._result(j) for j in range(loop.carries + len(self.outputs))]
         names = [f"adjoint_{node.name}" for node in self.inputs[: loop.carries]]
         names += [f"cotangent_{j}" for j in range(len(self.outputs))]
-        slots = [loop.slots[place.slot] for place in places(loop.slots)]
-        names += [f"stored_{self.inputs[s.carry].name}" if isinstance(s, StateSlot) else "kept" for s in slots]
+        names += [f"stored_{self.inputs[s.carry].name}" if isinstance(s, StateSlot) else "kept" for s in self.slots]
         names += [self.inputs[i].name for i in self.kept]
         count = loop.steps if self.segments is None else self.segments.count()
         stored = [self._stacked(node, count) for node in self.stored]
@@ -212,7 +212,7 @@ class _Backward:
             case Cotangent() | Saved():
                 return True
             case Operand(i):
-                return i < self.loop.carries + self.loop.per_step
+                return i < self.loop.first_invariant
             case Total() | Target():
                 return False
             case _:
@@ -238,7 +238,7 @@ class _Backward:
 
     def _noted(self, gradients: Found, given: Given) -> Found:
         """The gradients, the smallest of them behind a note of the run."""
-        first = self.loop.carries + self.loop.per_step
+        first = self.loop.first_invariant
         stacks = [given[entry] for entry in given if isinstance(entry, Operand) and entry.operand < first]
         number = self.emission.number_of_steps(stacks)
         carries = self.loop.plain_needs_grad[: self.loop.carries]
@@ -267,10 +267,9 @@ class _Backward:
 
     def _stored_states_fit(self, stored: list[torch.Tensor]) -> torch.Tensor | None:
         """Whether no state overflowed where it was stored, as a 0-d bool; None where the range is the state's own."""
-        slots = [self.loop.slots[place.slot] for place in places(self.loop.slots)]
         narrow = [
             value
-            for value, slot in zip(stored, slots, strict=True)
+            for value, slot in zip(stored, self.emission.slots, strict=True)
             if isinstance(slot, StateSlot)
             and value.dtype is torch.float16
             and graphs.value(self.emission.inputs[slot.carry]).dtype is not torch.float16
@@ -297,7 +296,7 @@ class _Backward:
 
     def _sweep_segments(self, segments: Segments, given: Given, starts: list[Any], fixed: list[Any]) -> Found:
         """The reverse loop, one segment after the other recomputed."""
-        recomputation, first = self.emission.recomputation, self.loop.carries + self.loop.per_step
+        recomputation, first = self.emission.recomputation, self.loop.first_invariant
         operands = {i: given[Operand(i)] for i in recomputation.operands}
         stored, entries = places(self.loop.slots), self.inputs.per_step
         finals, collected, fits = segments.sweep(

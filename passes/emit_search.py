@@ -36,7 +36,7 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
     _warn_of_tolerance(loop)
     inputs = graphs.placeholders(loop.step)
     values = list(map(graphs.value, inputs))
-    first = loop.carries + loop.per_step
+    first = loop.first_invariant
     values[loop.carries : first] = [
         fake_tensors.detached(graphs.value(node)) for node in call.args[loop.carries : first]
     ]

@@ -90,7 +90,6 @@ class _Transposition:
 
     def __init__(self, loop: Loop, active: set[fx.Node]) -> None:
         self.loop, self.active = loop, active
-        self.first_invariant = loop.carries + loop.per_step
         self.adjoint = fx.GraphModule(torch.nn.Module(), fx.Graph())
         self.graph = self.adjoint.graph
         self.env: dict[fx.Node, fx.Node] = {}
@@ -119,7 +118,7 @@ class _Transposition:
             if (node, entry) not in kept:
                 self.graph.erase_node(node)
         self.adjoint.recompile()
-        first, carries = self.first_invariant, self.loop.carries
+        first, carries = self.loop.first_invariant, self.loop.carries
         return Adjoint(
             module=self.adjoint,
             inputs=tuple(entry for _, entry in kept),
@@ -130,7 +129,7 @@ class _Transposition:
 
     def _placeholders(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, AdjointInput]]:
         """Cotangents of carries, totals of invariants, cotangents of outputs, operands of the step."""
-        results, carries, first = graphs.results(self.loop.step), self.loop.carries, self.first_invariant
+        results, carries, first = graphs.results(self.loop.step), self.loop.carries, self.loop.first_invariant
         made: list[tuple[fx.Node, AdjointInput]] = []
         for i in range(carries):
             if nodes[i] in self.active:
@@ -242,7 +241,7 @@ class _Transposition:
         An active carry's is zero where nothing reads it; an invariant's is added to its total.
         """
         found: dict[int, fx.Node] = {}
-        per_step = range(self.loop.carries, self.first_invariant)
+        per_step = range(self.loop.carries, self.loop.first_invariant)
         for i in (*range(self.loop.carries), *totals, *per_step):
             gradient = self.cotangents.get((nodes[i], 0)) if nodes[i] in self.active else None
             gradient = self._sum(f"adjoint_{nodes[i].name}_next", self.incoming.get(i), gradient)

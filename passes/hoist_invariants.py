@@ -17,15 +17,14 @@ from rampde_fx.ir.loops import HoistedLoop, Loop
 
 def hoist_invariants(loop: Loop) -> HoistedLoop:
     """Split the step into a preamble of the invariants and a step that reads the preamble's results."""
-    varying = loop.carries + loop.per_step
-    split = graphs.split_invariants(loop.step, varying)
+    split = graphs.split_invariants(loop.step, loop.first_invariant)
     if split is None:
         return loop.then(HoistedLoop)
     preamble, step, read = split
     wanted = [n for n, needed in zip(graphs.placeholders(loop.step), loop.needs_grad, strict=True) if needed]
     differentiable = graphs.depends_on(loop.step.graph, wanted, by_gradient=True)
     needs_grad = [
-        *loop.needs_grad[:varying],
+        *loop.needs_grad[: loop.first_invariant],
         *(node in differentiable and graphs.is_differentiable(node) for node in read),
     ]
     return loop.then(HoistedLoop, preamble=preamble, step=step, needs_grad=tuple(needs_grad))

@@ -47,7 +47,7 @@ def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
     nodes = [node for node in step.graph.nodes if node.op != "output"]
     results = graphs.results(step)[: loop.carries]
     for i, node in enumerate(graphs.placeholders(step)):
-        time = loop.carries <= i < loop.carries + loop.per_step and graphs.value(node).ndim == 0
+        time = loop.carries <= i < loop.first_invariant and graphs.value(node).ndim == 0
         node.meta["parameter"] = i >= loop.carries and not time
     roles = find_roles(nodes, loop.carries)
     linear = find_linear(nodes, results, loop.carries)

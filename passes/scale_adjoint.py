@@ -292,12 +292,12 @@ class _Scaling:
         key = str([[(v.shape, v.dtype) for v in values], factors, measured, wanted, plan.gains, plan.ratios])
         if key in self.scales:
             return self.scales[key]
-        with_gains = any(gains for origins in (*wanted, *sum(plan.ratios, ())) for _, gains in origins)
+        used = {gain for origins in (*wanted, *sum(plan.ratios, ())) for _, gains in origins for gain in gains}
 
         def find(target: torch.Tensor, *operands: torch.Tensor) -> list[torch.Tensor]:
             cotangents = operands[len(factors) :]
             own = {i: power_of_two_scale(target, value) for i, value in zip(measured, cotangents, strict=True)}
-            if with_gains:
+            if used:
                 own = {i: scale.clamp(1 / BOUND_WITH_GAINS, BOUND_WITH_GAINS) for i, scale in own.items()}
             factor_of = dict(zip(factors, operands, strict=False))
 
@@ -307,15 +307,17 @@ class _Scaling:
                 factor = factor_of[gain.factor]
                 return power_of_two_scale(1.0, 1 / factor if gain.divides else factor).clamp(1.0, MOST_GAIN)
 
+            value_of = {gain: made_up(gain) for gain in sorted({*used, *plan.gains})}
+
             def least(origins: Origins) -> torch.Tensor:
-                scales = [math.prod(map(made_up, gains), start=own[i]) for i, gains in sorted(origins) if i in own] or [
-                    torch.ones_like(target)
-                ]
+                known = [(i, gains) for i, gains in sorted(origins) if i in own]
+                scales = [math.prod((value_of[gain] for gain in gains), start=own[i]) for i, gains in known]
+                scales = scales or [torch.ones_like(target)]
                 return scales[0] if len(scales) == 1 else torch.stack(scales).amin()
 
             lost = [vanishing_entries(value * own[i]) for i, value in zip(measured, cotangents, strict=True)]
             shares = [least(whole) / least(term) for term, whole in plan.ratios]
-            taken = [made_up(gain) for gain in plan.gains]
+            taken = [value_of[gain] for gain in plan.gains]
             return [*map(least, wanted), *taken, *shares, sum(lost[1:], lost[0])]
 
         self.scales[key] = f"adjoint_scale_{len(self.scales)}"

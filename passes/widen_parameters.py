@@ -31,7 +31,7 @@ def widen_parameters(loop: HoistedLoop) -> WidenedLoop:
         return loop.then(WidenedLoop)
     step = graphs.copied(loop.step)
     inputs, dtype = graphs.placeholders(step), accumulation_dtype(loop)
-    first = loop.carries + loop.per_step
+    first = loop.first_invariant
     for i in narrow:
         own = graphs.value(inputs[i]).dtype
         readers = list(inputs[i].users)

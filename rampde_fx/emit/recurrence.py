@@ -97,7 +97,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     It runs once per call, and once more in the backward rather than that its results are stored for it, where it reads
     parameters alone.
     """
-    first = loop.carries + loop.per_step
+    first = loop.first_invariant
     varying, invariants = call.args[:first], call.args[first:]  # those of the preamble
     if loop.preamble is None:
         return [*varying, *invariants]

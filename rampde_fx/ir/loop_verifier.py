@@ -123,7 +123,7 @@ def _of_counts(loop: Loop) -> Iterator[str]:
     (stored, corrections), wanted = loop.tail(), len(loop.needs_grad)
     if len(inputs) != wanted + corrections:
         yield f"the step has {len(inputs)} placeholders, and needs_grad and the corrections say {wanted + corrections}"
-    if not 0 < loop.carries <= loop.carries + loop.per_step <= wanted:
+    if not 0 < loop.carries <= loop.first_invariant <= wanted:
         yield f"{loop.carries} carries and {loop.per_step} per-step inputs do not fit {wanted} inputs"
     counted = isinstance(loop, CountedLoop) and loop.counted
     least = loop.carries + stored + corrections + counted

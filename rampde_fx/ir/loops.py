@@ -86,9 +86,14 @@ class Loop:
         line = self.where.partition(", in ")[0] or "an unknown line"
         return line if self.number == 1 else f"{line} ({self.number})"
 
+    @property
+    def first_invariant(self) -> int:
+        """Index of the first invariant among the step's placeholders: what is before it differs from step to step."""
+        return self.carries + self.per_step
+
     def divided(self, values: Sequence[T]) -> Inputs[T]:
         """Values in the order of the step's placeholders, with or without corrections, by what they are."""
-        first, last = self.carries + self.per_step, len(self.needs_grad)
+        first, last = self.first_invariant, len(self.needs_grad)
         return Inputs(values[: self.carries], values[self.carries : first], values[first:last], values[last:])
 
     def inputs(self) -> Inputs[fx.Node]:

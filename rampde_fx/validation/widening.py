@@ -255,7 +255,7 @@ RUNNERS: dict[Any, Callable[[AsWritten, list[fx.Node]], list[torch.Tensor]]] = {
 
 def run_plainly(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:
     """What the call of a rolled loop stands for: its captured step, once for each step."""
-    first = loop.carries + loop.per_step
+    first = loop.first_invariant
     carries, stacks, invariants = operands[: loop.carries], operands[loop.carries : first], operands[first:]
     outputs: list[Any] = []
     for i in range(stacks[0].shape[0] if stacks else int(loop.steps)):
