@@ -13,10 +13,10 @@ several meet, in a sum, the terms are brought to the smallest of their scales; w
 never rounded beside a larger one. Each result is divided by its own scale.
 
 A velocity may multiply by a small factor: a learned gain of 1e-6, a number. Behind it the cotangent is small, too, and
-would vanish where it is cast down. If the factor depends on no state, the product is multiplied by a power of two, its
-gain, that makes up for the factor's largest entry, and carries it from there on. A large number takes back the gains of
-small ones before it; another large factor has none: what it makes too large overflows, and the backward is repeated
-with a lower target.
+would vanish where it is cast down. If the factor depends on no state, each value has an ideal scale, which makes up for
+the factors on its way; where a value is cast down to float16 it is brought to its ideal scale. A large factor takes back
+what was made up for small ones, and no more: what it makes too large overflows, and the backward is repeated with a
+lower target.
 
 Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
@@ -36,7 +36,6 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -44,7 +43,7 @@ from torch import fx
 from rampde_fx.errors import UnsupportedVelocityError
 from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.ends import Evaluation, Operand, Target, Vanished, cotangents_of
-from rampde_fx.ir.gains import MOST_GAIN, Gain, Origins, gain_of, net, with_gain
+from rampde_fx.ir.ideal_scales import Factor, Scales, factor_of, independent
 from rampde_fx.ir.loops import ScaledLoop, SummedLoop
 from rampde_fx.runtime.scales import power_of_two_scale, vanishing_entries
 from rampde_fx.torch_private import fake_tensors, shapes
@@ -52,8 +51,7 @@ from rampde_fx.torch_private import fake_tensors, shapes
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
-MOST_GAINS = 3  # of a value: with a scale between 2^-50 and 2^50 the product is a normal number in float32
-BOUND_WITH_GAINS = 2.0**50
+BOUND_OF_OWN = 2.0**50  # with what makes up for factors the scale is a normal number in float32, and its inverse too
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,24 @@ class Propagation:
     """A pullback in which scales are propagated.
 
     Attributes:
-        module: Maps (residuals, gains, ratios, cotangents) to gradients, each with the smallest scale of its origins.
-        gains: The gains that it takes.
-        ratios: For each ratio that it takes, the origins of a term and those of the sum that it is brought to.
-        gradients: The origins of each gradient.
+        module: Maps (residuals, ratios, cotangents) to gradients, each multiplied by its scale.
+        scales: All scales, which the fields below name by their numbers.
+        makes_up: Whether any makes up for a factor.
+        factors: The tensors among these factors.
+        residuals: Which residuals, by number, the factors follow from.
+        values: Maps these residuals to the factors' values.
+        ratios: For each ratio that it takes, a scale and the one that it is divided by.
+        gradients: The scale of each gradient; None for one that follows from no cotangent.
     """
 
     module: fx.GraphModule
-    gains: tuple[Gain, ...]
-    ratios: tuple[tuple[Origins, Origins], ...]
-    gradients: tuple[Origins, ...]
+    scales: Scales
+    makes_up: bool
+    factors: tuple[Factor, ...]
+    residuals: tuple[int, ...]
+    values: fx.GraphModule
+    ratios: tuple[tuple[int, int], ...]
+    gradients: tuple[int | None, ...]
 
 
 def scale_adjoint(loop: SummedLoop) -> ScaledLoop:
@@ -89,8 +95,7 @@ def scale_adjoint(loop: SummedLoop) -> ScaledLoop:
     with fake_tensors.fake_mode():
         target.meta["val"] = torch.empty((), dtype=torch.float32, device=device)
     states = [n for entry, n in own.nodes().items() if not isinstance(entry, Operand) or entry.operand < loop.carries]
-    varying = graphs.depends_on(adjoint.graph, states)
-    scaled = _Scaling(adjoint, target, {node for node in adjoint.graph.nodes if node not in varying})
+    scaled = _Scaling(adjoint, target, independent(adjoint, states))
     for evaluation, call in reversed(calls):  # the last one comes first in an adjoint
         scaled.scale(evaluation, call)
     module = graphs.refresh(scaled.finished())
@@ -136,89 +141,91 @@ def _narrow_sum(node: fx.Node) -> int:
     return math.prod(sizes) // max(sizes[1], 1)
 
 
-def propagated(pullback: fx.GraphModule, count: int, factors: Set[int] = frozenset()) -> Propagation:
+def propagated(pullback: fx.GraphModule, count: int, stateless: Set[int] = frozenset()) -> Propagation:
     """Let the nodes of a pullback carry the scales of its cotangents, the last few of its placeholders.
 
     Args:
         pullback: Maps (residuals, cotangents) to gradients; it stays as it is.
         count: How many cotangents it has.
-        factors: The placeholders, by number, that depend on no state.
+        stateless: The placeholders, by number, that depend on no state.
     """
-    return _Propagation(pullback, count, factors).result()
+    return _Propagation(pullback, count, stateless).result()
 
 
 class _Propagation:
     """A pullback while scales are propagated through it."""
 
-    def __init__(self, pullback: fx.GraphModule, count: int, factors: Set[int]) -> None:
+    def __init__(self, pullback: fx.GraphModule, count: int, stateless: Set[int]) -> None:
         self.module = graphs.copied(pullback)
         nodes = graphs.placeholders(self.module)
         first = len(nodes) - count
         self.first_cotangent = nodes[first]
-        self.factors = {nodes[i]: i for i in factors if graphs.value(nodes[i]).numel() != 0}
-        self.origins: dict[fx.Node, Origins] = {node: frozenset([(i, ())]) for i, node in enumerate(nodes[first:])}
-        self.gains: dict[Gain, fx.Node] = {}
-        self.ratios: dict[tuple[Origins, Origins], fx.Node] = {}
-        self.cast_down = _cast_down(self.module)
+        self.scales = Scales()
+        # By what each value is multiplied, and by what it should be where it is cast down.
+        self.scale: dict[fx.Node, int] = {node: self.scales.own(i) for i, node in enumerate(nodes[first:])}
+        self.ideal = dict(self.scale)
+        self.stateless = independent(self.module, [node for i, node in enumerate(nodes) if i not in stateless])
+        self.ratios: dict[tuple[int, int], fx.Node] = {}
 
     def result(self) -> Propagation:
-        """The pullback with its gains and ratios."""
+        """The pullback with its ratios."""
         for node in graphs.body(self.module):
-            read = [operand for operand in node.all_input_nodes if operand in self.origins]
+            read = [operand for operand in node.all_input_nodes if operand in self.scale]
             if read and not operator_table.properties(node.target).reads_shape:
                 self._carry(node, read)
-        gradients = tuple(self.origins.get(result, frozenset()) for result in graphs.results(self.module))
-        return Propagation(graphs.refresh(self.module), tuple(self.gains), tuple(self.ratios), gradients)
+        gradients = tuple(self.scale.get(result) for result in graphs.results(self.module))
+        used = {*sum(self.ratios, ()), *(scale for scale in gradients if scale is not None)}
+        behind = self.scales.behind_factors(used)
+        factors = sorted({factor for entry in behind for factor in entry.factors})
+        node_of = {node.name: node for node in self.stateless}
+        values = [node_of[factor.node] for factor in factors]
+        needed, inputs = graphs.ancestors(values), graphs.placeholders(self.module)
+        residuals = tuple(i for i, node in enumerate(inputs) if node in needed)
+        return Propagation(
+            module=graphs.refresh(self.module),
+            scales=self.scales,
+            makes_up=bool(behind),
+            factors=tuple(factors),
+            residuals=residuals,
+            values=graphs.part(self.module, [inputs[i] for i in residuals], values),
+            ratios=tuple(self.ratios),
+            gradients=gradients,
+        )
 
     def _carry(self, node: fx.Node, read: list[fx.Node]) -> None:
-        """Note the origins of a node; bring what it reads to their scale, and give it the gain of a factor."""
-        self.origins[node] = frozenset().union(*(self.origins[operand] for operand in read))
+        """Note the scales of a node, and bring what it reads to its scale."""
+        self.ideal[node] = self.scales.least([self.ideal[operand] for operand in read])
+        given = {self.scale[operand] for operand in read}
+        self.scale[node] = given.pop() if len(given) == 1 else self.ideal[node]
+        if _casts_down(node, read[0]):
+            if not self.scales.are_near(self.ideal[node], self.scale[node]):
+                self.scale[node] = self.ideal[node]
+        elif len(read) == 1 and (factor := factor_of(node, read, self.stateless)) is not None:
+            self.ideal[node] = self.scales.behind(self.ideal[node], factor)
         for operand in read:
-            if self.origins[operand] != self.origins[node]:
-                key = (self.origins[operand], self.origins[node])
-                if key not in self.ratios:
-                    self.ratios[key] = self._placeholder(f"ratio_{len(self.ratios)}", self.first_cotangent)
-                node.replace_input_with(operand, _times(self.module.graph, node, operand, self.ratios[key]))
-        gain = gain_of(node, read, self.factors) if node in self.cast_down and len(read) == 1 else None
-        if gain is not None and gain.factor < 0:
-            gain = net(gain, self.origins[node])
-        if gain is not None and all(len(with_gain(gains, gain)) <= MOST_GAINS for _, gains in self.origins[node]):
-            product = self._amplified(node, gain)
-            self.origins[product] = frozenset((i, with_gain(gains, gain)) for i, gains in self.origins[node])
+            if self.scale[operand] != self.scale[node]:
+                ratio = self._ratio(self.scale[node], self.scale[operand])
+                node.replace_input_with(operand, _times(self.module.graph, node, operand, ratio))
 
-    def _amplified(self, node: fx.Node, gain: Gain) -> fx.Node:
-        """A node times a gain, in its place for all that read it."""
-        factor: Any = gain.number
-        if gain.factor >= 0:
-            if gain not in self.gains:
-                before = next(iter(self.ratios.values()), self.first_cotangent)
-                self.gains[gain] = self._placeholder(f"gain_{len(self.gains)}", before)
-            factor = self.gains[gain]
-        with self.module.graph.inserting_after(node):
-            product = self.module.graph.call_function(aten.mul.Tensor, (node, factor))
-        product.meta["val"] = graphs.value(node)
-        node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
-        return product
-
-    def _placeholder(self, name: str, before: fx.Node) -> fx.Node:
-        """A further 0-d placeholder, in front of another one."""
-        with self.module.graph.inserting_before(before):
-            new = graphs.placeholder(self.module.graph, name)
-        new.meta["val"] = fake_tensors.fake_number(torch.float32, graphs.value(self.first_cotangent).device)
-        return new
+    def _ratio(self, new: int, old: int) -> fx.Node | float:
+        known = self.scales.ratio(new, old)
+        if known is not None:
+            return known
+        if (new, old) not in self.ratios:
+            with self.module.graph.inserting_before(self.first_cotangent):
+                ratio = graphs.placeholder(self.module.graph, f"ratio_{len(self.ratios)}")
+            ratio.meta["val"] = fake_tensors.fake_number(torch.float32, graphs.value(self.first_cotangent).device)
+            self.ratios[new, old] = ratio
+        return self.ratios[new, old]
 
 
-def _cast_down(module: fx.GraphModule) -> set[fx.Node]:
-    """The wide values from which one in float16 follows."""
-    found: set[fx.Node] = set()
-    for node in reversed(module.graph.nodes):
-        half = [graphs.is_float(user) and graphs.value(user).dtype is torch.float16 for user in node.users]
-        if graphs.is_float(node) and graphs.value(node).dtype.itemsize > 2 and (any(half) or found & set(node.users)):
-            found.add(node)
-    return found
+def _casts_down(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether a node makes float16 of a wide operand."""
+    is_half = graphs.is_float(node) and graphs.value(node).dtype is torch.float16
+    return is_half and graphs.is_float(operand) and graphs.value(operand).dtype.itemsize > 2
 
 
-def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node) -> fx.Node:
+def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node | float) -> fx.Node:
     """A term times a ratio, for a reader: in float32, for the ratio may be below float16's range."""
     dtype = graphs.value(term).dtype
     with graph.inserting_before(reader):
@@ -236,7 +243,7 @@ class _Scaling:
         self.adjoint, self.graph, self.target = adjoint, adjoint.graph, target
         self.stateless = stateless
         self.pullbacks: dict[str, Propagation] = {}
-        self.scales: dict[str, str] = {}
+        self.modules: dict[str, str] = {}  # what finds the scales, for each pullback
         self.vanished: list[fx.Node] = []
         self.calls: set[str] = set()  # whose cotangents are scaled
 
@@ -248,92 +255,72 @@ class _Scaling:
         if not measured:
             return
         if name not in self.pullbacks:
-            self.pullbacks[name] = propagated(self.adjoint.get_submodule(name), count, self._factors(name, count))
+            self.pullbacks[name] = propagated(self.adjoint.get_submodule(name), count, self._stateless(name, count))
             self.adjoint.add_submodule(name, self.pullbacks[name].module)
         plan = self.pullbacks[name]
-        alone: list[Origins] = [frozenset([(i, ())]) for i in range(count)]
-        wanted = list(dict.fromkeys([*alone, *(origins for origins in plan.gradients if origins)]))
+        wanted = [*range(count), *dict.fromkeys(g for g in plan.gradients if g is not None and g >= count)]
         with self.graph.inserting_before(call):
             found = self._found(call, cotangents, measured, wanted, plan)
             scale_of = dict(zip(wanted, found, strict=False))
-            scaled = [self._scaled(node, scale_of[origins]) for node, origins in zip(cotangents, alone, strict=True)]
+            scaled = [self._scaled(node, scale_of[i]) for i, node in enumerate(cotangents)]
         call.args = (*call.args[: len(call.args) - count], *found[len(wanted) : -1], *scaled)
         self.vanished.append(found[-1])
         self.calls.add(call.name)
         for gradient in list(call.users):
-            self._unscale(gradient, scale_of.get(plan.gradients[gradient.args[1]]))
+            scale = plan.gradients[gradient.args[1]]
+            if scale is not None:  # it follows from a cotangent
+                self._unscale(gradient, scale_of[scale])
 
-    def _factors(self, name: str, count: int) -> set[int]:
+    def _stateless(self, name: str, count: int) -> set[int]:
         """The placeholders of a pullback, by number, that depend on no state in any of its calls."""
         calls = [node for node in self.graph.nodes if node.op == "call_module" and node.target == name]
         residuals = range(len(graphs.placeholders(self.adjoint.get_submodule(name))) - count)
         return {i for i in residuals if all(call.args[i] in self.stateless for call in calls)}
 
     def _found(
-        self, call: fx.Node, cotangents: list[fx.Node], measured: list[int], wanted: list[Origins], plan: Propagation
+        self, call: fx.Node, cotangents: list[fx.Node], measured: list[int], wanted: list[int], plan: Propagation
     ) -> list[fx.Node]:
-        """The scales of the wanted origins, the gains and the ratios, and how many entries vanish."""
-        factors = sorted({gain.factor for gain in plan.gains})
-        operands = [self.target, *(call.args[i] for i in factors), *(cotangents[i] for i in measured)]
-        name = self._module([graphs.value(node) for node in operands], factors, measured, wanted, plan)
+        """The wanted scales and the ratios, and how many entries vanish."""
+        operands = [self.target, *(call.args[i] for i in plan.residuals), *(cotangents[i] for i in measured)]
+        name = self._module([graphs.value(node) for node in operands], str(call.target), measured, wanted)
         made, names = self.graph.call_module(name, tuple(operands)), [f"scale_{i}" for i in range(len(wanted))]
-        names += [*(f"gain_{i}" for i in range(len(plan.gains))), *(f"ratio_{i}" for i in range(len(plan.ratios)))]
+        names += [f"ratio_{i}" for i in range(len(plan.ratios))]
         return [graphs.item(self.graph, name, made, i) for i, name in enumerate([*names, "vanished"])]
 
-    def _module(
-        self,
-        values: list[torch.Tensor],
-        factors: list[int],
-        measured: list[int],
-        wanted: list[Origins],
-        plan: Propagation,
-    ) -> str:
-        """The name of the submodule that finds them for factors and cotangents of these shapes."""
-        key = str([[(v.shape, v.dtype) for v in values], factors, measured, wanted, plan.gains, plan.ratios])
-        if key in self.scales:
-            return self.scales[key]
-        used = {gain for origins in (*wanted, *sum(plan.ratios, ())) for _, gains in origins for gain in gains}
+    def _module(self, values: list[torch.Tensor], pullback: str, measured: list[int], wanted: list[int]) -> str:
+        """The name of the submodule that finds them for the residuals and cotangents of a pullback."""
+        if pullback in self.modules:
+            return self.modules[pullback]
+        plan = self.pullbacks[pullback]
 
         def find(target: torch.Tensor, *operands: torch.Tensor) -> list[torch.Tensor]:
-            cotangents = operands[len(factors) :]
+            residuals, cotangents = operands[: len(plan.residuals)], operands[len(plan.residuals) :]
             own = {i: power_of_two_scale(target, value) for i, value in zip(measured, cotangents, strict=True)}
-            if used:
-                own = {i: scale.clamp(1 / BOUND_WITH_GAINS, BOUND_WITH_GAINS) for i, scale in own.items()}
-            factor_of = dict(zip(factors, operands, strict=False))
-
-            def made_up(gain: Gain) -> Any:
-                if gain.factor < 0:
-                    return gain.number
-                factor = factor_of[gain.factor]
-                return power_of_two_scale(1.0, 1 / factor if gain.divides else factor).clamp(1.0, MOST_GAIN)
-
-            value_of = {gain: made_up(gain) for gain in sorted({*used, *plan.gains})}
-
-            def least(origins: Origins) -> torch.Tensor:
-                known = [(i, gains) for i, gains in sorted(origins) if i in own]
-                scales = [math.prod((value_of[gain] for gain in gains), start=own[i]) for i, gains in known]
-                scales = scales or [torch.ones_like(target)]
-                return scales[0] if len(scales) == 1 else torch.stack(scales).amin()
-
+            if plan.makes_up:
+                own = {i: scale.clamp(1 / BOUND_OF_OWN, BOUND_OF_OWN) for i, scale in own.items()}
+            made_up = {
+                factor: factor.made_up(value)
+                for factor, value in zip(plan.factors, plan.values(*residuals), strict=True)
+            }
+            used = dict.fromkeys([*wanted, *sum(plan.ratios, ())])
+            scales = plan.scales.values(used, own, made_up, torch.ones_like(target))
             lost = [vanishing_entries(value * own[i]) for i, value in zip(measured, cotangents, strict=True)]
-            shares = [least(whole) / least(term) for term, whole in plan.ratios]
-            taken = [value_of[gain] for gain in plan.gains]
-            return [*map(least, wanted), *taken, *shares, sum(lost[1:], lost[0])]
+            shares = [scales[new] / scales[old] for new, old in plan.ratios]
+            return [*(scales[i] for i in wanted), *shares, sum(lost[1:], lost[0])]
 
-        self.scales[key] = f"adjoint_scale_{len(self.scales)}"
-        names = ["target", *(f"factor_{i}" for i in factors), *(f"cotangent_{i}" for i in measured)]
+        self.modules[pullback] = f"adjoint_scale_{len(self.modules)}"
+        residuals = (f"residual_{i}" for i in plan.residuals)
+        names = ["target", *residuals, *(f"cotangent_{i}" for i in measured)]
         module = graphs.refresh(graphs.named(tracing.trace(find, values), names))
-        self.adjoint.add_submodule(self.scales[key], module)
-        return self.scales[key]
+        self.adjoint.add_submodule(self.modules[pullback], module)
+        return self.modules[pullback]
 
     def _scaled(self, cotangent: fx.Node, scale: fx.Node) -> fx.Node:
         scaled = graphs.call(self.graph, f"{cotangent.name}_scaled", aten.mul.Tensor, cotangent, scale)
         scaled.meta["val"] = graphs.value(cotangent)
         return scaled
 
-    def _unscale(self, gradient: fx.Node, scale: fx.Node | None) -> None:
-        if scale is None:  # it follows from no cotangent
-            return
+    def _unscale(self, gradient: fx.Node, scale: fx.Node) -> None:
         with self.graph.inserting_after(gradient):
             unscaled = graphs.call(self.graph, f"{gradient.name}_unscaled", aten.div.Tensor, gradient, scale)
             unscaled.meta["val"] = graphs.value(gradient)

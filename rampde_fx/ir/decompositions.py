@@ -56,17 +56,36 @@ def _batch_norm(
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
     stop = torch.ops.rampde_fx.stop_gradient
-    dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+    dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1]
     var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     rstd = torch.rsqrt(var + eps)
-    out = (x - mean) * rstd
-    out = out if weight is None else out * weight.reshape(shape)
-    out = out if bias is None else out + bias.reshape(shape)
+    out = _scaled_and_shifted((x - mean) * rstd, weight, bias)
     mean, var = mean.flatten(), var.flatten()
     new_mean = (1 - momentum) * running_mean + momentum * stop(mean)
     new_var = (1 - momentum) * running_var + momentum * stop(var * (count / (count - 1)))
     return out, mean, rstd.flatten(), new_mean, new_var
+
+
+def _batch_norm_without_training(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    shape, nothing = [1, -1] + [1] * (x.ndim - 2), x.new_empty(0)
+    normal = (x - running_mean.reshape(shape)) * torch.rsqrt(running_var + eps).reshape(shape)
+    return _scaled_and_shifted(normal, weight, bias), nothing, nothing
+
+
+def _scaled_and_shifted(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """What a batch norm does to normal entries, for each channel."""
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
@@ -86,4 +105,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.unbind.int: lambda x, dim=0: [aten.select.int(x, dim, i) for i in range(x.shape[dim])],
     # As a single operation the running statistics would be part of a velocity, and low.
     aten._native_batch_norm_legit_functional.default: _batch_norm,
+    # As products with factors that depend on no state, for which the adjoint's scales make up.
+    aten._native_batch_norm_legit_no_training.default: _batch_norm_without_training,
 }

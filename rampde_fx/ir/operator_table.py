@@ -123,7 +123,7 @@ ROWS = {
     hardsigmoid_backward hardtanh_backward mish_backward glu glu_backward rrelu_with_noise_functional
     _prelu_kernel_backward native_dropout_backward polar""": Operator("follows"),
     """exp expm1 log log10 log2 log1p reciprocal rsqrt acos asin cosh sinh tan erfinv softplus softplus_backward
-    logaddexp logaddexp2 logit lgamma digamma polygamma xlogy""": Operator("wide"),
+    logaddexp logaddexp2 logit lgamma digamma polygamma xlogy ldexp""": Operator("wide"),
     "_conj_physical": Operator(linear="all"),
     "isnan isinf": Operator(nan="asks"),
     "nan_to_num nansum nanmedian fmin fmax": Operator(nan="handles"),

@@ -6,6 +6,7 @@ import torch
 
 EXPONENT_BITS = 0x7F800000  # of a float32
 VANISHING = 2.0**-25  # half of float16's least subnormal number
+OF_NOTHING = 126.0  # the exponent for a factor of zeros
 LEAST, MOST = 2.0**-126, 2.0**120  # the least normal float32; a bound on s that keeps 1 / s normal too
 
 
@@ -30,6 +31,46 @@ def power_of_two_scale(target: torch.Tensor | float, *values: torch.Tensor) -> t
     power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
     scale = torch.clamp(target / torch.clamp(power, min=LEAST), max=MOST)
     return torch.where(torch.isfinite(largest), scale, torch.ones_like(scale))
+
+
+def exponent_of(scale: torch.Tensor) -> torch.Tensor:
+    """The exponent of a power of two, both 0-d and float32.
+
+    >>> exponent_of(torch.tensor(0.25)).item()
+    -2.0
+    """
+    return ((scale.view(torch.int32) >> 23) - 127).to(torch.float32)
+
+
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Two to the power of an exponent, rounded down: exact on every device, as exp2 is not.
+
+    >>> power_of_two(torch.tensor(-1.5)).item()
+    0.25
+    """
+    return ((torch.floor(exponent).to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def exponent_for(factor: torch.Tensor) -> torch.Tensor:
+    """The exponent of two, not rounded, that makes up for a factor whose entries are all small, or all large.
+
+    A factor with large and small entries needs none: what is brought down for the large ones is lost at the small ones.
+    Behind a factor of zeros everything is zero, and needs less than anything else.
+
+    Args:
+        factor: A tensor of any shape and dtype, not empty.
+
+    Returns:
+        -log2(max|x|) if that is below 1; -log2(min|x|), of what is not zero, if that is above 1; else 0. Float32, 0-d.
+
+    >>> exponent_for(torch.tensor([0.0, 0.25])).item(), exponent_for(torch.tensor([0.5, 8.0])).item()
+    (2.0, 0.0)
+    """
+    size = factor.abs().to(torch.float32) if factor.dtype is not torch.bool else factor.to(torch.float32)
+    largest, smallest = size.amax(), torch.where(size == 0, torch.inf, size).amin()
+    edge = torch.where(largest < 1, largest, torch.where(smallest > 1, smallest, 1.0))
+    exponent = torch.where(edge == 0, OF_NOTHING, -torch.log2(edge))
+    return torch.where(torch.isfinite(largest), exponent, 0.0)
 
 
 def are_finite(values: torch.Tensor) -> torch.Tensor:
