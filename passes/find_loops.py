@@ -26,7 +26,7 @@ from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
 from rampde_fx.ir.effects import own_backward, with_bodies
 from rampde_fx.ir.graphs import user_line, value
 from rampde_fx.policy import MONITORED, PrecisionPolicy
-from rampde_fx.torch_private import higher_order
+from rampde_fx.torch_private import dynamo, higher_order
 
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
@@ -121,7 +121,7 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
             "there is a graph break in the velocity of an odeint",
             required="a velocity that Dynamo captures as a whole",
             fix="torch.compile(..., fullgraph=True) says where it breaks",
-            where=user_line(loop.markers[-1]),
+            where=user_line(loop.markers[-1]) or "{}:{}".format(*dynamo.running_line()),  # behind a break odeint runs
         )
     return UnsupportedLoopError(
         f"a loop over steps(t) was left in iteration {len(loop.markers)}, or steps(t) was not asked for its end",

@@ -45,6 +45,7 @@ class _Lifting:
 
     def run(self) -> None:
         """Lift what can be lifted; have the rest captured again."""
+        self._fold()
         head: fx.Node | None = None
         for node in list(self.graph.nodes):
             if ends_loop(node):
@@ -55,6 +56,13 @@ class _Lifting:
                 head = node
         if self.left:
             shapes.capture_again_with(self.left)
+
+    def _fold(self) -> None:
+        """What Dynamo has computed of numbers that it captured anew, which are constants now."""
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and _of_floats(node) and not node.all_input_nodes:
+                node.replace_all_uses_with(node.target(*node.args, **node.kwargs))
+                self.graph.erase_node(node)
 
     def _visit(self, node: fx.Node, head: fx.Node) -> None:
         if _of_floats(node) and not any(operand in self.inside for operand in node.all_input_nodes):

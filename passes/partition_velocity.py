@@ -14,7 +14,8 @@ velocity: all the rest. meta["evaluation"] numbers the evaluations of a step: a 
 Only velocity is lowered. Where a next carry is linear in the carry along a path, all of the path is state, products
 included: a propagator y @ R, a sum of [y, k] with the weights [1, dt]. Beside such a path a product that is scaled by
 the step size is an increment, and its velocity is low. A carry that follows from a state by anything but a product (a
-learned decay, a relu, a normalisation) is state all the way as well. What is left, a carry that follows from itself
+learned decay, a relu, a normalisation) is state all the way as well, and so is what a step gives beside the carries: a
+trajectory of |y|. What is left, a carry that follows from itself
 through a product and a nonlinearity alone (an RNN cell), is velocity: its state is rounded in each step, and a note
 says so. addmm(y, h, w) is taken apart, where y varies, to show the sum.
 
@@ -55,6 +56,9 @@ def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
         roles = find_roles(nodes, loop.carries, linear)
     beside = [parent for node in linear for parent in node.all_input_nodes if not _is_increment(parent, roles)]
     promoted = find_promoted([*results, *beside], roles)
+    own = graphs.ancestors(results)  # what an output of the step shares with a velocity is velocity
+    outputs = [result for result in graphs.results(step)[loop.carries :] if isinstance(result, fx.Node)]
+    promoted |= find_promoted(outputs, roles, velocity=own - promoted)
     if promoted:
         roles = find_roles(nodes, loop.carries, linear | promoted)
     _pull_increments(nodes, roles)
@@ -208,9 +212,9 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
     return roles
 
 
-def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
+def find_promoted(results: list[fx.Node], roles: Roles, velocity: Set[fx.Node] = frozenset()) -> set[fx.Node]:
     """The velocity nodes between the states of a step and a next carry, or a term without a step size that a linear
-    path adds.
+    path adds, or what the step gives beside the carries; none that is velocity for another reason.
 
     y * decay + dt * k, relu(y + dt * k), relu(y) + 0.1 * y: all that lies on a path from a state to the next carry is
     accumulation, unless a product lies on the path. A carried velocity (a multistep method's k) is reached through
@@ -219,19 +223,19 @@ def find_promoted(results: list[fx.Node], roles: Roles) -> set[fx.Node]:
     promoted: set[fx.Node] = set()
     for result in results:
         if roles[result] == "velocity":
-            _promote(result, roles, promoted)
+            _promote(result, roles, promoted, velocity)
     return promoted
 
 
-def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node]) -> bool:
+def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], velocity: Set[fx.Node]) -> bool:
     """Whether the node comes from a state; if so, it and the path to the state are promoted."""
     if roles[node] != "velocity" or node in promoted:
         return roles[node] == "state" or node in promoted
-    if operator_table.is_product(node):
+    if operator_table.is_product(node) or node in velocity:
         return False
     varying = _varying(node, roles)
     follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
-    found = [_promote(v, roles, promoted) for v in follow]
+    found = [_promote(v, roles, promoted, velocity) for v in follow]
     if any(found):
         promoted.add(node)
     return any(found)

@@ -566,3 +566,21 @@ def test_times_are_measured_in_turns():
     assert [row.name for row in result.rows][:2] == ["as it is written, eager", "as it is written, aot_eager"]
     assert all(row.milliseconds > 0 for row in result.rows) and result.rows[0].of_eager == 1
     assert "of compiled" in str(result)
+
+
+def test_a_velocity_with_derivatives_of_derivatives_inside():
+    w = torch.randn(3, 3)
+
+    def energy(x):
+        return torch.tanh(x @ w).square().sum()
+
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            curved = torch.func.jvp(torch.func.grad(energy), (y,), (torch.ones_like(y),))[1]
+            y = y + dt * curved
+        return y
+
+    table = rampde_fx.check(
+        flow, torch.randn(4, 3), torch.linspace(0, 1, 3), policies=[PrecisionPolicy(torch.bfloat16)]
+    )
+    assert 0 < table.rows[-1].error < 0.1

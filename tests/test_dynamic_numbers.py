@@ -64,7 +64,7 @@ class Numbers(nn.Module):
         half = self.gain / 2
         for _, dt in rampde_fx.steps(t):
             k = torch.tanh(y @ w) * self.gain + (y * self.shift).sin().mul(half)
-            k = k - half / (2.5 + y.square()) + self.order * torch.nn.functional.leaky_relu(k, self.slope)
+            k = k - half / (2.5 + y.square()) + self.order * torch.nn.functional.leaky_relu(k, 2 * self.slope)
             y = y + dt * half * k
             y += 1e-3 * self.gain * dt
         return y

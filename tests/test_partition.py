@@ -157,3 +157,56 @@ def test_a_trajectory_of_detached_states_is_not_rounded():
 
     final, kept = compiled(flow, torch.bfloat16)(torch.linspace(1, 3, 12).view(3, 4), torch.linspace(0, 1, 5))
     assert torch.equal(kept[-1], final)
+
+
+# What a step may give of its state beside the next one.
+TOLD = {
+    "abs": torch.abs,
+    "clamp": lambda y: y.clamp(-1, 1),
+    "cumsum": lambda y: y.cumsum(1),
+    "flip": lambda y: y.flip(1),
+    "index": lambda y: y[:, torch.tensor([2, 0])],
+    "index_select": lambda y: y.index_select(1, torch.tensor([2, 0])),
+    "masked_fill": lambda y: y.masked_fill(y > 0, 0.0),
+    "mean": lambda y: y.mean(1),
+    "norm": lambda y: y.norm(dim=1),
+    "pad": lambda y: F.pad(y, (1, 1)),
+    "repeat": lambda y: y.repeat(1, 2),
+    "roll": lambda y: y.roll(1, 1),
+    "sin": torch.sin,
+    "softmax": lambda y: y.softmax(1),
+    "sort": lambda y: y.sort(1)[0],
+    "topk": lambda y: y.topk(2)[0],
+    "tril": torch.tril,
+    "where": lambda y: torch.where(y > 0, y, -y),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_a_step_tells_of_its_state_is_not_rounded(name):
+    tell = TOLD[name]
+
+    def flow(y, t):
+        told = []
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * rate(y)
+            told.append(tell(y))
+        return y, torch.stack(told)
+
+    y, told = compiled(flow, torch.bfloat16, "eager")(torch.linspace(1, 3, 12).view(3, 4), torch.linspace(0, 1, 4))
+    torch.testing.assert_close(told[-1], tell(y), rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_step_tells_behind_a_product_is_low():
+    """A head that is evaluated for each state."""
+
+    def flow(y, t):
+        told = []
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * rate(y)
+            told.append(torch.sin(y @ R))
+        return y, torch.stack(told)
+
+    y, told = compiled(flow, torch.bfloat16, "eager")(torch.linspace(1, 3, 12).view(3, 4), torch.linspace(0, 1, 4))
+    error = (told[-1] - torch.sin(y @ R)).abs().max()
+    assert 1e-5 < error < 2 * y.abs().max() * 2**-8

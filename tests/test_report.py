@@ -291,3 +291,23 @@ def test_explain_takes_arguments_of_several_tensors():
     assert len(set(report.loops[0].carries)) == 2
     parameters = [node.name for node in graphs.placeholders(report.loops[0].step)][4:]
     assert len(set(parameters)) == 4 and all("linear" in name for name in parameters), parameters
+
+
+def test_of_a_loop_with_an_operator_that_writes():
+    """Its floating-point operations are those of its product: 2 * 4 * 6 * 6."""
+
+    @torch.library.custom_op("tests::count_up", mutates_args={"count"})
+    def count_up(count: torch.Tensor) -> None:
+        count.add_(1)
+
+    count, w = torch.zeros(()), torch.randn(6, 6)
+
+    @rampde_fx.mixed_precision
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            count_up(count)
+            y = y + dt * torch.tanh(y @ w)
+        return y
+
+    (loop,) = rampde_fx.explain(flow, torch.randn(4, 6), torch.linspace(0, 1, 3)).loops
+    assert loop.step_flops == 288

@@ -205,7 +205,7 @@ class Captured:
     def _first_run(self, *inputs: Any) -> list[Any]:
         """Run the graph on copies, so that Dynamo can build the user's outputs."""
         self.inputs = list(inputs)
-        with torch.no_grad():
+        with torch.enable_grad():  # which derivatives in the model need; the copies ask for none
             self._returned = list(AsWritten(self.graph).run(*copies(inputs, widen=False)))
         return self._returned
 
