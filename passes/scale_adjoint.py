@@ -15,7 +15,7 @@ never rounded beside a larger one. Each result is divided by its own scale.
 A velocity may multiply by a small factor: a learned gain of 1e-6, a number. Behind it the cotangent is small, too, and
 would vanish where it is cast down. Each value has an ideal scale, which makes up for the factors on its way that depend
 on no state; where a value is cast down to float16 it is brought to its ideal scale. A large factor takes back what was
-made up for small ones, and no more: what it makes too large overflows, and the backward is repeated with a lower target.
+made up for small ones, and no more: what it makes too large overflows, and the backward runs again with a lower target.
 
 Where the policy leaves the target open it is 1, or less for a sum over many entries that a pullback forms in float16
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
