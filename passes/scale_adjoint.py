@@ -282,8 +282,9 @@ class _Scaling:
         """The wanted scales and the ratios, and how many entries vanish."""
         operands = [self.target, *(call.args[i] for i in plan.residuals), *(cotangents[i] for i in measured)]
         name = self._module([graphs.value(node) for node in operands], str(call.target), measured, wanted)
-        made, names = self.graph.call_module(name, tuple(operands)), [f"scale_{i}" for i in range(len(wanted))]
-        names += [f"ratio_{i}" for i in range(len(plan.ratios))]
+        made = self.graph.call_module(name, tuple(operands))
+        made.meta["role"] = "scale"
+        names = [*(f"scale_{i}" for i in range(len(wanted))), *(f"ratio_{i}" for i in range(len(plan.ratios)))]
         return [graphs.item(self.graph, name, made, i) for i, name in enumerate([*names, "vanished"])]
 
     def _module(self, values: list[torch.Tensor], pullback: str, measured: list[int], wanted: list[int]) -> str:

@@ -119,6 +119,7 @@ class _Storing:
         self.step.add_submodule(name, stores)
         with self.step.graph.inserting_before(self.step.graph.output_node()):
             call = self.step.graph.call_module(name, (state,))
+        call.meta["role"] = "storage"
         names = [f"{state.name}_stored", f"{state.name}_scale"]
         stored = [self._at_end(part, operator.getitem, (call, i)) for i, part in enumerate(names)]
         for item, result in zip(stored, graphs.results(stores), strict=True):
@@ -152,7 +153,9 @@ class _Storing:
         """A call of the load, or the one operation that it is."""
         if len(graphs.body(load)) > 1:
             self.adjoint.add_submodule(f"load_{number}", load)
-            return self.adjoint.graph.call_module(f"load_{number}", tuple(parts))
+            call = self.adjoint.graph.call_module(f"load_{number}", tuple(parts))
+            call.meta["role"] = "storage"
+            return call
         (node,) = graphs.body(load)
         args = fx.map_arg(node.args, dict(zip(graphs.placeholders(load), parts, strict=True)).__getitem__)
         return graphs.call(self.adjoint.graph, f"{parts[0].name}_wide", node.target, *args, **node.kwargs)

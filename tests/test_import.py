@@ -14,8 +14,8 @@ from torch.fx.passes import fake_tensor_prop
 import rampde_fx
 from rampde_fx import errors
 from rampde_fx.torch_private import dynamo, names
+from tests.sources import FILES, PACKAGE
 
-PACKAGE = Path(rampde_fx.__file__).parent
 # Where they stand for public ones: a type and a function by which nodes are recognised, and what documents itself.
 ALLOWED = {"torch._ops", "torch._C._set_grad_enabled", "torch._check", "torch.utils._pytree"}
 # Code that Dynamo captures takes it by its full name.
@@ -161,8 +161,7 @@ def private_names(file):
 
 
 def files():
-    found = {*PACKAGE.rglob("*.py"), *(PACKAGE / "passes").glob("*.py")}
-    return [file for file in found if "torch_private" not in file.relative_to(PACKAGE).parts]
+    return [file for name, file in FILES.items() if ".torch_private" not in name]
 
 
 def test_private_names_are_read_in_torch_private_alone():

@@ -2,17 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PASSES = {f"rampde_fx.passes.{path.stem}": path for path in (ROOT / "passes").glob("[!_]*.py")}
-FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in (ROOT / "rampde_fx").rglob("*.py")
-    if "passes" not in path.parts
-} | PASSES
+from tests.sources import FILES, ROOT
+
 # From the top to the bottom: a file imports from its own part and from those below it.
 ORDER = """__main__ proof report backend validation passes emit ir solvers frontend runtime policy schedules
     torch_private indices errors""".split()
@@ -78,8 +72,9 @@ def test_imports_go_down_the_list_of_contributing():
 
 
 def test_no_pass_imports_another():
-    for name, path in PASSES.items():
-        assert not imported(ast.parse(path.read_text()), PASSES) - {name}, name
+    passes = {name: path for name, path in FILES.items() if name.startswith("rampde_fx.passes.")}
+    for name, path in passes.items():
+        assert not imported(ast.parse(path.read_text()), passes) - {name}, name
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -28,9 +28,9 @@ from rampde_fx.ir.ends import (
     Total,
     places,
 )
-from rampde_fx.ir.loops import CompensatedLoop, CountedLoop, DifferentiatedLoop, HoistedLoop, KeptLoop, Loop
+from rampde_fx.ir.loops import CompensatedLoop, CountedLoop, DifferentiatedLoop, KeptLoop, Loop
 
-ROLES = {"state", "time", "velocity"}
+ROLES = {"state", "time", "velocity", "scale", "storage"}
 
 
 def verify(loop: Loop, after: str) -> None:
@@ -54,14 +54,9 @@ def verify(loop: Loop, after: str) -> None:
 
 def faults(loop: Loop) -> Iterator[str]:
     """What is wrong with a loop, one sentence each."""
-    parts = {"step": loop.step, "plain step": loop.plain}
     adjoint = loop.adjoint if isinstance(loop, DifferentiatedLoop) else None
     slots = loop.slots if isinstance(loop, KeptLoop) else ()
-    if adjoint is not None:
-        parts["adjoint"] = adjoint.module
-    if isinstance(loop, HoistedLoop) and loop.preamble is not None:
-        parts["preamble"] = loop.preamble
-    parts |= {f"load of slot {i}": slot.load for i, slot in enumerate(slots) if isinstance(slot, StateSlot)}
+    parts = loop.parts() | {"plain step": loop.plain}
     broken = [fault for name, part in parts.items() for fault in _of_graph(name, part)]
     yield from broken
     if broken:  # what follows reads the graphs

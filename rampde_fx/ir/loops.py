@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot
+from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot, StateSlot
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime.step_control import Controller
 from rampde_fx.schedules import Activations, EveryStep, Segments, SqrtSegments
@@ -86,6 +86,10 @@ class Loop:
         line = self.where.partition(", in ")[0] or "an unknown line"
         return line if self.number == 1 else f"{line} ({self.number})"
 
+    def parts(self) -> dict[str, fx.GraphModule]:
+        """The graphs of the loop by name: its step and, as far as there are any, what stands beside it."""
+        return {"step": self.step}
+
     @property
     def first_invariant(self) -> int:
         """Index of the first invariant among the step's placeholders: what is before it differs from step to step."""
@@ -156,6 +160,11 @@ class HoistedLoop(Loop):
 
     preamble: fx.GraphModule | None = None
 
+    def parts(self) -> dict[str, fx.GraphModule]:
+        """The graphs of the loop by name."""
+        before = {} if self.preamble is None else {"preamble": self.preamble}
+        return before | super().parts()
+
 
 class WidenedLoop(HoistedLoop):
     """Behind widen_parameters: gradients of all inputs are as wide as the accumulation dtype."""
@@ -212,6 +221,10 @@ class DifferentiatedLoop(CountedLoop):
 
     adjoint: Adjoint | None = None
 
+    def parts(self) -> dict[str, fx.GraphModule]:
+        """The graphs of the loop by name."""
+        return super().parts() | ({} if self.adjoint is None else {"adjoint": self.adjoint.module})
+
 
 class SummedLoop(DifferentiatedLoop):
     """Behind widen_gradients: the sums of the pullbacks are in float32."""
@@ -245,6 +258,12 @@ class KeptLoop(WatchedLoop):
     def tail(self) -> tuple[int, int]:
         """How many of the step's last results are stored values, and corrections behind these."""
         return sum(slot.parts for slot in self.slots), 0
+
+    def parts(self) -> dict[str, fx.GraphModule]:
+        """The graphs of the loop by name."""
+        names, states = graphs.placeholders(self.step), [s for s in self.slots if isinstance(s, StateSlot)]
+        loads = {f"load of {names[s.carry].name if s.carry < len(names) else s.carry}": s.load for s in states}
+        return super().parts() | loads
 
 
 class StoredLoop(KeptLoop):

@@ -23,7 +23,7 @@ LANES = ("time", "state", "velocity")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
 WIDTH = 2 * MARGIN + 3 * LANE + 2 * GUTTER
 CHARACTERS = 25  # of the label's font, in a box
-SCALES = ("adjoint_scale_", "store_", "load_")  # submodules that find a power of two, or divide by one
+LANE_OF = {"scale": "velocity", "storage": "state"}  # of calls that are neither
 
 
 def find_roles(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
@@ -37,7 +37,7 @@ def find_roles(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.N
         elif node.target is operator.getitem:
             roles[node] = roles[node.args[0]]
         elif node.op == "call_module":
-            roles[node] = "state" if str(node.target).startswith(("store_", "load_")) else "velocity"
+            roles[node] = LANE_OF.get(node.meta.get("role", ""), "velocity")
         else:
             alone = bool(parents) and all(roles[parent] == "time" for parent in parents)
             roles[node] = node.meta.get("role") or ("time" if alone else "state")
@@ -176,9 +176,9 @@ def is_cast(node: fx.Node) -> bool:
 
 def is_scaling(node: fx.Node) -> bool:
     """Whether a node finds a power-of-two scale, or multiplies or divides by one."""
-    calls = [node, *map(_shown, node.all_input_nodes)] if node.op == "call_function" else [node]
-    wanted = "adjoint_scale_" if node.op == "call_function" else SCALES
-    return any(call.op == "call_module" and str(call.target).startswith(wanted) for call in calls)
+    if node.op == "call_module":
+        return node.meta.get("role") in LANE_OF
+    return any(_shown(operand).meta.get("role") == "scale" for operand in node.all_input_nodes)
 
 
 def _shown(node: fx.Node) -> fx.Node:
