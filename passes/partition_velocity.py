@@ -45,6 +45,20 @@ Roles = dict[fx.Node, str]
 def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
     """Write a role into every node of the step, and its evaluation into every velocity node."""
     step = _with_sums_apart(loop)
+    if _take_outputs_apart(step, loop.carries, _roles(step, loop, tells=False)):
+        step = graphs.refresh(step)
+    roles = _roles(step, loop, tells=True)
+    nodes, results = list(roles), graphs.results(step)[: loop.carries]
+    evaluations = find_evaluations(nodes, roles)
+    for node in nodes:
+        node.meta["role"] = roles[node]
+        if roles[node] == "velocity":
+            node.meta["evaluation"] = evaluations[node]
+    return loop.then(PartitionedLoop, step=step, notes=(*loop.notes, *_notes(nodes, results, roles)))
+
+
+def _roles(step: fx.GraphModule, loop: WidenedLoop, *, tells: bool) -> Roles:
+    """The roles of all nodes of a step, in order; tells says whether what it gives beside the carries counts."""
     nodes = [node for node in step.graph.nodes if node.op != "output"]
     results = graphs.results(step)[: loop.carries]
     for i, node in enumerate(graphs.placeholders(step)):
@@ -56,18 +70,13 @@ def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
         roles = find_roles(nodes, loop.carries, linear)
     beside = [parent for node in linear for parent in node.all_input_nodes if not _is_increment(parent, roles)]
     promoted = find_promoted([*results, *beside], roles)
-    own = graphs.ancestors(results)  # what an output of the step shares with a velocity is velocity
     outputs = [result for result in graphs.results(step)[loop.carries :] if isinstance(result, fx.Node)]
-    promoted |= find_promoted(outputs, roles, velocity=own - promoted)
+    if tells:
+        promoted |= find_promoted(outputs, roles, velocity=graphs.ancestors(results) - promoted)
     if promoted:
         roles = find_roles(nodes, loop.carries, linear | promoted)
     _pull_increments(nodes, roles)
-    evaluations = find_evaluations(nodes, roles)
-    for node in nodes:
-        node.meta["role"] = roles[node]
-        if roles[node] == "velocity":
-            node.meta["evaluation"] = evaluations[node]
-    return loop.then(PartitionedLoop, step=step, notes=(*loop.notes, *_notes(nodes, results, roles)))
+    return roles
 
 
 def _notes(nodes: list[fx.Node], results: list[fx.Node], roles: Roles) -> list[str]:
@@ -108,6 +117,39 @@ def _with_sums_apart(loop: Loop) -> fx.GraphModule:
         node.replace_all_uses_with(total)
         step.graph.erase_node(node)
     return graphs.refresh(step) if fused else step
+
+
+def _take_outputs_apart(step: fx.GraphModule, carries: int, roles: Roles) -> bool:
+    """Copy what a velocity and an output of the step beside the carries share as a function of states; say if any.
+
+    It is low in the velocity, and wide in the output. Products and what follows from them stay shared.
+    """
+    free: set[fx.Node] = set()
+    for node in graphs.body(step):
+        can_be_copied = node.op == "call_function" and not graphs.draws_random_numbers(node)
+        follows = all(roles[operand] != "velocity" or operand in free for operand in node.all_input_nodes)
+        if roles[node] == "velocity" and can_be_copied and not operator_table.is_product(node) and follows:
+            free.add(node)
+    results = graphs.results(step)
+    own, path = graphs.ancestors(results[:carries]), set[fx.Node]()
+    open_nodes = [result for result in results[carries:] if isinstance(result, fx.Node)]
+    while open_nodes:
+        node = open_nodes.pop()
+        leads_on = node in free if roles[node] == "velocity" else node not in own
+        if node.op == "call_function" and leads_on and node not in path:
+            path.add(node)
+            open_nodes += node.all_input_nodes
+    if not any(graphs.is_float(node) for node in path & own):
+        return False
+    twin: dict[fx.Node, fx.Node] = {}
+    output = step.graph.output_node()
+    with step.graph.inserting_before(output):
+        for node in graphs.body(step):
+            if node in path:
+                twin[node] = step.graph.node_copy(node, lambda operand: twin.get(operand, operand))
+    told = [twin.get(result, result) if isinstance(result, fx.Node) else result for result in results[carries:]]
+    output.args = ((*results[:carries], *told),)
+    return True
 
 
 def _product_alone(node: fx.Node) -> Any:

@@ -50,7 +50,6 @@ from rampde_fx.torch_private import fake_tensors, shapes
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 LARGEST_SUM = 2.0**14  # of terms below 2, in float16
-BOUND_OF_OWN = 2.0**50  # with what makes up for factors the scale is a normal number in float32, and its inverse too
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class Propagation:
     Attributes:
         module: Maps (residuals, ratios, cotangents) to gradients, each multiplied by its scale.
         scales: All scales, which the fields below name by their numbers.
-        makes_up: Whether any makes up for a factor.
-        factors: The tensors among these factors.
+        factors: The tensors among the factors that scales make up for.
         residuals: Which residuals, by number, the factors follow from.
         values: Maps these residuals to the factors' values.
         ratios: For each ratio that it takes, a scale and the one that it is divided by.
@@ -70,7 +68,6 @@ class Propagation:
 
     module: fx.GraphModule
     scales: Scales
-    makes_up: bool
     factors: tuple[Factor, ...]
     residuals: tuple[int, ...]
     values: fx.GraphModule
@@ -174,8 +171,7 @@ class _Propagation:
                 self._carry(node, read)
         gradients = tuple(self.scale.get(result) for result in graphs.results(self.module))
         used = {*sum(self.ratios, ()), *(scale for scale in gradients if scale is not None)}
-        behind = self.scales.behind_factors(used)
-        factors = sorted({factor for entry in behind for factor in entry.factors})
+        factors = self.scales.factors(used)
         node_of = {node.name: node for node in self.stateless}
         values = [node_of[factor.node] for factor in factors]
         needed, inputs = graphs.ancestors(values), graphs.placeholders(self.module)
@@ -183,8 +179,7 @@ class _Propagation:
         return Propagation(
             module=graphs.refresh(self.module),
             scales=self.scales,
-            makes_up=bool(behind),
-            factors=tuple(factors),
+            factors=factors,
             residuals=residuals,
             values=graphs.part(self.module, [inputs[i] for i in residuals], values),
             ratios=tuple(self.ratios),
@@ -206,10 +201,8 @@ class _Propagation:
                 ratio = self._ratio(self.scale[node], self.scale[operand])
                 node.replace_input_with(operand, _times(self.module.graph, node, operand, ratio))
 
-    def _ratio(self, new: int, old: int) -> fx.Node | float:
-        known = self.scales.ratio(new, old)
-        if known is not None:
-            return known
+    def _ratio(self, new: int, old: int) -> fx.Node:
+        """The placeholder of a ratio of two scales."""
         if (new, old) not in self.ratios:
             with self.module.graph.inserting_before(self.first_cotangent):
                 ratio = graphs.placeholder(self.module.graph, f"ratio_{len(self.ratios)}")
@@ -224,7 +217,7 @@ def _casts_down(node: fx.Node, operand: fx.Node) -> bool:
     return is_half and graphs.is_float(operand) and graphs.value(operand).dtype.itemsize > 2
 
 
-def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node | float) -> fx.Node:
+def _times(graph: fx.Graph, reader: fx.Node, term: fx.Node, ratio: fx.Node) -> fx.Node:
     """A term times a ratio, for a reader: in float32, for the ratio may be below float16's range."""
     dtype = graphs.value(term).dtype
     with graph.inserting_before(reader):
@@ -296,8 +289,6 @@ class _Scaling:
         def find(target: torch.Tensor, *operands: torch.Tensor) -> list[torch.Tensor]:
             residuals, cotangents = operands[: len(plan.residuals)], operands[len(plan.residuals) :]
             own = {i: power_of_two_scale(target, value) for i, value in zip(measured, cotangents, strict=True)}
-            if plan.makes_up:
-                own = {i: scale.clamp(1 / BOUND_OF_OWN, BOUND_OF_OWN) for i, scale in own.items()}
             made_up = {
                 factor: factor.made_up(value)
                 for factor, value in zip(plan.factors, plan.values(*residuals), strict=True)

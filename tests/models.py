@@ -42,7 +42,7 @@ class Solved(nn.Module):
     def __init__(self, velocity=None, **arguments):
         super().__init__()
         self.velocity = Velocity() if velocity is None else velocity
-        self.arguments = arguments
+        self.arguments = {"method": "rk4", **arguments}
 
     def forward(self, y, t):
         return rampde_fx.odeint(self.velocity, y, t, **self.arguments)

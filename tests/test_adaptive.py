@@ -297,7 +297,7 @@ def test_further_methods_and_policies(case):
     assert max(relative_errors(gradients(compiled(model, torch.float64, **policy), model, y, t), wanted)) < 1e-10
 
 
-@pytest.mark.parametrize("options", [None, {"step_size": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [None, {"num_steps": 3}], ids=str)
 def test_one_graph_without_fullgraph(options):
     """Dynamo may capture the number of steps though its capture began without scalars; explain sees both loops."""
     model = rampde_fx.mixed_precision(Solved(method="bosh3", options=options), dtype=torch.float32)

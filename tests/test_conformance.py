@@ -130,7 +130,7 @@ def test_the_adjoint_of_a_cubic_spiral():
     def gradients(dtype, wrap=lambda function: function):
         model, t = Spiral().to(dtype), torch.linspace(0, 25, 10, dtype=dtype, requires_grad=True)
         y0 = torch.tensor([2.0, 0.0], dtype=dtype, requires_grad=True)
-        solution = wrap(lambda y0, t: rampde_fx.odeint(model, y0, t, options=options))(y0, t)
+        solution = wrap(lambda y0, t: rampde_fx.odeint(model, y0, t, method="rk4", options=options))(y0, t)
         return torch.autograd.grad(solution, (y0, t, model.matrix), cotangent.to(dtype))
 
     adjoint = gradients(torch.float32, lambda function: compiled(function, torch.float32))
@@ -143,7 +143,7 @@ def test_float32_times_of_a_float64_state():
     model = Sine()
 
     def solve(y0, t):
-        return rampde_fx.odeint(model, y0, t, options={"num_steps": 8})
+        return rampde_fx.odeint(model, y0, t, method="rk4", options={"num_steps": 8})
 
     t = times(dtype=torch.float32).requires_grad_()
     wanted = exact(model, t.double())

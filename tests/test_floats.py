@@ -21,11 +21,13 @@ RATES = (0.5, 0.7, 0.3, 0.9, 0.45)
 
 
 def of_fixed_steps(self, y, t):
-    return rampde_fx.odeint(lambda t, y: self.rate * torch.tanh(self.linear(y)) + self.rate * t, y, t)
+    return rampde_fx.odeint(lambda t, y: self.rate * torch.tanh(self.linear(y)) + self.rate * t, y, t, method="rk4")
 
 
 def of_a_step_size(self, y, t):
-    return rampde_fx.odeint(lambda t, y: torch.tanh(self.linear(y)), y, t, options={"step_size": self.rate / 5})
+    return rampde_fx.odeint(
+        lambda t, y: torch.tanh(self.linear(y)), y, t, method="rk4", options={"step_size": self.rate / 5}
+    )
 
 
 def of_tolerances(self, y, t):
@@ -84,7 +86,7 @@ def of_a_checkpointed_part(self, y, t):
 
 
 def of_a_slope(self, y, t):
-    return rampde_fx.odeint(lambda t, y: nn.functional.leaky_relu(self.linear(y), self.rate), y, t)
+    return rampde_fx.odeint(lambda t, y: nn.functional.leaky_relu(self.linear(y), self.rate), y, t, method="rk4")
 
 
 def of_a_bound(self, y, t):

@@ -139,7 +139,7 @@ def test_another_backend(target, backend):
 
 def test_another_backend_and_an_odeint_with_a_policy_of_its_own():
     def own(y, t):
-        return rampde_fx.odeint(lambda t, y: -y, y, t, policy=rampde_fx.PrecisionPolicy())[-1]
+        return rampde_fx.odeint(lambda t, y: -y, y, t, method="rk4", policy=rampde_fx.PrecisionPolicy())[-1]
 
     (text,) = said(torch.compile(own, backend="aot_eager"), Y, T)
     assert "a backend that does not rewrite it" in text
@@ -178,7 +178,7 @@ def test_a_break_in_the_velocity_of_an_odeint():
         print(end="")
         return -y
 
-    marked = rampde_fx.mixed_precision(lambda y, t: rampde_fx.odeint(velocity, y, t)[-1])
+    marked = rampde_fx.mixed_precision(lambda y, t: rampde_fx.odeint(velocity, y, t, method="rk4")[-1])
     try:
         assert said(torch.compile(marked, **OURS), Y, T)
     except rampde_fx.errors.UnsupportedLoopError as error:

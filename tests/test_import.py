@@ -107,7 +107,7 @@ def test_a_name_that_is_missing_later(monkeypatch):
     assert rampde_fx.backend is not None
     monkeypatch.delattr(fake_tensor_prop, "FakeTensorProp")
     compiled = torch.compile(
-        lambda y, t: rampde_fx.odeint(lambda t, y: -y, y, t, policy=rampde_fx.PrecisionPolicy())[-1],
+        lambda y, t: rampde_fx.odeint(lambda t, y: -y, y, t, method="rk4", policy=rampde_fx.PrecisionPolicy())[-1],
         backend="rampde_fx",
         options={"compiler": "eager"},
     )

@@ -47,8 +47,8 @@ def by_odeint(control):
 
 def by_step_size(control):
     def flow(y, u, t):
-        options = {"step_size": 0.24}
-        return rampde_fx.odeint(lambda s, y: torch.tanh(y @ W.to(y)) + control(u, s), y, t, options=options)[-1]
+        given = {"method": "rk4", "options": {"step_size": 0.24}}
+        return rampde_fx.odeint(lambda s, y: torch.tanh(y @ W.to(y)) + control(u, s), y, t, **given)[-1]
 
     return flow
 

@@ -44,8 +44,8 @@ def test_steps_between_times_are_steps_of_a_finer_grid():
     velocity, y = Velocity(), torch.randn(3, 5)
     t = torch.tensor([0.0, 0.3, 1.0])
     fine = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1.0])
-    coarse = rampde_fx.odeint(velocity, y, t, options={"num_steps": 3})
-    torch.testing.assert_close(coarse, rampde_fx.odeint(velocity, y, fine)[::3])
+    coarse = rampde_fx.odeint(velocity, y, t, method="rk4", options={"num_steps": 3})
+    torch.testing.assert_close(coarse, rampde_fx.odeint(velocity, y, fine, method="rk4")[::3])
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -74,13 +74,13 @@ def test_the_state_is_any_tree_of_tensors():
         return {"a": -a * c, "b": (a.sum(1) - b, [torch.cos(t)])}
 
     t = torch.linspace(0, 1, 4)
-    got = rampde_fx.odeint(velocity, y0, t)
+    got = rampde_fx.odeint(velocity, y0, t, method="rk4")
     assert got["a"].shape == (4, 4, 3) and got["b"][0].shape == (4, 4) and got["b"][1][0].shape == (4,)
     torch.testing.assert_close(got["b"][1][0], y0["b"][1][0] + torch.sin(t), atol=1e-4, rtol=0)
 
     @rampde_fx.mixed_precision(dtype=torch.float32)
     def solve(y0, t):
-        return rampde_fx.odeint(velocity, y0, t)
+        return rampde_fx.odeint(velocity, y0, t, method="rk4")
 
     also = torch.compile(solve, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)(y0, t)
     torch.testing.assert_close(also, got)
@@ -137,7 +137,11 @@ def rewritten(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4}],
+    [
+        {"method": "rk4"},
+        {"method": "rk4", "options": {"step_size": 0.3}},
+        {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4},
+    ],
     ids=str,
 )
 def test_forward_mode_derivatives_are_those_of_backpropagation(arguments):
@@ -164,7 +168,7 @@ def test_another_number_of_times_recompiles_once(rewritten):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-3}],
+    [{"method": "rk4"}, {"method": "rk4", "options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-3}],
     ids=str,
 )
 def test_two_times_after_another_number(arguments, rewritten):
@@ -185,10 +189,10 @@ def test_times_of_another_dtype_than_the_state():
         return t * y
 
     t = torch.linspace(0, 1, 33, dtype=torch.float64)
-    y = rampde_fx.odeint(velocity, torch.ones(3), t)
+    y = rampde_fx.odeint(velocity, torch.ones(3), t, method="rk4")
     assert y.dtype == torch.float32
     torch.testing.assert_close(y[-1], torch.full((3,), math.exp(0.5)))
-    scalar = rampde_fx.odeint(velocity, torch.ones(()), t)
+    scalar = rampde_fx.odeint(velocity, torch.ones(()), t, method="rk4")
     assert scalar.dtype == torch.float32 and scalar.shape == (33,)
 
 
@@ -302,6 +306,26 @@ BAD = {
     "a tolerance of fixed steps": (errors.OptionError, "rtol=nan", dict(rtol=math.nan)),
     "a negative one": (errors.OptionError, "atol=-1", dict(atol=-1.0)),
     "a tolerance of True": (errors.OptionError, "rtol=True", dict(rtol=True)),
+    "a tolerance beside a fixed method": (
+        errors.OptionError,
+        "rtol=0.001.* beside fixed steps of rk4",
+        dict(rtol=1e-3),
+    ),
+    "a tolerance beside steps by number": (
+        errors.OptionError,
+        "atol=0.001 beside fixed steps of dopri5",
+        dict(method="dopri5", atol=1e-3, options={"num_steps": 4}),
+    ),
+    "a step size beside an adaptive method": (
+        errors.OptionError,
+        "step_size.: 0.1.* beside dopri5",
+        dict(method="dopri5", options={"step_size": 0.1}),
+    ),
+    "a step size without a method": (
+        errors.OptionError,
+        "beside dopri5",
+        dict(method="dopri5", options={"step_size": 1}),
+    ),
     "a dtype as policy": (errors.PolicyError, "policy='float16'", dict(policy="float16")),
     "no function": (errors.StateError, "func is a float32 tensor", dict(func=Y)),
     "another shape": (errors.StateError, "func returns", dict(func=lambda t, y: y.sum())),
@@ -321,7 +345,8 @@ BAD = {
 def test_bad_input_is_refused_by_name(case, as_compiled):
     """What Dynamo meets before there is a graph has, under fullgraph, its text inside of Dynamo's own error."""
     kind, message, changed = BAD[case]
-    arguments = {"func": lambda t, y: -y, "y0": Y, "t": T, "policy": rampde_fx.PrecisionPolicy(), **changed}
+    given = {"func": lambda t, y: -y, "y0": Y, "t": T, "method": "rk4", "policy": rampde_fx.PrecisionPolicy()}
+    arguments = {**given, **changed}
 
     def solve():
         return rampde_fx.odeint(arguments["func"], arguments["y0"], arguments["t"], **rest)
@@ -346,3 +371,24 @@ def test_steps_counted_from_the_times_are_not_unrolled(arguments):
 def test_an_implicit_tableau_is_refused():
     with pytest.raises(errors.TableauError, match="implicit"):
         ButcherTableau(a=[[0.5]], b=[1.0], c=[0.5], order=2)
+
+
+@pytest.mark.parametrize(
+    "dtype, rtol", [(torch.float64, 1e-7), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize("as_compiled", [False, True])
+def test_without_a_method_steps_adapt_to_tolerances_that_the_velocity_can_reach(dtype, rtol, as_compiled):
+    """Against the same call with all of it spelled out; y' = -10 y over a unit of time takes more than a step."""
+    exact = math.exp(-10)
+
+    def solve(**how):
+        @rampde_fx.mixed_precision(dtype=dtype)
+        def flow(y0, t):
+            return rampde_fx.odeint(lambda t, y: -10 * y, y0, t, **how)[-1]
+
+        run = torch.compile(flow, backend="rampde_fx", options={"compiler": "eager"}) if as_compiled else flow
+        return run(torch.ones(3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    got = solve()
+    torch.testing.assert_close(got, solve(method="dopri5", rtol=rtol, atol=rtol / 100), rtol=0, atol=0)
+    assert (got - exact).abs().max() < 10 * rtol

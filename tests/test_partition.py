@@ -197,6 +197,27 @@ def test_what_a_step_tells_of_its_state_is_not_rounded(name):
     torch.testing.assert_close(told[-1], tell(y), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", ["centred", "abs", "sin", "squares"])
+def test_what_a_step_tells_is_not_rounded_where_its_velocity_evaluates_the_same(name, first):
+    told_of = {"centred": lambda y: y - y.mean(0), "squares": lambda y: y * y, **TOLD}[name]
+
+    def flow(y, t):
+        told = []
+        for _, dt in rampde_fx.steps(t):
+            if first:
+                told.append(told_of(y))
+            y = y + dt * torch.tanh(told_of(y) @ R)
+            if not first:
+                told.append(told_of(y))
+        return y, torch.stack(told)
+
+    y = 100 + torch.linspace(1, 3, 12).view(3, 4)
+    end, told = compiled(flow, torch.bfloat16, "eager")(y, torch.linspace(0, 1, 4))
+    state = y if first else end
+    torch.testing.assert_close(told[0 if first else -1], told_of(state), rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_step_tells_behind_a_product_is_low():
     """A head that is evaluated for each state."""
 

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import random
 
 import pytest
 import torch
 
 import rampde_fx
+from rampde_fx.ir.ideal_scales import Factor, Scales
 from rampde_fx.runtime import counts
 from rampde_fx.runtime.scales import power_of_two_scale
 from tests.comparison import compiled, gradients, relative_errors
@@ -387,12 +389,17 @@ def normed_by(variance):
     return between
 
 
+ONE_LARGE = torch.tensor([1e6, 1, 1, 1, 1, 1])
 FACTORS = {
     "deep, scales of 1e-8": lambda: Deep(3, 1e-8),
     "deep, scales of 1e-3": lambda: Deep(8, 1e-3),
     "0.02 six times": lambda: Behind(lambda x: x * 0.02, 6),
     "0.9 nine times": lambda: Behind(lambda x, a: a * x, 9, a=torch.full((6,), 0.9)),
     "two small and a large one": lambda: Behind(lambda x, a, b: a * b * x * 1e5, a=1e-6, b=1e-6),
+    "per cent": lambda: Behind(lambda x: x * 100 / 256 * 0.02),
+    "small, then large in one entry": lambda: Behind(lambda x, a, b: a * x * b, a=torch.full((6,), 1e-6), b=ONE_LARGE),
+    "large in one entry, then small": lambda: Behind(lambda x, a, b: a * x * b, a=ONE_LARGE, b=1e-6),
+    "small, then divided": lambda: Behind(lambda x, a: 1e-9 * x / a, a=torch.tensor([1e-9, 1, 1, 1, 1, 1])),
     "large, then small": lambda: Behind(lambda x, a, b: a * x * b, a=1e3, b=1e-9),
     "softplus": lambda: Behind(lambda x, a: torch.nn.functional.softplus(a) * x, a=-18.0),
     "lerp": lambda: Behind(lambda x, a: torch.lerp(torch.zeros_like(x), x, a), a=torch.full((6,), 1e-8)),
@@ -421,6 +428,33 @@ def test_gradients_of_float16_behind_factors_of_any_size(model):
     wanted = [p.grad.float() for p in exact.parameters()]
     errors = relative_errors([p.grad for p in model.parameters()], wanted)
     assert max(errors) < 5 * U16, errors
+
+
+@pytest.mark.parametrize("loss", [1e-25, 1e-12, 1.0, 1e12, 1e20])
+def test_a_loss_of_any_size_behind_a_learned_factor(loss):
+    """Within float32's range: its squares would be beyond."""
+    torch.manual_seed(0)
+    model = Behind(lambda x, a: a * x, a=torch.full((6,), 0.9))
+    exact, y, t = copy.deepcopy(model).double(), torch.randn(8, 6), torch.linspace(0, 1, 4)
+    (compiled(model, torch.float16)(y, t).square().sum() * loss).backward()
+    exact(y.double(), t.double()).square().sum().backward()
+    errors = relative_errors([p.grad.double() / loss for p in model.parameters()], [p.grad for p in exact.parameters()])
+    assert max(errors) < 5 * U16, errors
+
+
+def test_scales_of_random_factors_are_powers_of_two_within_their_bounds():
+    """And what they make of a value is, but for the bounds, between 1/2 and 2 of the product of all factors."""
+    generator = random.Random(0)
+    for _ in range(300):
+        scales, numbers = Scales(), [10 ** generator.uniform(-4, 4) for _ in range(generator.randint(1, 6))]
+        scale = scales.own(0)
+        for number in numbers:
+            scale = scales.behind(scale, Factor(number=number))
+        own = torch.tensor(2.0 ** generator.randint(-100, 100))
+        value = scales.values([scale], {0: own}, {}, torch.tensor(1.0))[scale].item()
+        assert math.frexp(value)[0] == 0.5
+        wanted = own.item() * min(max(1 / math.prod(numbers), 1.0), 2.0**64)
+        assert min(wanted, 2.0**120) / 2.01 < value < min(wanted, 2.0**120) * 1.01
 
 
 @pytest.mark.parametrize("policy", [{}, {"loop": "unroll"}, {"checkpoint": 2}, {"scaling": "none"}], ids=str)

@@ -22,6 +22,7 @@ from rampde_fx.runtime.scales import exponent_for, exponent_of, power_of_two
 
 aten = torch.ops.aten
 MOST_EXPONENT = 64  # of what makes up for factors
+LARGEST_EXPONENT = 120  # of a scale, so that its inverse is a normal float32 too
 NEAR_ONE = 6  # a known power of two below it needs no multiplication
 
 Kind = Literal["times", "divides", "where", "where not"]
@@ -43,8 +44,9 @@ class Factor:
 
     def made_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """The exponent of two, not rounded, that makes up for the tensor: float32, 0-d."""
-        exponent = exponent_for(tensor.logical_not() if self.kind == "where not" else tensor)
-        return -exponent if self.kind == "divides" else exponent
+        if self.kind == "divides":
+            return exponent_for(1 / tensor)
+        return exponent_for(tensor.logical_not() if self.kind == "where not" else tensor)
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,6 @@ class Scales:
             return old.of
         return self._number(Behind(old.of, exponent, factors), self.cotangents[old.of])
 
-    def ratio(self, new: int, old: int) -> float | None:
-        """What a scale is of another one, if that is known now."""
-        (root, exponent), (old_root, old_exponent) = self._split(new), self._split(old)
-        is_known = root == old_root and all(isinstance(self.entries[part], Own) for part in self._parts(root[0]))
-        return 2.0 ** (_bounded(exponent) - _bounded(old_exponent)) if is_known and not root[1] else None
-
     def are_near(self, new: int, old: int) -> bool:
         """Whether it is known now that two scales are nearly equal."""
         (root, exponent), (old_root, old_exponent) = self._split(new), self._split(old)
@@ -139,9 +135,9 @@ class Scales:
             self.cotangents.append(cotangents)
         return self.numbers[entry]
 
-    def behind_factors(self, scales: Iterable[int]) -> list[Behind]:
-        """Those that make up for factors, of some scales and of what these are made of."""
-        found: list[Behind] = []
+    def factors(self, scales: Iterable[int]) -> tuple[Factor, ...]:
+        """The tensors among the factors that some scales make up for."""
+        found: set[Factor] = set()
         open_scales, done = list(scales), set[int]()
         while open_scales:
             if (scale := open_scales.pop()) in done:
@@ -150,10 +146,10 @@ class Scales:
             match self.entries[scale]:
                 case Least(of):
                     open_scales += of
-                case Behind(of) as entry:
+                case Behind(of, _, factors):
                     open_scales.append(of)
-                    found.append(entry)
-        return found
+                    found.update(factors)
+        return tuple(sorted(found))
 
     def values(
         self,
@@ -198,7 +194,8 @@ class Scales:
             ideal, lowest = exponent(scale), least(self.numbers[Own(i)] for i in sorted(self.cotangents[scale]))
             if ideal is None or lowest is None:
                 return None
-            return power_of_two(torch.minimum(torch.maximum(ideal, lowest), lowest + MOST_EXPONENT))
+            highest = torch.clamp(lowest + MOST_EXPONENT, max=LARGEST_EXPONENT)
+            return power_of_two(torch.minimum(torch.maximum(ideal, lowest), highest))
 
         found = {scale: value(scale) for scale in wanted}
         return {scale: one if power is None else power for scale, power in found.items()}
@@ -207,10 +204,6 @@ class Scales:
 def _least(values: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     known = [value for value in values if value is not None]
     return None if not known else known[0] if len(known) == 1 else torch.stack(known).amin()
-
-
-def _bounded(exponent: float) -> int:
-    return min(max(math.floor(exponent), 0), MOST_EXPONENT)
 
 
 def independent(module: fx.GraphModule, varying: Collection[fx.Node]) -> set[fx.Node]:

@@ -52,24 +52,28 @@ def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def exponent_for(factor: torch.Tensor) -> torch.Tensor:
-    """The exponent of two, not rounded, that makes up for a factor whose entries are all small, or all large.
+    """The exponent of two, not rounded, that makes up for a factor.
 
-    A factor with large and small entries needs none: what is brought down for the large ones is lost at the small ones.
-    Behind a factor of zeros everything is zero, and needs less than anything else.
+    A small factor is made up for by its largest entry. A large one takes back what its root mean square is: its largest
+    entry may concern few. Behind a factor of zeros everything is zero, and needs less than anything else.
 
     Args:
         factor: A tensor of any shape and dtype, not empty.
 
     Returns:
-        -log2(max|x|) if that is below 1; -log2(min|x|), of what is not zero, if that is above 1; else 0. Float32, 0-d.
+        -log2(max|x|) if that is positive, else -log2(rms(x)) if that is negative, else 0; 0 where x is not finite.
+        Float32, 0-d.
 
-    >>> exponent_for(torch.tensor([0.0, 0.25])).item(), exponent_for(torch.tensor([0.5, 8.0])).item()
+    >>> exponent_for(torch.tensor([0.0, 0.25])).item(), exponent_for(torch.tensor([0.5, 1.0])).item()
     (2.0, 0.0)
+    >>> exponent_for(torch.full((3,), 8.0)).item()
+    -3.0
     """
     size = factor.abs().to(torch.float32) if factor.dtype is not torch.bool else factor.to(torch.float32)
-    largest, smallest = size.amax(), torch.where(size == 0, torch.inf, size).amin()
-    edge = torch.where(largest < 1, largest, torch.where(smallest > 1, smallest, 1.0))
-    exponent = torch.where(edge == 0, OF_NOTHING, -torch.log2(edge))
+    largest = size.amax()
+    mean = largest * (size / torch.clamp(largest, min=LEAST)).square().mean().sqrt()
+    exponent = -torch.log2(torch.where(largest < 1, largest, torch.clamp(mean, min=1.0)))
+    exponent = torch.where(largest == 0, OF_NOTHING, exponent)
     return torch.where(torch.isfinite(largest), exponent, 0.0)
 
 

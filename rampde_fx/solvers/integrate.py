@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,20 +9,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError, refuse
+from rampde_fx.frontend import marking
 from rampde_fx.frontend.marking import is_real, is_time_grid
-from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.runtime import operators
 from rampde_fx.solvers.adaptive_steps import adaptive_steps, controller_of
-from rampde_fx.solvers.fixed_steps import (
-    FIXED_OPTIONS,
-    CheckedVelocity,
-    equal_steps,
-    fixed_options,
-    is_number,
-    steps_between,
-)
+from rampde_fx.solvers.fixed_steps import CheckedVelocity, equal_steps, fixed_options, is_number, steps_between
 from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
+from rampde_fx.torch_private import dynamo
+
+# The relative tolerance that a velocity in each dtype can reach, a few unit roundoffs.
+REACHED = {torch.float64: 1e-7, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def odeint(
@@ -31,9 +28,9 @@ def odeint(
     y0: Any,
     t: torch.Tensor,
     *,
-    method: str | ButcherTableau = "rk4",
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    method: str | ButcherTableau = "dopri5",
+    rtol: float | None = None,
+    atol: float | None = None,
     options: Mapping[str, Any] | None = None,
     policy: PrecisionPolicy | None = None,
 ) -> Any:
@@ -49,17 +46,18 @@ def odeint(
         y0: Initial state: a floating or complex tensor of any shape, or a nested tuple, list or dict of such.
         t: Times of the solution, shape (M,) with M >= 2, floating, strictly monotone; it may run backward. Time is
             computed in t's dtype.
-        method: A name of METHODS, or a ButcherTableau of one's own.
-        rtol: Relative tolerance of adaptive steps. It should not be below the unit roundoff of the velocity's dtype.
-        atol: Absolute tolerance of adaptive steps.
-        options: For fixed steps one of these; without either, one step leads from each time to the next.
+        method: A name of METHODS, or a ButcherTableau of one's own. Methods with embedded weights (bosh3, dopri5,
+            tsit5, dopri8) adapt their steps.
+        rtol: Relative tolerance of adaptive steps. It should not be below the unit roundoff of the velocity's dtype,
+            on which the default depends: 1e-7 for float64, 1e-6 for float32, 1e-3 for float16, 1e-2 for bfloat16.
+        atol: Absolute tolerance of adaptive steps; by default a hundredth of the default of rtol.
+        options: Of fixed steps one of these; without either, one step leads from each time to the next.
 
-            - "num_steps", an int: as many equal steps between two output times.
+            - "num_steps", an int: as many equal steps between two output times; with any method.
             - "step_size": steps of this size from t[0] on, the last one shortened; the solution between two of them
               is interpolated linearly.
 
-            Methods with embedded weights (bosh3, dopri5, tsit5, dopri8) adapt their steps unless one of the above is
-            given: these do not end at output times where the method interpolates (all but dopri8). They take these.
+            Adaptive steps do not end at output times where the method interpolates (all but dopri8). They take these.
 
             - "first_step": its size; no step is smaller than t resolves.
             - "max_steps" (4096): the most that may count, over all of t.
@@ -79,14 +77,14 @@ def odeint(
             shape or dtype.
         TimeGridError: if t is not a floating, finite, strictly monotone 1-D tensor of at least two points.
         MethodError: if there is no such method.
-        OptionError: naming an option or a tolerance that does not exist or means nothing.
+        OptionError: naming an option or a tolerance that does not exist, or means nothing to the method.
         PolicyError: if policy is no PrecisionPolicy.
         StepSizeError: if adaptive steps do not reach the last time.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.1.
 
     >>> t = torch.linspace(0, 1, 11)
-    >>> y = odeint(lambda t, y: -y, torch.ones(3), t)
+    >>> y = odeint(lambda t, y: -y, torch.ones(3), t, method="rk4")
     >>> y.shape, bool(torch.allclose(y[-1], torch.exp(torch.tensor(-1.0))))
     (torch.Size([11, 3]), True)
     """
@@ -94,20 +92,21 @@ def odeint(
     tableau = tableau_of(method)
     t = _times(t, leaves)
     _check_policy(policy)
-    _check_tolerances(rtol, atol)
     given = _given(options)
-    steps_adapt = tableau.adaptive and not any(name in given for name in FIXED_OPTIONS)
+    steps_adapt = tableau.adaptive and "num_steps" not in given
+    _check_fit(tableau, given, rtol, atol, adapt=steps_adapt)
     velocity = _velocity(func, leaves, structure)
     if steps_adapt:
         asks_status = _asks_status(given)
+        text, dtype = marking.policy_in_force(policy), str(real_dtype(leaves[0].dtype))
+        rtol = default_tolerance("rtol", text, dtype) if rtol is None else rtol
+        atol = default_tolerance("atol", text, dtype) if atol is None else atol
         controller, first_size = controller_of(given, tableau, rtol, atol)
         trajectories, status = adaptive_steps(
             tableau, velocity, leaves, t, controller, first_size, policy, raises=not asks_status
         )
         solution = pytree.tree_unflatten(trajectories, structure)
         return (solution, status) if asks_status else solution
-    if (rtol, atol) != (1e-7, 1e-9) and not torch.compiler.is_dynamo_compiling():
-        warnings.warn("rtol and atol mean nothing to fixed steps", stacklevel=2)
     step_size, count = fixed_options(given)
     if step_size is not None:
         trajectories = equal_steps(tableau, velocity, leaves, t, step_size, policy)
@@ -176,15 +175,46 @@ def _check_policy(policy: PrecisionPolicy | None) -> None:
         )
 
 
-def _check_tolerances(rtol: float, atol: float) -> None:
+@dynamo.constant
+def default_tolerance(name: str, policy: str, dtype: str) -> float:
+    """The default of rtol or atol: what the coarser of a policy's velocity and a state's dtype can reach.
+
+    >>> default_tolerance("rtol", str(PrecisionPolicy(torch.float16)), "torch.float32")
+    0.001
+    """
+    dtypes = [getattr(torch, dtype.removeprefix("torch."))]
+    if text := policy.removeprefix(MONITORED):
+        dtypes.append(PrecisionPolicy.parse(text).velocity)
+    rtol = max(REACHED[reached] for reached in dtypes)
+    return rtol if name == "rtol" else rtol / 100
+
+
+def _check_fit(
+    tableau: ButcherTableau, given: dict[str, Any], rtol: float | None, atol: float | None, *, adapt: bool
+) -> None:
+    """Refuse tolerances of steps that do not adapt, and a step size of steps that do."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not (is_number(value) and 0 <= value < float("inf")):
+        if value is not None and not (is_number(value) and 0 <= value < float("inf")):
             refuse(
                 OptionError,
                 f"{name}={value!r}",
                 required="tolerances that are finite numbers of at least 0",
                 fix="write rtol=1e-3, atol=1e-6, or leave both out",
             )
+    if adapt and "step_size" in given:
+        refuse(
+            OptionError,
+            f'options={{"step_size": {given["step_size"]!r}}} beside {tableau.name}, which adapts its steps',
+            required="tolerances for adaptive steps, or a step size for fixed ones",
+            fix='write method="rk4" with the step size, or options={"num_steps": 4} for fixed steps of any method',
+        )
+    if not adapt and (rtol is not None or atol is not None):
+        refuse(
+            OptionError,
+            f"rtol={rtol!r} and atol={atol!r} beside fixed steps of {tableau.name}",
+            required="tolerances for adaptive steps alone",
+            fix='leave both out, or write method="dopri5" without num_steps for steps that adapt to them',
+        )
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:

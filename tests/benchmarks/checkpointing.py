@@ -40,7 +40,7 @@ class Solved(nn.Module):
 
     def forward(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Integrates y (batch, dim + 1) over the time points t, to the last one."""
-        end: torch.Tensor = rampde_fx.odeint(self.flow.velocity, y, t, policy=self.policy)[-1]
+        end: torch.Tensor = rampde_fx.odeint(self.flow.velocity, y, t, method="rk4", policy=self.policy)[-1]
         return end
 
 
