@@ -1,6 +1,7 @@
 """Find the marked integration loops of a captured graph.
 
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
+         or the first iterations, then repeat(t, values)
          or enter(t, dt, states), nodes of one iteration, leave(states, nexts), which odeint writes
 After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
 
@@ -26,6 +27,7 @@ from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
 from rampde_fx.ir.effects import own_backward, with_bodies
 from rampde_fx.ir.graphs import user_line, value
 from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.runtime import operators
 from rampde_fx.torch_private import dynamo, higher_order
 
 # Higher-order operations that compute what their body computes.
@@ -37,6 +39,12 @@ FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(
 def has_loop(graph_module: fx.GraphModule) -> bool:
     """Whether the graph, or one inside it, holds any marker."""
     return first_marker(graph_module) is not None
+
+
+def repeats(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph, or one inside it, holds a loop whose last iterations stand for more of them."""
+    inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
+    return any(module.graph.find_nodes(op="call_function", target=operators.repeat) for module in inner)
 
 
 def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:

@@ -9,10 +9,12 @@ multistep methods). What differs but comes from outside is a per-step input; an 
 whose operands all come from outside (weights[i]) is moved before the loop, and becomes a per-step input, if it computes
 the same there.
 
-The one iteration of a loop that was captured once is a run as it stands: its markers name the carries.
+Of a loop that was captured until it repeats the last run goes on: it has two iterations or more, and none of them has
+an input of its own. The one iteration of an odeint is a run as it stands: its markers name the carries.
 
 Requires: a MarkedLoop.
 Ensures:  every iteration belongs to one run; iterations that differ from their neighbours are runs of one.
+Raises:   RewriteError where the iterations of a loop that was captured until it repeats differ.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from torch import fx
 
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import MarkedLoop, Run, is_marker, reads_end
+from rampde_fx.ir.captured import MarkedLoop, Owner, Run, is_marker, owner_of, reads_end
 from rampde_fx.ir.effects import Observer, call, gradient_modes
 from rampde_fx.ir.graphs import value
+from rampde_fx.ir.repeats import check_extension, read_at_end
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, PerStepSource, Source, TimeSource
 from rampde_fx.torch_private import fake_tensors, shapes
 
@@ -41,24 +44,19 @@ def match_iterations(marked: MarkedLoop) -> Run:
     if marked.once:
         return _captured_once(marked)
     iterations = [_without_time(nodes) for nodes in marked.iterations]
-    times = {
-        user: ("t", "dt")[user.args[1]]
-        for marker in marked.markers
-        for user in marker.users
-        if user.target is operator.getitem
-    }
     iterations = _hoist_varying(marked, _hoist_sizes(marked, iterations))
-    owner: dict[fx.Node, tuple[int, Key]] = {}
-    for k, (nodes, marker) in enumerate(zip(iterations, marked.markers, strict=True)):
-        owner.update({node: (k, position) for position, node in enumerate(nodes)})
-        owner.update({user: (k, times[user]) for user in marker.users if user in times})
+    owner = owner_of(iterations, marked.markers)
     length, places = _longest_run(iterations, owner)
     run = iterations[:length]
     sources = [
         [_source([graphs.operands(nodes[p])[slot] for nodes in run], place) for slot, place in enumerate(row)]
         for p, row in enumerate(places)
     ]
-    return Run(run, sources, _outputs(run, owner, marked))
+    extended = marked.repeats and length == len(iterations)
+    found = Run(run, sources, _outputs(run, owner, marked, extended=extended), extended=extended)
+    if extended:
+        check_extension(marked, found)
+    return found
 
 
 def _sink_readers(marked: MarkedLoop) -> None:
@@ -242,9 +240,7 @@ def _switch(first_marker: fx.Node, gradients: bool) -> fx.Node:
     return first_marker.graph.call_function(torch._C._set_grad_enabled, (gradients,))
 
 
-def _longest_run(
-    iterations: list[list[fx.Node]], owner: dict[fx.Node, tuple[int, Key]]
-) -> tuple[int, list[list[Place]]]:
+def _longest_run(iterations: list[list[fx.Node]], owner: Owner) -> tuple[int, list[list[Place]]]:
     """How many iterations from the first on are equal, and where each of their operands comes from."""
     first = iterations[0]
     operations = [graphs.operation(node) for node in first]
@@ -263,7 +259,7 @@ def _longest_run(
     return len(iterations), places
 
 
-def _place(k: int, operand: fx.Node, owner: dict[fx.Node, tuple[int, Key]]) -> Place:
+def _place(k: int, operand: fx.Node, owner: Owner) -> Place:
     if operand not in owner:
         return None
     iteration, key = owner[operand]
@@ -304,13 +300,13 @@ def _source(values: list[fx.Node], place: Place) -> Source | Key:
     return PerStepSource(tuple(values))
 
 
-def _outputs(
-    run: list[list[fx.Node]], owner: dict[fx.Node, tuple[int, Key]], marked: MarkedLoop
-) -> dict[Key, list[int]]:
+def _outputs(run: list[list[fx.Node]], owner: Owner, marked: MarkedLoop, *, extended: bool) -> dict[Key, list[int]]:
     """Which values of the run are read outside of it."""
     inside = {node for nodes in run for node in nodes}
     found: dict[Key, list[int]] = {}
     for node, (k, key) in owner.items():
         if k < len(run) and any(user not in inside for user in node.users):
-            found.setdefault(key, []).append(k)
+            read = read_at_end(node, k, marked, len(run)) if extended else (k,)
+            for iteration in read:
+                found.setdefault(key, []).append(iteration)
     return found

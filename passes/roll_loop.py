@@ -1,6 +1,7 @@
 """Roll a run of equal iterations up into one loop.
 
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
+         or the first iterations, then repeat(t, values), where all later ones repeat these
 After:   carry_1, ..., output_1, ... = loop(initial carries, stacked per-step inputs, invariants)
 
 Requires: a Run whose operands stand before the loop, and its CapturedStep with all states found.
@@ -21,9 +22,10 @@ from torch import fx
 
 from rampde_fx.errors import MutationError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, reads_end
+from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, owner_of, reads_end
 from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.loops import Loop, LoopNode
+from rampde_fx.ir.repeats import RepeatedResults
 from rampde_fx.ir.sources import (
     CarrySource,
     IndexSource,
@@ -43,7 +45,11 @@ PER_STEP = (TimeSource, PerStepSource, IndexSource)
 def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captured: CapturedStep, name: str) -> Loop:
     """Replace the first iterations of a marked loop, a Run, by a call of a LoopNode of the given name."""
     starts = graphs.value(marked.markers[0].args[0])
-    steps = shapes.number_of(starts.shape[0]) if run.once else len(run.iterations)
+    steps: Any = len(run.iterations)
+    if run.once:
+        steps = shapes.number_of(starts.shape[0])
+    elif run.extended:
+        steps = shapes.number_of(starts.shape[0] - 1 - marked.markers[0].args[1])
     loop = _loop(marked, captured, steps)
     _replace(graph_module, marked, run, captured, name, loop)
     return loop
@@ -109,7 +115,7 @@ def _replace(
     following = [*marked.markers, marked.end][count]
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
-        operands = _distinct_memory(graph, [_operand(graph, source, marked, loop.steps) for source in inputs])
+        operands = _distinct_memory(graph, [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs])
         if (
             marked.differentiated and not loop.differentiated
         ):  # torch would derive a scan that no gradient comes back to
@@ -123,6 +129,8 @@ def _replace(
             _replace_findings(graph, marked, call)
         elif run.once:
             _replace_trajectories(graph, marked, run, captured, results)
+        elif run.extended:
+            _repeated_results(graph, marked, run, captured, results).rewire()
         else:
             _rewire(graph, marked, run, inputs, outputs, results)
     for nodes in reversed(run.iterations):
@@ -166,11 +174,15 @@ def _without_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return graph.call_method("detach", (node,)) if value is None or getattr(value, "requires_grad", False) else node
 
 
-def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) -> fx.Node:
+def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any, extended: bool) -> fx.Node:
     first = 0 if marked.once else marked.markers[0].args[1]
     match source:
         case IndexSource(device):
-            return graph.call_function(torch.arange, (first, first + count), {"device": torch.device(device)})
+            end = first + count
+            if extended and not isinstance(count, int):  # no graph holds a symbolic number
+                size = graph.call_method("size", (marked.markers[0].args[0], 0))
+                end = graph.call_function(operator.sub, (size, 1))
+            return graph.call_function(torch.arange, (first, end), {"device": torch.device(device)})
         case SeedSource(device):
             return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(device)})
         case TimeSource() if marked.once:
@@ -180,10 +192,10 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any) ->
             return clone
         case TimeSource(key):
             t = marked.markers[0].args[0]
-            starts = _getitem(graph, t, slice(first, first + count))
+            starts = _getitem(graph, t, slice(first, -1 if extended else first + count))
             if key == "t":
                 return graph.call_method("clone", (starts,))
-            ends = _getitem(graph, t, slice(first + 1, first + 1 + count))
+            ends = _getitem(graph, t, slice(first + 1, None if extended else first + 1 + count))
             return graph.call_function(torch.sub, (ends, starts))
         case PerStepSource(values):
             return graph.call_function(torch.stack, (list(values),))
@@ -215,6 +227,20 @@ def _rewire(
                 read.meta.setdefault("example_value", graphs.value(node))
             for user in readers:
                 user.replace_input_with(node, read)
+
+
+def _repeated_results(
+    graph: fx.Graph, marked: MarkedLoop, run: Run, captured: CapturedStep, results: list[fx.Node]
+) -> RepeatedResults:
+    carries = carries_among(captured.inputs)
+    return RepeatedResults(
+        graph,
+        marked,
+        owner_of(run.iterations, marked.markers),
+        {(s.key, s.lag): results[i] for i, s in enumerate(carries) if s.key is not None},
+        dict(zip(captured.outputs, results[len(carries) :], strict=True)),
+        _written_afterwards(marked),
+    )
 
 
 def _storage(node: fx.Node | None) -> int | None:

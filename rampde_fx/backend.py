@@ -23,7 +23,7 @@ from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.count_underflow import count_underflow
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.emit_search import emit_search
-from rampde_fx.passes.find_loops import find_loops, first_marker, has_loop
+from rampde_fx.passes.find_loops import find_loops, first_marker, has_loop, repeats
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants
@@ -41,7 +41,7 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
-from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, shapes
+from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, repetition, shapes
 from rampde_fx.torch_private.names import require_all
 from rampde_fx.validation.verification import Verification, on_first_call
 
@@ -110,12 +110,16 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
     if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
         lift_numbers(graph_module, first)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=fake_tensors.autocast_enabled())
-    rolled = [(marked.holder(), *run) for marked in found for run in _roll(marked.holder(), marked)]
+    rolled = []
+    for marked in found:
+        holder, captured = marked.holder(), _how_captured(marked)
+        rolled += [(holder, name, captured, notes) for name, notes in _roll(holder, marked)]
     loops: list[Loop] = []
-    for holder, name, notes in rolled:
+    for holder, name, captured, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
         number, loop = len(loops), holder.get_submodule(name).loop
-        loop = replace(loop, notes=notes, number=1 + sum(other.where == loop.where for other in loops))
+        count = sum(other.where == loop.where for other in loops)
+        loop = replace(loop, notes=notes, captured=captured, number=1 + count)
         verify(loop, roll_loop.__name__)
         watch(number, roll_loop.__name__, loop)
         loops.append(loop)
@@ -134,6 +138,16 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         holder.graph.lint()
         holder.recompile()
     return loops
+
+
+def _how_captured(marked: MarkedLoop) -> str:
+    """How many of a loop's iterations were captured, or why all."""
+    if marked.repeats:
+        steps = graphs.value(marked.markers[0].args[0]).shape[0] - 1
+        told = f"{steps:,}" if isinstance(steps, int) else "N, of which any number takes this graph"
+        return f"{len(marked.iterations)} iterations, which stand for all {told}"
+    reason = repetition.why_in_full(graphs.user_line(marked.markers[0]))
+    return f"all {len(marked.iterations):,} iterations: {reason}" if reason else ""
 
 
 def _passed(step_pass: Callable[[Loop], Loop], loop: Loop) -> Loop:
@@ -155,13 +169,15 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
         captured = find_states(marked, captured, single=len(run.iterations) == 1 and not run.once)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, captured, names[-1])
-        sizes.append(len(run.iterations))
-        marked = replace(marked, markers=marked.markers[sizes[-1] :], iterations=marked.iterations[sizes[-1] :])
+        count = len(run.iterations)
+        sizes.append(graph_module.get_submodule(names[-1]).loop.steps)
+        marked = replace(marked, markers=marked.markers[count:], iterations=marked.iterations[count:])
     graph_module.graph.erase_node(marked.end)
     note = f"the iterations of the loop differ: it was divided into runs of {', '.join(map(str, sizes))} equal steps"
     return [(name, (note,) if len(sizes) > 1 else ()) for name in names]
 
 
+@repetition.takes_repeats
 def rampde_fx(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -185,7 +201,7 @@ def rampde_fx(
         reaches the user as it is.
     """
     graph_module.meta[unrewritten.BACKEND] = "backend"
-    options = dict(options or {})
+    options, repeated = dict(options or {}), repeats(graph_module)
     compiler, verifies = options.pop("compiler", "inductor"), options.pop("verify", False)
     try:
         if not isinstance(verifies, bool):
@@ -202,6 +218,8 @@ def rampde_fx(
         if marked:
             graphs.name_arguments(graph_module, dynamo.names_of_arguments())
             check_repetition(graph_module)
+        if verifies and repeated:  # the graph is to be run as the user wrote it
+            repetition.capture_in_full('options={"verify": True} runs the loop as it was captured')
         captured = graphs.copied(graph_module) if verifies and marked else None
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite)
@@ -209,6 +227,8 @@ def rampde_fx(
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
         replayable = cuda_graphs.launches_alone if replayed else None
     except RampdeError as error:
+        if repeated:  # another capture may have more success, and has the better message
+            repetition.capture_in_full(str(error))
         return raising(error)
     emitted = [loop for loop in loops if isinstance(loop, CompensatedLoop)]
     for loop in emitted:

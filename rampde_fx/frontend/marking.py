@@ -80,9 +80,17 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             yield t[i], t[i + 1] - t[i]
         return
     policy = policy_in_force()
-    for i in range(t.shape[0] - 1):
-        yield operators.step(t, i, policy)
-    operators.end(t)
+    if _compares_iterations():
+        i = 0
+        while (ahead := _ahead(i)) == "step":
+            yield operators.step(t, i, policy)
+            i += 1
+        if ahead == "end":
+            operators.end(t)
+    else:
+        for i in range(t.shape[0] - 1):
+            yield operators.step(t, i, policy)
+        operators.end(t)
     loop_ends(once=False)
 
 
@@ -128,6 +136,21 @@ def _body_begins(policy: str) -> bool:
 def _body_ends() -> bool:
     unrewritten.body_ends()
     return True
+
+
+@dynamo.constant
+def _compares_iterations() -> bool:
+    from rampde_fx.torch_private import repetition
+
+    return repetition.compares_iterations()
+
+
+@dynamo.constant
+def _ahead(i: int) -> str:
+    """What follows in a loop whose iterations are compared: step i, the end, or what repeats up to the end."""
+    from rampde_fx.torch_private import repetition
+
+    return repetition.ahead(i)
 
 
 @dynamo.constant

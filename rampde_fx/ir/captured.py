@@ -13,7 +13,16 @@ from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import operators
 
 STEP = {torch.ops.rampde_fx.step, torch.ops.rampde_fx.step.default}
-END = {torch.ops.rampde_fx.end, torch.ops.rampde_fx.end.default, operators.leave, operators.leave_search}
+END = {
+    torch.ops.rampde_fx.end,
+    torch.ops.rampde_fx.end.default,
+    operators.repeat,
+    operators.leave,
+    operators.leave_search,
+}
+
+
+Owner = dict[fx.Node, tuple[int, Key]]  # of a value in a loop: its iteration, and its key there
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class MarkedLoop:
     Attributes:
         policy: The policy that the markers carry.
         markers: The step markers, one per iteration; or the one enter marker of a loop that was captured once.
-        end: The end marker, or leave.
+        end: The end marker, or repeat, or leave.
         iterations: The nodes between two markers, one list per iteration, in graph order.
         differentiated: Whether gradients are on where the loop stands.
         monitored: Whether a monitor was open where it was captured.
@@ -46,6 +55,11 @@ class MarkedLoop:
         """Whether the one iteration is tried by a search for adaptive steps."""
         return self.end.target is operators.leave_search
 
+    @property
+    def repeats(self) -> bool:
+        """Whether all iterations after the captured ones repeat these."""
+        return self.end.target is operators.repeat
+
     def holder(self) -> fx.GraphModule:
         """The module in whose graph the loop stands: the captured one, or a checkpointed body inside it."""
         return self.end.graph.owning_module
@@ -62,12 +76,15 @@ class Run:
         outputs: For each key that is read outside of the run, the iterations whose value is read.
         entered: Of a loop that was captured once (odeint), its times and carries in the order in which it names them;
             its outputs are wanted of every step. Empty for all other loops.
+        extended: Whether the run goes on behind its last iteration, up to the end of the loop. Of a value that is read
+            at the end the iteration is then counted from there, -1 for the last one.
     """
 
     iterations: list[list[fx.Node]]
     sources: list[list[Source | Key]]
     outputs: dict[Key, list[int]]
     entered: tuple[Source, ...] = ()
+    extended: bool = False
 
     @property
     def once(self) -> bool:
@@ -76,9 +93,12 @@ class Run:
 
     def stacked(self) -> list[Key]:
         """Keys of the outputs to be stacked: all but the carries of which only the last value is read."""
-        last = len(self.iterations) - 1
-        finals = {s.key for row in self.sources for s in row if isinstance(s, CarrySource) and s.is_latest}
-        return [key for key, ks in self.outputs.items() if self.once or ks != [last] or key not in finals]
+        carried = {(s.key, s.lag) for row in self.sources for s in row if isinstance(s, CarrySource)}
+        if self.extended:
+            ends = {(key, -1 - j) for key, lag in carried for j in range(lag)}
+        else:
+            ends = {(key, len(self.iterations) - 1) for key, lag in carried if lag == 1}
+        return [key for key, ks in self.outputs.items() if self.once or any((key, k) not in ends for k in ks)]
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,17 @@ class CapturedStep:
     def carries(self) -> int:
         """Number of carried states."""
         return len(carries_among(self.inputs))
+
+
+def owner_of(iterations: list[list[fx.Node]], markers: list[fx.Node]) -> Owner:
+    """Whose each value of some iterations is, their times included."""
+    owner: Owner = {}
+    for k, (nodes, marker) in enumerate(zip(iterations, markers, strict=False)):
+        owner.update({node: (k, position) for position, node in enumerate(nodes)})
+        for user in marker.users:
+            if user.target is operator.getitem:
+                owner[user] = (k, ("t", "dt")[user.args[1]])
+    return owner
 
 
 def is_marker(node: fx.Node) -> bool:

@@ -57,6 +57,7 @@ class Loop:
         controller: What chooses the sizes of adaptive steps, in the loop that searches for them: its one step is tried
             again and again, and its per-step outputs are estimates of its error. None for other loops.
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
+        captured: Of a loop over steps(t), how many iterations were captured, or why all of them.
         notes: Sentences for the report.
     """
 
@@ -74,6 +75,7 @@ class Loop:
     monitored: bool = False
     controller: Controller | None = None
     evaluations: int | None = None
+    captured: str = ""
     notes: tuple[str, ...] = ()
 
     def then(self, phase: type[Phase], **found: Any) -> Phase:

@@ -24,9 +24,14 @@ class CarrySource:
     key: Key | None
 
     @property
+    def lag(self) -> int:
+        """How many iterations before it is from."""
+        return len(self.values)
+
+    @property
     def is_latest(self) -> bool:
         """Whether it is from the iteration just before."""
-        return len(self.values) == 1
+        return self.lag == 1
 
     def younger(self) -> CarrySource:
         """What a carry that lags by d > 1 steps becomes in the next step: the one that lags by d - 1."""

@@ -20,11 +20,11 @@ from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
 from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.passes.check_repetition import check_repetition
-from rampde_fx.passes.find_loops import has_loop
+from rampde_fx.passes.find_loops import has_loop, repeats
 from rampde_fx.report import report_html
 from rampde_fx.report.loop_report import LoopReport, PassReport, short
 from rampde_fx.runtime import operators
-from rampde_fx.torch_private import capturing, fake_tensors
+from rampde_fx.torch_private import capturing, fake_tensors, repetition
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Report:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Rewrite a model's marked loops without compiling them, and report.
 
-    fn is run once, uncompiled, on the arguments (of an odeint one step: a run that only looks does not integrate).
+    fn is run once, uncompiled, on the arguments (of an odeint one step, of a loop the steps that are captured: a run
+    that only looks does not integrate).
     Gradient mode counts: under torch.no_grad no adjoint is generated.
 
     Args:
@@ -69,6 +70,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     names = list(signature(getattr(fn, "forward", fn)).parameters)
     loops: list[LoopReport] = []
 
+    @repetition.takes_repeats
     def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if not has_loop(graph_module):
             return graph_module.forward
@@ -76,6 +78,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         try:
             loops.extend(rewritten(_with_names(graphs.copied(graph_module), names)))
         except RampdeError as error:
+            if repeats(graph_module):
+                repetition.capture_in_full(str(error))
             return raising(error)
         return _without_odeint(graph_module).forward
 
@@ -97,13 +101,15 @@ def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:
 
 
 def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a captured graph that runs, with one step for every odeint."""
+    """A copy of a captured graph that runs, with the captured steps alone of a loop, one of an odeint."""
     copy = graphs.copied(graph_module)
     check_repetition(copy)
     for module in copy.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=operators.enter):
                 node.target = operators.first_step
+            for node in module.graph.find_nodes(op="call_function", target=operators.repeat):
+                node.target = operators.captured_values
             module.recompile()
     return copy
 
@@ -141,6 +147,7 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         step_flops=_flops(loop.step),
         adjoint_flops=_flops(adjoint) if adjoint is not None else 0,
         fallbacks=loop.fallbacks,
+        captured=loop.captured,
         notes=loop.notes,
         step=loop.step,
         adjoint=adjoint,

@@ -54,6 +54,8 @@ class LoopReport:
             matrix products, convolutions and attention, nothing else.
         adjoint_flops: Those of one step's adjoint, with the velocities that it evaluates again; 0 without an adjoint.
         fallbacks: What stayed in the accumulation dtype, and why.
+        captured: How many of the iterations were captured, or what made it necessary to capture all of them; empty for
+            an odeint and for loops of three steps and less.
         notes: What else to know, such as iterations that differ.
         step: The rewritten step: (carries, per-step inputs, invariants) to (next carries, per-step outputs).
         adjoint: The generated adjoint of the step, or None where no gradient is wanted.
@@ -75,6 +77,7 @@ class LoopReport:
     step_flops: int
     adjoint_flops: int
     fallbacks: tuple[Fallback, ...]
+    captured: str
     notes: tuple[str, ...]
     step: fx.GraphModule
     adjoint: fx.GraphModule | None
@@ -84,6 +87,7 @@ class LoopReport:
         """What there is to say about the loop as a whole: (label, text)."""
         return [
             ("steps", f"{self.steps or 'known at run time'}, emitted as {self.emitted}"),
+            *([("captured", self.captured)] if self.captured else []),
             ("carries", ", ".join(self.carries)),
             ("velocity", f"{self.evaluations} evaluations per step in {short(self.policy.velocity)}"),
             ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),

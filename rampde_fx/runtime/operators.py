@@ -27,6 +27,11 @@ _Function = Callable[..., torch.Tensor]
 library = torch.library.Library("rampde_fx", "DEF")
 library.define("step(Tensor t, int i, str policy) -> (Tensor, Tensor)")
 library.define("end(Tensor t) -> Tensor")
+# In place of end, where all later iterations repeat the captured ones: what the values that move on are at last.
+library.define("repeat(Tensor t, Tensor[] moving) -> Tensor[]")
+# What a list holds to which each iteration appends, stacked: what it held before the last captured iteration, then what
+# that one and all later ones append.
+library.define("collect(Tensor t, int captured, Tensor[] before, Tensor[] each) -> Tensor")
 # A loop of which one step is captured: enter gives that step's (t, dt, *states), leave the trajectories of the states,
 # the initial ones included, at the end of every few steps, then what is collected of each of these; it is told what is
 # wrong with the velocity, if anything.
@@ -94,6 +99,21 @@ def _step(t: torch.Tensor, i: int, policy: str) -> tuple[torch.Tensor, torch.Ten
 
 def _end(t: torch.Tensor) -> torch.Tensor:
     return t[-1]
+
+
+def _repeat(t: torch.Tensor, moving: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.ops.rampde_fx.needs_backend(x) for x in moving]
+
+
+def captured_values(t: torch.Tensor, moving: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What repeat gives if nothing is repeated."""
+    return [x.clone() for x in moving]
+
+
+def _collect(t: torch.Tensor, captured: int, before: list[torch.Tensor], each: list[torch.Tensor]) -> torch.Tensor:
+    rows = torch.stack(each)
+    later = rows.expand(t.shape[0] - captured, *rows.shape).flatten(0, 1)
+    return torch.cat([torch.stack(before), later]) if before else later
 
 
 def first_step(t: torch.Tensor, dt: torch.Tensor, states: list[torch.Tensor], policy: str) -> list[torch.Tensor]:
@@ -281,6 +301,8 @@ def _record_adjoint(
 
 library.impl("step", _step, "CompositeImplicitAutograd")
 library.impl("end", _end, "CompositeImplicitAutograd")
+library.impl("repeat", _repeat, "CompositeImplicitAutograd")
+library.impl("collect", _collect, "CompositeImplicitAutograd")
 library.impl("again", torch.clone, "CompositeExplicitAutograd")
 library.impl("enter", _enter, "CompositeImplicitAutograd")
 library.impl("leave", _leave, "CompositeImplicitAutograd")
@@ -352,6 +374,7 @@ for _name, _function in _distributions.items():
     DECOMPOSITIONS[_operator.default] = _function
 step, end = torch.ops.rampde_fx.step, torch.ops.rampde_fx.end
 again = torch.ops.rampde_fx.again
+repeat, collect = torch.ops.rampde_fx.repeat, torch.ops.rampde_fx.collect
 enter, leave = torch.ops.rampde_fx.enter, torch.ops.rampde_fx.leave
 leave_search, found = torch.ops.rampde_fx.leave_search, torch.ops.rampde_fx.found
 monotone, count_steps = torch.ops.rampde_fx.monotone, torch.ops.rampde_fx.count_steps

@@ -142,6 +142,12 @@ def current_capture() -> Any:
     return _torch.current_tx().output
 
 
+def notes_so_far() -> dict[str, list[Any]]:
+    """The notes on the graph that is being captured, or compiled; none outside of any."""
+    output = getattr(getattr(_torch.tls, "current_tx", None), "output", None)
+    return getattr(getattr(output, "compiler_fn", None), "notes", {})
+
+
 def notes_of_capture(after: Callable[[fx.GraphModule, Any, dict[str, list[Any]]], Any]) -> dict[str, list[Any]]:
     """Notes on the graph that is being captured, which are lost if Dynamo begins anew.
 

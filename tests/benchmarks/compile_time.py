@@ -10,6 +10,7 @@ Running what was compiled does not count.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tu
     """Seconds in Dynamo, and seconds in rewrite and compiler, of the first training step."""
     spent = called = 0.0
 
+    @functools.wraps(backend)
     def timed(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal spent
         start = time.perf_counter()

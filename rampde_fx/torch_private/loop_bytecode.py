@@ -1,0 +1,128 @@
+"""What the bytecode of a loop says of its local variables. Each instruction is one of Dynamo's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rampde_fx.torch_private.names import Names
+
+_torch = Names({"torch._dynamo.bytecode_analysis": "TERMINAL_OPCODES"}, everywhere=False)
+
+Instructions = Sequence[Any]
+LOADS = ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
+ADDITIONS = (0, 13)  # the arguments of BINARY_OP that mean + and +=
+SEES_ALL_LOCALS = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe"}
+
+
+def _names(instruction: Any) -> tuple[str, ...]:
+    """The locals that an instruction loads, stores or deletes."""
+    if "FAST" not in instruction.opname:
+        return ()
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+
+
+def _targets(instruction: Any) -> Iterator[Any]:
+    """Where it may jump to, the handler of an exception included."""
+    for target in (instruction.target, instruction.exn_tab_entry and instruction.exn_tab_entry.target):
+        if target is not None:
+            yield target
+
+
+def live_locals(instructions: Instructions, here: Any) -> set[str]:
+    """The locals that may be read from an instruction on before they are written.
+
+    Dynamo's own analysis takes every local that a loop reads for live.
+    """
+    place = {id(instruction): k for k, instruction in enumerate(instructions)}
+    live: list[set[str]] = [set() for _ in range(len(instructions) + 1)]
+    changed = True
+    while changed:
+        changed = False
+        for k in reversed(range(len(instructions))):
+            now = _live_before(instructions[k], live[k + 1], [live[place[id(to)]] for to in _targets(instructions[k])])
+            if now != live[k]:
+                live[k], changed = now, True
+    return live[place[id(here)]]
+
+
+def _live_before(instruction: Any, behind: set[str], at_targets: list[set[str]]) -> set[str]:
+    found = set() if instruction.opcode in _torch.TERMINAL_OPCODES else set(behind)
+    found = found.union(*at_targets)
+    if instruction.opname == "STORE_FAST":
+        return found if instruction.exn_tab_entry else found - {instruction.argval}  # a handler sees the old value
+    return found.union(_names(instruction))
+
+
+def body_of_loop(instructions: Instructions, head: Any) -> list[Any]:
+    """What can run from the FOR_ITER at the head of a loop until that runs again, and what runs behind a break."""
+    place = {id(instruction): k for k, instruction in enumerate(instructions)}
+    start = place[id(head)]
+    seen, open_places = {start}, [start + 1]
+    while open_places:
+        k = open_places.pop()
+        while k not in seen and k < len(instructions):
+            seen.add(k)
+            open_places += [place[id(target)] for target in _targets(instructions[k])]
+            if instructions[k].opcode in _torch.TERMINAL_OPCODES:
+                break
+            k += 1
+    return [instructions[k] for k in sorted(seen - {start})]
+
+
+def only_appended_to(body: Instructions) -> set[str]:
+    """The locals of which a loop reads nothing but the method append, to call it."""
+    appended: set[str] = set()
+    otherwise: set[str] = set()
+    for instruction, behind in pairwise([*body, None]):
+        if instruction.opname in LOADS and behind is not None and _calls_append(behind):
+            appended.add(instruction.argval)
+        else:
+            otherwise.update(_names(instruction))
+    return appended - otherwise
+
+
+def _calls_append(instruction: Any) -> bool:
+    is_call = instruction.opname == "LOAD_METHOD"
+    is_call |= instruction.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool(instruction.arg & 1)
+    return is_call and instruction.argval == "append"
+
+
+def only_counted(body: Instructions) -> set[str]:
+    """The locals that a loop reads only to add a constant to them: n += 1, or n = n + 1."""
+    counted: set[str] = set()
+    otherwise: set[str] = set()
+    k = 0
+    while k < len(body):
+        if _counts(body[k : k + 4]):
+            counted.add(body[k].argval)
+            k += 4
+            continue
+        otherwise.update(_names(body[k]))
+        k += 1
+    return counted - otherwise
+
+
+def _counts(four: Instructions) -> bool:
+    if len(four) < 4 or four[0].opname not in LOADS or four[1].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
+        return False
+    adds = four[2].opname == "BINARY_OP" and four[2].arg in ADDITIONS
+    return adds and four[3].opname == "STORE_FAST" and four[3].argval == four[0].argval
+
+
+def unread_index(instructions: Instructions, head: Any) -> str | None:
+    """Of `for i, step in enumerate(...)` the name of i, if the loop does not read it."""
+    place = next(k for k, instruction in enumerate(instructions) if instruction is head)
+    unpack, index = instructions[place + 1 : place + 3]
+    if unpack.opname != "UNPACK_SEQUENCE" or unpack.argval != 2:
+        return None
+    if index.opname == "STORE_FAST_STORE_FAST":
+        name, stores = index.argval[0], index
+    elif index.opname == "STORE_FAST":
+        name, stores = index.argval, index
+    else:
+        return None
+    touched = [i for i in body_of_loop(instructions, head) if i is not stores and name in _names(i)]
+    return None if touched else name
