@@ -31,9 +31,10 @@ def test_files_of_the_wheel():
 
 
 def test_files_of_the_source_distribution():
-    wanted = "Makefile LICENSE README.md CHANGELOG.md CONTRIBUTING.md pyproject.toml .pre-commit-config.yaml .ci/run"
+    wanted = "Makefile LICENSE README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md pyproject.toml .ci/run"
+    configured = ".pre-commit-config.yaml .github/ISSUE_TEMPLATE/bug_report.yml"
     folders = "tests/benchmarks/cases.py examples/density.py docs/numerics.md docs/roundoff.png"
-    assert [name for name in f"{wanted} {folders}".split() if not (ROOT / name).is_file()] == []
+    assert [name for name in f"{wanted} {configured} {folders}".split() if not (ROOT / name).is_file()] == []
 
 
 def test_the_backend_needs_no_import(tmp_path):

@@ -3,10 +3,12 @@
 The python blocks of a page run in order in one namespace. One thing is substituted: where a block compiles for the
 rampde_fx backend without naming a compiler, options={"compiler": "aot_eager"} is added, so that Inductor's C++ compiler
 is not waited for. A block of text behind one that prints is what it prints. Blocks with a prompt are doctests. A block
-below an HTML comment "not run: REASON" is only parsed; the README's printouts of graphs are compared with what is
-printed.
+below an HTML comment "not run: REASON" is only parsed; the printouts of graphs are compared with what is printed. In
+the pages for users no block has an empty line where Python's own prompt would end a statement.
 """
 
+import ast
+import code
 import contextlib
 import doctest
 import io
@@ -27,6 +29,7 @@ import rampde_fx
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+GRAPHS = ROOT / "docs" / "before_and_after.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
 PRINTOUT = "a printout"
@@ -87,10 +90,10 @@ def run(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         if block.language != "python" or block.not_run == PRINTOUT:
             continue
         # The lines before are left empty, so that tracebacks and reports name the lines of the page.
-        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        compiled = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
         if not block.not_run:
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(code, namespace)
+                exec(compiled, namespace)
             printed = out.getvalue()
     return namespace
 
@@ -119,15 +122,98 @@ def without_inductor(monkeypatch):
 
 
 PAGES_WITH_CODE = [
-    pytest.param(page, marks=[pytest.mark.slow] if page.name == "migration.md" else [], id=page.name)
+    pytest.param(page, marks=[pytest.mark.slow] if page.name in ("README.md", "migration.md") else [], id=page.name)
     for page in PAGES
-    if page != README and code_blocks(page)
+    if page != GRAPHS and code_blocks(page)
 ]
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_the_code_of_a_page_runs(page, without_inductor, monkeypatch):
     run_test_cases(run(page, monkeypatch))
+
+
+class Prompt(code.InteractiveConsole):
+    """Python's own prompt: it reads line by line, and runs nothing here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statements, self.wrong = 0, ""
+
+    def runcode(self, code: object) -> None:
+        self.statements += any(line.strip() and not line.startswith("#") for line in self.buffer)
+
+    def showsyntaxerror(self, filename: str | None = None, **given: object) -> None:
+        self.wrong = str(sys.exc_info()[1])
+
+
+def pasted(text: str) -> Prompt:
+    prompt = Prompt()
+    for line in (*text.splitlines(), ""):
+        prompt.push(line)
+    return prompt
+
+
+# The other two pages are for those who work on the package.
+PASTED = [page for page in PAGES if code_blocks(page) and page.name not in ("adjoint.md", "writing_a_pass.md")]
+
+
+@pytest.mark.parametrize("page", PASTED, ids=lambda page: page.name)
+def test_the_code_of_a_page_can_be_pasted_into_the_prompt(page):
+    for block in blocks(page):
+        if block.language == "python" and block.not_run != PRINTOUT:
+            prompt = pasted(block.text)
+            assert not prompt.wrong and not prompt.buffer, f"{page.name}:{block.line}: {prompt.wrong}"
+            assert prompt.statements == len(ast.parse(block.text).body), f"{page.name}:{block.line}"
+
+
+def test_what_the_prompt_does_not_take():
+    method = "    def {}(self):\n        return 1\n"
+    assert not pasted("class A:\n" + method.format("a") + method.format("b")).wrong
+    assert pasted("class A:\n" + method.format("a") + "\n" + method.format("b")).wrong
+    assert pasted("def f():\n    return 1\nf()\n").wrong
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def outside_of_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings of a page, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", outside_of_blocks(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_within_the_repository_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", outside_of_blocks(page)):
+        if not target.startswith(("https://", "mailto:")):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.is_file(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_gallery_has_every_example_and_every_picture_of_one():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    programs = [path for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    assert len(programs) >= 5
+    assert [path.name for path in programs if f"`python examples/{path.name}" not in text] == []
+    pictures = {path.name for path in (ROOT / "docs").glob("*.png")} - {"monitor.png", "scaling-cpu.png"}
+    assert pictures == set(re.findall(r"\]\((.+\.png)\)", text))
+
+
+def test_issues_ask_for_the_environment():
+    forms = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 2
+    assert [path.name for path in forms if "python -m rampde_fx env" not in path.read_text(encoding="utf-8")] == []
 
 
 def test_little_is_not_run():
@@ -148,10 +234,10 @@ def test_every_block_has_a_language():
     assert {block.language.split(" ")[0] for page in PAGES for block in blocks(page)} <= known
 
 
-def test_the_readme_runs_and_its_graphs_are_printed(without_inductor, monkeypatch):
+def test_the_page_of_graphs_runs_and_they_are_printed(without_inductor, monkeypatch):
     """Every line of the printouts, up to a cut "..." or a comment, stands in what is printed, in this order."""
-    loop = run(README, monkeypatch)["report"].loops[0]
-    printouts = [block.text for block in code_blocks(README) if block.not_run == PRINTOUT]
+    loop = run(GRAPHS, monkeypatch)["report"].loops[0]
+    printouts = [block.text for block in code_blocks(GRAPHS) if block.not_run == PRINTOUT]
     graphs = [loop.passes[0].loop.step, loop.step, loop.adjoint]
     for text, graph in zip(printouts, graphs, strict=True):
         printed = [line.strip() for line in graph.print_readable(print_output=False).splitlines()]
@@ -167,9 +253,8 @@ def commands() -> list[str]:
     """The commands that the pages name: in blocks of sh, in indented blocks, and between backticks."""
     found: dict[str, None] = {}
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
         fenced = [line for block in blocks(page) if block.language == "sh" for line in block.text.splitlines()]
-        outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        outside = outside_of_blocks(page)
         indented = re.findall(r"^    (\S.*)$", outside, flags=re.MULTILINE)
         quoted = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside)]
         for line in (*fenced, *indented, *quoted):

@@ -31,7 +31,7 @@ from tests.comparison import compiled, relative_errors
 steps = rampde_fx.steps
 aten = torch.ops.aten
 U16, U32 = 2.0**-11, 2.0**-24  # unit roundoffs of float16 and float32
-FP16 = 5 * U16  # the bound of README on gradients
+FP16 = 5 * U16  # the bound of docs/numerics.md on gradients
 T = torch.linspace(0, 1, 5)
 
 

@@ -175,6 +175,7 @@ def test_torch_private_reads_them_by_its_tables():
     assert len(parts) > 5 and found == ALLOWED_IN_PARTS
 
 
-def test_the_readme_says_on_which_versions_the_names_were_checked():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert f"checked on torch {names.CHECKED}" in " ".join(readme.split())
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
+def test_the_pages_say_on_which_versions_the_names_were_checked(page):
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    assert f"checked on torch {names.CHECKED}" in " ".join(text.split())
