@@ -16,6 +16,7 @@ from rampde_fx import backend, check, errors
 from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Total
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.torch_private import repetition
 from tests import test_semantics
 from tests.models import FORMS, Euler, Flow, LogDensity, MutatedArgument, Solved, Symplectic, Trajectory, TwoLoops
 from tests.test_faults import replace_pass
@@ -584,3 +585,26 @@ def test_a_velocity_with_derivatives_of_derivatives_inside():
         flow, torch.randn(4, 3), torch.linspace(0, 1, 3), policies=[PrecisionPolicy(torch.bfloat16)]
     )
     assert 0 < table.rows[-1].error < 0.1
+
+
+def read_its_counter(y, t):
+    for i, (_, dt) in enumerate(rampde_fx.steps(t)):
+        y = y + dt * torch.sin(y) * (1 if i < 5 else 2)
+    return y
+
+
+def test_a_loop_that_was_wrongly_captured_once_is_found(monkeypatch):
+    """Here the comparison of iterations sees nodes alone, and not the counter that the loop reads."""
+    bfloat16 = [PrecisionPolicy(torch.bfloat16)]
+    inputs = torch.randn(3, 5), torch.linspace(0, 1, 13)
+    assert "captured once" not in rampde_fx.check(read_its_counter, *inputs, policies=bfloat16).structures
+    assert "captured once" in rampde_fx.check(Euler(), *inputs, policies=bfloat16).structures
+
+    class Blind(repetition.Picture):
+        def __init__(self, *state):
+            super().__init__(*state)
+            self.word = []
+
+    monkeypatch.setattr(repetition, "Picture", Blind)
+    with pytest.raises(errors.RewriteMismatchError, match="output"):
+        rampde_fx.check(read_its_counter, *inputs, policies=bfloat16)

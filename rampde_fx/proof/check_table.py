@@ -109,7 +109,8 @@ class CheckResult:
     Attributes:
         rows: The model as it is written, then each policy.
         loops: The user's lines of the loops.
-        structures: The policies whose rewrite agrees with the model in float64.
+        structures: The policies whose rewrite agrees with the model in float64; "captured once" if its loops agree as
+            they are captured without options={"verify": True}.
         notes: What was not compared, and why.
     """
 

@@ -18,7 +18,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import STEP
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.runtime import operators, random_state
-from rampde_fx.torch_private import capturing
+from rampde_fx.torch_private import capturing, repetition
 from rampde_fx.validation.widening import AsWritten, Twins, copies
 
 
@@ -160,7 +160,8 @@ class Captured:
 
     Args:
         call: The call.
-        prepare: Sees the graph and its fake inputs while torch can compile it.
+        prepare: Sees the graph and its fake inputs while torch can compile it; gives what runs the graph, or None.
+        once: Whether loops may be captured once, as the backend has them: then prepare gives what runs them.
 
     Attributes:
         graph: The graph as Dynamo captured it.
@@ -168,7 +169,13 @@ class Captured:
         names: The user's name of each input.
     """
 
-    def __init__(self, call: Call, prepare: Callable[[fx.GraphModule, Sequence[Any]], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        prepare: Callable[[fx.GraphModule, Sequence[Any]], AsWritten | None] = lambda *_: None,
+        *,
+        once: bool = False,
+    ) -> None:
         self.call, self.inputs, self._returned = call, list[Any](), list[Any]()
 
         def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -177,7 +184,7 @@ class Captured:
             try:
                 if not has_loop(graph_module):
                     raise _no_loop()
-                prepare(self.graph, example_inputs)
+                self._plain = prepare(self.graph, example_inputs) or AsWritten(self.graph)
             except RampdeError as error:
                 return raising(error)
             return self._first_run
@@ -185,7 +192,8 @@ class Captured:
         with untouched(call.function):
             before = tensor_attributes(call.function)
             try:
-                tree = capturing.capture(call, backend, fullgraph=True)
+                given = repetition.takes_repeats(backend) if once else backend
+                tree = capturing.capture(call, given, fullgraph=True)
             except capturing.Unsupported as error:
                 raise _not_one_graph(error) from error
             after = tensor_attributes(call.function)
@@ -206,7 +214,7 @@ class Captured:
         """Run the graph on copies, so that Dynamo can build the user's outputs."""
         self.inputs = list(inputs)
         with torch.enable_grad():  # which derivatives in the model need; the copies ask for none
-            self._returned = list(AsWritten(self.graph).run(*copies(inputs, widen=False)))
+            self._returned = list(self._plain.run(*copies(inputs, widen=False)))
         return self._returned
 
     def _place(self, leaf: Any) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ rewritten in float64; both must agree to rounding. Then the numerics: the same e
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,20 +18,20 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from rampde_fx.backend import COMPILERS, rewrite
-from rampde_fx.emit import cpu_products
 from rampde_fx.errors import CheckError, PolicyError, RampdeError, RewriteMismatchError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import STEP
-from rampde_fx.ir.loops import LoopNode
-from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.passes.find_loops import repeats
+from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.proof.check_graphs import Seeded, always, compile_alone, of_markers, policies_of
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
 from rampde_fx.proof.check_timing import TrainingSteps, timed
 from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes, untouched
 from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
-from rampde_fx.runtime import counts, operators, random_state
+from rampde_fx.runtime import counts, random_state
 from rampde_fx.runtime.monitoring import monitor
-from rampde_fx.torch_private import capturing, inductor
+from rampde_fx.torch_private import capturing
 from rampde_fx.validation import verification
 from rampde_fx.validation.comparison import (
     Mismatch,
@@ -159,18 +160,22 @@ class _Check:
         self.twins: list[verification.Twin] = []
         self.prepared: list[_Prepared] = []
         self.notes: list[str] = []
-        self.captured = Captured(call, self._prepare)
-        known = {id(x) for x in self.captured.inputs}
-        others = [(x, name) for x, name in call.tensors().values() if id(x) not in known]
-        self.tensors = [*self.captured.inputs, *(x for x, _ in others)]
-        self.names = [*self.captured.names, *(name for _, name in others)]
         self.draws = False
+        self._take(Captured(call, self._prepare))
+
+    def _take(self, captured: Captured) -> None:
+        """Run what was captured from now on."""
+        self.captured = captured
+        known = {id(x) for x in captured.inputs}
+        others = [(x, name) for x, name in captured.call.tensors().values() if id(x) not in known]
+        self.tensors = [*captured.inputs, *(x for x, _ in others)]
+        self.names = [*captured.names, *(name for _, name in others)]
 
     # --- while torch can compile
 
     def _prepare(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         if self.with_own:
-            by_label = {label(policy): policy for policy in [*_policies_of(graph_module), *self.policies]}
+            by_label = {label(policy): policy for policy in [*policies_of(graph_module), *self.policies]}
             self.policies = list(by_label.values())
         wide = any(isinstance(x, torch.Tensor) and x.dtype is torch.float64 for x in example_inputs)
         baseline = PrecisionPolicy(torch.float64 if wide else torch.float32)
@@ -181,7 +186,7 @@ class _Check:
         if all(prepared.refusal for prepared in self.prepared if prepared.policy in self.policies):
             raise next(p.refusal for p in self.prepared if p.refusal is not None and p.policy in self.policies)
         for policy in dict.fromkeys(self._structures(accepted)):
-            self.twins.append(verification.Twin(graph_module, rewrite, _always(policy)))
+            self.twins.append(verification.Twin(graph_module, rewrite, always(policy)))
 
     def _structures(self, accepted: list[_Prepared]) -> Iterator[PrecisionPolicy]:
         """The policies in float64 whose structure is checked."""
@@ -201,9 +206,9 @@ class _Check:
         try:
             for monitored in (True, False) if self.time else (True,):
                 twin = graphs.copied(graph_module)
-                verification.change_policies(twin, _always(policy), monitored=monitored)
+                verification.change_policies(twin, always(policy), monitored=monitored)
                 reports = explain.rewritten(twin)
-                compiled = _compile(self.compiler, twin, example_inputs)
+                compiled = compile_alone(self.compiler, twin, example_inputs)
                 if monitored:
                     found.watched, found.reports = compiled, reports
                 else:
@@ -218,6 +223,7 @@ class _Check:
         """Compare the structure, then measure."""
         wanted, rounded = self._references()
         structures = [self._check_structure(twin, wanted, rounded) for twin in self.twins]
+        structures += self._check_capture(wanted, rounded)
         rows = [self._eager_row(wanted, rounded)]
         for prepared in self.prepared:
             rows.append(self._row(prepared, wanted, rounded))
@@ -276,7 +282,7 @@ class _Check:
     def _draws_outside(self, twin: verification.Twin) -> bool:
         graph = twin.as_written(widen=True, rolled=True)
         with torch.no_grad():
-            self._ran(_Seeded(graph.module).run, widen=True)
+            self._ran(Seeded(graph.module).run, widen=True)
         return self.draws
 
     def _eager(self, *, widen: bool) -> Outcome:
@@ -337,6 +343,27 @@ class _Check:
             raise twin.mismatch_error(mismatch, compare)
         return label(twin.loops[0].policy)
 
+    def _check_capture(self, wanted: Outcome, rounded: Outcome) -> list[str]:
+        """Raise what differs where the model's loops are captured once, as the backend has them."""
+        if self.draws or not of_markers(self.captured.graph, STEP):
+            return []
+        again, twins = copy.copy(self), list[verification.Twin]()
+
+        def prepare(graph_module: fx.GraphModule, _: Sequence[Any]) -> AsWritten | None:
+            if not repeats(graph_module):
+                return None
+            twins.append(verification.Twin(graph_module, rewrite, always(self.baseline)))
+            return twins[0].as_written(widen=False, rolled=True)
+
+        with contextlib.suppress(RampdeError):  # then the backend captures the model as it is above
+            again._take(Captured(self.captured.call, prepare, once=True))
+        if again.captured is self.captured or not twins:
+            return []
+        got = again._ran(twins[0].as_written(widen=True, rolled=True).run, widen=True)
+        if (mismatch := first_mismatch(wanted, got, rounded)) is not None:
+            raise RewriteMismatchError(mismatch.tensor, mismatch.found, twins[0].loops[0].where)
+        return ["captured once"]
+
     def _eager_row(self, wanted: Outcome, rounded: Outcome) -> CheckRow:
         return CheckRow("as it is written, eager", None, *errors_of(wanted, rounded))
 
@@ -359,38 +386,4 @@ class _Check:
             overflowed=sum(count.overflowed for count in counted.values()),
             underflows=sum(int(record.underflows.sum()) for record in records),
             overflows=sum(int(record.overflows.sum()) for record in records),
-        )
-
-
-class _Seeded(AsWritten):
-    """Runs a graph whose loops are rolled up without drawing their seeds."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        loops = [user for user in n.users if user.op == "call_module"]
-        if n.target is torch.randint and any(isinstance(self.fetch_attr(str(u.target)), LoopNode) for u in loops):
-            return torch.zeros((), dtype=torch.int64, device=n.kwargs["device"])
-        return super().run_node(n)
-
-
-def _always(policy: PrecisionPolicy) -> Callable[[PrecisionPolicy], PrecisionPolicy]:
-    return lambda _: policy
-
-
-def _policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
-    """The policies that the markers carry."""
-    markers = [
-        node
-        for module in graph_module.modules()
-        if isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-        if node.target in STEP or node.target is operators.enter
-    ]
-    told = dict.fromkeys(str(marker.args[-1]).removeprefix(MONITORED) for marker in markers)
-    return [PrecisionPolicy.parse(text) for text in told if text]
-
-
-def _compile(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    with inductor.compile_settings():
-        return inductor.compile_graph(
-            compiler, graph_module, example_inputs, {}, None, cpu_products.replace_products(), None
         )

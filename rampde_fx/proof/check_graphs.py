@@ -1,0 +1,53 @@
+"""What check does with captured graphs: policies in them, runs without their random numbers, compilations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from rampde_fx.emit import cpu_products
+from rampde_fx.ir.captured import STEP
+from rampde_fx.ir.loops import LoopNode
+from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.runtime import operators
+from rampde_fx.torch_private import inductor
+from rampde_fx.validation.widening import AsWritten
+
+
+class Seeded(AsWritten):
+    """Runs a graph whose loops are rolled up without drawing their seeds."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        loops = [user for user in n.users if user.op == "call_module"]
+        if n.target is torch.randint and any(isinstance(self.fetch_attr(str(u.target)), LoopNode) for u in loops):
+            return torch.zeros((), dtype=torch.int64, device=n.kwargs["device"])
+        return super().run_node(n)
+
+
+def always(policy: PrecisionPolicy) -> Callable[[PrecisionPolicy], PrecisionPolicy]:
+    """A policy for every loop, whatever its own is."""
+    return lambda _: policy
+
+
+def of_markers(graph_module: fx.GraphModule, targets: Collection[Any]) -> list[fx.Node]:
+    """The markers of some kinds, in the graph and in those inside."""
+    inner = [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+    return [node for module in inner for node in module.graph.nodes if node.target in targets]
+
+
+def policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
+    """The policies that the markers carry."""
+    markers = of_markers(graph_module, {*STEP, operators.enter})
+    told = dict.fromkeys(str(marker.args[-1]).removeprefix(MONITORED) for marker in markers)
+    return [PrecisionPolicy.parse(text) for text in told if text]
+
+
+def compile_alone(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A rewritten graph, compiled by one of the backend's compilers."""
+    with inductor.compile_settings():
+        return inductor.compile_graph(
+            compiler, graph_module, example_inputs, {}, None, cpu_products.replace_products(), None
+        )
