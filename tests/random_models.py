@@ -113,7 +113,7 @@ def no_grad_part(x: torch.Tensor) -> torch.Tensor:
 def out_write(x: torch.Tensor) -> torch.Tensor:
     """Written through out=, which autograd takes without a gradient alone; read before and after."""
     with torch.no_grad():
-        kept = torch.zeros_like(x)
+        kept = torch.zeros_like(x, memory_format=torch.contiguous_format)  # Dynamo takes no other
         before = kept + 1
         torch.sin(x, out=kept)
     return x * kept + before
@@ -427,6 +427,8 @@ class RandomODE(nn.Module):
             return ((i, step) for step, i in zip(rampde_fx.steps(t), range(self.problem.steps), strict=True))
         if self.problem.form == "zip_slices":
             return ((i, step) for i, (step, _) in enumerate(zip(rampde_fx.steps(t), t[:-1].unbind(), strict=True)))
+        if self.problem.form == "plain":  # of which some iterations stand for all
+            return ((0, step) for step in rampde_fx.steps(t))
         return enumerate(rampde_fx.steps(t))
 
     def stage(self, y: torch.Tensor, dt: torch.Tensor, weights: Sequence[float], ks: list[torch.Tensor]) -> Any:
@@ -650,7 +652,7 @@ def random_problem(choose: Choose[Any], *, inductor: bool = False) -> Problem:
         grid=mostly("uniform", "nonuniform", "backward", "nonuniform_backward", "repeated"),
         start=mostly(0.0, 1.0, -2.0),
         span=mostly(1.0, 0.01, 0.3),
-        steps=choose((3, 1, 2, 2, 3, 3, 4, 5)),
+        steps=choose((3, 1, 2, 2, 3, 3, 4, 5, 12, 12)),
         wanted=mostly("all", "parameters", "state", "time", "some_parameters", "nothing", "no_grad"),
         loss_scale=mostly(1.0, 1e-6, 1e3),
         state_dtype=mostly("float32", mostly("float32", "float64")),
@@ -664,6 +666,6 @@ def random_problem(choose: Choose[Any], *, inductor: bool = False) -> Problem:
         magnitude=mostly(1.0, 1e-6, 1e-3, 1e2, 1e4),
         second_weight=mostly(1.0, 1e-3, 1e-6),
         parameters=mostly("same", "bfloat16") if low_parameters else "same",
-        form=mostly("enumerate", "zip", "zip_slices"),
+        form=mostly("enumerate", "plain", "plain", "zip", "zip_slices"),
         compiler=choose(["eager"] * 20 + ["aot_eager"] * 5 + (["inductor"] if inductor else ["aot_eager"])),
     )

@@ -262,7 +262,8 @@ def ratios(problem: Problem) -> list[float]:
             raise Invalid("eager, in float64 or in its own dtype, is not finite")
     mine = copy.deepcopy(model)
     marked = rampde_fx.mixed_precision(mine, policy=problem.policy())
-    options = {"compiler": problem.compiler, "verify": True}  # its structure is compared in float64
+    # The structure is compared in float64, but for loops of many steps: to verify, all of them are captured.
+    options = {"compiler": problem.compiler, "verify": problem.steps < 12}
     function = torch.compile(marked, backend="rampde_fx", options=options, fullgraph=True)
     got = run(problem, function, mine, y, t)
     _check_kinds(got, eager)
