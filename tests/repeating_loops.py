@@ -8,6 +8,7 @@ to iteration, or that nobody can know to be equal.
 
 from __future__ import annotations
 
+import builtins
 import collections
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ ONCE: dict[str, Any] = {}
 WHOLE: dict[str, Any] = {}
 LOG: list[Any] = []
 CALLS = 0
+ALL_LOCALS, VARIABLES = builtins.locals, builtins.vars
 
 
 def once(function):
@@ -1099,3 +1101,58 @@ def state_written_under_two_names(m, y, t):
         states.append(y)
     y += 1
     return torch.stack(states)
+
+
+@whole
+def counter_read_by_locals_of_another_name(m, y, t):
+    n = 0
+    for t_i, dt in steps(t):
+        n += 1
+        y = y + dt * m.field(t_i, y) * (2.0 if ALL_LOCALS()["n"] == 6 else 1.0)
+    return y
+
+
+@whole
+def counter_read_by_vars_behind_the_loop(m, y, t):
+    n = 0
+    for t_i, dt in steps(t):
+        n += 1
+        y = y + dt * m.field(t_i, y)
+    return y * VARIABLES()["n"]
+
+
+@whole
+def index_read_by_locals_of_another_name(m, y, t):
+    for i, (t_i, dt) in enumerate(steps(t)):
+        y = y + dt * m.field(t_i, y) * (2.0 if ALL_LOCALS()["i"] == 6 else 1.0)
+    return y
+
+
+@whole
+def dead_local_read_by_locals_that_are_looked_up(m, y, t):
+    for t_i, dt in steps(t):
+        n = getattr(builtins, "loc" + "als")().get("n", 0) + 1
+        y = y + dt * m.field(t_i, y) * (2.0 if n == 6 else 1.0)
+    return y
+
+
+@whole
+def list_read_by_locals_of_another_name(m, y, t):
+    states = []
+    for t_i, dt in steps(t):
+        states.append(torch.sin(y))
+        y = y + dt * ALL_LOCALS()["states"][-1] * (2.0 if len(ALL_LOCALS()["states"]) == 8 else m.gain)
+    return y
+
+
+@whole
+def generator_that_reads_its_counter_by_locals(m, y, t):
+    def weighted(pairs):
+        n = 0
+        for pair in pairs:
+            n += 1
+            yield pair, 2.0 if ALL_LOCALS()["n"] == 6 else 1.0
+
+    for (t_i, dt), weight in weighted(steps(t)):
+        y = y + dt * m.field(t_i, y) * weight
+    return y

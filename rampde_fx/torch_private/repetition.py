@@ -10,6 +10,7 @@ captured iteration by iteration.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import sys
@@ -33,6 +34,7 @@ _torch = Names(
         "torch._dynamo.utils": "set_example_value",
         "torch._dynamo.variables": "ConstantVariable",
         "torch._dynamo.variables.builder": "wrap_fx_proxy",
+        "torch._dynamo.variables.builtin": "BuiltinVariable",
         "torch._dynamo.variables.functions": "LocalGeneratorObjectVariable",
     },
     everywhere=False,
@@ -43,6 +45,7 @@ LEAST = 3  # iterations that are captured of a loop that repeats; a shorter one 
 HEADS = 12  # that are compared before the loop is captured as a whole
 TAKES_REPEATS = "takes_repeats"  # attribute of a backend that knows what repeat means
 IN_FULL = "rampde_fx_in_full"  # attribute of what Dynamo keeps from one attempt at a function to the next
+COMPARED = "rampde_fx_compared"  # likewise, once iterations of a loop are compared
 HEADS_OF = "rampde_fx_heads"  # attribute of the frame of steps
 NOTES = "captured"  # key of the notes of a capture
 
@@ -63,10 +66,33 @@ def compares_iterations() -> bool:
             return False
         if reason := getattr(capture.root_tx.speculation_log, IN_FULL, ""):
             _note(reason)
-        return not reason
+            return False
+        _watch_all_locals()
+        setattr(capture.root_tx.speculation_log, COMPARED, True)
+        return True
     except Exception as error:
         _note(f"{type(error).__name__}: {error}")
         return False
+
+
+@functools.cache
+def _watch_all_locals() -> None:
+    """Have Dynamo capture loops in full where the code asks for all of its locals, by whatever name.
+
+    A picture leaves out the locals that the code does not name again, and those that it counts alone.
+    """
+    builtin: Any = _torch.BuiltinVariable
+    snapshot = getattr(builtin, "_call_frame_locals_snapshot", None)
+    if snapshot is None:  # this torch captures no locals()
+        return
+
+    @functools.wraps(snapshot)
+    def noticed(frame: Any) -> Any:
+        if hasattr(current_capture().root_tx.speculation_log, COMPARED):
+            capture_in_full("the code asks for all of its locals")
+        return snapshot(frame)
+
+    builtin._call_frame_locals_snapshot = staticmethod(noticed)
 
 
 def ahead(i: int) -> Ahead:
@@ -147,8 +173,8 @@ def _repeats(frames: list[Any], heads: list[Picture], i: int) -> bool:
     if i < LEAST:
         return False
     nodes = _places(steps)
-    known, longest = 0, 1
-    for k in range(i, 0, -1):  # the equal heads at the end
+    known, longest = 0, 1  # a single pair is not enough: between two heads a counter may jump once
+    for k in range(i, 0, -1):  # the pairs of equal heads at the end
         lag = _lag(heads[k - 1], heads[k], k, nodes)
         if lag is None:
             break
