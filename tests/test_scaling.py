@@ -371,14 +371,15 @@ class Behind(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(layers))
         self.last = torch.nn.Linear(6, 6)
         self.parameters_between = torch.nn.ParameterDict({k: torch.as_tensor(v) for k, v in parameters.items()})
-        self.between = between
+        self.between, self.names = between, tuple(parameters)
 
     def forward(self, y, t):
+        given = {name: self.parameters_between[name] for name in self.names}
         for _, dt in rampde_fx.steps(t):
             x = y
             for layer in self.layers:
-                x = x + self.between(torch.tanh(layer(x)), **self.parameters_between)
-            y = y + dt * (torch.sin(y) + self.between(torch.tanh(self.last(x)), **self.parameters_between))
+                x = x + self.between(torch.tanh(layer(x)), **given)
+            y = y + dt * (torch.sin(y) + self.between(torch.tanh(self.last(x)), **given))
         return y
 
 
