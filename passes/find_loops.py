@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
+from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
 from rampde_fx.ir.effects import own_backward, with_bodies
 from rampde_fx.ir.graphs import user_line, value
@@ -43,14 +44,12 @@ def has_loop(graph_module: fx.GraphModule) -> bool:
 
 def repeats(graph_module: fx.GraphModule) -> bool:
     """Whether the graph, or one inside it, holds a loop whose last iterations stand for more of them."""
-    inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
-    return any(module.graph.find_nodes(op="call_function", target=operators.repeat) for module in inner)
+    return any(node.target is operators.repeat for node in graphs.all_nodes(graph_module))
 
 
 def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
     """The first marker of the graph, or of one inside it."""
-    inner = (module for module in graph_module.modules() if isinstance(module, fx.GraphModule))
-    return next((node for module in inner for node in module.graph.nodes if is_marker(node)), None)
+    return next(filter(is_marker, graphs.all_nodes(graph_module)), None)
 
 
 def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:

@@ -76,16 +76,19 @@ def _batch_norm_without_training(
     momentum: float,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
-    shape, nothing = [1, -1] + [1] * (x.ndim - 2), x.new_empty(0)
-    normal = (x - running_mean.reshape(shape)) * torch.rsqrt(running_var + eps).reshape(shape)
+    normal = (x - _by_channel(running_mean, x)) * _by_channel(torch.rsqrt(running_var + eps), x)
+    nothing = x.new_empty(0)
     return _scaled_and_shifted(normal, weight, bias), nothing, nothing
 
 
 def _scaled_and_shifted(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
     """What a batch norm does to normal entries, for each channel."""
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    x = x if weight is None else x * weight.reshape(shape)
-    return x if bias is None else x + bias.reshape(shape)
+    x = x if weight is None else x * _by_channel(weight, x)
+    return x if bias is None else x + _by_channel(bias, x)
+
+
+def _by_channel(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return values.reshape([1, -1] + [1] * (x.ndim - 2))
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

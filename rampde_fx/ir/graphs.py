@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -285,6 +285,13 @@ def part(graph_module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Seque
 def body(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The nodes that compute something, in order."""
     return [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def all_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph, and of those inside it."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def split_invariants(

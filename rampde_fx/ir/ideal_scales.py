@@ -101,8 +101,7 @@ class Scales:
 
     def behind(self, scale: int, factor: Factor) -> int:
         """The scale of a product of what has a scale and a factor."""
-        entry = self.entries[scale]
-        old = entry if isinstance(entry, Behind) else Behind(scale, 0.0, ())
+        old = self._as_behind(scale)
         exponent, factors = old.exponent, old.factors
         if factor.node:
             factors = tuple(sorted((*factors, factor)))
@@ -114,15 +113,13 @@ class Scales:
 
     def are_near(self, new: int, old: int) -> bool:
         """Whether it is known now that two scales are nearly equal."""
-        (root, exponent), (old_root, old_exponent) = self._split(new), self._split(old)
-        return root == old_root and abs(exponent - old_exponent) < NEAR_ONE
+        a, b = self._as_behind(new), self._as_behind(old)
+        return (a.of, a.factors) == (b.of, b.factors) and abs(a.exponent - b.exponent) < NEAR_ONE
 
-    def _split(self, scale: int) -> tuple[tuple[int, tuple[Factor, ...]], float]:
-        """What a scale is made of but for numbers, and their exponent."""
-        match self.entries[scale]:
-            case Behind(of, exponent, factors):
-                return (of, factors), exponent
-        return (scale, ()), 0.0
+    def _as_behind(self, scale: int) -> Behind:
+        """A scale as one behind factors, of which there may be none."""
+        entry = self.entries[scale]
+        return entry if isinstance(entry, Behind) else Behind(scale, 0.0, ())
 
     def _parts(self, scale: int) -> tuple[int, ...]:
         entry = self.entries[scale]

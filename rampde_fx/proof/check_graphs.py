@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from rampde_fx.emit import cpu_products
-from rampde_fx.ir.captured import STEP
+from rampde_fx.ir import graphs
+from rampde_fx.ir.captured import is_marker
 from rampde_fx.ir.loops import LoopNode
 from rampde_fx.policy import MONITORED, PrecisionPolicy
-from rampde_fx.runtime import operators
 from rampde_fx.torch_private import inductor
 from rampde_fx.validation.widening import AsWritten
 
@@ -32,15 +32,9 @@ def always(policy: PrecisionPolicy) -> Callable[[PrecisionPolicy], PrecisionPoli
     return lambda _: policy
 
 
-def of_markers(graph_module: fx.GraphModule, targets: Collection[Any]) -> list[fx.Node]:
-    """The markers of some kinds, in the graph and in those inside."""
-    inner = [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
-    return [node for module in inner for node in module.graph.nodes if node.target in targets]
-
-
 def policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
     """The policies that the markers carry."""
-    markers = of_markers(graph_module, {*STEP, operators.enter})
+    markers = filter(is_marker, graphs.all_nodes(graph_module))
     told = dict.fromkeys(str(marker.args[-1]).removeprefix(MONITORED) for marker in markers)
     return [PrecisionPolicy.parse(text) for text in told if text]
 

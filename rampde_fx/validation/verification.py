@@ -19,11 +19,10 @@ from torch import fx
 from rampde_fx.errors import CheckError, RampdeError, RewriteMismatchError
 from rampde_fx.frontend import marking
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import STEP
+from rampde_fx.ir.captured import is_marker
 from rampde_fx.ir.loops import Loop
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.runtime import counts, random_state
-from rampde_fx.runtime.operators import enter
 from rampde_fx.torch_private import capturing
 from rampde_fx.validation.comparison import Mismatch, Named, Outcome, first_mismatch, weights_of
 from rampde_fx.validation.widening import AsWritten, copies, default_dtype, widened
@@ -51,12 +50,10 @@ def change_policies(
         change: Takes a policy and gives another.
         monitored: Whether monitors watch the loops from now on.
     """
-    for module in graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            if node.target in STEP or node.target is enter:
-                told = str(node.args[-1]).removeprefix(MONITORED)
-                policy = PrecisionPolicy.parse(told) if told else PrecisionPolicy()
-                node.args = (*node.args[:-1], (MONITORED if monitored else "") + change(policy).encoded)
+    for marker in filter(is_marker, graphs.all_nodes(graph_module)):
+        told = str(marker.args[-1]).removeprefix(MONITORED)
+        policy = PrecisionPolicy.parse(told) if told else PrecisionPolicy()
+        marker.args = (*marker.args[:-1], (MONITORED if monitored else "") + change(policy).encoded)
 
 
 class Twin:
