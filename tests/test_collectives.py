@@ -8,6 +8,7 @@ from torch.distributed._functional_collectives import all_reduce
 import rampde_fx
 from rampde_fx.errors import UnsupportedVelocityError
 from tests.comparison import compiled
+from tests.processes import run_in_processes
 
 
 def coupled(y, w, t):
@@ -24,8 +25,7 @@ def gradient(function, rank, dtype):
     return torch.autograd.grad(function(y, w, torch.linspace(0, 1, 4, dtype=dtype)).square().sum(), w)[0]
 
 
-def work(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank, folder, count):
     wanted = gradient(coupled, rank, torch.float64)
     with pytest.raises(UnsupportedVelocityError, match="all_reduce") as caught:
         gradient(compiled(coupled, torch.float16), rank, torch.float32)
@@ -35,10 +35,9 @@ def work(rank, folder):
         for dtype, policy in ((torch.bfloat16, {}), (torch.float16, {"scaling": "none"}), (torch.float32, {}))
     ]
     assert errors[0] <= 2e-2 and errors[1] <= 2e-3 and errors[2] <= 1e-5, errors
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), 2)
+    run_in_processes(work, tmp_path, 2)

@@ -4,13 +4,11 @@ import copy
 import itertools
 import pickle
 import threading
-import time
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +17,7 @@ import rampde_fx
 from rampde_fx import errors
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Euler, Flow, Midpoint
+from tests.processes import run_in_processes
 from tests.test_storage import saved_bytes
 
 # Drawn when the module is imported, before the seed of a test: from a generator of its own.
@@ -341,8 +340,6 @@ RUNS = {
 
 
 def one_rank(rank, folder, world_size):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     warnings.simplefilter("error", errors.FullPrecisionWarning)
     for flow, order, name in RUNS[world_size]:
         torch._dynamo.reset()
@@ -351,13 +348,12 @@ def one_rank(rank, folder, world_size):
         function = distributed(model, order, **({} if name == "one bucket" else {"bucket_cap_mb": 1e-5}))
         found = train_distributed(function, model, y.chunk(world_size)[rank])
         torch.save(found, f"{folder}/{flow} {order} {name} {rank}")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_distributed_data_parallel(tmp_path, world_size):
     """The processes do what one does on the whole batch, in mixed precision, and stay bitwise equal."""
-    ranks = mp.spawn(one_rank, (str(tmp_path), world_size), world_size, join=False)
+    run_in_processes(one_rank, tmp_path, world_size)
     wanted, wide = {}, {}
     for flow in {flow for flow, *_ in RUNS[world_size]}:
         torch._dynamo.reset()
@@ -365,9 +361,6 @@ def test_distributed_data_parallel(tmp_path, world_size):
         plain = copy.deepcopy(model)
         wanted[flow] = train_distributed(compiled(model, torch.float16), model, y)
         wide[flow] = train_distributed(plain, plain, y)
-    deadline = time.monotonic() + 900  # a process that hangs, not one that is slow
-    while not ranks.join(timeout=5):
-        assert time.monotonic() < deadline
     for flow, order, name in RUNS[world_size]:
         found = [torch.load(tmp_path / f"{flow} {order} {name} {rank}") for rank in range(world_size)]
         assert all(torch.equal(a, b) for a, b in zip(found[0], found[-1], strict=True))
