@@ -91,7 +91,7 @@ def test_systematic_repetition_warns_and_a_lower_target_ends_it():
     y, t = 1e-3 * (1 + torch.rand(4, 4)), torch.linspace(0, 1e-6, 2)
     model = Steep()
     function = compiled(model, torch.float16)
-    with pytest.warns(UserWarning, match="computed twice; a lower target"):
+    with pytest.warns(UserWarning, match="computed again; a lower target"):
         for _ in range(20):
             gradients(function, model, y, t)
     counted()
@@ -441,6 +441,25 @@ def test_a_loss_of_any_size_behind_a_learned_factor(loss):
     exact(y.double(), t.double()).square().sum().backward()
     errors = relative_errors([p.grad.double() / loss for p in model.parameters()], [p.grad for p in exact.parameters()])
     assert max(errors) < 5 * U16, errors
+
+
+@pytest.mark.parametrize(
+    "factor, takes", [(2.0**-5.9, False), (0.9, False), (60.0, False), (2.0**-6.1, True), (1e-8, True)]
+)
+def test_a_known_factor_near_one_takes_no_multiplication(factor, takes):
+    def products(number):
+        def flow(y, a, b, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * torch.sin(number * torch.tanh(y @ a) @ b)
+            return y
+
+        leaves = [torch.randn(n, 6, requires_grad=True) for n in (8, 6, 6)]
+        marked = rampde_fx.mixed_precision(flow, dtype=torch.float16)
+        (loop,) = rampde_fx.explain(marked, *leaves, torch.linspace(0, 1, 4)).loops
+        inner = [module for module in loop.adjoint.modules() if isinstance(module, torch.fx.GraphModule)]
+        return sum(node.target is torch.ops.aten.mul.Tensor for module in inner for node in module.graph.nodes)
+
+    assert products(factor) - products(1.0) == takes
 
 
 def test_scales_of_random_factors_are_powers_of_two_within_their_bounds():

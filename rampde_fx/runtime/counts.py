@@ -207,11 +207,19 @@ def _read_arrived(*, wait: bool = False) -> None:
             warn_once(
                 "underflow",
                 loop,
-                f"{underflowed:,} of {entries:,} entries of the states and parameters that enter the velocity of the "
-                f"rampde_fx loop at {loop}, or are stored for its backward, lie below 2^-17, where float16 keeps few "
-                f"digits or none, and {subnormal:,} tensors lie below 2^-14 as a whole; scale them, or take "
-                "bfloat16 for the velocity and the storage",
+                f"of the states and parameters that enter the velocity of the rampde_fx loop at {loop}, or are stored "
+                f"for its backward, {_small(underflowed, entries, subnormal)}; scale them, or take bfloat16 for the "
+                "velocity and the storage",
             )
+
+
+def _small(underflowed: int, entries: int, subnormal: int) -> str:
+    found = []
+    if underflowed:
+        found.append(f"{underflowed:,} of {entries:,} entries lie below 2^-17, where float16 keeps few digits or none")
+    if subnormal:
+        found.append(f"{subnormal:,} tensors lie below 2^-14 as a whole")
+    return ", and ".join(found)
 
 
 @contextlib.contextmanager
@@ -260,7 +268,7 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool, vanished: int
             "repeated",
             loop,
             f"{count.repeated} of {count.passes} backward passes of the loop at {loop} overflowed and were computed "
-            "twice; a lower target avoids this: PrecisionPolicy(scaling=AdjointScaling(target=2.0**-8))",
+            "again; a lower target avoids this: PrecisionPolicy(scaling=AdjointScaling(target=2.0**-8))",
         )
     if final and vanished and zeros:
         warn_once(
