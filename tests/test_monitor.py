@@ -80,6 +80,7 @@ def test_entries_that_become_zero():
     # 2^-26 w; half of the least subnormal number becomes zero.
     assert record.underflows[-1].tolist() == [2]
     assert record.largest[-1].item() == 2.0**-20 and record.smallest[-1].item() == 2.0**-26
+    assert all("underflows" in shown and " entries" in shown for shown in (str(monitor), monitor._repr_html_()))
 
 
 def test_overflow_and_repetition():
@@ -166,6 +167,7 @@ def test_an_error_closes_it():
         raise KeyError
     run(y, t).sum().backward()
     assert monitor.records == [] and str(monitor) == "no backward pass was recorded"
+    assert str(monitor) in monitor._repr_html_()
 
 
 def test_another_thread_is_not_watched():

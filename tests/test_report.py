@@ -49,7 +49,9 @@ class Page(HTMLParser):
         self.open += [] if tag in VOID else [tag]
         self.ids += [found["id"]] if "id" in found else []
         self.ends += [found[end] for end in ("data-from", "data-to") if end in found]
-        self.outside += [name for name in ("src", "href", "xlink:href") if name in found]
+        leads = [found[name] for name in ("src", "href", "xlink:href") if name in found]
+        self.ends += [target[1:] for target in leads if target.startswith("#")]
+        self.outside += [target for target in leads if not target.startswith("#")]
         self.text.append(found.get("title", ""))
 
     def handle_startendtag(self, tag, attrs):
@@ -104,6 +106,27 @@ def test_without_gradients_there_is_one_picture():
     assert report.loops[0].adjoint_flops == 0
     page = Page(page_of(report))
     assert page.tags.count("svg") == 1 and any("no gradient" in text for text in page.text)
+
+
+def test_a_notebook_shows_the_tables():
+    report = explained(Euler)
+    shown = report._repr_html_()
+    assert "<svg" not in shown and "1 evaluation of the velocity in float16" in shown
+    assert all(text in unescape(shown) for _, text in report.loops[0].rows())
+    assert "nothing is rewritten" in rampde_fx.explain(torch.nn.Linear(5, 5), torch.zeros(3, 5))._repr_html_()
+
+
+def test_what_is_low_is_filled_and_parameters_have_a_lane():
+    page = page_of(explained(Euler))
+    assert 'class="node velocity low"' in page and 'class="node parameter"' in page
+    wide = page_of(explained(Euler, velocity=torch.float32))
+    assert "low" not in " ".join(re.findall(r'class="(node [^"]*)"', wide))
+
+
+def test_the_code_of_a_call_stands_below_its_picture():
+    page = page_of(explained(Euler))
+    (leads,) = set(re.findall(r'href="#(l0s-\d+-code)"', page))
+    assert re.search(rf'<details class="code [^"]*"><summary>velocity_0</summary><pre id="{leads}">[^<]*tanh', page)
 
 
 def test_without_a_loop_the_page_says_so():

@@ -44,6 +44,9 @@ class Report:
         """
         Path(path).write_text(report_html.page(self.loops, str(self)), encoding="utf-8")
 
+    def _repr_html_(self) -> str:
+        return report_html.brief(self.loops, str(self))
+
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.loops)) or "no loop over rampde_fx.steps(t), no odeint: nothing is rewritten"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -82,6 +83,23 @@ class LoopReport:
     step: fx.GraphModule
     adjoint: fx.GraphModule | None
     passes: tuple[PassReport, ...] = field(repr=False)
+
+    def summary(self) -> str:
+        """The loop in one sentence or two."""
+        low, reasons = short(self.policy.velocity), Counter[str]()
+        for fallback in self.fallbacks:
+            reasons[fallback.reason] += fallback.count
+        count = f"{self.evaluations} evaluation{'s' if self.evaluations != 1 else ''} of the velocity in {low}"
+        found = [f"Each step makes {count}."]
+        if self.stored_bytes:
+            found.append(
+                f"{'All steps store' if self.steps else 'It stores'} {self.stored_bytes:,} bytes for the backward "
+                f"instead of {self.stored_bytes_autograd:,}."
+            )
+        if reasons:
+            told = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common(3))
+            found.append(f"Operations that stay wide: {told}{'; and others' if len(reasons) > 3 else ''}.")
+        return " ".join(found)
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is to say about the loop as a whole: (label, text)."""

@@ -12,7 +12,12 @@ from rampde_fx.report.loop_report import LoopReport, PassReport
 from rampde_fx.report.step_picture import picture
 
 # Of every role, on a light and on a dark page.
-COLOURS = {"time": ("#a85d00", "#f2b456"), "state": ("#0b5cad", "#7ab8ff"), "velocity": ("#00786a", "#5fd3bd")}
+COLOURS = {
+    "time": ("#a85d00", "#f2b456"),
+    "state": ("#0b5cad", "#7ab8ff"),
+    "velocity": ("#00786a", "#5fd3bd"),
+    "parameter": ("#7d3c98", "#d2a8e8"),
+}
 STYLE = """
 body { margin: 0 auto; padding: 1.5rem; max-width: 1480px; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -22,33 +27,28 @@ table { border-collapse: collapse; margin: 0.75rem 0; } td, th { padding: 0.2rem
   vertical-align: top; border-bottom: 1px solid var(--line); } th { font-weight: 600; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { margin: 0; padding: 0.75rem; overflow: auto; background: var(--code); font: 11px/1.45 ui-monospace, monospace; }
-.tables, .pictures { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
-.pictures { gap: 1rem 2rem; } .picture { position: relative; }
-svg text, .node > summary { font: 11px ui-monospace, monospace; fill: currentColor; }
-svg text.lane { font: 600 12px system-ui, sans-serif; } .lane { color: var(--role); }
+.summary { font-size: 1.1rem; max-width: 60rem; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
+.tables > div, .picture, table { max-width: 100%; overflow-x: auto; }
+svg text, .code > summary { font: 11px ui-monospace, monospace; fill: currentColor; }
+svg text.lane { font: 600 12px system-ui, sans-serif; fill: var(--role); }
 .time { --role: var(--time); } .state { --role: var(--state); } .velocity { --role: var(--velocity); }
-.node rect { stroke: var(--role); stroke-width: 1.2; fill: var(--page);
-  fill: color-mix(in srgb, var(--role) 12%, var(--page)); }
+.parameter { --role: var(--parameter); }
+.node rect { stroke: var(--role); stroke-width: 1.2; fill: var(--page); }
+.node.low rect { fill: color-mix(in srgb, var(--role) 38%, var(--page)); }
 .node.cast rect { stroke-dasharray: 4 2.5; } .node.scale rect { stroke-width: 3; }
-svg .kind { fill: var(--faint); }
+svg .kind { fill: var(--faint); } svg .low .kind { fill: currentColor; }
+svg a:hover rect, svg a:focus rect { stroke-width: 3; }
 .edge { fill: none; stroke: var(--role); stroke-width: 1.1; opacity: 0.45; }
 .edge.near { stroke-width: 2.4; opacity: 1; }
-details.node { position: absolute; } details.node[open] { z-index: 1; }
-details.node > summary { box-sizing: border-box; width: 184px; height: 20px; line-height: 18px; padding: 0 6px;
-  display: flex; justify-content: space-between; white-space: pre; cursor: pointer;
-  border: 1.5px solid var(--role); border-radius: 4px;
-  background: var(--page); background: color-mix(in srgb, var(--role) 30%, var(--page)); }
-details.node > summary::-webkit-details-marker { display: none; }
-details.node.scale > summary { border-width: 3px; line-height: 15px; padding: 0 5px; }
-details.node .kind { color: var(--faint); } details.node .kind::after { content: " ▸"; }
-details.node[open] .kind::after { content: " ▾"; }
-details.node > pre { position: absolute; right: 0; top: 22px; width: 640px; max-height: 420px;
-  box-sizing: border-box; border: 1.5px solid var(--role); border-radius: 4px; }
+.code { border-left: 4px solid var(--role); margin: 0.25rem 0; padding-left: 0.6rem; }
+.code > summary { cursor: pointer; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.5rem; padding: 0; list-style: none; }
 .legend span { box-sizing: border-box; display: inline-block; width: 2rem; height: 0.9rem; margin-right: 0.5rem;
   vertical-align: -0.1rem;
-  border: 1.5px solid var(--role); border-radius: 3px; background: color-mix(in srgb, var(--role) 12%, var(--page)); }
+  border: 1.5px solid var(--role); border-radius: 3px; }
 .legend .cast { border-style: dashed; } .legend .scale { border-width: 3px; } .plain { --role: var(--faint); }
+.legend .low { background: color-mix(in srgb, var(--role) 38%, var(--page)); }
 .passes > details { border-top: 1px solid var(--line); padding: 0.25rem 0; }
 .passes summary { cursor: pointer; font-family: ui-monospace, monospace; font-size: 13px; }
 .passes summary span { color: var(--faint); }
@@ -59,7 +59,7 @@ ins { background: color-mix(in srgb, var(--velocity) 22%, transparent); }
 """
 # Over a box its edges stand out.
 SCRIPT = """
-for (const box of document.querySelectorAll(".node")) {
+for (const box of document.querySelectorAll("svg .node")) {
   const edges = box.closest(".picture").querySelectorAll(`[data-from="${box.id}"], [data-to="${box.id}"]`);
   for (const [event, near] of [["mouseenter", true], ["mouseleave", false]])
     box.addEventListener(event, () => edges.forEach(edge => edge.classList.toggle("near", near)));
@@ -68,9 +68,12 @@ for (const box of document.querySelectorAll(".node")) {
 LEGEND = (
     ("time", "time: depends on no state"),
     ("state", "state: accumulated wide"),
-    ("velocity", "velocity: low; click for its code"),
+    ("velocity", "velocity: evaluated low"),
+    ("parameter", "parameters"),
+    ("plain low", "filled: in 16 or 8 bits, or holds such values"),
     ("plain cast", "a cast"),
     ("plain scale", "scaling by a power of two"),
+    ("plain", "▾ leads to its code below"),
 )
 
 
@@ -83,6 +86,19 @@ def page(reports: Sequence[LoopReport], text: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_palette()}{STYLE}</style></head><body><h1>rampde_fx: what the rewrite did</h1>"
         f'<ul class="legend">{legend}</ul>{loops}<script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def brief(reports: Sequence[LoopReport], text: str) -> str:
+    """What a notebook shows: the tables of each loop, without pictures and passes."""
+    return "".join(_brief(loop) for loop in reports) or f"<p>{escape(text)}</p>"
+
+
+def _brief(loop: LoopReport) -> str:
+    notes = "".join(f"<p>note: {escape(note)}</p>" for note in loop.notes)
+    return (
+        f"<h4>Loop at {escape(loop.where or 'an unknown line')}</h4><p>{escape(loop.summary())}</p>"
+        f"{_table((), loop.rows())}{notes}{_fallbacks(loop)}"
     )
 
 
@@ -101,9 +117,10 @@ def _loop(key: str, loop: LoopReport) -> str:
     notes = "".join(f"<p>note: {escape(note)}</p>" for note in loop.notes)
     return (
         f"<section><h2>Loop at {escape(place or 'an unknown line')}<small>{escape(line)}</small></h2>"
+        f'<p class="summary">{escape(loop.summary())}</p>'
         f"{_table((), loop.rows())}{notes}"
         f'<div class="tables"><div>{_costs(loop)}</div><div>{_fallbacks(loop)}</div></div>'
-        f'<div class="pictures">{_pictures(key, loop)}</div>'
+        f"{_pictures(key, loop)}"
         f'<h3>The passes</h3><div class="passes">{_passes(loop.passes)}</div></section>'
     )
 
@@ -142,10 +159,12 @@ def _fallbacks(loop: LoopReport) -> str:
 def _pictures(key: str, loop: LoopReport) -> str:
     final = loop.passes[-1].loop
     assert isinstance(final, CompensatedLoop), "behind all passes"
-    step = f"<div><h3>The step</h3>{picture(final, loop.step, f'{key}s')}</div>"
-    if loop.adjoint is None:
-        return f"{step}<div><h3>The adjoint</h3><p>none: no gradient is wanted</p></div>"
-    return f"{step}<div><h3>The adjoint of the step</h3>{picture(final, loop.adjoint, f'{key}a')}</div>"
+    graphs_of = [("The step", "s", loop.step), ("The adjoint of the step", "a", loop.adjoint)]
+    none = "<p>none: no gradient is wanted</p>"
+    return "".join(
+        f"<h3>{title}</h3>{picture(final, graph, key + letter, title) if graph is not None else none}"
+        for title, letter, graph in graphs_of
+    )
 
 
 def _passes(passes: Sequence[PassReport]) -> str:

@@ -1,7 +1,7 @@
-"""A picture of a step or of its adjoint: its nodes in program order, in three lanes by role.
+"""A picture of a step or of its adjoint: its nodes in program order, in lanes by role; what is low is filled.
 
 Each node has a row of its own, so that a curve can pass a lane at the height of the node that it comes from, and
-crosses no other node. Outputs of a call are drawn with the call.
+crosses no other node. Outputs of a call are drawn with the call; its code stands below the picture.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rampde_fx.ir import graphs, operator_table, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
 from rampde_fx.ir.loops import CompensatedLoop
 
-LANES = ("time", "state", "velocity")
+LANES = ("time", "state", "velocity", "parameter")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
-WIDTH = 2 * MARGIN + 3 * LANE + 2 * GUTTER
+WIDTH = 2 * MARGIN + len(LANES) * LANE + (len(LANES) - 1) * GUTTER
 CHARACTERS = 25  # of the label's font, in a box
 LANE_OF = {"scale": "velocity", "storage": "state"}  # of calls that are neither
 
@@ -48,6 +48,7 @@ def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dic
     """Roles of the placeholders that are no cotangents, totals, states or corrections."""
     inputs = graphs.placeholders(loop.step)
     own = {node: str(node.meta["role"]) for node in inputs if "role" in node.meta}
+    own |= {node: "parameter" for node in inputs if node.meta.get("parameter") and graphs.is_differentiable(node)}
     if graph_module is loop.step:
         return own
     found = {}
@@ -63,24 +64,25 @@ def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dic
     return found
 
 
-def picture(loop: CompensatedLoop, graph_module: fx.GraphModule, key: str) -> str:
-    """A step or an adjoint as HTML: curves and boxes in SVG, and the calls of submodules as boxes that open.
+def picture(loop: CompensatedLoop, graph_module: fx.GraphModule, key: str, title: str) -> str:
+    """A step or an adjoint as HTML: boxes and curves in SVG, and below them the code of each submodule that is called.
 
     Args:
         loop: The rewritten loop.
         graph_module: Its step, or its adjoint.
         key: Begins the ids of the boxes in the page.
+        title: What the picture shows, for those who do not see it.
     """
     drawing = _Drawing(loop, graph_module, key)
-    edges, boxes = "".join(drawing.edges()), "".join(map(drawing.box, drawing.inline))
+    edges, boxes = "".join(drawing.edges()), "".join(map(drawing.box, drawing.places))
     lanes = "".join(
         f'<text class="lane {lane}" x="{_left(lane) + LANE // 2}" y="16" text-anchor="middle">{lane}</text>'
         for lane in LANES
     )
+    size = f'width="{WIDTH}" height="{drawing.height}"'
     return (
-        f'<div class="picture" style="width:{WIDTH}px;height:{drawing.height}px">'
-        f'<svg width="{WIDTH}" height="{drawing.height}" role="img">{lanes}{edges}{boxes}</svg>'
-        f"{''.join(map(drawing.call, drawing.calls))}</div>"
+        f'<div class="picture"><svg {size} role="group" aria-label="{escape(title)}">{lanes}{edges}{boxes}</svg></div>'
+        f"{''.join(map(drawing.code, drawing.calls))}"
     )
 
 
@@ -114,7 +116,6 @@ class _Drawing:
         self.places = {node: _Place(self.roles[node], TOP + ROW * i + ROW // 2) for i, node in enumerate(shown)}
         self.ids = {node: f"{key}-{i}" for i, node in enumerate(shown)}
         self.calls = [node for node in shown if node.op == "call_module"]
-        self.inline = [node for node in shown if node.op != "call_module"]
         self.height = TOP + ROW * len(shown) + ROW
 
     def edges(self) -> Iterator[str]:
@@ -128,30 +129,38 @@ class _Drawing:
                 )
 
     def box(self, node: fx.Node) -> str:
-        """A node as a box of the SVG."""
-        place = self.places[node]
+        """A node as a box; that of a call leads to its code."""
+        place, is_call = self.places[node], node.op == "call_module"
         label, kind = _label(node)
-        return (
+        box = (
             f'<g class="{self._classes(node)}" id="{self.ids[node]}"><title>{self._title(node)}</title>'
             f'<rect x="{place.left}" y="{place.y - BOX // 2}" width="{LANE}" height="{BOX}" rx="4"/>'
             f'<text x="{place.left + 7}" y="{place.y + 4}">{escape(label)}</text>'
-            f'<text class="kind" x="{place.right - 7}" y="{place.y + 4}" text-anchor="end">{escape(kind)}</text></g>'
+            f'<text class="kind" x="{place.right - 7}" y="{place.y + 4}" text-anchor="end">'
+            f"{escape(kind)}{' ▾' if is_call else ''}</text></g>"
+        )
+        return f'<a href="#{self.ids[node]}-code" aria-label="{escape(label)}, its code">{box}</a>' if is_call else box
+
+    def code(self, node: fx.Node) -> str:
+        """The code of a submodule that is called, closed at first; a browser opens what a link leads to."""
+        code = pass_log.readable(self._called(node))
+        return (
+            f'<details class="code {self._classes(node)}"><summary>{escape(node.name)}</summary>'
+            f'<pre id="{self.ids[node]}-code">{escape(code)}</pre></details>'
         )
 
-    def call(self, node: fx.Node) -> str:
-        """A call of a submodule as a box that opens to the submodule's code."""
-        place = self.places[node]
-        label, kind = _label(node)
-        code = pass_log.readable(self.module.get_submodule(str(node.target)))
-        return (
-            f'<details class="{self._classes(node)}" id="{self.ids[node]}"'
-            f' style="left:{place.left}px;top:{place.y - BOX // 2}px">'
-            f'<summary title="{self._title(node)}">{escape(label)}<span class="kind">{escape(kind)}</span></summary>'
-            f"<pre>{escape(code)}</pre></details>"
-        )
+    def _called(self, node: fx.Node) -> fx.GraphModule:
+        return self.module.get_submodule(str(node.target))
+
+    def _is_low(self, node: fx.Node) -> bool:
+        """Whether a node's value is in a dtype of 16 or 8 bits, or, of a call, a value in it."""
+        if node.op == "call_module":
+            return any(map(is_low, self._called(node).graph.nodes))
+        return is_low(node)
 
     def _classes(self, node: fx.Node) -> str:
-        marks = [mark for mark, is_marked in (("cast", is_cast), ("scale", is_scaling)) if is_marked(node)]
+        kinds = (("cast", is_cast), ("scale", is_scaling), ("low", self._is_low))
+        marks = [mark for mark, is_marked in kinds if is_marked(node)]
         return " ".join(["node", self.roles[node], *marks])
 
     def _title(self, node: fx.Node) -> str:
@@ -172,6 +181,12 @@ def is_cast(node: fx.Node) -> bool:
     """Whether a node changes the dtype of a floating tensor."""
     casts = operator_table.properties(node.target).update == "cast"
     return casts and graphs.value(node.args[0]).dtype != graphs.value(node).dtype
+
+
+def is_low(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor in a floating dtype of 16 or 8 bits."""
+    value = graphs.value(node) if node.op != "output" else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
 
 
 def is_scaling(node: fx.Node) -> bool:

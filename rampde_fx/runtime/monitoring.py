@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,18 @@ class Monitor:
     def __str__(self) -> str:
         if not self.records:
             return "no backward pass was recorded"
-        return "\n".join(_summary(loop, records) for loop, records in self.loops().items())
+        return "\n".join(
+            "\n".join([f"loop at {loop}", *(f"  {name:18}  {value}" for name, value in _summary(records).items())])
+            for loop, records in self.loops().items()
+        )
+
+    def _repr_html_(self) -> str:
+        tables = []
+        for loop, records in self.loops().items():
+            found = _summary(records).items()
+            rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in found)
+            tables.append(f"<h4>Loop at {escape(loop)}</h4><table>{rows}</table>")
+        return "".join(tables) or f"<p>{self}</p>"
 
     def _add(self, loop: str, run: int, statistics: torch.Tensor) -> None:
         scales, largest, smallest, underflows, overflows = statistics.unbind(-1)
@@ -130,12 +142,13 @@ def record(loop: str, run: int, statistics: torch.Tensor) -> None:
             watched._add(loop, run, kept)
 
 
-def _summary(loop: str, records: list[AdjointRecord]) -> str:
+def _summary(records: list[AdjointRecord]) -> dict[str, str]:
+    """What there is to say about a loop: label and text."""
     scales = torch.stack([record.scales for record in records])
     largest = torch.stack([record.largest for record in records])
     smallest = torch.stack([record.smallest for record in records])
     low, high = scales.min().log2().item(), scales.max().log2().item()
-    lines = {
+    return {
         "backward passes": f"{len(records)}, in {len({record.training_step for record in records})} training steps",
         "run again": f"{sum(record.runs > 1 for record in records)}",
         "scales": f"2^{low:.0f}" if low == high else f"2^{low:.0f} to 2^{high:.0f}",
@@ -143,4 +156,3 @@ def _summary(loop: str, records: list[AdjointRecord]) -> str:
         "underflows": f"{sum(int(record.underflows.sum()) for record in records):,} entries",
         "overflows": f"{sum(int(record.overflows.sum()) for record in records):,} entries",
     }
-    return "\n".join([f"loop at {loop}", *(f"  {name:18}  {value}" for name, value in lines.items())])
