@@ -3,10 +3,12 @@
 import argparse
 import csv
 import importlib
+import json
 import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ sys.path.insert(0, str(EXAMPLES))
 adjoint_scaling = importlib.import_module("adjoint_scaling")
 classify = importlib.import_module("classify")
 common = importlib.import_module("common")
+demo = importlib.import_module("demo")
 density = importlib.import_module("density")
 density_data = importlib.import_module("density_data")
 density_plots = importlib.import_module("density_plots")
@@ -458,3 +461,22 @@ def test_rows_of_roundoff_are_read_back(tmp_path):
         roundoff.append_row(path, row)
     assert [repr(row) for row in roundoff.read_rows(path)] == [repr(row) for row in rows]
     assert roundoff.read_rows(tmp_path / "none.csv") == []
+
+
+def test_the_demo_writes_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "HELD_OUT", 64)
+    monkeypatch.setattr(demo.Demo, "chosen", lambda _: torch.bfloat16)
+    sizes = ["--iterations", "2", "--width", "16", "--batch", "32", "--steps", "3"]
+    assert demo.main([*sizes, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0
+    page, printed = (tmp_path / "demo.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    assert page.count("data:image/png;base64,") == 2 and all(name in page for name, _ in demo.COLUMNS)
+    wide, low = (demo.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text()))
+    assert (wide.dtype, low.dtype) == ("float32", "bfloat16") and low.stored * 2 == wide.stored
+    assert wide.error < 1e-5 < low.error < 3e-2
+    assert demo.verdict([wide, low]) in printed and demo.verdict([wide, low]) in page
+
+
+def test_the_verdict_of_the_demo():
+    rows = [demo.Row("float32", 0.2, 9.0, 100, 1.5, 1e-7), demo.Row("bfloat16", 0.1, 9.0, 50, 1.502, 1e-3)]
+    assert "2.0 times as fast as float32 and keeps 0.50" in demo.verdict(rows)
+    assert "2.0 times as slow as float32" in demo.verdict([rows[0], replace(rows[1], iteration=0.4)])

@@ -1,0 +1,239 @@
+"""A density flow, trained in float32 and in the low dtype that suits this machine, side by side, in three minutes.
+
+Writes one page, demo.html: a table, the two densities with their difference, and the losses. The flow and the data are
+those of density.py, at a size where products rule.
+"""
+
+import argparse
+import base64
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+
+import density
+import density_data
+import density_plots
+import torch
+from common import markdown, positive
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import rampde_fx
+from rampde_fx.__main__ import environment
+
+MIB = 2**20
+HELD_OUT = 4096
+COLUMNS = (
+    ("velocity in", "the dtype in which the velocity is evaluated; solution and gradients stay in float32"),
+    ("an iteration (ms)", "forward, backward and optimizer step: the median"),
+    ("compiling (s)", "the first iteration: capture, rewrite and compilation"),
+    ("kept for the backward (MiB)", "what the loop stores between forward and backward"),
+    ("held-out loss (nats)", "mean negative log-density of points that were not trained on; lower is better"),
+    ("gradient error", "worst relative error of a gradient in a check against float64, before training"),
+)
+STYLE = """
+:root { color-scheme: light dark; } body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto;
+padding: 1.5rem; } table { border-collapse: collapse; } .wide { overflow-x: auto; } td, th { padding: 0.3rem 0.8rem;
+border-bottom: 1px solid #8888; text-align: right; } th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; background: #fff; } dt { font-weight: 600; } pre { overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one dtype gave.
+
+    Attributes:
+        dtype: Of the velocity.
+        iteration: Median seconds of an iteration.
+        first: Seconds of the first one, which compiles.
+        stored: Bytes that the loop stores for the backward.
+        loss: Held-out, in nats.
+        error: Worst relative error of a gradient against float64.
+    """
+
+    dtype: str
+    iteration: float
+    first: float
+    stored: int
+    loss: float
+    error: float
+
+    def cells(self) -> list[str]:
+        """As COLUMNS name them."""
+        numbers = (f"{1e3 * self.iteration:.0f}", f"{self.first:.0f}", f"{self.stored / MIB:.2f}")
+        return [self.dtype, *numbers, f"{self.loss:.3f}", f"{self.error:.1e}"]
+
+
+class Demo:
+    """The flow, its data, and what all dtypes share: the first parameters and the batches."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.data = density_data.load("8gaussians")
+        self.t = torch.linspace(0, 1, options.steps + 1, device=options.device)
+        self.held_out = self.data.sample(HELD_OUT, torch.Generator().manual_seed(1)).to(options.device)
+
+    def flow(self) -> density.Flow:
+        """The flow with its first parameters, the same for all dtypes."""
+        torch.manual_seed(0)
+        return density.Flow(self.data.dim, self.options.width).to(self.options.device)
+
+    def loss(self, flow: object, points: Tensor) -> Tensor:
+        """Mean negative log-density, 0-d."""
+        return -density.log_density(flow, points, self.t).mean()
+
+    def chosen(self) -> torch.dtype:
+        """The low dtype for this machine: what rampde_fx chooses, or bfloat16 where that is float32."""
+        batch = self.held_out[: self.options.batch]
+        flow = rampde_fx.mixed_precision(self.flow())
+        (loop,) = rampde_fx.explain(lambda points: self.loss(flow, points), batch).loops
+        dtype = loop.policy.velocity
+        return torch.bfloat16 if dtype is torch.float32 else dtype
+
+    def errors(self, dtypes: Sequence[torch.dtype]) -> list[float]:
+        """Worst relative errors of a gradient against float64, at the first parameters, moved off zero."""
+        flow = self.flow()
+        torch.nn.init.normal_(flow.last.weight, std=0.1)
+        batch = torch.nn.functional.pad(self.held_out[:64], (0, 1))
+        policies = [rampde_fx.PrecisionPolicy(velocity=dtype) for dtype in dtypes]
+        rows = rampde_fx.check(flow, batch, self.t, policies=policies, compiler="aot_eager").rows
+        return [next(row.error for row in rows if row.policy == policy) for policy in policies]
+
+    def train(self, dtype: torch.dtype, error: float, expected: float | None) -> tuple[Row, list[float], Tensor]:
+        """One run: its row, its losses, and the density on the grid of density_plots."""
+        name = str(dtype).removeprefix("torch.")
+        flow = rampde_fx.mixed_precision(self.flow(), dtype=dtype)
+        model = torch.compile(flow, backend="rampde_fx", options={"compiler": self.options.compiler}, fullgraph=True)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+        generator, losses, seconds = torch.Generator().manual_seed(0), [], []
+        progress = tqdm(total=self.options.iterations, desc=name, unit="it", disable=None)
+        progress.set_postfix_str("compiling" + (f", {expected:.0f} s the last time" if expected else ""))
+        for _ in range(self.options.iterations):
+            begin = time.perf_counter()
+            points = self.data.sample(self.options.batch, generator).to(self.options.device)
+            loss = self.loss(model, points)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - begin)
+            progress.update()
+            progress.set_postfix({"nats": f"{losses[-1]:.3f}"}, refresh=False)
+        progress.close()
+        held_out = density.held_out_loss(model, self.held_out, self.t, self.options.batch)
+        (loop,) = rampde_fx.explain(lambda points: self.loss(flow, points), points).loops
+        with torch.no_grad():
+            grid = density_plots.grid().to(self.options.device)
+            learned = torch.cat([density.log_density(flow, chunk, self.t) for chunk in grid.split(4096)]).exp().cpu()
+        typical = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+        return Row(name, typical, seconds[0], loop.stored_bytes, held_out, error), losses, learned
+
+
+def draw_densities(names: Sequence[str], densities: Sequence[Tensor], path: Path) -> None:
+    """Draws two densities on density_plots' grid and their difference, each with its scale."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    side, extent = density_plots.GRID_POINTS, density_plots.EXTENT
+    difference = densities[1] - densities[0]
+    largest = densities[0].max().item()
+    bound = max(difference.abs().max().item(), 1e-12)
+    panels = [(name, values, {"vmin": 0, "vmax": largest}) for name, values in zip(names, densities, strict=True)]
+    panels.append((f"{names[1]} minus {names[0]}", difference, {"vmin": -bound, "vmax": bound, "cmap": "RdBu"}))
+    for axes, (title, values, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        image = axes.imshow(
+            values.view(side, side).numpy(), origin="lower", extent=(-extent, extent, -extent, extent), **scale
+        )
+        axes.set_title(title)
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_losses(losses: dict[str, list[float]], path: Path) -> None:
+    """Draws the training losses, one line for each dtype."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), style in zip(losses.items(), ("-", "--"), strict=True):
+        axes.plot(range(1, len(values) + 1), values, style, label=name)
+    axes.set(xlabel="iteration", ylabel="training loss (nats)")
+    axes.grid(alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One sentence from the rows' own numbers."""
+    wide, low = rows
+    time_ratio, memory = low.iteration / wide.iteration, low.stored / wide.stored
+    speed = f"{1 / time_ratio:.1f} times as fast as" if time_ratio < 1 else f"{time_ratio:.1f} times as slow as"
+    return (
+        f"Here {low.dtype} is {speed} float32 and keeps {memory:.2f} of its memory between forward and backward; the "
+        f"held-out losses differ by {abs(low.loss - wide.loss):.3f} nats."
+    )
+
+
+def page(options: argparse.Namespace, rows: Sequence[Row], pictures: Sequence[tuple[str, Path]]) -> str:
+    """The page, with the pictures inside."""
+    head = "".join(f"<th>{escape(name)}</th>" for name, _ in COLUMNS)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.cells())}</tr>" for row in rows)
+    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>" for name, meaning in COLUMNS)
+    shown = "".join(
+        f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        for title, path in pictures
+    )
+    machine = escape(environment())
+    size = f"{options.steps} RK4 steps, width {options.width}, batch {options.batch}, {options.iterations} iterations"
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>rampde_fx: a demonstration</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+        f"<h1>One flow, float32 and {rows[1].dtype}</h1><p>{escape(verdict(rows))}</p>"
+        f'<p>A continuous normalizing flow: {size}.</p><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+        f"<dl>{told}</dl>{shown}<h2>This machine</h2><pre>{machine}</pre>"
+        "<h2>On your own model</h2><pre>print(rampde_fx.check(model, *inputs, time=True))</pre></body></html>\n"
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, default in (("--iterations", 100), ("--width", 256), ("--batch", 512), ("--steps", 8)):
+        parser.add_argument(option, metavar="N", type=positive, default=default, help="default %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--compiler", choices=["inductor", "aot_eager"], default="inductor")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("examples/out/demo"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demonstration and returns its exit status."""
+    options = parse_arguments(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    before = options.out / "rows.json"
+    known = {row["dtype"]: row["first"] for row in json.loads(before.read_text())} if before.exists() else {}
+    demo = Demo(options)
+    rows, losses, densities = [], {}, []
+    dtypes = [torch.float32, demo.chosen()]
+    print("checking gradients against float64 ...", flush=True)
+    for dtype, error in zip(dtypes, demo.errors(dtypes), strict=True):
+        row, history, learned = demo.train(dtype, error, known.get(str(dtype).removeprefix("torch.")))
+        rows.append(row)
+        losses[row.dtype] = history
+        densities.append(learned)
+    before.write_text(json.dumps([asdict(row) for row in rows]))
+    pictures = [("What both have learned", options.out / "densities.png"), ("Training", options.out / "losses.png")]
+    draw_densities(list(losses), densities, pictures[0][1])
+    draw_losses(losses, pictures[1][1])
+    (options.out / "demo.html").write_text(page(options, rows, pictures), encoding="utf-8")
+    print(f"\n{markdown([name for name, _ in COLUMNS], [row.cells() for row in rows])}\n")
+    print("\n".join(f"{name}: {meaning}" for name, meaning in COLUMNS))
+    print(f"\n{verdict(rows)}\nThe page: {options.out / 'demo.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
