@@ -50,7 +50,7 @@ def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     for call in [node for node in step.graph.nodes if node.op == "call_module" and _is_evaluation(node)]:
         inner = graphs.placeholders(step.get_submodule(str(call.target)))
         for outer, entry in zip(call.args, inner, strict=True):
-            if _is_narrowed(entry) and graphs.value(outer).numel() != 0:
+            if graphs.is_float(entry) and _is_narrowed(entry) and graphs.value(outer).numel() != 0:
                 group = states if outer.meta["role"] == "state" else parameters
                 group[graphs.base_of_view(outer)] = None
     return list(states), [node for node in parameters if node not in states]

@@ -9,7 +9,7 @@ would have been used. So one compilation serves every value. What computes such 
 the loop.
 
 Any other operation, such as leaky_relu's slope, takes numbers alone. Then Dynamo captures the model again with the
-number as it is, guards it, and compiles anew when it changes.
+number as it is, guards it, and compiles anew when it changes; a number that follows from sizes alone is guarded here.
 
 Requires: a graph captured by Dynamo.
 Ensures:  no operation of a marked loop reads a symbolic float, except those that item() reads inside the loop.
@@ -17,6 +17,9 @@ Raises:   TensorifyScalarRestartAnalysis, which Dynamo catches.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,16 +68,32 @@ class _Lifting:
                 self.graph.erase_node(node)
 
     def _visit(self, node: fx.Node, head: fx.Node) -> None:
-        if _of_floats(node) and not any(operand in self.inside for operand in node.all_input_nodes):
-            head.prepend(node)
-            return
+        if _of_floats(node):
+            self._spell_sizes(node, head)
+            if not any(operand in self.inside for operand in node.all_input_nodes):
+                head.prepend(node)
+                return
         self.inside.add(node)
         numbers = self._numbers(node)
         if numbers and not _takes_tensors(node):
-            self.left += map(value, numbers)
+            known = {number: shapes.known_now(value(number)) for number in numbers}
+            self.left += [value(number) for number in numbers if known[number] is None]
+            put = partial(_put, known)
+            node.args, node.kwargs = fx.map_arg(node.args, put), fx.map_arg(node.kwargs, put)
         elif numbers:
             self._scale_first(node, head)
             self._lift(node, head)
+
+    def _spell_sizes(self, node: fx.Node, head: fx.Node) -> None:
+        """Give a number the sizes of tensors of the loop that it reads as the graph's inputs have them."""
+        known = {shapes.symbol_alone(value(size)): size for size in self.graph.find_nodes(op="placeholder")}
+        for size in node.all_input_nodes:
+            if size in self.inside and isinstance(value(size), torch.SymInt):
+                with self.graph.inserting_before(head):
+                    spelt = shapes.spell(value(size), known)
+                if spelt is not None:
+                    spelt.meta["example_value"] = value(size)
+                    node.replace_input_with(size, spelt)
 
     def _numbers(self, node: fx.Node) -> list[fx.Node]:
         """The symbolic floats from outside of the loop that a node reads."""
@@ -108,6 +127,11 @@ class _Lifting:
             total = _valued(graph.call_function(torch.add, (zero, number)), *wide)
             self.made[key] = _valued(graph.call_method("to", (total, device, dtype)), dtype, device)
         return self.made[key]
+
+
+def _put(known: dict[fx.Node, float | None], operand: fx.Node) -> Any:
+    number = known.get(operand)
+    return operand if number is None else number
 
 
 def _valued(node: fx.Node, dtype: torch.dtype, device: torch.device) -> fx.Node:

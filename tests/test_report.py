@@ -334,3 +334,37 @@ def test_of_a_loop_with_an_operator_that_writes():
 
     (loop,) = rampde_fx.explain(flow, torch.randn(4, 6), torch.linspace(0, 1, 3)).loops
     assert loop.step_flops == 288
+
+
+class Writing(torch.nn.Module):
+    """Writes to all that it holds, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.calls = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), 0
+        for name in ("steps_made", "added", "bound"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def forward(self, y, t):
+        self.calls += 1
+        with torch.no_grad():
+            self.layer.weight.mul_(0.5)
+            torch.add(self.added, 1, out=self.added)
+            y.add_(1)
+        self.bound = self.bound + 1
+        y = torch.nn.functional.dropout(y)
+        for _, dt in rampde_fx.steps(t):
+            self.steps_made += 1
+            y = y + dt * torch.tanh(self.norm(self.layer(y)))
+        return y
+
+
+def test_explain_changes_nothing():
+    model, y = Writing(), torch.ones(4, 3)
+    state, bound = {name: value.clone() for name, value in model.state_dict().items()}, model.bound
+    generator = torch.get_rng_state()
+    report = rampde_fx.explain(rampde_fx.mixed_precision(model), y, torch.linspace(0, 1, 41))
+    assert report.loops[0].steps == 40 and report.loops[0].adjoint is not None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.calls == 0 and model.bound is bound and y.eq(1).all()
+    assert torch.equal(generator, torch.get_rng_state())

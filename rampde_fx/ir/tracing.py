@@ -12,7 +12,7 @@ from torch import fx
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir import operator_table
 from rampde_fx.ir.decompositions import DECOMPOSITIONS
-from rampde_fx.torch_private import fake_tensors
+from rampde_fx.torch_private import fake_tensors, shapes
 
 aten = torch.ops.aten
 
@@ -45,9 +45,45 @@ def trace(
         if node.op == "get_attr" and isinstance(constant := getattr(graph_module, node.target, None), torch.Tensor):
             _spell_out(node, constant)
         assert not _writes(node), f"{node.target} writes to a tensor: what reads it would not depend on what is written"
+    _spell_sizes(graph_module.graph)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _spell_sizes(graph: fx.Graph) -> None:
+    """Compute the sizes of tensors on the way from the inputs' own.
+
+    Else a number would follow from the tensor whose size it is: from a velocity, where it is none.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    read = [
+        node
+        for node in graph.nodes
+        if isinstance(node.meta.get("val"), torch.SymInt)
+        and operator_table.properties(node.target).reads_shape
+        and node.args[0].op != "placeholder"
+    ]
+    if not read:
+        return
+    known: dict[Any, fx.Node] = {}
+    with graph.inserting_before(inputs[-1].next):
+        for node in inputs:
+            value = node.meta.get("val")
+            if (symbol := shapes.symbol_alone(value)) is not None:
+                known.setdefault(symbol, node)
+            for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if (symbol := shapes.symbol_alone(size)) is not None and symbol not in known:
+                    known[symbol] = graph.call_function(aten.sym_size.int, (node, i))
+                    known[symbol].meta["val"] = size
+    for node in read:
+        with graph.inserting_before(node):
+            last = node.prev
+            spelt = shapes.spell(node.meta["val"], known)
+        while (last := last.next) is not node:
+            last.meta["val"] = last.target(*fx.map_arg(last.args, lambda number: number.meta["val"]))
+        if spelt is not None:
+            node.replace_all_uses_with(spelt)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from rampde_fx.proof.check_table import CheckRow
-from rampde_fx.proof.checked_call import Captured, untouched
+from rampde_fx.proof.checked_call import Captured
 from rampde_fx.torch_private import capturing
+from rampde_fx.validation.untouched import untouched
 from rampde_fx.validation.widening import copies
 
 # How often each step is timed, behind one turn that is not counted.

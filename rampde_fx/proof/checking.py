@@ -26,7 +26,7 @@ from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.proof.check_graphs import Seeded, always, compile_alone, policies_of
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
 from rampde_fx.proof.check_timing import TrainingSteps, timed
-from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes, untouched
+from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes
 from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
 from rampde_fx.runtime import counts, random_state
@@ -43,6 +43,7 @@ from rampde_fx.validation.comparison import (
     first_beyond_float32,
     first_mismatch,
 )
+from rampde_fx.validation.untouched import untouched
 from rampde_fx.validation.widening import AsWritten, Twins, default_dtype
 
 POLICIES = tuple(

@@ -23,8 +23,10 @@ from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.find_loops import has_loop, repeats
 from rampde_fx.report import report_html
 from rampde_fx.report.loop_report import LoopReport, PassReport, short
-from rampde_fx.runtime import operators
+from rampde_fx.runtime import operators, random_state
 from rampde_fx.torch_private import capturing, fake_tensors, repetition
+from rampde_fx.validation.untouched import untouched
+from rampde_fx.validation.widening import copies
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Report:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Rewrite a model's marked loops without compiling them, and report.
 
-    fn is run once, uncompiled, on the arguments (of an odeint one step, of a loop the steps that are captured: a run
-    that only looks does not integrate).
-    Gradient mode counts: under torch.no_grad no adjoint is generated.
+    fn is run once, uncompiled, on copies of the arguments and of what it reads (of an odeint one step, of a loop the
+    steps that are captured: a run that only looks does not integrate). Nothing of the model is changed: parameters,
+    buffers, attributes, random number generators. Gradient mode counts: under torch.no_grad no adjoint is generated.
 
     Args:
         fn: A Module or function with marked loops, compiled or not.
@@ -76,7 +78,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     @repetition.takes_repeats
     def inspect(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         if not has_loop(graph_module):
-            return graph_module.forward
+            return _on_copies(graph_module)
         graph_module.meta[unrewritten.BACKEND] = "explain"
         try:
             loops.extend(rewritten(_with_names(graphs.copied(graph_module), names)))
@@ -84,9 +86,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             if repeats(graph_module):
                 repetition.capture_in_full(str(error))
             return raising(error)
-        return _without_odeint(graph_module).forward
+        return _on_copies(_without_odeint(graph_module))
 
-    capturing.capture(fn, inspect, args, kwargs)
+    with untouched(fn), random_state.kept_random_state():
+        capturing.capture(fn, inspect, args, kwargs)
     return Report(tuple(loops))
 
 
@@ -115,6 +118,20 @@ def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:
                 node.target = operators.captured_values
             module.recompile()
     return copy
+
+
+def _on_copies(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """What runs a captured graph, and leaves what it writes to as it was."""
+
+    def run(*inputs: Any) -> Any:
+        stand_ins = copies(inputs, widen=False)
+        for i, (given, copy) in enumerate(zip(inputs, stand_ins, strict=True)):
+            if isinstance(given, torch.Tensor) and given.requires_grad:
+                copy.requires_grad_()
+                stand_ins[i] = copy if given.is_leaf else copy.clone()  # a leaf would refuse writes
+        return graph_module(*stand_ins)
+
+    return run
 
 
 def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModule:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from rampde_fx.torch_private.names import Names
 
@@ -14,6 +15,8 @@ _torch = Names(
         "torch._dynamo.exc": "TensorifyScalarRestartAnalysis",
         "torch._dynamo.symbolic_convert": "TensorifyState",
         "torch.fx.experimental.symbolic_shapes": "free_unbacked_symbols statically_known_true",
+        "torch.utils._sympy.interp": "sympy_interp",
+        "torch.utils._sympy.reference": "PythonReferenceAnalysis",
         "torch.utils._sympy.symbol": "SymT symbol_is_type",
     }
 )
@@ -45,6 +48,29 @@ def symbol_of(size: torch.SymInt) -> torch.SymInt:
         return size
     factor, constant = map(int, polynomial.all_coeffs())
     return (size - constant) // factor
+
+
+def symbol_alone(size: Any) -> Any:
+    """The symbol that a size is, to be looked up in a dict; None of a number, and of an expression."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return expression if expression is not None and expression.is_Symbol else None
+
+
+def spell(size: torch.SymInt, known: Mapping[Any, fx.Node]) -> fx.Node | None:
+    """Compute a size in a graph, where it stands now, from nodes that are its symbols; None if one is not known."""
+    expression = size.node.expr
+    if not expression.free_symbols or not expression.free_symbols <= known.keys():
+        return None
+    proxies = {symbol: fx.Proxy(node) for symbol, node in known.items()}
+    return _torch.sympy_interp(_torch.PythonReferenceAnalysis, proxies, expression).node
+
+
+def known_now(number: torch.SymFloat) -> float | None:
+    """The number, from now on guarded, if it follows from sizes alone; None of one that follows from a Python float."""
+    symbols = number.node.expr.free_symbols
+    if not all(_torch.symbol_is_type(symbol, _torch.SymT.SIZE) for symbol in symbols):
+        return None
+    return float(number)
 
 
 def is_data_dependent(number: Any) -> bool:
