@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import errors
@@ -129,6 +130,21 @@ def test_loop_left_early():
 
 def test_nested_loops():
     refused(Nested(), errors.UnsupportedLoopError, line="in rampde_fx.steps(t)")
+
+
+def test_nested_loops_of_which_one_is_checkpointed():
+    class Checkpointed(Flow):
+        def inner(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * torch.tanh(y)
+            return y
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * checkpoint(self.inner, y, t, use_reentrant=False)
+            return y
+
+    refused(Checkpointed(), errors.UnsupportedLoopError, line="in rampde_fx.steps(t)", y=Y.clone().requires_grad_())
 
 
 def test_loop_without_a_policy():
