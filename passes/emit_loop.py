@@ -28,6 +28,7 @@ from typing import Any, TypeVar, assert_never
 import torch
 from torch import fx
 
+from rampde_fx.emit.lasting import emit_call, lasts, make_again
 from rampde_fx.emit.recurrence import Body, at, emit_preamble, iterate, repeat
 from rampde_fx.emit.segments import Recomputation, Segments
 from rampde_fx.ir import graphs, tracing
@@ -66,10 +67,11 @@ def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop
         emitted = _Emission(loop, used)
         graph_module.add_submodule(f"{name}_forward", emitted.forward)
         if emitted.backward is None:
-            apply = graph_module.graph.call_module(f"{name}_forward", tuple(operands))
+            apply = emit_call(graph_module, f"{name}_forward", operands, loop.first_invariant)
             new = graph_module.graph.call_function(operator.getitem, (apply, 0))
         else:
             graph_module.add_submodule(f"{name}_backward", emitted.backward)
+            emitted.make_again([i for i in range(loop.first_invariant, len(operands)) if lasts(operands[i])])
             bodies = [graph_module.graph.get_attr(f"{name}_{part}") for part in ("forward", "backward")]
             settings = {
                 "non_differentiable_idx": emitted.constant_results,
@@ -104,6 +106,13 @@ class _Emission:
         operands = [self._operand(i) for i in range(len(self.inputs))]
         self.forward = self._trace(self._run_forward, operands, [node.name for node in self.inputs])
         self.backward = None if loop.adjoint is None else self._trace_backward(loop.adjoint, operands)
+
+    def make_again(self, lasting: Sequence[int]) -> None:
+        """Have the backward make again what follows from invariants alone that live on, operands of the loop."""
+        inputs = graphs.placeholders(self.forward)
+        make_again(self.forward, [inputs[i] for i in lasting])
+        kept = zip(reversed(self.kept), reversed(graphs.placeholders(self.backward)), strict=False)
+        make_again(self.backward, [node for i, node in kept if i in lasting])
 
     def _segments(self) -> Segments | None:
         return Segments(self.loop) if self.loop.slots and self.loop.segment() != 1 else None
@@ -323,12 +332,12 @@ class _Backward:
         return given[entry]
 
     def _zeros(self, i: int, given: Given) -> torch.Tensor:
-        """A gradient of operand i to begin with, made from what the backward has: sizes may be symbolic."""
-        like = given.get(Cotangent(i) if i < self.loop.carries else Operand(i))
-        if like is not None:
-            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        """A gradient of operand i to begin with. Only for symbolic sizes the operand is read: it would be saved."""
         value = graphs.value(self.emission.inputs[i])
         steps = [self.loop.steps] if self.emission.is_per_step(i) else []
+        like = given.get(Cotangent(i) if i < self.loop.carries else Operand(i))
+        if like is not None and not all(isinstance(size, int) for size in [*steps, *value.shape]):
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
         return torch.zeros([*steps, *value.shape], dtype=value.dtype, device=value.device)
 
     def _repeat(self, given: Given, scaling: AdjointScaling, fits: torch.Tensor | None) -> Found:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rampde_fx.emit.lasting import emit_call
 from rampde_fx.emit.recurrence import Body, emit_preamble, repeat
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.loops import CompensatedLoop
@@ -44,7 +45,7 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
     graph_module.add_submodule(f"{call.target}_search", graphs.named(search, [node.name for node in inputs]))
     operands = emit_preamble(graph_module, call, loop)
     with graph_module.graph.inserting_before(call):
-        new = graph_module.graph.call_module(f"{call.target}_search", tuple(operands))
+        new = emit_call(graph_module, f"{call.target}_search", operands, first)
     call.replace_all_uses_with(new)
     graph_module.graph.erase_node(call)
 

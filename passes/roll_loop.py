@@ -20,6 +20,7 @@ from typing import Any, assert_never
 import torch
 from torch import fx
 
+from rampde_fx.emit.lasting import lasts
 from rampde_fx.errors import MutationError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, owner_of, reads_end
@@ -37,7 +38,7 @@ from rampde_fx.ir.sources import (
     carries_among,
 )
 from rampde_fx.runtime.step_control import Controller
-from rampde_fx.torch_private import fake_tensors, shapes
+from rampde_fx.torch_private import fake_tensors, higher_order, shapes
 
 PER_STEP = (TimeSource, PerStepSource, IndexSource)
 
@@ -115,7 +116,8 @@ def _replace(
     following = [*marked.markers, marked.end][count]
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
-        operands = _distinct_memory(graph, [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs])
+        operands = [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs]
+        operands = _own_memory(graph, operands, _written_behind(following) if loop.differentiated else set())
         if (
             marked.differentiated and not loop.differentiated
         ):  # torch would derive a scan that no gradient comes back to
@@ -157,15 +159,18 @@ def _getitem(graph: fx.Graph, node: fx.Node, index: Any) -> fx.Node:
     return graph.call_function(operator.getitem, (node, index))
 
 
-def _distinct_memory(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
-    """Clones of the operands that show the memory of an earlier one: a scan takes no two views of one tensor."""
-    seen: set[int | None] = {None}
-    made: list[fx.Node] = []
+def _own_memory(graph: fx.Graph, operands: list[fx.Node], written: set[int]) -> list[fx.Node]:
+    """Clones of some operands: of those that show the memory of an earlier one, for a scan takes no two views of one
+    tensor, and of those that are written to behind the loop, for its backward reads them as they were.
+    """
+    seen, made = set[int](), list[fx.Node]()
     for node in operands:
-        storage = fake_tensors.storage_of(graphs.value(node))
-        repeated = storage is not None and storage in seen
-        made.append(graph.call_method("clone", (node,)) if repeated else node)
-        seen.add(storage)
+        storage = _storage(node)
+        cloned = storage is not None and storage in seen | written
+        made.append(graph.call_method("clone", (node,)) if cloned else node)
+        if cloned and lasts(node):
+            higher_order.recompute_in_backward(made[-1])
+        seen |= set() if storage is None else {storage}
     return made
 
 
@@ -213,7 +218,7 @@ def _rewire(
     carries = carries_among(inputs)
     finals = {source.key: results[i] for i, source in enumerate(carries) if source.is_latest}
     stacked = dict(zip(outputs, results[len(carries) :], strict=True))
-    written = _written_afterwards(marked)
+    written = _written_behind(marked.end)
     _check_names(run, marked, written)
     for key in run.outputs:
         nodes = [_value_of(run, marked, k, key) for k in range(last + 1)]
@@ -239,7 +244,7 @@ def _repeated_results(
         owner_of(run.iterations, marked.markers),
         {(s.key, s.lag): results[i] for i, s in enumerate(carries) if s.key is not None},
         dict(zip(captured.outputs, results[len(carries) :], strict=True)),
-        _written_afterwards(marked),
+        _written_behind(marked.end),
     )
 
 
@@ -247,9 +252,9 @@ def _storage(node: fx.Node | None) -> int | None:
     return None if node is None else fake_tensors.storage_of(graphs.value(node))
 
 
-def _written_afterwards(marked: MarkedLoop) -> set[int]:
-    """The storages that are written to behind the loop."""
-    observer, node, found = Observer(), marked.end.next, set()
+def _written_behind(node: fx.Node) -> set[int]:
+    """The storages that are written to behind a node."""
+    observer, node, found = Observer(), node.next, set()
     while node.op != "root":
         found |= observer.written(node)
         node = node.next

@@ -168,7 +168,7 @@ graphs: 1, graph breaks: 0""",
 step: 20 products, 21 casts, 0 maxima, 35 others
 adjoint step: 54 products, 55 casts, 0 maxima, 146 others
 host reads: 0
-bytes saved: 98788
+bytes saved: 81956
 graphs: 1, graph breaks: 0""",
         )
 

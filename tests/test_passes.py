@@ -608,12 +608,12 @@ class GraphModule(torch.nn.Module):
             all_2: "b8[]" = aten.all.default(stack_1)
             bitwise_and: "b8[]" = aten.bitwise_and.Tensor(all_2, logical_not)
             full: "f32[]" = aten.full.default([], 1.0, dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
-            zeros_like: "f32[3, 5]" = aten.zeros_like.default(adjoint_args_0, pin_memory = False, memory_format = torch.contiguous_format)
-            zeros: "i64[]" = aten.zeros.default([], dtype = torch.int64, device = device(type='cpu'), pin_memory = False)
+            zeros: "f32[3, 5]" = aten.zeros.default([3, 5], dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
+            zeros_1: "i64[]" = aten.zeros.default([], dtype = torch.int64, device = device(type='cpu'), pin_memory = False)
             ones: "b8[]" = aten.ones.default([], dtype = torch.bool, device = device(type='cpu'), pin_memory = False)
             while_loop_cond_graph_0 = self.while_loop_cond_graph_0
             while_loop_body_graph_0 = self.while_loop_body_graph_0
-            while_loop = higher_order.while_loop(while_loop_cond_graph_0, while_loop_body_graph_0, (zeros, ones, full, zeros_like), (adjoint_args_0, cotangent_0, stored_args_0, t, dt, mul, bitwise_and))
+            while_loop = higher_order.while_loop(while_loop_cond_graph_0, while_loop_body_graph_0, (zeros_1, ones, full, zeros), (adjoint_args_0, cotangent_0, stored_args_0, t, dt, mul, bitwise_and))
             getitem: "i64[]" = while_loop[0]
             getitem_3: "f32[3, 5]" = while_loop[3]
             scalar_tensor: "f32[]" = aten.scalar_tensor.default(nan, dtype = torch.float32)

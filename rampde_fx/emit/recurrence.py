@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from rampde_fx.emit import lasting
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import Inputs, Results
 from rampde_fx.ir.loops import HoistedLoop
@@ -95,7 +96,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step.
 
     It runs once per call, and once more in the backward rather than that its results are stored for it, where it reads
-    parameters alone.
+    nothing but what lives on.
     """
     first = loop.first_invariant
     varying, invariants = call.args[:first], call.args[first:]  # those of the preamble
@@ -105,9 +106,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     graph_module.add_submodule(name, loop.preamble)
     with graph.inserting_before(call):
         made = graph.call_module(name, invariants)
-        if all(
-            isinstance(graphs.value(node), nn.Parameter) for node in made.all_input_nodes
-        ):  # they live on as they are
+        if all(map(lasting.lasts, made.all_input_nodes)):
             higher_order.recompute_in_backward(made)
         results = [graph.call_function(operator.getitem, (made, i)) for i in range(len(graphs.results(loop.preamble)))]
     return [*varying, *results]

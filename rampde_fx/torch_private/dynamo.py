@@ -137,6 +137,11 @@ def names_of_arguments() -> list[str]:
     return list(inspect.signature(function).parameters) if callable(function) else []
 
 
+def is_static_input(node: fx.Node) -> bool:
+    """Whether a captured input is a parameter, a buffer or another attribute of a module, which keeps its memory."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
 def current_capture() -> Any:
     """Dynamo's capture that is under way."""
     return _torch.current_tx().output

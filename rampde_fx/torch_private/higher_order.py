@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -23,6 +25,12 @@ tag_activation_checkpoint = _torch.tag_activation_checkpoint
 def recompute_in_backward(node: fx.Node) -> None:
     """Have the backward compute a node again, instead of that the forward saves it: activation checkpointing's tag."""
     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether recompute_in_backward was called with a node, or with that of which it is a result."""
+    of = node.args[0] if node.target is operator.getitem else node
+    return isinstance(of, fx.Node) and of.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute_loops(body: fx.GraphModule) -> None:

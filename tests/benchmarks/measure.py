@@ -44,20 +44,24 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 def saved_bytes(run: Callable[[], object], model: nn.Module | None = None) -> int:
     """Bytes of the distinct tensors, other than a model's parameters, that a forward leaves for the backward."""
-    own = [] if model is None else model.parameters()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in own}
-    saved: dict[int, int] = {}
+    tensors = saved_tensors(run, [] if model is None else model.parameters())
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def saved_tensors(run: Callable[[], object], held: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """The tensors that a forward leaves for the backward, one for each memory that is not of the held ones."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if (place := tensor.untyped_storage().data_ptr()) not in known:
+            saved[place] = tensor.detach()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = run()  # the tensors stay alive, so that no address is used twice
     del kept
-    return sum(saved.values())
+    return list(saved.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
