@@ -336,7 +336,9 @@ def main(arguments: list[str] | None = None) -> int:
             for name, values in found.items()
         ],
     )
-    scaled, unscaled = (trajectory(PrecisionPolicy(scaling=scaling), t) for scaling in ("dynamic", "none"))
+    scaled, unscaled = (
+        trajectory(PrecisionPolicy(torch.float16, scaling=scaling), t) for scaling in ("dynamic", "none")
+    )
     draw(t, scaled, unscaled, errors["the closed form"], options.out / "adjoint_scaling.png")
     return 0
 

@@ -335,10 +335,11 @@ def parser(description: str, out: str, *, iterations: int, batch: int, lr: float
     shared.add_argument(
         "--dtype",
         nargs="+",
-        choices=POLICIES,
+        choices=["auto", *POLICIES],
         metavar="DTYPE",
-        help="dtypes of the velocity evaluations: %(choices)s; all from the same parameters and batches, "
-        "default float16. float16-unscaled shows what happens without adjoint scaling",
+        help="dtypes of the velocity evaluations: %(choices)s; all from the same parameters and batches. "
+        "auto, the default, is bfloat16 on a CPU that multiplies in it, float32 on any other CPU, float16 on CUDA; "
+        "float16-unscaled shows what happens without adjoint scaling",
     )
     shared.add_argument("--compare", action="store_true", help="all four dtypes")
     shared.add_argument(
@@ -385,7 +386,9 @@ def parse(found: argparse.ArgumentParser, arguments: Sequence[str] | None) -> ar
     options = found.parse_args(arguments)
     if options.compare and options.dtype:
         found.error("--compare stands for all four of --dtype: give one or the other")
-    options.dtype = list(dict.fromkeys(options.dtype or (POLICIES if options.compare else ["float16"])))
+    named = options.dtype or (POLICIES if options.compare else ["auto"])
+    chosen = str(rampde_fx.PrecisionPolicy().chosen_for(options.device.partition(":")[0]))
+    options.dtype = list(dict.fromkeys(chosen if name == "auto" else name for name in named))
     options.seed = list(dict.fromkeys(options.seed))
     return options
 

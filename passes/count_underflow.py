@@ -27,7 +27,7 @@ NARROW = torch.ops.rampde_fx.narrow.default
 
 def count_underflow(loop: LoweredLoop) -> CountedLoop:
     """Return the counts of what enters a velocity in float16."""
-    counts = loop.policy.velocity is torch.float16 and loop.controller is None
+    counts = loop.policy.dtype is torch.float16 and loop.controller is None
     groups = [group for group in find_entering(loop.step) if group] if counts else []
     if not groups:
         return loop.then(CountedLoop)

@@ -54,14 +54,14 @@ def _warn_of_tolerance(loop: CompensatedLoop) -> None:
     """Warn of a tolerance that stages of the velocity dtype miss by their rounding where the state is of order 1."""
     assert loop.controller is not None, "a search has a controller"
     rtol, atol = loop.controller.rtol, loop.controller.atol
-    roundoff = torch.finfo(loop.policy.velocity).eps / 2
+    roundoff = torch.finfo(loop.policy.dtype).eps / 2
     if None in (rtol, atol):
         return
     if rtol + atol < roundoff:
         reached = atol / (roundoff - rtol)
         _warn_once(
             f"odeint at {loop.where or 'an unknown line'} asks for rtol={rtol:g} and atol={atol:g} of stages in "
-            f"{loop.policy.velocity}, whose unit roundoff is {roundoff:.1g}: for states above {reached:.1g} their "
+            f"{loop.policy.dtype}, whose unit roundoff is {roundoff:.1g}: for states above {reached:.1g} their "
             "rounding counts as error, and steps become small without becoming better; "
             f"write rtol={2 * roundoff:.1g} or more, or a wider velocity dtype"
         )

@@ -25,9 +25,10 @@ from torch import fx
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
+from rampde_fx.ir.chosen import policy_at
 from rampde_fx.ir.effects import own_backward, with_bodies
 from rampde_fx.ir.graphs import user_line, value
-from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.policy import MONITORED
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import dynamo, higher_order
 
@@ -111,15 +112,15 @@ def _opens(node: fx.Node, suffix: str) -> int:
 
 def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
     told = str(marker.args[-1])
-    policy = told.removeprefix(MONITORED)
-    if not policy:
+    if not told.removeprefix(MONITORED):
         raise UnsupportedLoopError(
             "a loop over rampde_fx.steps(t), or an odeint without a policy, runs outside of any mixed_precision target",
             required="a policy for every loop that the rampde_fx backend compiles",
             fix="decorate the Module or the function that holds the loop with @rampde_fx.mixed_precision",
             where=user_line(marker),
         )
-    return MarkedLoop(PrecisionPolicy.parse(policy), [], marker, [], gradients, monitored=policy != told)
+    policy, chosen = policy_at(marker)
+    return MarkedLoop(policy, [], marker, [], gradients, MONITORED in told, notes=(chosen,) if chosen else ())
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:

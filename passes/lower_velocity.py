@@ -43,7 +43,7 @@ def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
         own = find_taken_inside(nodes)
         inputs, outputs = _boundary(nodes, own)
         velocity = graphs.extract(step, [*own, *nodes], inputs, outputs)
-        lowering = Lowering(velocity, loop.policy.velocity, [node.meta["role"] != "time" for node in inputs])
+        lowering = Lowering(velocity, loop.policy.dtype, [node.meta["role"] != "time" for node in inputs])
         lowered = _lower(lowering, inputs)
         fallbacks.update(lowering.wide)
         low += lowering.low
@@ -58,7 +58,7 @@ def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
     result = loop.then(LoweredLoop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
-    note = f"nothing of the loop is evaluated in {str(loop.policy.velocity).removeprefix('torch.')}"
+    note = f"nothing of the loop is evaluated in {str(loop.policy.dtype).removeprefix('torch.')}"
     return result.then(LoweredLoop, notes=(*loop.notes, note)) if result.stays_wide else result
 
 

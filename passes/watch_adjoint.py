@@ -39,7 +39,7 @@ def watch_adjoint(loop: ScaledLoop) -> WatchedLoop:
         return loop.then(WatchedLoop)
     known: dict[str, str] = {}
     module = adjoint.module
-    rows = [_watched(module, evaluation, call, loop.policy.velocity, known) for evaluation, call in measured]
+    rows = [_watched(module, evaluation, call, loop.policy.dtype, known) for evaluation, call in measured]
     output = module.graph.output_node()
     with module.graph.inserting_before(output):
         table = module.graph.call_function(aten.stack.default, (rows,))

@@ -39,7 +39,7 @@ WIDE = {"dtype": torch.float32}
 
 def widen_gradients(loop: DifferentiatedLoop) -> SummedLoop:
     """Widen the sums of every pullback of the adjoint."""
-    if loop.adjoint is None or loop.policy.velocity not in HALF:
+    if loop.adjoint is None or loop.policy.dtype not in HALF:
         return loop.then(SummedLoop)
     adjoint = graphs.copied(loop.adjoint.module)
     pullbacks = {str(call.target) for _, call in loop.adjoint.pullbacks()}

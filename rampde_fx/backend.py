@@ -41,6 +41,7 @@ from rampde_fx.passes.store_states import store_states
 from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
+from rampde_fx.runtime import phase_log
 from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, repetition, shapes
 from rampde_fx.torch_private.names import require_all
 from rampde_fx.validation.verification import Verification, on_first_call
@@ -117,6 +118,7 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
     loops: list[Loop] = []
     for holder, name, captured, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
+        begun = phase_log.now()
         number, loop = len(loops), holder.get_submodule(name).loop
         count = sum(other.where == loop.where for other in loops)
         loop = replace(loop, notes=notes, captured=captured, number=1 + count)
@@ -132,6 +134,9 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
         loops[-1] = loop
+        for note in loop.notes:
+            phase_log.tell(loop.name, note)
+        phase_log.tell_done(loop.name, f"rewritten ({loop.policy})", begun)
     for holder in dict.fromkeys(holder for holder, *_ in rolled):
         if holder is not graph_module:
             higher_order.recompute_loops(holder)
@@ -174,7 +179,8 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
         marked = replace(marked, markers=marked.markers[count:], iterations=marked.iterations[count:])
     graph_module.graph.erase_node(marked.end)
     note = f"the iterations of the loop differ: it was divided into runs of {', '.join(map(str, sizes))} equal steps"
-    return [(name, (note,) if len(sizes) > 1 else ()) for name in names]
+    notes = (*marked.notes, *((note,) if len(sizes) > 1 else ()))
+    return [(name, notes) for name in names]
 
 
 @repetition.takes_repeats
@@ -233,10 +239,10 @@ def rampde_fx(
     emitted = [loop for loop in loops if isinstance(loop, CompensatedLoop)]
     for loop in emitted:
         if loop.stays_wide and loop.controller is None:
-            unrewritten.loop_stays_wide(loop.where, loop.policy.velocity)
+            unrewritten.loop_stays_wide(loop.where, loop.policy.dtype)
     if not loops:  # as torch compiles it: our settings are for our loops
         return inductor.compile_plainly(compiler, graph_module, example_inputs, options, mode)
-    with inductor.compile_settings():
+    with inductor.compile_settings(), phase_log.compiling([loop.name for loop in loops], compiler):
         compiled = inductor.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )

@@ -13,17 +13,21 @@ import torch
 
 from rampde_fx.errors import PolicyError, refuse
 from rampde_fx.schedules import Checkpoint, Schedule, schedule_of
-from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private import dynamo, kernels
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 # The dtypes that a field of a policy takes, by their names.
-DTYPES_OF = {"velocity": DTYPES, "storage": {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}}
+DTYPES_OF: dict[str, dict[str, Any]] = {
+    "velocity": {**DTYPES, "auto": "auto"},
+    "storage": {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn},
+}
 ALWAYS_SCALED = {torch.float8_e4m3fn}  # of one byte: few operations know them, and scaled states travel as bytes
 MONITORED = "monitored "  # before a policy on a marker: a monitor is open
 
 Scaling = Literal["dynamic", "none"]
+Auto = Literal["auto"]
 Accumulation = Literal["plain", "compensated"]
 LoopForm = Literal["auto", "scan", "unroll"]
 
@@ -98,7 +102,9 @@ class PrecisionPolicy(_Encoded):
     """How a marked loop is rewritten. The accumulation dtype is always the dtype of the user's state.
 
     Args:
-        velocity: Dtype of the velocity evaluations: float16, bfloat16, float32 or float64.
+        velocity: Dtype of the velocity evaluations: float16, bfloat16, float32, float64, or "auto". That is chosen when
+            the loop is compiled, by its device: bfloat16 on a CPU that multiplies in it, float32 on any other CPU,
+            float16 on CUDA. explain() says which, and so does the log.
         storage: Dtype in which the states that the backward re-reads are stored; as velocity where None. Also
             float8_e4m3fn. A state that is narrower than the storage dtype is stored as it is.
         storage_scaling: "dynamic" stores each step's state in float16 or float8 with a power-of-two scale of its own,
@@ -128,6 +134,8 @@ class PrecisionPolicy(_Encoded):
     AdjointScaling(target=None, max_attempts=3)
     >>> PrecisionPolicy(torch.bfloat16).adjoint_scaling is None
     True
+    >>> print(PrecisionPolicy(checkpoint="none"), "|", PrecisionPolicy().chosen_for("cuda"))
+    auto, checkpoint=none | float16
 
     As text a policy is its velocity dtype and the fields that are not as they are by default; parse reads it back.
 
@@ -135,7 +143,7 @@ class PrecisionPolicy(_Encoded):
     bfloat16, storage=float8_e4m3fn, checkpoint=sqrt
     """
 
-    velocity: torch.dtype = torch.float16
+    velocity: torch.dtype | Auto = "auto"
     storage: torch.dtype | None = None
     storage_scaling: Scaling | None = None
     scaling: Scaling | AdjointScaling | None = None
@@ -165,9 +173,42 @@ class PrecisionPolicy(_Encoded):
         return self.encoded
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the velocity evaluations, of a policy that leaves it to nobody.
+
+        Raises:
+            PolicyError: of "auto".
+        """
+        if not isinstance(self.velocity, torch.dtype):
+            raise PolicyError(
+                f'the dtype of a policy of velocity="auto" was asked for ({self})',
+                required="a device: the dtype is chosen when a loop is compiled",
+                fix='write policy.chosen_for("cpu").dtype, or give the policy a dtype',
+            )
+        return self.velocity
+
+    def chosen_for(self, device: str) -> PrecisionPolicy:
+        """The policy for loops on a type of device, whose dtype is chosen if it is "auto".
+
+        Raises:
+            PolicyError: of "auto", for a device about whose arithmetic nothing is known.
+        """
+        if self.velocity != "auto":
+            return self
+        if device == "cuda":
+            return replace(self, velocity=torch.float16)
+        if device == "cpu":
+            return replace(self, velocity=torch.bfloat16 if kernels.cpu_has_bfloat16() else torch.float32)
+        raise PolicyError(
+            f'dtype="auto" for a loop on a device of type {device!r}',
+            required='a CPU or a CUDA device, for which "auto" knows the dtype that is fast',
+            fix="name the dtype: mixed_precision(dtype=torch.bfloat16), or torch.float16",
+        )
+
+    @property
     def storage_dtype(self) -> torch.dtype:
         """Dtype in which a wide state is stored for the backward."""
-        return self.velocity if self.storage is None else self.storage
+        return self.dtype if self.storage is None else self.storage
 
     @property
     def scales_storage(self) -> bool:
@@ -179,7 +220,7 @@ class PrecisionPolicy(_Encoded):
         """The scaling in force, None where the adjoint is not scaled."""
         if isinstance(self.scaling, AdjointScaling):
             return self.scaling
-        if self.scaling == "dynamic" or (self.scaling is None and self.velocity is torch.float16):
+        if self.scaling == "dynamic" or (self.scaling is None and self.dtype is torch.float16):
             return AdjointScaling()
         return None
 
@@ -189,7 +230,12 @@ class PrecisionPolicy(_Encoded):
         return schedule_of(self.checkpoint)
 
     def filled_in(self) -> PrecisionPolicy:
-        """The policy of the same effect that leaves nothing to storage, storage_scaling and scaling of None."""
+        """The policy of the same effect that leaves nothing to storage, storage_scaling and scaling of None.
+
+        Where the dtype is "auto" they follow it, and are left as they are.
+        """
+        if self.velocity == "auto":
+            return self
         scaling: Scaling | AdjointScaling | None = self.adjoint_scaling
         if scaling is None or scaling == AdjointScaling():
             scaling = "none" if scaling is None else "dynamic"

@@ -49,7 +49,7 @@ def agrees(function, count, bound=BOUND, dtype=torch.float32):
 def runs(function, count):
     """The number of steps of each loop."""
     y, w, t = data(torch.float32, count)
-    marked = rampde_fx.mixed_precision(function)
+    marked = rampde_fx.mixed_precision(function, dtype=torch.float16)
     return [loop.steps for loop in rampde_fx.explain(marked, y, w.requires_grad_(), t).loops]
 
 
@@ -400,7 +400,7 @@ def test_what_one_step_adds_a_product_to_is_its_state(update):
 
     y, _, t = data(torch.float32, 1)
     y = y[0] if update == "addmv" else y
-    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(quadrature), y + 1, y, t).loops
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(quadrature, dtype=torch.float16), y + 1, y, t).loops
     assert [carry.partition(":")[0] for carry in loop.carries] == ["y"]
 
 
@@ -414,7 +414,7 @@ def test_two_states_of_one_step_from_the_same_start_are_both_states():
 
     agrees(symplectic, 1)
     y, w, t = data(torch.float32, 1)
-    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(symplectic), y, w, t).loops
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(symplectic, dtype=torch.float16), y, w, t).loops
     assert len(loop.carries) == 2 and loop.evaluations == 2
 
 
@@ -436,7 +436,9 @@ def collected_alone(y, w, t):
 def test_steps_that_assign_and_steps_that_only_collect(function, count):
     agrees(function, count)
     y, w, t = data(torch.float32, count)
-    assert rampde_fx.explain(rampde_fx.mixed_precision(function), y, w, t).loops[0].evaluations >= 1
+    assert (
+        rampde_fx.explain(rampde_fx.mixed_precision(function, dtype=torch.float16), y, w, t).loops[0].evaluations >= 1
+    )
 
 
 STACKS = {
@@ -552,9 +554,13 @@ def test_errors_use_the_users_names(how):
         return Model.forward(None, position, t)
 
     if how == "function":
-        target = rampde_fx.mixed_precision(function)
+        target = rampde_fx.mixed_precision(function, dtype=torch.float16)
     else:
-        target = rampde_fx.mixed_precision(Model)() if how == "class" else rampde_fx.mixed_precision(Model())
+        target = (
+            rampde_fx.mixed_precision(Model, dtype=torch.float16)()
+            if how == "class"
+            else rampde_fx.mixed_precision(Model(), dtype=torch.float16)
+        )
     compiled = torch.compile(target, backend="rampde_fx", fullgraph=True, options={"compiler": "aot_eager"})
     with pytest.raises(errors.StateChangeError, match="the state 'position'") as raised:
         compiled(torch.ones(3).half(), t=torch.linspace(0, 1, 3))

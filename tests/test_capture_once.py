@@ -187,7 +187,9 @@ IRREGULAR = {
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_forms_are_captured_once(form):
     model = form(steps=12) if form is PerStepWeights else form()
-    report = rampde_fx.explain(rampde_fx.mixed_precision(model), torch.randn(3, model.dim), torch.linspace(0, 1, 13))
+    report = rampde_fx.explain(
+        rampde_fx.mixed_precision(model, dtype=torch.float16), torch.randn(3, model.dim), torch.linspace(0, 1, 13)
+    )
     told = {loop.captured for loop in report.loops}
     if form.__name__ in IRREGULAR:
         assert all(text.startswith(IRREGULAR[form.__name__]) and "enumerate" in text for text in told)
@@ -196,7 +198,7 @@ def test_forms_are_captured_once(form):
 
 
 def captured_line(program, n=12):
-    model = rampde_fx.mixed_precision(Model(program))
+    model = rampde_fx.mixed_precision(Model(program), dtype=torch.float16)
     return rampde_fx.explain(model, torch.randn(3, 4), torch.linspace(0, 1, n + 1)).loops[0].captured
 
 
@@ -248,7 +250,7 @@ def test_other_backends_are_given_every_iteration(backend_of_torch):
     model = Model(ONCE["trajectory"])
     y, t = torch.randn(3, 4), torch.linspace(0, 1, 13)
     torch._dynamo.reset()
-    marked = rampde_fx.mixed_precision(copy.deepcopy(model))
+    marked = rampde_fx.mixed_precision(copy.deepcopy(model), dtype=torch.float16)
     with pytest.warns(rampde_fx.errors.FullPrecisionWarning):
         got = torch.compile(marked, backend=backend_of_torch)(y, t)
     assert torch.allclose(got, model(y, t), rtol=1e-6)

@@ -174,7 +174,9 @@ def test_check_names_a_fault(plant, model, tensor, monkeypatch):
 
 def test_of_two_loops_the_wrong_one_is_named(monkeypatch):
     y, t = leaves()
-    lines = [loop.where for loop in rampde_fx.explain(rampde_fx.mixed_precision(TwoLoops()), y, t).loops]
+    lines = [
+        loop.where for loop in rampde_fx.explain(rampde_fx.mixed_precision(TwoLoops(), dtype=torch.float16), y, t).loops
+    ]
     partition = backend.partition_velocity
 
     def broken(loop):
@@ -312,7 +314,7 @@ def test_verify_passes_what_is_right(model):
     drawn = torch.rand(1)
     torch._dynamo.reset()
     torch.manual_seed(3)
-    plain = rampde_fx.mixed_precision(model())
+    plain = rampde_fx.mixed_precision(model(), dtype=torch.float16)
     torch.compile(plain, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True)(y.clone(), t)
     assert torch.equal(torch.rand(1), drawn), "verification moved the random number generator"
 
@@ -360,7 +362,7 @@ def test_a_verified_model_computes_the_same_and_updates_its_buffers_once():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
-        model = rampde_fx.mixed_precision(Normalized())
+        model = rampde_fx.mixed_precision(Normalized(), dtype=torch.float16)
         options = {"compiler": "aot_eager", "verify": verify}
         function = torch.compile(model, backend="rampde_fx", options=options, fullgraph=True)
         for _ in range(2):
@@ -393,7 +395,7 @@ def test_without_gradients_values_are_verified(mode, monkeypatch):
 
 
 def test_inputs_that_share_memory_and_have_strides():
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def flow(y, shift, t):
         for _, dt in rampde_fx.steps(t):
             y = y + dt * torch.tanh(y @ y.T @ shift)
@@ -407,7 +409,9 @@ def test_inputs_that_share_memory_and_have_strides():
 
 
 def test_verify_is_a_bool():
-    function = torch.compile(rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"verify": "yes"})
+    function = torch.compile(
+        rampde_fx.mixed_precision(Euler(), dtype=torch.float16), backend="rampde_fx", options={"verify": "yes"}
+    )
     with pytest.raises(errors.PolicyError, match="verify"):
         function(*leaves())
 

@@ -289,7 +289,7 @@ def operations_of_state(step, *names):
         return y, u
 
     arguments = [x.clone().requires_grad_() for x in (STATE, STATE, A)]
-    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(flow), *arguments, GRID).loops
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(flow, dtype=torch.float16), *arguments, GRID).loops
     outside = {
         n.target.overloadpacket.__name__ for n in loop.step.graph.nodes if isinstance(n.target, torch._ops.OpOverload)
     }

@@ -137,7 +137,7 @@ COUNTERS = {
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("form", COUNTERS)
 def test_a_counter_is_refused_by_its_name(form, fullgraph):
-    function = torch.compile(rampde_fx.mixed_precision(form()), fullgraph=fullgraph, **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(form(), dtype=torch.float16), fullgraph=fullgraph, **OURS)
     for _ in range(2):
         with pytest.raises(CounterError, match=COUNTERS[form]) as raised:
             function(Y, T)
@@ -177,7 +177,7 @@ class StepsOfAPlainObject(Steps):
 @pytest.mark.parametrize("form", [Solve, Rows, ReadsAList, CountsCalls, StepsCountedFromZero, StepsOfAPlainObject])
 def test_what_is_no_counter(form):
     model, plain = form(), form()
-    function = torch.compile(rampde_fx.mixed_precision(model), **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(model, dtype=torch.float16), **OURS)
     for calls in range(1, 5):
         got, wanted = function(Y, T), plain(Y, T)
         assert 1e-6 < relative_errors([got], [wanted])[0] < 2.5e-3, calls

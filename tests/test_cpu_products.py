@@ -100,7 +100,9 @@ def test_inductor_lowers_with_them_behind_a_pass_of_the_users(monkeypatch):
     users = Recorded("of the user's")
     for options in ({}, {"post_grad_custom_pre_pass": users}):
         torch._dynamo.reset()
-        model = torch.compile(rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options=options)
+        model = torch.compile(
+            rampde_fx.mixed_precision(Euler(), dtype=torch.float16), backend="rampde_fx", options=options
+        )
         model(torch.randn(3, 5), torch.linspace(0, 1, 4))
     lowering = given["post_grad_custom_pre_pass"]
     graph = make_fx(aten.mm.default, tracing_mode="fake")(A, B)

@@ -23,7 +23,7 @@ def outcome(function, dtype=torch.float32, **given):
 
 
 def compiled(function, **settings):
-    marked = rampde_fx.mixed_precision(function)
+    marked = rampde_fx.mixed_precision(function, dtype=torch.float16)
     return torch.compile(marked, backend="rampde_fx", options={"compiler": "aot_eager"}, **settings)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import rampde_fx
+from rampde_fx.torch_private import kernels
 
 for name in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(name)
@@ -89,7 +90,8 @@ class Euler(torch.nn.Module):
 
 def options(out: Path, *arguments: str) -> argparse.Namespace:
     parser = training.parser("", str(out), iterations=6, batch=4, lr=0.1)
-    return training.parse(parser, ["--device", "cpu", "--compiler", "aot_eager", *arguments])
+    named = () if {"--dtype", "--compare"} & {*arguments} else ("--dtype", "float16")
+    return training.parse(parser, ["--device", "cpu", "--compiler", "aot_eager", *named, *arguments])
 
 
 def table_rows(out: Path) -> list[dict[str, str]]:
@@ -247,6 +249,14 @@ def test_compare_stands_for_all_dtypes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options(tmp_path, "--compare", "--dtype", "float16")
     assert "give one or the other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("has_bfloat16", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_default_and_stands_for_a_dtype(tmp_path, monkeypatch, has_bfloat16, chosen):
+    monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: has_bfloat16)
+    parser = training.parser("", str(tmp_path), iterations=6, batch=4, lr=0.1)
+    assert training.parse(parser, ["--device", "cpu"]).dtype == [chosen]
+    assert options(tmp_path, "--dtype", "float32", "auto").dtype == list(dict.fromkeys(["float32", chosen]))
 
 
 def test_density_is_a_workload(tmp_path):
@@ -425,7 +435,7 @@ def test_expected_error_of_a_rounded_velocity():
 
 
 def test_trajectory_is_that_of_the_compiled_loop():
-    policy = rampde_fx.PrecisionPolicy()
+    policy = rampde_fx.PrecisionPolicy(torch.float16)
     t = torch.linspace(0, 1, 6)
     replayed = adjoint_scaling.trajectory(policy, t)
     model = adjoint_scaling.Decay()
@@ -440,7 +450,7 @@ def test_trajectory_is_that_of_the_compiled_loop():
 def test_roundoff_of_a_low_state_grows_and_that_of_a_low_velocity_does_not():
     problem = roundoff.Problem("Euler", seed=0)
     low = roundoff.Arithmetic("low", torch.float16, None, "C0", "-")
-    velocity = roundoff.Arithmetic("velocity", torch.float16, rampde_fx.PrecisionPolicy(), "C0", "-")
+    velocity = roundoff.Arithmetic("velocity", torch.float16, rampde_fx.PrecisionPolicy(torch.float16), "C0", "-")
     state_errors = [roundoff.run(problem, low, steps, "aot_eager", 32).solution for steps in (4, 64)]
     assert state_errors[1] > 4 * state_errors[0]
     error = roundoff.run(problem, velocity, 16, "aot_eager", 32).solution

@@ -307,7 +307,9 @@ def check_host_reads():
     found = []
     for n, layers in ((3, 1), (7, 3)):
         torch._dynamo.reset()
-        model = rampde_fx.mixed_precision(Deep(layers).to("meta"))  # stands for a device: nothing is computed
+        model = rampde_fx.mixed_precision(
+            Deep(layers).to("meta"), dtype=torch.float16
+        )  # stands for a device: nothing is computed
         y = torch.empty(4, 3, device="meta", requires_grad=True)
         torch.compile(model, backend=inspect, fullgraph=True)(y, torch.empty(n + 1, device="meta"))
     assert found == [1, 1]  # the overflow flag, once an attempt

@@ -83,7 +83,7 @@ def test_a_context_added_in_every_step_is_not_taken_for_the_state():
 
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 2)
     check(Forced(), torch.float16, y, t, outputs=[y])
-    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Forced()), y, t).loops
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Forced(), dtype=torch.float16), y, t).loops
     assert loop.evaluations == 1 and loop.carries == ("y: float32[16, 5]",)
 
 
@@ -117,7 +117,7 @@ def test_decorates_class_instance_and_function():
 
     velocity = Velocity()
 
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def function(y, t):
         for t_i, dt in rampde_fx.steps(t):
             y = y + dt * velocity(t_i, y)
@@ -162,7 +162,7 @@ def test_nothing_is_stored_without_gradients():
     model = Midpoint()
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 5)
     with torch.no_grad():
-        report = rampde_fx.explain(rampde_fx.mixed_precision(model), y, t)
+        report = rampde_fx.explain(rampde_fx.mixed_precision(model, dtype=torch.float16), y, t)
         assert report.loops[0].stored_bytes == 0 and report.loops[0].adjoint is None
         assert torch.allclose(compiled(model, torch.float16)(y, t), model(y, t), rtol=1e-3, atol=1e-4)
 

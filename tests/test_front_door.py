@@ -74,7 +74,7 @@ def test_a_wrong_policy_made_in_the_compiled_function(make, field):
 
 def test_mixed_precision_applied_in_the_compiled_function():
     def inside(y, t):
-        return rampde_fx.mixed_precision(solve)(y, t)
+        return rampde_fx.mixed_precision(solve, dtype=torch.float16)(y, t)
 
     assert 1e-6 < relative_errors([torch.compile(inside, **OURS)(Y, T)], [solve(Y, T)])[0] < 1e-3
     torch._dynamo.reset()
@@ -143,7 +143,7 @@ def test_a_program_without_a_loop_is_as_under_torchs_own_backend(program, settin
 
 SCRIPT = """import torch, rampde_fx
 from torch._dynamo.utils import counters
-@rampde_fx.mixed_precision
+@rampde_fx.mixed_precision(dtype=torch.float16)
 def f(y, w, t):
     for _, dt in rampde_fx.steps(t):
         y = y + dt * torch.tanh(y @ w)
@@ -231,6 +231,8 @@ def test_a_layer_may_have_any_name(name):
 
     model = Named()
     plain = copy.deepcopy(model)
-    run = torch.compile(rampde_fx.mixed_precision(model), backend="rampde_fx", options={"compiler": "eager"})
+    run = torch.compile(
+        rampde_fx.mixed_precision(model, dtype=torch.float16), backend="rampde_fx", options={"compiler": "eager"}
+    )
     y, t = torch.randn(5, 3), torch.linspace(0, 1, 3)
     assert relative_errors([run(y, t)], [plain(y, t)])[0] < 2.5e-3

@@ -87,18 +87,18 @@ class Unmarked(nn.Module):
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("kind", ["function", "instance", "class", "in a larger function"])
 def test_a_target_without_a_marked_loop(kind, fullgraph):
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def fresh(y, t):  # a target of this test's own
         return without_marks(y, t)
 
     def larger(y, t):
         return 2 * fresh(y + 1, t).sum()
 
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     class OfItsOwn(Unmarked):
         pass
 
-    instance = rampde_fx.mixed_precision(Unmarked())
+    instance = rampde_fx.mixed_precision(Unmarked(), dtype=torch.float16)
     targets = {"function": fresh, "instance": instance, "class": OfItsOwn(), "in a larger function": larger}
     function = torch.compile(targets[kind], fullgraph=fullgraph, **OURS)
     (text,) = said(function, Y, T)
@@ -108,7 +108,7 @@ def test_a_target_without_a_marked_loop(kind, fullgraph):
 
 
 def test_a_target_without_a_marked_loop_behind_a_graph_break():
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def fresh(y, t):
         print(end="")
         return without_marks(y, t)
@@ -118,7 +118,7 @@ def test_a_target_without_a_marked_loop_behind_a_graph_break():
 
 
 def test_the_advice_of_a_target_without_a_marked_loop_works():
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def fresh(y, t):
         return with_marks(y, t)
 
@@ -131,7 +131,7 @@ def test_the_advice_of_a_target_without_a_marked_loop_works():
 def test_another_backend(target, backend):
     if callable(backend) and target is not with_marks:
         pytest.skip("an odeint that a backend unknown to us does not rewrite is an error: test_odeint.py")
-    (text,) = said(torch.compile(rampde_fx.mixed_precision(target), backend=backend), Y, T)
+    (text,) = said(torch.compile(rampde_fx.mixed_precision(target, dtype=torch.float16), backend=backend), Y, T)
     wanted = "runs uncompiled" if target is solved_adaptively else "a backend that does not rewrite it"
     assert wanted in text and "test_full_precision.py" in text
     assert said(torch.compile(target, backend=backend), Y, T) == []  # no mixed precision was asked for
@@ -139,7 +139,9 @@ def test_another_backend(target, backend):
 
 def test_another_backend_and_an_odeint_with_a_policy_of_its_own():
     def own(y, t):
-        return rampde_fx.odeint(lambda t, y: -y, y, t, method="rk4", policy=rampde_fx.PrecisionPolicy())[-1]
+        return rampde_fx.odeint(lambda t, y: -y, y, t, method="rk4", policy=rampde_fx.PrecisionPolicy(torch.float16))[
+            -1
+        ]
 
     (text,) = said(torch.compile(own, backend="aot_eager"), Y, T)
     assert "a backend that does not rewrite it" in text
@@ -147,7 +149,7 @@ def test_another_backend_and_an_odeint_with_a_policy_of_its_own():
 
 @pytest.mark.parametrize("target", [leaving, printing_in_the_loop])
 def test_a_graph_break_in_the_loop_and_the_advice_followed_in_the_same_session(target):
-    marked = rampde_fx.mixed_precision(target)
+    marked = rampde_fx.mixed_precision(target, dtype=torch.float16)
     (text,) = said(torch.compile(marked, **OURS), Y, T)
     assert "runs uncompiled" in text and "test_full_precision.py" in text and "torch._dynamo.reset()" in text
     with warnings.catch_warnings():
@@ -161,7 +163,7 @@ def test_a_graph_break_in_the_loop_and_the_advice_followed_in_the_same_session(t
 
 
 def test_fullgraph_after_a_graph_break_in_the_caller():
-    marked = rampde_fx.mixed_precision(leaving)
+    marked = rampde_fx.mixed_precision(leaving, dtype=torch.float16)
 
     def caller(y, t):
         return 2 * marked(y.sin(), t).cos()
@@ -178,7 +180,9 @@ def test_a_break_in_the_velocity_of_an_odeint():
         print(end="")
         return -y
 
-    marked = rampde_fx.mixed_precision(lambda y, t: rampde_fx.odeint(velocity, y, t, method="rk4")[-1])
+    marked = rampde_fx.mixed_precision(
+        lambda y, t: rampde_fx.odeint(velocity, y, t, method="rk4")[-1], dtype=torch.float16
+    )
     try:
         assert said(torch.compile(marked, **OURS), Y, T)
     except rampde_fx.errors.UnsupportedLoopError as error:
@@ -187,7 +191,7 @@ def test_a_break_in_the_velocity_of_an_odeint():
 
 @pytest.mark.parametrize("limit", ["recompile_limit", "accumulated_recompile_limit"])
 def test_the_limit_of_recompilations(limit):
-    marked = rampde_fx.mixed_precision(with_marks)
+    marked = rampde_fx.mixed_precision(with_marks, dtype=torch.float16)
     function = torch.compile(marked, dynamic=False, **OURS)
     with torch._dynamo.config.patch({limit: 2}):
         assert said(function, Y, T) == said(function, Y[:3], T) == []
@@ -195,7 +199,7 @@ def test_the_limit_of_recompilations(limit):
 
 
 def test_a_stance_that_does_not_compile_again():
-    function = torch.compile(rampde_fx.mixed_precision(with_marks), **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(with_marks, dtype=torch.float16), **OURS)
     with torch.compiler.set_stance("eager_on_recompile"):
         assert "runs uncompiled" in said(function, Y, T)[0]
 
@@ -207,7 +211,7 @@ def test_a_loop_without_a_policy_is_said_under_our_backend_alone():
 
 
 def test_one_warning_for_each_place():
-    function = torch.compile(rampde_fx.mixed_precision(leaving), **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(leaving, dtype=torch.float16), **OURS)
     assert [len(said(function, Y + i, T)) for i in range(3)] == [1, 0, 0]
 
 
@@ -216,7 +220,7 @@ def test_one_warning_for_each_place():
 
 @pytest.mark.parametrize("target", [without_marks, with_marks, solved, solved_adaptively, leaving])
 def test_uncompiled_on_purpose(target):
-    marked = rampde_fx.mixed_precision(target)
+    marked = rampde_fx.mixed_precision(target, dtype=torch.float16)
     in_silence(marked, Y, T)
     in_silence(torch.compiler.disable(marked), Y, T)
     with torch.compiler.set_stance("force_eager"):
@@ -227,7 +231,7 @@ def test_uncompiled_on_purpose(target):
 
 @pytest.mark.parametrize("target", [with_marks, solved, without_marks])
 def test_a_disabled_part_of_a_compiled_function(target):
-    marked = rampde_fx.mixed_precision(target)
+    marked = rampde_fx.mixed_precision(target, dtype=torch.float16)
 
     @torch.compiler.disable
     def reference(y, t):
@@ -244,8 +248,10 @@ def test_a_disabled_part_of_a_compiled_function(target):
 def test_a_rewritten_loop(target, grad):
     y = Y.clone().requires_grad_(grad)
     with torch.set_grad_enabled(grad):
-        got = in_silence(torch.compile(rampde_fx.mixed_precision(target), fullgraph=True, **OURS), y, T)
-        got = in_silence(torch.compile(rampde_fx.mixed_precision(target), **OURS), y, T)
+        got = in_silence(
+            torch.compile(rampde_fx.mixed_precision(target, dtype=torch.float16), fullgraph=True, **OURS), y, T
+        )
+        got = in_silence(torch.compile(rampde_fx.mixed_precision(target, dtype=torch.float16), **OURS), y, T)
     assert 1e-7 < (got - target(Y, T)).abs().max() < 1e-2
 
 
@@ -255,7 +261,7 @@ def test_a_rewritten_module(form):
 
 
 def test_a_loop_behind_a_graph_break():
-    function = torch.compile(rampde_fx.mixed_precision(printing), **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(printing, dtype=torch.float16), **OURS)
     assert said(function, Y, T) == []
     assert (function(Y, T) - with_marks(Y, T)).abs().max() > 1e-6
 
@@ -265,7 +271,7 @@ def test_helpers_beside_the_loop():
     def helper(y):
         return y.exp()
 
-    flow = torch.compile(rampde_fx.mixed_precision(with_marks), **OURS)
+    flow = torch.compile(rampde_fx.mixed_precision(with_marks, dtype=torch.float16), **OURS)
 
     def loss(y, t):
         return helper(flow(helper(y), t)).sum()
@@ -279,27 +285,27 @@ def test_a_target_of_two_graphs_one_of_them_without_a_loop():
         print(end="")
         return y.sin()
 
-    assert said(torch.compile(rampde_fx.mixed_precision(parted), **OURS), Y, T) == []
+    assert said(torch.compile(rampde_fx.mixed_precision(parted, dtype=torch.float16), **OURS), Y, T) == []
 
 
 def test_a_target_in_a_target():
     """The inner one has the loop; the outer one is its owner too."""
-    inner = rampde_fx.mixed_precision(with_marks)
-    outer = rampde_fx.mixed_precision(lambda y, t: inner(y, t).sin())
-    broken = rampde_fx.mixed_precision(lambda y, t: (print(end=""), inner(y, t).sin())[1])
+    inner = rampde_fx.mixed_precision(with_marks, dtype=torch.float16)
+    outer = rampde_fx.mixed_precision(lambda y, t: inner(y, t).sin(), dtype=torch.float16)
+    broken = rampde_fx.mixed_precision(lambda y, t: (print(end=""), inner(y, t).sin())[1], dtype=torch.float16)
     in_silence(torch.compile(outer, fullgraph=True, **OURS), Y, T)
     assert said(torch.compile(broken, **OURS), Y, T) == []
 
 
 def test_a_loop_in_a_checkpoint():
     marked = rampde_fx.mixed_precision(
-        lambda y, t: torch.utils.checkpoint.checkpoint(with_marks, y, t, use_reentrant=False)
+        lambda y, t: torch.utils.checkpoint.checkpoint(with_marks, y, t, use_reentrant=False), dtype=torch.float16
     )
     in_silence(torch.compile(marked, fullgraph=True, **OURS), Y.clone().requires_grad_(), T)
 
 
 def test_a_marked_target_in_a_checkpoint():
-    inner = rampde_fx.mixed_precision(with_marks)
+    inner = rampde_fx.mixed_precision(with_marks, dtype=torch.float16)
 
     def loss(y, t):
         return torch.utils.checkpoint.checkpoint(inner, y, t, use_reentrant=False).square().sum()
@@ -311,7 +317,7 @@ def test_a_marked_target_in_a_checkpoint():
 
 
 def test_a_target_in_a_checkpoint_that_breaks_is_said():
-    inner = rampde_fx.mixed_precision(printing)
+    inner = rampde_fx.mixed_precision(printing, dtype=torch.float16)
 
     def loss(y, t):
         return torch.utils.checkpoint.checkpoint(inner, y, t, use_reentrant=False).square().sum()
@@ -321,7 +327,7 @@ def test_a_target_in_a_checkpoint_that_breaks_is_said():
 
 def test_explain():
     for target in (without_marks, with_marks, solved):
-        assert in_silence(rampde_fx.explain, rampde_fx.mixed_precision(target), Y, T) is not None
+        assert in_silence(rampde_fx.explain, rampde_fx.mixed_precision(target, dtype=torch.float16), Y, T) is not None
 
 
 def test_a_midpoint_model_whose_times_are_moved():

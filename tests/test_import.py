@@ -44,9 +44,9 @@ def test_nothing_heavy_is_imported_before_something_is_compiled():
 before = set(sys.modules)
 import rampde_fx
 y, t = torch.ones(3), torch.linspace(0, 1, 3)
-rampde_fx.mixed_precision(torch.nn.Linear(3, 3))
-rampde_fx.mixed_precision(model)(y, t)
-rampde_fx.odeint(lambda t, y: -y, y, t, method="dopri5", policy=rampde_fx.PrecisionPolicy())
+rampde_fx.mixed_precision(torch.nn.Linear(3, 3), dtype=torch.float16)
+rampde_fx.mixed_precision(model, dtype=torch.float16)(y, t)
+rampde_fx.odeint(lambda t, y: -y, y, t, method="dopri5", policy=rampde_fx.PrecisionPolicy(torch.float16))
 print(json.dumps(sorted(set(sys.modules) - before)))
 """)
     roots = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
@@ -86,14 +86,14 @@ kept = frames.set_code_exec_strategy
 del frames.set_code_exec_strategy
 import rampde_fx
 frames.set_code_exec_strategy = kept
-rampde_fx.mixed_precision(model)(torch.ones(3), torch.linspace(0, 1, 3))
+rampde_fx.mixed_precision(model, dtype=torch.float16)(torch.ones(3), torch.linspace(0, 1, 3))
 told = []
 for module, name in {MISSING}:
     owner = importlib.import_module(module)
     kept = getattr(owner, name)
     delattr(owner, name)
     try:
-        torch.compile(rampde_fx.mixed_precision(model), backend="rampde_fx")
+        torch.compile(rampde_fx.mixed_precision(model, dtype=torch.float16), backend="rampde_fx")
     except rampde_fx.errors.MissingTorchNameError as error:
         told.append(str(error))
     setattr(owner, name, kept)
@@ -107,7 +107,9 @@ def test_a_name_that_is_missing_later(monkeypatch):
     assert rampde_fx.backend is not None
     monkeypatch.delattr(fake_tensor_prop, "FakeTensorProp")
     compiled = torch.compile(
-        lambda y, t: rampde_fx.odeint(lambda t, y: -y, y, t, method="rk4", policy=rampde_fx.PrecisionPolicy())[-1],
+        lambda y, t: rampde_fx.odeint(
+            lambda t, y: -y, y, t, method="rk4", policy=rampde_fx.PrecisionPolicy(torch.float16)
+        )[-1],
         backend="rampde_fx",
         options={"compiler": "eager"},
     )

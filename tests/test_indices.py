@@ -81,14 +81,14 @@ def outcome(function, dtype):
     ],
 )
 def test_a_control_by_index(form, control, fullgraph):
-    function = torch.compile(rampde_fx.mixed_precision(form(control)), fullgraph=fullgraph, **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(form(control), dtype=torch.float16), fullgraph=fullgraph, **OURS)
     wanted = [value.float() for value in outcome(form(control), torch.float64)]
     assert 1e-6 < max(relative_errors(outcome(function, torch.float32), wanted)) < 2.5e-3
 
 
 def test_a_control_by_index_and_adaptive_steps():
     """Float16 and float64 may choose other steps: as far apart as the tolerance."""
-    function = torch.compile(rampde_fx.mixed_precision(by_adaptive_steps(interpolated)), **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(by_adaptive_steps(interpolated), dtype=torch.float16), **OURS)
     wanted = outcome(by_adaptive_steps(interpolated), torch.float64)[0].float()
     assert relative_errors(outcome(function, torch.float32)[:1], [wanted])[0] < 2e-2
 
@@ -109,7 +109,7 @@ def test_an_index_before_and_behind_the_loop():
             y = y + dt * torch.tanh(y @ W.to(y))
         return y * u[..., i, :]
 
-    function = torch.compile(rampde_fx.mixed_precision(flow), **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(flow, dtype=torch.float16), **OURS)
     wanted = [value.float() for value in outcome(flow, torch.float64)]
     assert max(relative_errors(outcome(function, torch.float32), wanted)) < 2.5e-3
 
@@ -123,6 +123,6 @@ def test_slices_and_masks_are_read_as_they_were():
             y = y + dt * (torch.tanh(y[:, rows]) + torch.where(mask[:, None], u[k], u[1:5, ...]))
         return y
 
-    function = torch.compile(rampde_fx.mixed_precision(flow), fullgraph=True, **OURS)
+    function = torch.compile(rampde_fx.mixed_precision(flow, dtype=torch.float16), fullgraph=True, **OURS)
     wanted = [value.float() for value in outcome(flow, torch.float64)]
     assert max(relative_errors(outcome(function, torch.float32), wanted)) < 2.5e-3

@@ -84,7 +84,7 @@ def test_equal_batch_sums_without_fullgraph():
     model = Shifted()
     plain = copy.deepcopy(model)
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
-    function = torch.compile(rampde_fx.mixed_precision(model), backend="rampde_fx")
+    function = torch.compile(rampde_fx.mixed_precision(model, dtype=torch.float16), backend="rampde_fx")
     errors = relative_errors(gradients(function, model, y, t), gradients(plain, plain, y, t))
     assert max(errors) < 2.5e-3, errors
 
@@ -106,7 +106,7 @@ def test_one_compilation_serves_all_batch_sizes():
 
 
 def test_the_name_of_the_backend_is_enough_and_inductor_is_the_default():
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def double(y, t):
         for _, dt in rampde_fx.steps(t):
             y = y + dt * y
@@ -160,7 +160,7 @@ def test_the_cpp_wrapper_calls_the_same_kernels():
     model, other = Euler(), Euler()
     other.load_state_dict(model.state_dict())
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
-    marked = rampde_fx.mixed_precision(other)
+    marked = rampde_fx.mixed_precision(other, dtype=torch.float16)
     wrapped = torch.compile(marked, backend="rampde_fx", options={"cpp_wrapper": True}, fullgraph=True)
     if torch.__version__ < TorchVersion("2.13"):
         with pytest.raises(PolicyError, match="cpp_wrapper was asked for"):

@@ -276,7 +276,9 @@ def test_more_marked_models_than_the_recompile_limit():
 
 
 def test_a_loop_beyond_the_recompile_limit_is_said():
-    function = torch.compile(rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "aot_eager"})
+    function = torch.compile(
+        rampde_fx.mixed_precision(Euler(), dtype=torch.float16), backend="rampde_fx", options={"compiler": "aot_eager"}
+    )
     with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for steps in (1, 2):
@@ -328,7 +330,7 @@ def train_distributed(function, model, y):
 def distributed(model, order, **buckets):
     if order == "compiled inside":
         return DistributedDataParallel(compiled(model, torch.float16), **buckets)
-    wrapped = DistributedDataParallel(rampde_fx.mixed_precision(model), **buckets)
+    wrapped = DistributedDataParallel(rampde_fx.mixed_precision(model, dtype=torch.float16), **buckets)
     return torch.compile(wrapped, backend="rampde_fx", options={"compiler": "aot_eager"})
 
 

@@ -182,7 +182,9 @@ def test_a_pass_that_breaks_a_loop_is_named(monkeypatch):
     first, *rest = backend.STEP_PASSES
     monkeypatch.setattr(backend, "STEP_PASSES", Pipeline(first, forgetful, *rest))
     with pytest.raises(RewriteError, match="the pass forgetful leaves a loop that is not whole"):
-        rampde_fx.explain(rampde_fx.mixed_precision(Midpoint()), torch.randn(4, 5), torch.linspace(0, 1, 5))
+        rampde_fx.explain(
+            rampde_fx.mixed_precision(Midpoint(), dtype=torch.float16), torch.randn(4, 5), torch.linspace(0, 1, 5)
+        )
 
 
 def test_a_pass_that_fails_is_named(monkeypatch):
@@ -191,4 +193,6 @@ def test_a_pass_that_fails_is_named(monkeypatch):
 
     monkeypatch.setattr(backend, "STEP_PASSES", Pipeline(failing, *backend.STEP_PASSES))
     with pytest.raises(RewriteError, match="the pass failing failed by KeyError"):
-        rampde_fx.explain(rampde_fx.mixed_precision(Midpoint()), torch.randn(4, 5), torch.linspace(0, 1, 5))
+        rampde_fx.explain(
+            rampde_fx.mixed_precision(Midpoint(), dtype=torch.float16), torch.randn(4, 5), torch.linspace(0, 1, 5)
+        )

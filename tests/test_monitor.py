@@ -66,7 +66,7 @@ def test_entries_that_become_zero():
     """Unscaled in float16: the cotangents of the last step of Euler's method, h = 1 / 4, at a loss of 2^-24 w y."""
     weights = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 64.0])
 
-    @rampde_fx.mixed_precision(policy=PrecisionPolicy(scaling="none"))
+    @rampde_fx.mixed_precision(policy=PrecisionPolicy(torch.float16, scaling="none"))
     def run(y, t):
         for _, dt in rampde_fx.steps(t):
             y = y + dt * torch.sin(y)

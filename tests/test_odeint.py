@@ -345,7 +345,13 @@ BAD = {
 def test_bad_input_is_refused_by_name(case, as_compiled):
     """What Dynamo meets before there is a graph has, under fullgraph, its text inside of Dynamo's own error."""
     kind, message, changed = BAD[case]
-    given = {"func": lambda t, y: -y, "y0": Y, "t": T, "method": "rk4", "policy": rampde_fx.PrecisionPolicy()}
+    given = {
+        "func": lambda t, y: -y,
+        "y0": Y,
+        "t": T,
+        "method": "rk4",
+        "policy": rampde_fx.PrecisionPolicy(torch.float16),
+    }
     arguments = {**given, **changed}
 
     def solve():

@@ -96,7 +96,7 @@ class TestPasses(TestCase):
         loop = through(marked)
         assert [marker.args[1] for marker in loop.markers] == [0, 1, 2]
         assert [len(nodes) for nodes in loop.iterations] == [8, 8, 8] and loop.differentiated
-        assert loop.policy == rampde_fx.PrecisionPolicy()
+        assert loop.policy == rampde_fx.PrecisionPolicy(torch.float16)
 
     def test_match_iterations(self):
         run = through(lambda graph_module: match_iterations(marked(graph_module)))

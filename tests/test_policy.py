@@ -70,10 +70,14 @@ def test_the_policies_of_random_models_are_read_back_from_their_text():
 @pytest.mark.parametrize(
     ("made", "text"),
     [
-        (PrecisionPolicy(), "float16"),
+        (PrecisionPolicy(), "auto"),
+        (PrecisionPolicy(checkpoint="none"), "auto, checkpoint=none"),
         (PrecisionPolicy(torch.float32, loop="scan"), "float32, loop=scan"),
-        (PrecisionPolicy(storage=torch.float8_e4m3fn, checkpoint=8), "float16, storage=float8_e4m3fn, checkpoint=8"),
-        (PrecisionPolicy(scaling=AdjointScaling()), "float16, scaling=AdjointScaling()"),
+        (
+            PrecisionPolicy(torch.float16, storage=torch.float8_e4m3fn, checkpoint=8),
+            "float16, storage=float8_e4m3fn, checkpoint=8",
+        ),
+        (PrecisionPolicy(torch.float16, scaling=AdjointScaling()), "float16, scaling=AdjointScaling()"),
         (
             PrecisionPolicy(torch.bfloat16, scaling=AdjointScaling(0.5, 2), accumulation="compensated"),
             "bfloat16, scaling=AdjointScaling(target=0.5, max_attempts=2), accumulation=compensated",
@@ -147,15 +151,18 @@ def test_a_command_line_takes_it(capsys):
 
 def test_policies_of_one_effect_have_one_name():
     same = [
-        PrecisionPolicy(),
-        PrecisionPolicy(storage=torch.float16, scaling="dynamic"),
-        PrecisionPolicy(storage_scaling="none", scaling=AdjointScaling()),
+        PrecisionPolicy(torch.float16),
+        PrecisionPolicy(torch.float16, storage=torch.float16, scaling="dynamic"),
+        PrecisionPolicy(torch.float16, storage_scaling="none", scaling=AdjointScaling()),
     ]
     assert {label(made) for made in same} == {"float16"}
     assert {made.filled_in() for made in same} == {same[0].filled_in()}
     low = PrecisionPolicy(torch.bfloat16, scaling=AdjointScaling(), storage=torch.float8_e4m3fn)
     assert label(low) == label(low.filled_in()) == "bfloat16, storage=float8_e4m3fn, scaling=dynamic"
-    assert label(PrecisionPolicy(scaling=AdjointScaling(1.0))) == "float16, scaling=AdjointScaling(target=1.0)"
+    assert (
+        label(PrecisionPolicy(torch.float16, scaling=AdjointScaling(1.0)))
+        == "float16, scaling=AdjointScaling(target=1.0)"
+    )
 
 
 def test_the_fields_are_those_that_a_user_gives():
@@ -307,7 +314,7 @@ def test_what_cannot_be_called_has_no_policy_to_ask_for(target):
 
 
 def test_a_policy_is_read_back_as_it_was_given():
-    given = PrecisionPolicy(storage=torch.float16, scaling=AdjointScaling())
+    given = PrecisionPolicy(torch.float16, storage=torch.float16, scaling=AdjointScaling())
     for target in (Euler(), flow):
         marked = rampde_fx.mixed_precision(target, policy=given)
         assert policy_of(marked) == given != PrecisionPolicy()
@@ -323,7 +330,7 @@ def marked_twice(target):
     [
         lambda: marked_twice(flow),
         marked_twice(type("Twice", (Euler,), {"forward": Euler.forward})),
-        lambda: rampde_fx.mixed_precision(Marked()),
+        lambda: rampde_fx.mixed_precision(Marked(), dtype=torch.float16),
         lambda: marked_twice(Euler()),
     ],
     ids=["function", "class", "instance of a marked class", "instance"],
@@ -338,7 +345,11 @@ def test_the_repr_of_a_marked_module_shows_its_policy():
     for model in (Marked(), Below(), marked_instance(), copy.deepcopy(marked_instance())):
         assert repr(model).count("mixed_precision") == 1 and line in repr(model)
         assert repr(model).replace(line, "\n") == repr(Euler()).replace("Euler", type(model).__name__)
-    for model in (Euler(), Overriding(), rampde_fx.mixed_precision(WithMethod())._unmarked_class()):
+    for model in (
+        Euler(),
+        Overriding(),
+        rampde_fx.mixed_precision(WithMethod(), dtype=torch.float16)._unmarked_class(),
+    ):
         assert "mixed_precision" not in repr(model)
     assert line.strip() in repr(torch.compile(marked_instance()))
 

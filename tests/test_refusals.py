@@ -106,7 +106,9 @@ def test_state_that_changes_shape():
 def test_state_whose_first_step_alone_changes_its_shape_is_fine():
     model = BroadcastAtFirst()
     assert torch.allclose(compiled(model, torch.float32)(Y, T), model(Y, T), rtol=1e-6)
-    assert [loop.steps for loop in rampde_fx.explain(rampde_fx.mixed_precision(model), Y, T).loops] == [1, 2]
+    assert [
+        loop.steps for loop in rampde_fx.explain(rampde_fx.mixed_precision(model, dtype=torch.float16), Y, T).loops
+    ] == [1, 2]
 
 
 @pytest.mark.parametrize("points", [2, 4])
@@ -161,7 +163,7 @@ def test_loop_under_autocast():
 def test_loop_inside_a_functional_transform():
     velocity = Velocity()
 
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def divergence(y, t):
         def flow(y):
             for t_i, dt in rampde_fx.steps(t):
@@ -236,13 +238,15 @@ def test_scaling(settings):
 
 def test_target_of_mixed_precision():
     with pytest.raises(errors.PolicyError, match="Module class"):
-        rampde_fx.mixed_precision(3)
+        rampde_fx.mixed_precision(3, dtype=torch.float16)
     with pytest.raises(errors.PolicyError, match="either"):
-        rampde_fx.mixed_precision(Euler(), dtype=torch.bfloat16, policy=rampde_fx.PrecisionPolicy())
+        rampde_fx.mixed_precision(Euler(), dtype=torch.bfloat16, policy=rampde_fx.PrecisionPolicy(torch.float16))
 
 
 def test_options():
-    function = torch.compile(rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "gcc"})
+    function = torch.compile(
+        rampde_fx.mixed_precision(Euler(), dtype=torch.float16), backend="rampde_fx", options={"compiler": "gcc"}
+    )
     with pytest.raises(errors.PolicyError, match="gcc"):
         function(Y, T)
 

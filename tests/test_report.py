@@ -175,7 +175,7 @@ def test_flops_are_those_of_the_products():
 
 def test_one_checkpointed_loop_after_another():
     """What the second one reads is no input of the model, and has no name that the user gave it."""
-    flow = rampde_fx.mixed_precision(Midpoint())
+    flow = rampde_fx.mixed_precision(Midpoint(), dtype=torch.float16)
 
     def twice(y, t):
         return checkpoint(flow, checkpoint(flow, y, t, use_reentrant=False), t, use_reentrant=False)
@@ -208,7 +208,10 @@ def test_code_printed_late_is_what_the_pass_returned(monkeypatch):
 def test_the_logs_name_each_pass_in_order(caplog):
     with caplog.at_level(logging.DEBUG, logger="rampde_fx"):
         model = torch.compile(
-            rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True
+            rampde_fx.mixed_precision(Euler(), dtype=torch.float16),
+            backend="rampde_fx",
+            options={"compiler": "eager"},
+            fullgraph=True,
         )
         model(torch.zeros(3, 5), torch.linspace(0, 1, 5))
     records = [record for record in caplog.records if record.name == "rampde_fx.ir.pass_log"]
@@ -227,7 +230,7 @@ def test_without_a_reader_no_graph_is_printed(monkeypatch, caplog):
 
 
 def flow():
-    return rampde_fx.mixed_precision(Euler())
+    return rampde_fx.mixed_precision(Euler(), dtype=torch.float16)
 
 
 def run(arguments, **settings):
@@ -302,7 +305,7 @@ def changes_shape(y, t):
 def test_explain_takes_arguments_of_several_tensors():
     """What a Module or a tuple among the arguments holds keeps names of its own."""
 
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def integrate(velocity, pair, t):
         y, z = pair
         for t_i, dt in rampde_fx.steps(t):
@@ -325,7 +328,7 @@ def test_of_a_loop_with_an_operator_that_writes():
 
     count, w = torch.zeros(()), torch.randn(6, 6)
 
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def flow(y, t):
         for _, dt in rampde_fx.steps(t):
             count_up(count)

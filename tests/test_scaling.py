@@ -116,7 +116,7 @@ def test_target_of_a_convolution_leaves_room_for_its_weight_gradient():
     y, t = 1 + torch.rand(64, 2, 32, 32), torch.linspace(0, 1, 4)
     model = Convolution()
     wanted = gradients(model, model, y, t)
-    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Convolution()), y, t).loops
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Convolution(), dtype=torch.float16), y, t).loops
     assert loop.target == 2.0**-2  # 2^14 / (64 * 32 * 32)
     counted()
     got = gradients(compiled(model, torch.float16), model, y, t)

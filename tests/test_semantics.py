@@ -257,7 +257,7 @@ def test_agrees_with_eager(function):
         gradients(compiled(model, torch.float32), model, y, t), gradients(reference, reference, y, t)
     )
     assert max(errors) < 1e-6, errors
-    report = rampde_fx.explain(rampde_fx.mixed_precision(reference), y, t)
+    report = rampde_fx.explain(rampde_fx.mixed_precision(reference, dtype=torch.float16), y, t)
     assert sum(loop.evaluations for loop in report.loops) > 0
     for loop in report.loops:
         products = [
@@ -405,7 +405,7 @@ def test_a_state_that_overflows_where_it_is_stored_is_loud():
 def test_a_graph_break_in_the_loop_is_said():
     velocity = Velocity()
 
-    @rampde_fx.mixed_precision
+    @rampde_fx.mixed_precision(dtype=torch.float16)
     def flow(y, t):
         for t_i, dt in steps(t):
             y = y + dt * velocity(t_i, y)

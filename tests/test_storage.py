@@ -30,7 +30,7 @@ def test_saved_bytes_are_one_state_per_step_in_the_storage_dtype(dtype):
 
 
 def test_explain_reports_what_is_measured():
-    model = rampde_fx.mixed_precision(RK4(dim=16, width=32))
+    model = rampde_fx.mixed_precision(RK4(dim=16, width=32), dtype=torch.float16)
     y, t = torch.randn(64, 16), torch.linspace(0, 1, 9)
     (loop,) = rampde_fx.explain(model, y, t).loops
     assert loop.steps == 8 and loop.evaluations == 4 and loop.emitted == "scan"
@@ -44,7 +44,9 @@ def test_explain_reports_what_is_measured():
 
 
 def test_explain_names_unequal_iterations():
-    report = rampde_fx.explain(rampde_fx.mixed_precision(Uneven()), torch.randn(3, 5), torch.linspace(0, 1, 4))
+    report = rampde_fx.explain(
+        rampde_fx.mixed_precision(Uneven(), dtype=torch.float16), torch.randn(3, 5), torch.linspace(0, 1, 4)
+    )
     assert [loop.steps for loop in report.loops] == [1, 1, 1]
     assert all("differ" in str(loop) for loop in report.loops)
 
@@ -57,7 +59,7 @@ def narrow(factor):
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_matrix_products_are_low_and_states_are_not(form):
-    model = rampde_fx.mixed_precision(form())
+    model = rampde_fx.mixed_precision(form(), dtype=torch.float16)
     for loop in rampde_fx.explain(model, torch.randn(16, model.dim), torch.linspace(0, 1, 5)).loops:
         assert loop.evaluations > 0
         for module in (loop.step, loop.adjoint):
@@ -78,7 +80,9 @@ def test_matrix_products_are_low_and_states_are_not(form):
 
 def test_a_changed_batch_size_compiles_again_at_most_once():
     counter = CompileCounterWithBackend("rampde_fx")
-    model = torch.compile(rampde_fx.mixed_precision(Midpoint()), backend=with_aot_eager(counter), fullgraph=True)
+    model = torch.compile(
+        rampde_fx.mixed_precision(Midpoint(), dtype=torch.float16), backend=with_aot_eager(counter), fullgraph=True
+    )
     for batch in (16, 12, 7, 33):
         y = torch.randn(batch, 5, requires_grad=True)
         model(y, torch.linspace(0, 1, 5)).sum().backward()

@@ -17,7 +17,7 @@ from torch import nn
 from rampde_fx.errors import PolicyError, TimeGridError, refuse
 from rampde_fx.frontend import unrewritten
 from rampde_fx.frontend.unrewritten import Target
-from rampde_fx.policy import DTYPES, MONITORED, PrecisionPolicy
+from rampde_fx.policy import DTYPES, MONITORED, Auto, PrecisionPolicy
 from rampde_fx.runtime import operators
 from rampde_fx.runtime.monitoring import open_here
 from rampde_fx.torch_private import dynamo
@@ -279,12 +279,14 @@ def policy_of(target: Callable[..., Any]) -> PrecisionPolicy | None:
 
 @overload
 def mixed_precision(
-    target: None = None, /, *, dtype: torch.dtype | None = ..., policy: PrecisionPolicy | None = ...
+    target: None = None, /, *, dtype: torch.dtype | Auto | None = ..., policy: PrecisionPolicy | None = ...
 ) -> Callable[[T], T]: ...
 @overload
-def mixed_precision(target: T, /, *, dtype: torch.dtype | None = ..., policy: PrecisionPolicy | None = ...) -> T: ...
 def mixed_precision(
-    target: Any = None, /, *, dtype: torch.dtype | None = None, policy: PrecisionPolicy | None = None
+    target: T, /, *, dtype: torch.dtype | Auto | None = ..., policy: PrecisionPolicy | None = ...
+) -> T: ...
+def mixed_precision(
+    target: Any = None, /, *, dtype: torch.dtype | Auto | None = None, policy: PrecisionPolicy | None = None
 ) -> Any:
     """Mark a model, so that the rampde_fx backend rewrites its marked loops in mixed precision.
 
@@ -295,8 +297,9 @@ def mixed_precision(
         target: A Module class, a Module instance or a function. A class and an instance are marked in place and
             returned (their parameters, state_dict keys and isinstance relations stay; an instance that is marked again
             takes the new policy); for a function a marked one is returned. Without a target, a decorator is returned.
-        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype); float16 where
-            None, without a policy.
+        dtype: Dtype of the velocity evaluations, short for policy=PrecisionPolicy(velocity=dtype). Without it, and
+            without a policy, it is "auto": bfloat16 on a CPU that multiplies in it, float32 on any other CPU, float16
+            on CUDA, chosen when a loop is compiled.
         policy: The whole policy, instead of dtype.
 
     Returns:

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from rampde_fx.errors import CounterError, FullPrecisionWarning, raising
+from rampde_fx.runtime import phase_log
 from rampde_fx.torch_private import dynamo, side_effects
 
 BACKEND = "rampde_fx"  # key of a graph's meta: whether the rewrite, or the whole backend, has taken it
@@ -75,6 +76,7 @@ def loop_is_captured(target: Target | None) -> None:
     _met.update(notes.get("entered", ()))
     notes.setdefault("loops", []).append(dynamo.captured_line())
     notes["open"] = [side_effects.numbers_kept()]
+    notes["begun"] = [phase_log.now()]
 
 
 def loop_ends(*, once: bool) -> None:
@@ -84,6 +86,8 @@ def loop_ends(*, once: bool) -> None:
     finds another number in a module at the next call, it compiles anew.
     """
     notes = dynamo.notes_of_capture(_after_backend)
+    if begun := notes.pop("begun", []):
+        phase_log.tell_done("{}:{}".format(*notes["loops"][-1]), "captured", begun[0])
     opened = notes.pop("open", [])
     before: dict[Any, Any] = opened[0] if opened else {}
     for (owner, name), number in side_effects.numbers_kept().items():

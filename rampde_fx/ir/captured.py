@@ -36,6 +36,7 @@ class MarkedLoop:
         iterations: The nodes between two markers, one list per iteration, in graph order.
         differentiated: Whether gradients are on where the loop stands.
         monitored: Whether a monitor was open where it was captured.
+        notes: Sentences for the report.
     """
 
     policy: PrecisionPolicy
@@ -44,6 +45,7 @@ class MarkedLoop:
     iterations: list[list[fx.Node]]
     differentiated: bool
     monitored: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def once(self) -> bool:

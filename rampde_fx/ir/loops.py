@@ -193,7 +193,7 @@ class LoweredLoop(PartitionedLoop):
     @property
     def stays_wide(self) -> bool:
         """Whether nothing is evaluated in the half precision that its policy asks for."""
-        return self.policy.velocity.itemsize < 4 and self.low_operations == 0
+        return self.policy.dtype.itemsize < 4 and self.low_operations == 0
 
     @property
     def evaluations_per_step(self) -> int:

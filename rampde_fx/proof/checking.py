@@ -142,6 +142,11 @@ class _Prepared:
     alone: Callable[..., Any] | None = None
     refusal: RampdeError | None = None
 
+    @property
+    def chosen(self) -> PrecisionPolicy:
+        """The policy with the dtype that the first loop took, where it leaves that to the device."""
+        return replace(self.policy, velocity=self.reports[0].policy.dtype) if self.reports else self.policy
+
 
 class _Check:
     """The comparison of one call: prepared while the graph is captured, made afterwards."""
@@ -191,8 +196,8 @@ class _Check:
 
     def _structures(self, accepted: list[_Prepared]) -> Iterator[PrecisionPolicy]:
         """The policies in float64 whose structure is checked."""
-        yield from (verification.in_float64(prepared.policy) for prepared in accepted)
-        first = verification.in_float64(accepted[0].policy)
+        yield from (verification.in_float64(prepared.chosen) for prepared in accepted)
+        first = verification.in_float64(accepted[0].chosen)
         if any(loop.emitted == "unroll" for loop in accepted[0].reports):
             yield replace(first, loop="scan")
         if all(loop.steps is not None and loop.steps <= MOST_UNROLLED for loop in accepted[0].reports):

@@ -107,7 +107,7 @@ class LoopReport:
             ("steps", f"{self.steps or 'known at run time'}, emitted as {self.emitted}"),
             *([("captured", self.captured)] if self.captured else []),
             ("carries", ", ".join(self.carries)),
-            ("velocity", f"{self.evaluations} evaluations per step in {short(self.policy.velocity)}"),
+            ("velocity", f"{self.evaluations} evaluations per step in {short(self.policy.dtype)}"),
             ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),
             ("accumulation", self.policy.accumulation),
             ("checkpointing", self._checkpointing()),

@@ -99,8 +99,9 @@ def odeint(
     if steps_adapt:
         asks_status = _asks_status(given)
         text, dtype = marking.policy_in_force(policy), str(real_dtype(leaves[0].dtype))
-        rtol = default_tolerance("rtol", text, dtype) if rtol is None else rtol
-        atol = default_tolerance("atol", text, dtype) if atol is None else atol
+        device = leaves[0].device.type
+        rtol = default_tolerance("rtol", text, dtype, device) if rtol is None else rtol
+        atol = default_tolerance("atol", text, dtype, device) if atol is None else atol
         controller, first_size = controller_of(given, tableau, rtol, atol)
         trajectories, status = adaptive_steps(
             tableau, velocity, leaves, t, controller, first_size, policy, raises=not asks_status
@@ -176,15 +177,15 @@ def _check_policy(policy: PrecisionPolicy | None) -> None:
 
 
 @dynamo.constant
-def default_tolerance(name: str, policy: str, dtype: str) -> float:
-    """The default of rtol or atol: what the coarser of a policy's velocity and a state's dtype can reach.
+def default_tolerance(name: str, policy: str, dtype: str, device: str) -> float:
+    """The default of rtol or atol: what the coarser of a policy's velocity and a state's dtype can reach on a device.
 
-    >>> default_tolerance("rtol", str(PrecisionPolicy(torch.float16)), "torch.float32")
+    >>> default_tolerance("rtol", str(PrecisionPolicy(torch.float16)), "torch.float32", "cpu")
     0.001
     """
     dtypes = [getattr(torch, dtype.removeprefix("torch."))]
     if text := policy.removeprefix(MONITORED):
-        dtypes.append(PrecisionPolicy.parse(text).velocity)
+        dtypes.append(PrecisionPolicy.parse(text).chosen_for(device).dtype)
     rtol = max(REACHED[reached] for reached in dtypes)
     return rtol if name == "rtol" else rtol / 100
 

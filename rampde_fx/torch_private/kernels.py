@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 
 from rampde_fx.torch_private.names import Names
 
-_torch = Names({"torch": "_foreach_copy_", "torch._C": "_AutoDispatchBelowAutograd"})
+_torch = Names(
+    {
+        "torch": "_foreach_copy_",
+        "torch._C": "_AutoDispatchBelowAutograd",
+        "torch.cpu": "_is_amx_tile_supported _is_avx512_bf16_supported",
+    }
+)
 _cuda = Names({"torch._C": "_cuda_clearCublasWorkspaces"}, everywhere=False)
 
 
@@ -41,3 +48,13 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
     }
     return torch.backends.mkldnn.is_available() and low[dtype]()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies in bfloat16: by AVX512-BF16, AMX, or Arm's instructions.
+
+    cpu_multiplies asks less of an x86 CPU: with AVX512 alone, oneDNN widens the factors.
+    """
+    if platform.machine() in ("aarch64", "arm64"):
+        return cpu_multiplies(torch.bfloat16)
+    return _torch._is_avx512_bf16_supported() or _torch._is_amx_tile_supported()

@@ -19,7 +19,8 @@ from torch import fx
 from rampde_fx.errors import CheckError, RampdeError, RewriteMismatchError
 from rampde_fx.frontend import marking
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import is_marker
+from rampde_fx.ir.captured import begins_loop, is_marker
+from rampde_fx.ir.chosen import policy_at
 from rampde_fx.ir.loops import Loop
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.runtime import counts, random_state
@@ -43,7 +44,9 @@ def change_policies(
     *,
     monitored: bool = False,
 ) -> None:
-    """Change the policy of every marker of a captured graph, in place; a marker without one counts as the default.
+    """Change the policy of every marker of a captured graph, in place.
+
+    A marker without one counts as float16; a dtype that is left to the device is chosen before.
 
     Args:
         graph_module: The captured graph.
@@ -51,8 +54,9 @@ def change_policies(
         monitored: Whether monitors watch the loops from now on.
     """
     for marker in filter(is_marker, graphs.all_nodes(graph_module)):
-        told = str(marker.args[-1]).removeprefix(MONITORED)
-        policy = PrecisionPolicy.parse(told) if told else PrecisionPolicy()
+        if begins_loop(marker):
+            told = str(marker.args[-1]).removeprefix(MONITORED)
+            policy = policy_at(marker)[0] if told else PrecisionPolicy(torch.float16)
         marker.args = (*marker.args[:-1], (MONITORED if monitored else "") + change(policy).encoded)
 
 
