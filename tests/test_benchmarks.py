@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.benchmarks import __main__ as command
 from tests.benchmarks import cases, contenders, measure
 
 COMMAND = [
@@ -37,6 +38,7 @@ def test_a_case_is_measured_and_what_does_not_run_is_named(tmp_path):
     assert result["saved_bytes"] > 0 and result["gradient_difference"] == 0
     assert "more than 1 unrolled steps" in case["skipped"]["torch.compile float32"]
     assert "Not run:" in text and "torch 2." in text and "| eager float32 |" in text
+    assert "arithmetic for" in report["device"] and "arithmetic for" in text
 
 
 def test_a_sweep_is_measured_and_drawn(tmp_path):
@@ -49,6 +51,21 @@ def test_a_sweep_is_measured_and_drawn(tmp_path):
 def test_an_unknown_case_is_refused():
     found = subprocess.run([*COMMAND, "--cases", "nothing"], check=False, capture_output=True, text=True)
     assert found.returncode == 2 and "no nothing; there are cnf" in found.stderr
+
+
+def test_the_table_of_the_readme_has_four_rows_small_and_large():
+    options = command.parse(["--readme"])
+    assert [case.sizes["width"] for case in options.known] == [64, 512]
+    for case in options.known:
+        rows = contenders.taking_part(case, quick=False, readme=True)
+        assert {row.name for row in rows} == contenders.README and rows[0].name == contenders.BASELINE
+        assert len(rows) == 4 and not any(row.absent(case, "cpu", options.longest_unrolled) for row in rows)
+
+
+def test_names_of_contenders_are_names():
+    names = [contender.name for contender in contenders.ALL]
+    some = {contenders.BASELINE, *contenders.QUICK, *contenders.README, *set().union(*contenders.QUICK_MORE.values())}
+    assert len(names) == len(set(names)) and some <= set(names)
 
 
 @pytest.mark.parametrize("case", cases.QUICK, ids=lambda case: case.name)

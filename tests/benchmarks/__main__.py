@@ -1,6 +1,7 @@
 """Speed and memory of a training step, side by side with other packages.
 
 python -m tests.benchmarks --device cpu --quick             # five minutes on two cores
+python -m tests.benchmarks --device cpu --readme            # the four rows of the README, small and large, ten minutes
 python -m tests.benchmarks --device cuda --jobs 4           # the cases of a GPU
 python -m tests.benchmarks --device cpu --scaling           # time and memory against steps, batch and width, drawn
 
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rampde_fx.torch_private import kernels
 from tests.benchmarks import scaling, tables
-from tests.benchmarks.cases import FULL, resized
+from tests.benchmarks.cases import FULL, README, resized
 from tests.benchmarks.cases import QUICK as QUICK_CASES
 from tests.benchmarks.contenders import ALL, BASELINE, taking_part
 from tests.benchmarks.turns import run_case
@@ -59,7 +61,14 @@ def surroundings(options: argparse.Namespace) -> dict[str, Any]:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {os.cpu_count()} cores, {_arithmetic()}"
+
+
+def _arithmetic() -> str:
+    """The low dtypes in which the CPU multiplies."""
+    has = {"bfloat16": kernels.cpu_has_bfloat16(), "float16": kernels.cpu_multiplies(torch.float16)}
+    found = [dtype for dtype, supported in has.items() if supported]
+    return f"arithmetic for {' and '.join(found)}" if found else "no arithmetic for bfloat16 or float16"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -69,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small cases, fewer contenders")
+    parser.add_argument("--readme", action="store_true", help="one flow, small and large, the contenders of the README")
     parser.add_argument("--scaling", action="store_true", help="sweep steps, batch and width instead")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="by name; default all")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="by name; default all, or the quick ones")
@@ -88,6 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU")
     # Sweeps on a CPU begin at the sizes of the small cases.
     options.known = QUICK_CASES if options.quick or (options.scaling and options.device == "cpu") else FULL
+    options.known = README if options.readme else options.known
     known = [case.name for case in options.known]
     names = [contender.name for contender in ALL]
     for option, given, allowed in (("cases", options.cases, known), ("contenders", options.contenders, names)):
@@ -105,13 +116,16 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     report = surroundings(options)
-    name = f"{options.device}{'-quick' if options.quick else ''}{'-scaling' if options.scaling else ''}"
+    kinds = [kind for kind in ("quick", "readme", "scaling") if getattr(options, kind)]
+    name = "-".join([options.device, *kinds])
     if options.scaling:
         report |= scaling.sweep(options, cases)
         scaling.draw(report, options.out / f"{name}.png")
         text = scaling.table(report)
     else:
-        chosen = [taking_part(case, quick=options.quick, names=options.contenders) for case in cases]
+        chosen = [
+            taking_part(case, quick=options.quick, readme=options.readme, names=options.contenders) for case in cases
+        ]
         with tqdm(total=sum(map(len, chosen)), unit="contender", disable=None) as progress:
             report["baseline"] = BASELINE
             report["cases"] = [

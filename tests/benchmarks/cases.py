@@ -215,6 +215,7 @@ def _attention(name: str, width: int, heads: int, length: int, batch: int, steps
 
 FULL = (
     _density("cnf", width=128, batch=1024, steps=128),
+    *(_density(f"cnf-{width}", width=width, batch=512, steps=16) for width in (512, 1024)),
     *(
         _potential(f"otflow-{width}-{batch}", dim=63, width=width, batch=batch, steps=16)
         for width in (512, 1024)
@@ -228,6 +229,11 @@ QUICK = (
     _potential("otflow", dim=8, width=64, batch=64, steps=8),
     _convolutional("conv", width=8, size=16, batch=4),
     _attention("attention", width=32, heads=4, length=32, batch=4, steps=8),
+)
+# One flow where operations are small, and where products rule.
+README = (
+    _density("cnf-64", width=64, batch=128, steps=16),
+    _density("cnf-512", width=512, batch=512, steps=16),
 )
 
 
