@@ -6,10 +6,10 @@ After:   y_T = autograd_function_apply(forward, backward, y_0, t, dt, w)
          backward:  repeat: a_0, dw = scan(adjoint, (a_T, 0), N - 1 ... 0, (stored, dt, w)) at a lower target,
                     until the gradients are finite or the attempts are used up
 
-Weight casts and whatever else depends on invariants alone leave the scans' bodies: they run once per call. Gradients
-of invariants are accumulated in the invariants' dtype. Where no gradient is wanted only the forward's scan is emitted,
-and nothing is stored. The overflow flag is read once per attempt, on the host; an incoming cotangent that is not
-finite passes through and is not tried again.
+Weight casts and what else depends on invariants alone leave the scans' bodies: they run once per call, and once more
+in the backward. Gradients of invariants are accumulated in their dtype. Where no gradient is wanted only the forward's
+scan is emitted, and nothing is stored. The overflow flag is read once per attempt, on the host; an incoming cotangent
+that is not finite passes through and is not tried again.
 
 Where the policy asks for segments of K steps, both scans are nested: rampde_fx/emit/segments.py.
 

@@ -26,7 +26,7 @@ FP16 = [PrecisionPolicy(torch.float16)]
 
 
 def verified(model, compiler="eager", **policy):
-    marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(**policy))
+    marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(**{"velocity": torch.float16, **policy}))
     return torch.compile(marked, backend="rampde_fx", options={"compiler": compiler, "verify": True}, fullgraph=True)
 
 

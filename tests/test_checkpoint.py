@@ -49,7 +49,7 @@ def agree(model, dtype, y, t, modes=MODES, **policy):
 
 
 def explained(model, steps, **policy):
-    marked = rampde_fx.mixed_precision(model, policy=rampde_fx.PrecisionPolicy(**policy))
+    marked = rampde_fx.mixed_precision(model, policy=rampde_fx.PrecisionPolicy(**{"velocity": torch.float16, **policy}))
     return rampde_fx.explain(marked, torch.zeros(3, 5, requires_grad=True), torch.linspace(0, 1, steps + 1))
 
 

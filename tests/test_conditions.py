@@ -45,7 +45,9 @@ class Weighted(nn.Module):
 
 
 def explained(function, y, t, **policy):
-    marked = rampde_fx.mixed_precision(function, policy=rampde_fx.PrecisionPolicy(**policy))
+    marked = rampde_fx.mixed_precision(
+        function, policy=rampde_fx.PrecisionPolicy(**{"velocity": torch.float16, **policy})
+    )
     return rampde_fx.explain(marked, y.clone().requires_grad_(), t).loops
 
 

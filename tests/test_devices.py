@@ -31,7 +31,7 @@ def where(request):
 
 def compiled_for(where, model, **policy):
     device, mode = where
-    marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(**policy))
+    marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(**{"velocity": torch.float16, **policy}))
     if device.type == "cpu":
         return torch.compile(marked, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
     return torch.compile(marked, backend="rampde_fx", mode=mode, fullgraph=True)

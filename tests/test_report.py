@@ -24,7 +24,7 @@ VOID = {"meta"}
 
 
 def explained(form, **policy):
-    model = rampde_fx.mixed_precision(form(), policy=rampde_fx.PrecisionPolicy(**policy))
+    model = rampde_fx.mixed_precision(form(), policy=rampde_fx.PrecisionPolicy(**{"velocity": torch.float16, **policy}))
     return rampde_fx.explain(model, torch.zeros(3, 5), torch.linspace(0, 1, 5))
 
 
