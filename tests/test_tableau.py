@@ -10,7 +10,16 @@ import torch
 
 from rampde_fx.errors import MethodError, RampdeError, TableauError
 from rampde_fx.solvers.runge_kutta import advance_collecting, interpolate
-from rampde_fx.solvers.tableau import METHODS, ButcherTableau, bracket, density, rooted_trees, tableau_of, vertices
+from rampde_fx.solvers.tableau import (
+    METHODS,
+    PAIRS_OF_ORDER_2,
+    ButcherTableau,
+    bracket,
+    density,
+    rooted_trees,
+    tableau_of,
+    vertices,
+)
 
 
 def embedded(tableau):
@@ -21,7 +30,11 @@ def embedded(tableau):
 
 
 NOT_ADAPTIVE = {"b_error": None, "order_error": None, "interpolant": None}
-ALONE = [*METHODS.values(), *(embedded(tableau) for tableau in METHODS.values() if tableau.adaptive)]
+ALONE = [
+    *METHODS.values(),
+    *(embedded(tableau) for tableau in METHODS.values() if tableau.adaptive),
+    *PAIRS_OF_ORDER_2.values(),
+]
 every_method = pytest.mark.parametrize("tableau", ALONE, ids=lambda tableau: tableau.name)
 
 ORDERS = {
@@ -122,6 +135,18 @@ def test_stages_fsal_and_adaptive():
     assert [name for name, tableau in METHODS.items() if tableau.adaptive] == ["bosh3", "dopri5", "tsit5", "dopri8"]
     # The embedded weights of these do not have the last row of a: their last stage is at another state.
     assert not any(tableau.fsal for tableau in ALONE if tableau.name.endswith("-embedded"))
+
+
+def test_pairs_of_order_2():
+    """Both interpolate by Hermite's cubic; of fehlberg2 the embedded method is the one that shares its last stage."""
+    pairs = PAIRS_OF_ORDER_2.values()
+    assert [(pair.name, pair.order, pair.order_error, pair.stages) for pair in pairs] == [
+        ("adaptive_heun", 2, 1, 2),
+        ("fehlberg2", 2, 1, 3),
+    ]
+    assert all(pair.interpolates and not pair.fsal and pair.source for pair in pairs)
+    assert [pair.name for pair in map(embedded, pairs) if pair.fsal] == ["fehlberg2-embedded"]
+    assert not PAIRS_OF_ORDER_2.keys() & METHODS.keys()
 
 
 def test_frozen_equal_and_pickled():
@@ -244,7 +269,7 @@ def test_which_methods_interpolate():
     assert without.adaptive and not without.interpolates
 
 
-@pytest.mark.parametrize("name", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("name", ["dopri5", "tsit5", "dopri8"])
 def test_an_interpolant_that_is_off_is_found(name):
     tableau = METHODS[name]
     weights = list(tableau.interpolant)
@@ -252,7 +277,9 @@ def test_an_interpolant_that_is_off_is_found(name):
         changed = [*weights[:stage], weights[stage] + 1e-9, *weights[stage + 1 :]]
         with pytest.raises(TableauError, match="not of order 4: the coefficient of x"):
             dataclasses.replace(tableau, interpolant=changed)
-    with pytest.raises(TableauError, match=r"len\(interpolant\) = 7.\n.*one of the velocity at the step's end"):
+    with pytest.raises(
+        TableauError, match=rf"len\(interpolant\) = {tableau.stages}.\n.*one of the velocity at the step's end"
+    ):
         dataclasses.replace(tableau, interpolant=weights[:-1])
     with pytest.raises(TableauError, match="inf in interpolant"):
         dataclasses.replace(tableau, interpolant=[math.inf, *weights[1:]])
@@ -367,12 +394,13 @@ def test_convergence_on_a_nonlinear_problem(tableau):
     assert found == pytest.approx(tableau.order, abs=0.3)
 
 
-@pytest.mark.parametrize("name, order", [("bosh3", 3), ("dopri5", 4), ("tsit5", 4)])
+@pytest.mark.parametrize("name, order", [("bosh3", 3), ("dopri5", 4), ("tsit5", 4), ("dopri8", 4)])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_convergence_of_an_interpolant(name, order, share):
-    """Within one step of size h the error is of h to the order + 1."""
+    """Within one step of size h the error is of h to the order + 1; that of dopri8 is of order 5 at the middle."""
     tableau, found = METHODS[name], []
-    for h in (0.04, 0.02, 0.01):
+    order += name == "dopri8" and share == 0.5
+    for h in (0.16, 0.08, 0.04) if name == "dopri8" else (0.04, 0.02, 0.01):
         t, dt = (torch.tensor(number, dtype=torch.float64) for number in (0.3, h))
 
         def velocity(t, y):

@@ -14,6 +14,8 @@ from rampde_fx.solvers.tableau import ButcherTableau
 
 State = list[torch.Tensor]
 Velocity = Callable[[torch.Tensor, State], State]
+# The time of a stage, from the start and the size of the step and the stage's node.
+NodeTime = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +83,7 @@ def quartic_term(tableau: ButcherTableau, k: list[State]) -> State:
 
 
 def interpolate(
-    tableau: ButcherTableau,
+    tableau: ButcherTableau | None,
     share: torch.Tensor,
     size: torch.Tensor,
     states: tuple[torch.Tensor, torch.Tensor],
@@ -91,7 +93,7 @@ def interpolate(
     """One tensor of the state within steps, in its own dtype.
 
     Args:
-        tableau: The method.
+        tableau: The method, None for Hermite's cubic.
         share: Where in the step, from 0 to 1; of a shape that broadcasts with the states, like size.
         size: The size of the step.
         states: At the start and at the end of the step.
@@ -104,7 +106,7 @@ def interpolate(
     rest, change = 1 - share, end - start
     at_start = size * first - change
     at_end = change - size * last - at_start
-    if quartic is None or tableau.interpolant is None:
+    if quartic is None or tableau is None or tableau.interpolant is None:
         return start + share * (change + rest * (at_start + share * at_end))
     term = size * (quartic + tableau.interpolant[-1] * last)
     return start + share * (change + rest * (at_start + share * (at_end + rest * term)))
@@ -119,6 +121,13 @@ def needed(tableau: ButcherTableau, *weights: Sequence[float]) -> list[bool]:
     return found
 
 
+def stage_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
+    """The time of a stage: t + c dt."""
+    if c == 0:
+        return t
+    return t + dt if c == 1 else t + c * dt
+
+
 def stages(
     tableau: ButcherTableau,
     velocity: Velocity,
@@ -127,6 +136,7 @@ def stages(
     y: State,
     wanted: Sequence[bool],
     first: State | None = None,
+    node_time: NodeTime = stage_time,
 ) -> list[State]:
     """The velocities k_i of the wanted stages, empty states for the others; first is k_1 where it is known."""
     k: list[State] = []
@@ -136,7 +146,7 @@ def stages(
         elif not wanted[i]:
             k.append([])
         else:
-            k.append(velocity(_stage_time(t, dt, tableau.c[i]), combine(y, dt, tableau.a[i], k)))
+            k.append(velocity(node_time(t, dt, tableau.c[i]), combine(y, dt, tableau.a[i], k)))
     return k
 
 
@@ -163,9 +173,3 @@ def _sum(used: list[tuple[float, State]], leaf: int) -> torch.Tensor:
     for term in terms[1:]:
         total = total + term
     return total
-
-
-def _stage_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
-    if c == 0:
-        return t
-    return t + dt if c == 1 else t + c * dt

@@ -318,12 +318,13 @@ def tableau_of(method: str | ButcherTableau) -> ButcherTableau:
             required="a ButcherTableau, or one of " + ", ".join(METHODS),
             fix='use "rk4" for fixed steps, "dopri5" for adaptive ones',
         )
-    return _known(method)
+    return named_tableau(method)
 
 
 @dynamo.constant  # or under dynamic=True Dynamo makes inputs of the weights
-def _known(method: str) -> ButcherTableau:
-    return METHODS[method]
+def named_tableau(name: str) -> ButcherTableau:
+    """The tableau of METHODS or PAIRS_OF_ORDER_2 that has a name."""
+    return METHODS[name] if name in METHODS else PAIRS_OF_ORDER_2[name]
 
 
 _HEUN = (
@@ -624,6 +625,23 @@ _METHODS = (
             0,
         ),
         order_error=7,
+        # Of order 5 at the middle of the step, and of least norm among the weights of which this is true.
+        interpolant=(
+            -1.6821923658322067,
+            0,
+            0,
+            0,
+            0,
+            2.7747989791831325,
+            1.8453194787605733,
+            -4.392013934443482,
+            6.330159505831823,
+            -5.527213952651565,
+            -1.266337920470645,
+            1.9090776098417075,
+            -1.9957987001359236,
+            2.0042012999171717,
+        ),
         source="P. J. Prince, J. R. Dormand, High order embedded Runge-Kutta formulae, J. Comput. Appl. Math. 7, 1981, "
         "67-75; doi 10.1016/0771-050X(81)90010-3",
     ),
@@ -632,3 +650,29 @@ _METHODS = (
 #: The methods that have a name. The names are those of torchdiffeq, except that its "rk4", the 3/8 rule, is "rk4_38"
 #: here.
 METHODS: Mapping[str, ButcherTableau] = MappingProxyType({tableau.name: tableau for tableau in _METHODS})
+
+_PAIRS_OF_ORDER_2 = (
+    ButcherTableau(
+        name="adaptive_heun",
+        order=2,
+        a=((), (1,)),
+        b=(1 / 2, 1 / 2),
+        c=(0, 1),
+        b_error=(0, 1),
+        order_error=1,
+        source=_HEUN + ". Embedded: Euler's method, with the velocity at the end of the step",
+    ),
+    ButcherTableau(
+        name="fehlberg2",
+        order=2,
+        a=((), (1 / 2,), (1 / 256, 255 / 256)),
+        b=(1 / 512, 255 / 256, 1 / 512),
+        c=(0, 1 / 2, 1),
+        b_error=(1 / 256, 255 / 256, 0),
+        order_error=1,
+        source="E. Fehlberg, Low-order classical Runge-Kutta formulas with stepsize control, NASA TR R-315, 1969",
+    ),
+)
+
+#: Pairs that rampde_fx.torchdiffeq alone knows by name. odeint takes the tableau; bosh3 costs less at any tolerance.
+PAIRS_OF_ORDER_2: Mapping[str, ButcherTableau] = MappingProxyType({pair.name: pair for pair in _PAIRS_OF_ORDER_2})
