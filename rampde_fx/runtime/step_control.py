@@ -16,6 +16,7 @@ import torch
 RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL, NOT_FINITE = range(5)
 # How far a step may be stretched so that no sliver is left before the end of an interval.
 STRETCH = 1.01
+OTHERS = 3  # numbers of a Controller behind its tolerances
 
 
 class Controller(NamedTuple):
@@ -28,8 +29,8 @@ class Controller(NamedTuple):
         order: q, the order of the error estimate in the step size.
         max_steps: The most steps that may count; four times as many may be tried.
         rtol: Relative tolerance. Like all that follow a number, or a 0-d tensor: then its value may change from call to
-            call of one compilation.
-        atol: Absolute tolerance.
+            call of one compilation. Of tolerances there may be a list, one for each tensor of the state.
+        atol: Absolute tolerance, a list where rtol is one.
         safety: Factor below 1.
         ifactor: The most that a step may be larger than the one before.
         dfactor: The least that it may be of the one before.
@@ -48,11 +49,21 @@ class Controller(NamedTuple):
 
     def numbers(self, device: torch.device) -> torch.Tensor:
         """What may change from call to call, as one float64 tensor: all but order and max_steps."""
-        return torch.stack([scalar(value, device) for value in self[2:]])
+        tolerances = [*self.rtol, *self.atol] if isinstance(self.rtol, list) else [self.rtol, self.atol]
+        values = [*tolerances, self.safety, self.ifactor, self.dfactor]
+        return torch.stack([scalar(value, device) for value in values])
 
     def with_numbers(self, numbers: torch.Tensor) -> Controller:
         """The controller with these numbers instead of its own."""
-        return Controller(self.order, self.max_steps, *(numbers[i] for i in range(len(self) - 2)))
+        each = [numbers[i] for i in range(numbers.shape[0])]
+        count = (len(each) - OTHERS) // 2
+        rtol, atol = each[:count], each[count : 2 * count]
+        tolerances = (rtol[0], atol[0]) if count == 1 else (rtol, atol)
+        return Controller(self.order, self.max_steps, *tolerances, *each[2 * count :])
+
+    def of_tensor(self, index: int) -> tuple[Any, Any]:
+        """The tolerances of one of the state's tensors."""
+        return (self.rtol[index], self.atol[index]) if isinstance(self.rtol, list) else (self.rtol, self.atol)
 
 
 def scalar(value: float | torch.SymFloat, device: torch.device) -> torch.Tensor:
@@ -170,8 +181,8 @@ def error_norm(
 ) -> torch.Tensor:
     """The largest root mean square, over the tensors of the state, of the error over atol + rtol max(|y|, |y'|)."""
     norms = [
-        _norm(error.abs(), torch.maximum(y.abs(), y_next.abs()), controller)
-        for error, y, y_next in zip(errors, before, after, strict=True)
+        _norm(error.abs(), torch.maximum(y.abs(), y_next.abs()), *controller.of_tensor(i))
+        for i, (error, y, y_next) in enumerate(zip(errors, before, after, strict=True))
         if error.numel()
     ]
     if not norms:
@@ -179,10 +190,10 @@ def error_norm(
     return torch.stack([norm.to(norms[0].dtype) for norm in norms]).amax()
 
 
-def _norm(error: torch.Tensor, height: torch.Tensor, controller: Controller) -> torch.Tensor:
+def _norm(error: torch.Tensor, height: torch.Tensor, rtol: torch.Tensor, atol: torch.Tensor) -> torch.Tensor:
     """The root mean square of the error over atol + rtol height, in float32 at least, without an overflow."""
     dtype = torch.promote_types(error.dtype, torch.float32)
-    rtol, atol = (number.to(dtype) for number in (controller.rtol, controller.atol))
+    rtol, atol = rtol.to(dtype), atol.to(dtype)
     weight = atol + rtol * height.to(dtype)
     ratio = torch.where(error == 0, 0.0, error.to(dtype) / weight)  # atol may be 0 and the state as well
     ratio = torch.where(weight.isfinite(), ratio, torch.inf)

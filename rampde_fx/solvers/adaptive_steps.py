@@ -6,6 +6,7 @@ steps that count. It is plain torch code on what these steps collect, so that au
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ def _adapt_later(
         marking.loop_ends(once=True)
         # A velocity may return what stands outside of the loop.
         results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
-        order, most, rtol, atol = controller[:4]
+        order, most, rtol, atol = *controller[:2], known_tolerance(controller.rtol), known_tolerance(controller.atol)
         intervals, positions, fractions, count, status, reached = operators.leave_search(
             states, results, errors, times, numbers, order, most, rtol, atol, len(problems) - before, max(problems)
         )
@@ -256,10 +257,16 @@ def _first_size(
     return torch.where(finite, size, torch.nan)
 
 
+def known_tolerance(tolerance: Any) -> float:
+    """A tolerance as a number: the least of several, NaN where a tensor holds one, whose value nobody asks for."""
+    numbers = tolerance if isinstance(tolerance, list) else [tolerance]
+    return math.nan if any(isinstance(number, torch.Tensor) for number in numbers) else min(numbers)
+
+
 def controller_of(
-    given: dict[str, Any], tableau: ButcherTableau, rtol: float, atol: float
+    given: dict[str, Any], tableau: ButcherTableau, rtol: Any, atol: Any
 ) -> tuple[step_control.Controller, float | None]:
-    """The controller, and the size of the first step if it is given."""
+    """The controller, and the size of the first step if it is given; tolerances as step_control.Controller has them."""
     rest = {name: value for name, value in given.items() if name != "first_step"}
     unknown = [name for name in given if name not in ADAPTIVE_OPTIONS]
     if unknown:
@@ -269,7 +276,7 @@ def controller_of(
             required=f"options of {', '.join(ADAPTIVE_OPTIONS)}, or for fixed steps one of {', '.join(FIXED_OPTIONS)}",
             fix=f"leave {unknown[0]!r} out",
         )
-    if rtol == atol == 0:
+    if is_number(rtol) and is_number(atol) and rtol == atol == 0:
         refuse(
             OptionError,
             f"rtol={rtol!r} and atol={atol!r}",
