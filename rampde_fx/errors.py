@@ -83,8 +83,8 @@ class OptionError(RampdeError, ValueError):
     """An option of odeint that does not exist or means nothing."""
 
 
-class StepSizeError(RampdeError, ArithmeticError):
-    """Adaptive steps that did not reach the last output time."""
+class StepSizeError(RampdeError, ArithmeticError, AssertionError):
+    """Adaptive steps that did not reach the last output time; an AssertionError as well, as in torchdiffeq."""
 
 
 def too_many_steps(count: int, reached: float) -> StepSizeError:
@@ -105,6 +105,15 @@ def step_too_small(count: int, reached: float) -> StepSizeError:
     )
 
 
+def max_num_steps_used(most: int, reached: float) -> StepSizeError:
+    """For steps of rampde_fx.torchdiffeq that were used up between two output times."""
+    return StepSizeError(
+        f"{most} steps from one output time to the next led to t = {reached:g} alone",
+        required="a problem that max_num_steps steps solve to rtol and atol",
+        fix='raise rtol and atol, or options={"max_num_steps": ...}',
+    )
+
+
 def not_finite(count: int, reached: float) -> StepSizeError:
     """For a start from which no step can be tried."""
     return StepSizeError(
@@ -112,6 +121,14 @@ def not_finite(count: int, reached: float) -> StepSizeError:
         required="a finite state with a finite velocity",
         fix="look for NaN and inf in y0, and for a singularity of the velocity",
     )
+
+
+class EventError(RampdeError):
+    """An event that was not met, or is not told from its start."""
+
+
+class UncompiledError(RampdeError):
+    """What rampde_fx.torchdiffeq does uncompiled alone."""
 
 
 class UnsupportedLoopError(RampdeError):

@@ -61,6 +61,7 @@ def steps_from(
     return [torch.stack(values) for values in zip(*found, strict=True)]
 
 
+@dynamo.never_alone
 def is_captured() -> bool:
     """Whether Dynamo captures the code for a backend that may rewrite it."""
     return torch.compiler.is_dynamo_compiling() and dynamo.rewritten_later()
@@ -144,6 +145,12 @@ def equal_steps(
     policy: PrecisionPolicy | None,
 ) -> list[torch.Tensor]:
     """The states at every t, interpolated linearly between steps of one size from t[0] on."""
+    starts, sizes, count = of_one_size(t, step_size)
+    return steps_along(tableau, velocity, y, t, starts, sizes, count, policy)
+
+
+def of_one_size(t: torch.Tensor, step_size: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Starts and sizes of the steps of one size from the first time to the last, and how many they are."""
     span, size = (t[-1] - t[0]).detach(), scalar(step_size, t.device)
     with dynamo.capturing_scalars():
         count = int(operators.count_steps(t.detach(), size).item())
@@ -152,14 +159,36 @@ def equal_steps(
     index = torch.arange(count, device=t.device)
     # No slices of a grid: Inductor of torch 2.11 knows nothing of a size that is read from a tensor.
     starts, ends = (t[0] + i.to(t.dtype) * (size.to(t.dtype) * forward) for i in (index, index + 1))
-    sizes = torch.where(index + 1 == count, t[-1], ends) - starts
+    return starts, torch.where(index + 1 == count, t[-1], ends) - starts, count
+
+
+def steps_along(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    t: torch.Tensor,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    count: int,
+    policy: PrecisionPolicy | None,
+    end: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """The states at every t, interpolated linearly between the given steps, which lead from the first to the last.
+
+    They end at t[-1], or at what is equal and has another derivative.
+    """
     on_grid = steps_from(tableau, velocity, y, starts, sizes, count + 1, 1, policy)
-    if t.shape[0] == 2:
+    if t.shape[0] == 2 and end is None:
         return [torch.stack([start, values[-1]]) for start, values in zip(y, on_grid, strict=True)]
-    grid = torch.cat([starts, t[-1:]])
-    last = torch.searchsorted(grid * forward, (t * forward).contiguous()).clamp(min=1)
+    grid, last = passed_steps(t, starts, t[-1:] if end is None else end)
     share = (t - grid[last - 1]) / (grid[last] - grid[last - 1])
     return [_between(values[last - 1], values[last], share) for values in on_grid]
+
+
+def passed_steps(t: torch.Tensor, starts: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ends of all steps, and for each time the index of the end that comes next."""
+    grid, forward = torch.cat([starts, end]), torch.sign(t[-1] - t[0]).detach()
+    return grid, torch.searchsorted(grid * forward, (t * forward).contiguous()).clamp(min=1)
 
 
 def _between(left: torch.Tensor, right: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

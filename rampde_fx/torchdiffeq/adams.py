@@ -1,0 +1,176 @@
+"""Adams methods on a grid: multistep methods of an order that grows with the number of velocities that are known.
+
+The weights are those of the polynomial through the known velocities, at the times that the grid really has: where the
+grid is uniform they are the classical ones.
+
+Source: E. Hairer, S. P. Norsett, G. Wanner, Solving Ordinary Differential Equations I, 2nd edition, 1993, section
+    III.1.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+
+from rampde_fx.errors import OptionError
+from rampde_fx.runtime.step_control import scalar
+from rampde_fx.solvers.fixed_steps import is_number
+from rampde_fx.solvers.runge_kutta import State, combine, increment
+from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
+from rampde_fx.torchdiffeq.grids import Scheme, runge_kutta
+from rampde_fx.torchdiffeq.options import tableau_of
+from rampde_fx.torchdiffeq.problem import Tolerance, warn
+
+MOST = 12  # torchdiffeq's max_order: one more than the velocities that are used
+FEWEST = 3  # velocities that a multistep method is begun with; before, steps are those of the 3/8 rule
+
+
+@lru_cache(maxsize=256)
+def weights(nodes: tuple[Fraction, ...]) -> tuple[float, ...]:
+    """The integral from 0 to 1 of the polynomial through values at these nodes: its weights of the values.
+
+    >>> weights((Fraction(0), Fraction(-1), Fraction(-2)))  # Adams and Bashforth: 23, -16, 5 twelfths
+    (1.9166666666666667, -1.3333333333333333, 0.4166666666666667)
+    """
+    found = []
+    for node in nodes:
+        others = [other for other in nodes if other != node]
+        polynomial, scale = [Fraction(1)], Fraction(1)  # the product of x - other, by powers of x
+        for other in others:
+            shifted = [Fraction(0), *polynomial]
+            polynomial = [high - other * low for high, low in zip(shifted, [*polynomial, Fraction(0)], strict=True)]
+            scale *= node - other
+        found.append(float(sum(c / (power + 1) for power, c in enumerate(polynomial)) / scale))
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def slopes(nodes: tuple[Fraction, ...]) -> tuple[tuple[float, ...], ...]:
+    """The slope at each node of the polynomial through values at the nodes: its weights of the values.
+
+    >>> slopes((Fraction(0), Fraction(-1)))
+    ((1.0, -1.0), (1.0, -1.0))
+    """
+    scales = [prod((x - other for other in nodes if other != x), start=Fraction(1)) for x in nodes]
+
+    def weight(i: int, j: int) -> Fraction:
+        if i == j:
+            return sum((1 / (nodes[i] - other) for other in nodes if other != nodes[i]), start=Fraction(0))
+        return scales[i] / scales[j] / (nodes[i] - nodes[j])
+
+    return tuple(tuple(float(weight(i, j)) for j in range(len(nodes))) for i in range(len(nodes)))
+
+
+def nodes_of(start: float, end: float, past: Sequence[float], resolution: float) -> tuple[Fraction, ...]:
+    """Earlier times in units of a step from 0 to 1, whole numbers where the times resolve no difference."""
+    size = end - start
+    if all(abs(time - (start - i * size)) <= 4 * resolution for i, time in enumerate(past)):
+        return tuple(Fraction(-i) for i in range(len(past)))
+    return tuple((Fraction(time) - Fraction(start)) / (Fraction(end) - Fraction(start)) for time in past)
+
+
+class Adams:
+    """The scheme of an Adams method; it remembers velocities from step to step.
+
+    Args:
+        clock: The problem.
+        tolerances: rtol and atol of each tensor of the state, for the corrector's iteration.
+        implicit: Whether a corrector follows the predictor: Moulton's methods, otherwise those of Bashforth.
+        options: max_iters, the most iterations of the corrector, max_order, and perturb.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        tolerances: tuple[list[Tolerance], list[Tolerance]],
+        *,
+        implicit: bool,
+        options: dict[str, Any],
+    ) -> None:
+        order = options.get("max_order", MOST)
+        if not is_number(order) or not 1 < order <= MOST:
+            raise OptionError(
+                f'options={{"max_order": {order!r}}}',
+                required=f"an int from 2 to {MOST}",
+                fix="leave max_order out",
+            )
+        if order <= FEWEST:
+            warn(f"max_order={order} is below {FEWEST + 1}: every step is one of the 3/8 rule, rk4")
+        self.clock, self.tolerances, self.implicit = clock, tolerances, implicit
+        self.iterations, self.perturb = options.get("max_iters", 4), bool(options.get("perturb"))
+        self.known: deque[tuple[torch.Tensor, State]] = deque(maxlen=int(order) - 1)
+        self.first_steps: Scheme = runge_kutta(tableau_of("rk4"), clock, perturb=self.perturb)
+
+    def __call__(self, start: torch.Tensor, end: torch.Tensor, y: State) -> tuple[State, State]:
+        """One step: the next state, and the velocity at the start."""
+        if len(self.known) + 1 < FEWEST or self.known.maxlen < FEWEST:  # type: ignore[operator]
+            nexts, rate = self.first_steps(start, end, y)
+            self.known.appendleft((start, rate))
+            return nexts, rate
+        rate = self.clock.velocity(self.clock.beside(start, AFTER) if self.perturb else start, y)
+        self.known.appendleft((start, rate))
+        times = [number(time) for time, _ in self.known]
+        latest = max(map(abs, [*times, number(end)]))
+        nodes = nodes_of(times[0], number(end), times, torch.finfo(start.dtype).eps * latest)
+        dt = end - start
+        if self.implicit:
+            predicted = increment(y, dt, weights(nodes), self._rates())
+            return self._corrected(end, dt, y, predicted, (Fraction(1), *nodes)), rate
+        nexts = combine(y, dt, weights(nodes), self._rates())
+        return self._with_derivative(nexts, dt, nodes, self._rates()), rate
+
+    def _rates(self) -> list[State]:
+        return [rate for _, rate in self.known]
+
+    def _corrected(
+        self, end: torch.Tensor, dt: torch.Tensor, y: State, change: State, nodes: tuple[Fraction, ...]
+    ) -> State:
+        """The next state by Moulton's formula, by functional iteration from the predicted increment."""
+        first, *others = weights(nodes)
+        given, rates = increment(y, dt, others, self._rates()), self._rates()
+        time, converged = self.clock.beside(end, BEFORE) if self.perturb else end, False
+        for _ in range(self.iterations):
+            before = change
+            rate = self.clock.velocity(time, [value + step for value, step in zip(y, change, strict=True)])
+            change = combine(given, dt, [first], [rate])
+            if converged := self._converged(before, change):
+                break
+        if not converged:
+            warn("the corrector of an Adams method did not converge; take smaller steps, or more max_iters")
+            self.known.pop()
+        nexts = [value + step for value, step in zip(y, change, strict=True)]
+        return self._with_derivative(nexts, dt, nodes, [rate, *rates])
+
+    def _with_derivative(
+        self, nexts: State, dt: torch.Tensor, nodes: tuple[Fraction, ...], rates: list[State]
+    ) -> State:
+        """The same state, with its derivative by the earlier times, on which the weights depend.
+
+        By a node the integral of the polynomial changes by its weight times the slope there, with a minus.
+        """
+        start = self.known[0][0]
+        detached = [[leaf.detach() for leaf in rate] for rate in rates]
+        ahead = len(nodes) - len(self.known)  # the end of a step stays at 1
+        for weight, slope, (time, _) in zip(weights(nodes)[ahead:], slopes(nodes)[ahead:], self.known, strict=False):
+            node = (time - start) / dt
+            if node.requires_grad and time is not start:
+                nexts = combine(nexts, -weight * dt.detach() * (node - node.detach()), slope, detached)
+        return nexts
+
+    def _converged(self, before: State, after: State) -> bool:
+        """Whether the last iteration changed no entry of the increment by more than the tolerances."""
+        return all(
+            bool((((b - a).abs()) < _on(atol, a) + _on(rtol, a) * torch.maximum(a.abs(), b.abs())).all())
+            for a, b, rtol, atol in zip(before, after, *self.tolerances, strict=True)
+        )
+
+
+def _on(tolerance: Tolerance, like: torch.Tensor) -> torch.Tensor:
+    value = tolerance if isinstance(tolerance, torch.Tensor) else scalar(tolerance, like.device)
+    return value.to(like.device)

@@ -1,0 +1,79 @@
+"""Time that rises, whatever the direction of the user's; the velocity, the events and the callbacks in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rampde_fx.errors import TimeGridError
+from rampde_fx.solvers.fixed_steps import raising
+from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.torchdiffeq.problem import Problem
+
+BEFORE, AFTER = -1, 1
+Event = Callable[[torch.Tensor, State], torch.Tensor]
+
+
+def number(t: torch.Tensor) -> float:
+    """A 0-d tensor as a number."""
+    return float(t.detach())
+
+
+class Clock:
+    """A problem whose times rise: s t, with the velocity s f(s t, y), for s = 1 or -1.
+
+    Args:
+        problem: In the user's direction of time.
+        callbacks: The user's, by their names; they are given the user's times, and sizes that are positive.
+
+    Raises:
+        TimeGridError: if the times are not finite and strictly monotone.
+    """
+
+    def __init__(self, problem: Problem, callbacks: dict[str, Any]) -> None:
+        self.problem, self.callbacks = problem, callbacks
+        times = problem.t.tolist()
+        self.sign = -1 if len(times) > 1 and times[0] > times[1] else 1
+        self.t = problem.t * self.sign if self.sign < 0 else problem.t
+        self.values = [self.sign * time for time in times]
+        self._checked = raising(problem.checked)
+        if not all(a < b for a, b in pairwise(self.values)) or not problem.t.isfinite().all():
+            raise TimeGridError(
+                f"t = {times if len(times) < 7 else [*times[:5], '...']} is not finite and strictly monotone",
+                required="finite times that rise, or fall, from each to the next",
+                fix="sort t and drop repeated times: torch.unique(t)",
+            )
+
+    def users(self, t: torch.Tensor) -> torch.Tensor:
+        """A time as the user has it."""
+        return t if self.sign > 0 else -t
+
+    def velocity(self, t: torch.Tensor, y: State) -> State:
+        """The derivative by the rising time."""
+        rates = self._checked(self.users(t), y)
+        return rates if self.sign > 0 else [-rate for rate in rates]
+
+    def beside(self, t: torch.Tensor, side: int) -> torch.Tensor:
+        """The number next to a time, before or after it, in the dtype in which func is given it."""
+        time = t.to(self.problem.dtype)
+        return time + (_next(time.detach(), side) - time.detach())
+
+    def event(self, event_fn: Callable[[torch.Tensor, Any], torch.Tensor]) -> Event:
+        """The user's function of time and state, as one of the rising time and of a state as a list."""
+        return lambda t, y: event_fn(self.users(t), self.problem.structured(y))
+
+    def call(self, name: str, t: torch.Tensor, y: State, dt: torch.Tensor) -> None:
+        """A callback of the user's, if there is one."""
+        if name in self.callbacks:
+            self.callbacks[name](self.users(t), self.problem.structured(y), dt)
+
+
+def _next(time: torch.Tensor, side: int) -> torch.Tensor:
+    if time.dtype != torch.float16:
+        return torch.nextafter(time, time + side)
+    # torch has no nextafter of float16: a step of one unit in the last place of the larger neighbour.
+    number = torch.finfo(time.dtype)
+    return time + side * (number.eps * time.abs()).clamp(min=number.tiny * number.eps)

@@ -1,0 +1,106 @@
+"""odeint_event: the time of an event, with its derivative.
+
+Source: R. T. Q. Chen, B. Amos, M. Nickel, Learning neural event functions for ordinary differential equations, ICLR
+2021, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rampde_fx.solvers.fixed_steps import is_captured
+from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.torch_private import dynamo
+from rampde_fx.torchdiffeq.compiled import refuse_compiled
+from rampde_fx.torchdiffeq.interface import odeint
+from rampde_fx.torchdiffeq.problem import Problem, problem_of
+from rampde_fx.torchdiffeq.sign_changes import combined
+
+
+@dynamo.never_alone
+def odeint_event(
+    func: Callable[[torch.Tensor, Any], Any],
+    y0: Any,
+    t0: torch.Tensor,
+    *,
+    event_fn: Callable[[torch.Tensor, Any], torch.Tensor],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Solve from t0 up to an event, as torchdiffeq.odeint_event does, with gradients of its time.
+
+    At the event g(t, y(t)) = 0, so that by a parameter dt = -(dg/dy dy) / (dg/dt + dg/dy f), dy at a fixed time and f
+    the velocity; the state at the event moves by f dt besides.
+
+    Args:
+        func: As in odeint, like y0.
+        t0: The first time, of one entry.
+        event_fn: g, a function of t and y: the event is where an entry of it first changes its sign.
+        reverse_time: Whether time falls.
+        odeint_interface: What solves: odeint or odeint_adjoint, with arguments of one's own or without.
+        **kwargs: Further arguments of it.
+
+    Returns:
+        The time of the event, and the solution at t0 and at that time.
+
+    Raises:
+        EventError: if the event is not met.
+        UncompiledError: in what is compiled with fullgraph=True.
+
+    >>> height = torch.tensor(5.0, requires_grad=True)  # of a stone that falls for sqrt(2 h / g) seconds
+    >>> t, _ = odeint_event(
+    ...     lambda t, y: torch.stack([y[1], torch.tensor(-10.0)]),
+    ...     torch.stack([height, torch.tensor(0.0)]),
+    ...     torch.tensor(0.0),
+    ...     event_fn=lambda t, y: y[0],
+    ... )
+    >>> t.backward()
+    >>> round(t.item(), 4), round(height.grad.item(), 4)
+    (1.0, 0.1)
+    """
+    if is_captured():
+        refuse_compiled("odeint_event", "solve up to a known time")
+    first = t0.reshape(-1)
+    t = torch.cat([first, first.detach() + (-1.0 if reverse_time else 1.0)])
+    time, solution = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
+    problem = problem_of(func, y0, t)
+    stacks = list(solution) if problem.is_tuple else [solution]
+    time, state = _linked(problem, event_fn, time.detach(), [values[-1] for values in stacks])
+    ends = [torch.cat([values[:-1], last[None]]) for values, last in zip(stacks, state, strict=True)]
+    return time, problem.structured(ends)
+
+
+def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tuple[torch.Tensor, State]:
+    """The time and the state of an event, with their derivatives."""
+
+    def event(t: torch.Tensor, state: State) -> torch.Tensor:
+        return event_fn(t, problem.structured(state))
+
+    fixed = [leaf.detach() for leaf in y]
+    with torch.no_grad():
+        rates, _ = problem.checked(time, fixed)
+    by_time, by_state = _derivatives(combined(event, problem.t[0], problem.y), time, fixed)
+    slope = by_time + sum(_product(g, rate) for g, rate in zip(by_state, rates, strict=True))
+    moved = sum(_product(g, leaf - leaf.detach()) for g, leaf in zip(by_state, y, strict=True))
+    shift = -moved / slope
+    linked = time + shift.to(time.dtype)
+    change = linked - time
+    return linked, [leaf + rate * change.to(problem.dtype) for leaf, rate in zip(y, rates, strict=True)]
+
+
+def _derivatives(event: Any, time: torch.Tensor, y: State) -> tuple[torch.Tensor, State]:
+    """Of an event function at a time and a state, zero where it does not depend on them."""
+    with torch.enable_grad():
+        inputs = [value.clone().requires_grad_() for value in (time, *y)]
+        found = torch.autograd.grad(event(inputs[0], inputs[1:]), inputs, allow_unused=True)
+    by_time, *by_state = (torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
+    return by_time, by_state
+
+
+def _product(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The change of the event function along a change of the state."""
+    return (gradient.conj() * change).sum().real
