@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
+from rampde_fx import torchdiffeq
 from rampde_fx.__main__ import main
 from rampde_fx.backend import STEP_PASSES
 from rampde_fx.ir import graphs, pass_log
@@ -371,3 +372,26 @@ def test_explain_changes_nothing():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model.calls == 0 and model.bound is bound and y.eq(1).all()
     assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_the_tolerances_that_odeint_took_are_told():
+    """The defaults follow from the velocity's dtype; tensors and lists of them have no number at the capture."""
+
+    def told(solve, policy, **arguments):
+        def model(y, t):
+            return solve(lambda t, y: -y, y, t, **arguments)
+
+        marked = rampde_fx.mixed_precision(model, policy=rampde_fx.PrecisionPolicy(policy))
+        y, t = torch.ones(3), torch.linspace(0, 1, 2)
+        search, loop = rampde_fx.explain(marked, y, t).loops
+        assert loop.tolerances == "" and "adapts to" not in str(loop)
+        assert f"adapts to           {search.tolerances}" in str(search)
+        return search.tolerances
+
+    ends = "; errors of a method of order 4, at most 4,096 steps"
+    assert told(rampde_fx.odeint, torch.float16) == f"rtol 0.001, atol 1e-05{ends}"
+    assert told(rampde_fx.odeint, torch.float32, rtol=1e-2) == f"rtol 0.01, atol 1e-08{ends}"
+    assert told(torchdiffeq.odeint, torch.float32) == f"rtol 1e-07, atol 1e-09{ends}"
+    assert told(torchdiffeq.odeint, torch.float32, rtol=torch.tensor(1e-3)).startswith(
+        "rtol known at run time, atol 1e"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -157,6 +158,7 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         policy=loop.policy,
         target=loop.target if loop.policy.adjoint_scaling and loop.adjoint is not None else None,
         emitted="search" if loop.controller else "unroll" if loop.unrolled else "scan",
+        tolerances=_tolerances(loop),
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
         segment=loop.segment(),
@@ -173,6 +175,17 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         adjoint=adjoint,
         passes=passes,
     )
+
+
+def _tolerances(loop: CompensatedLoop) -> str:
+    """What the steps of a search are chosen by; numbers that were tensors, or changed, are known at run time alone."""
+    if loop.controller is None:
+        return ""
+    pairs = (("rtol", loop.controller.rtol), ("atol", loop.controller.atol))
+    late = [name for name, value in pairs if value is None or math.isnan(value)]
+    found = ", ".join(f"{name} {'known at run time' if name in late else format(value, 'g')}" for name, value in pairs)
+    order, most = loop.controller.order - 1, loop.controller.max_steps
+    return f"{found}; errors of a method of order {order}, at most {most:,} steps"
 
 
 def _describe(name: str, node: fx.Node, dtype: torch.dtype) -> str:

@@ -43,6 +43,8 @@ class LoopReport:
         policy: The policy in force.
         target: Target of the adjoint scaling, None without scaling or without an adjoint.
         emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
+        tolerances: Of a search what its steps are chosen by, at the capture: rtol and atol, the order of the error that
+            is estimated, the most steps; empty for another loop.
         carries: The carried states as "name: dtype[shape]".
         evaluations: Velocity evaluations per step.
         segment: K, where every K-th step stores something for the backward.
@@ -68,6 +70,7 @@ class LoopReport:
     policy: PrecisionPolicy
     target: float | None
     emitted: str
+    tolerances: str
     carries: tuple[str, ...]
     evaluations: int
     segment: int
@@ -106,6 +109,7 @@ class LoopReport:
         return [
             ("steps", f"{self.steps or 'known at run time'}, emitted as {self.emitted}"),
             *([("captured", self.captured)] if self.captured else []),
+            *([("adapts to", self.tolerances)] if self.tolerances else []),
             ("carries", ", ".join(self.carries)),
             ("velocity", f"{self.evaluations} evaluations per step in {short(self.policy.dtype)}"),
             ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),
