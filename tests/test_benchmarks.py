@@ -109,3 +109,35 @@ def test_only_waits_within_the_watched_range_count():
         event("cudaDeviceSynchronize", 11, 12),
     ]
     assert measure.waits(events) == 2
+
+
+THEIRS = """
+import unittest, torch, torchdiffeq
+
+class Tests(unittest.TestCase):
+    def test_methods(self):
+        for method in ("euler", "rk4", "rk5"):
+            with self.subTest(method=method):
+                y = torchdiffeq.odeint(lambda t, y: y, torch.ones(1), torch.tensor([0.0, 1.0]), method=method)
+                self.assertEqual(y.shape, (2, 1))
+
+    def test_version(self):
+        self.assertEqual(torchdiffeq.__version__, "0.2.5")
+
+    def test_wrong(self):
+        self.assertEqual(torchdiffeq.__version__, "0|1")
+"""
+
+
+def test_the_suite_of_torchdiffeq_counts_subtests_and_reasons(tmp_path):
+    (tmp_path / "small_tests.py").write_text(THEIRS)
+    command = [sys.executable, "-m", "tests.benchmarks.torchdiffeq_suite", str(tmp_path)]
+    rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[2:]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| `small_tests.Tests.test_methods`", "2", "1"],
+        ["| `small_tests.Tests.test_version`", "1", "0"],
+        ["| `small_tests.Tests.test_wrong`", "0", "1"],
+        ["| all", "3", "2"],
+    ]
+    assert "1 MethodError: method='rk5' is not known" in rows[0]
+    assert "1 AssertionError: '0.2.5' != '0/1'" in rows[2]

@@ -150,8 +150,6 @@ def test_what_is_not_rewritten_is_refused_by_its_name(case):
 
 @pytest.mark.parametrize("case", ["implicit_adams", "jump_t", "odeint_event"])
 def test_without_fullgraph_it_runs_uncompiled_and_is_warned_of(case):
-    if case == "scipy_solver":
-        pytest.importorskip("scipy")
     solve, velocity, arguments = NOT_REWRITTEN[case]
     torch.manual_seed(0)
     model = Solved(solve, arguments, velocity())

@@ -1,6 +1,6 @@
 """torchdiffeq's own tests, with rampde_fx.torchdiffeq in its place: what passes, and why something does not.
 
-git clone --depth 1 --branch v0.2.5 https://github.com/rtqichen/torchdiffeq
+git clone https://github.com/rtqichen/torchdiffeq && git -C torchdiffeq checkout a88aac5  # version 0.2.5
 python -m tests.benchmarks.torchdiffeq_suite torchdiffeq/tests
 
 The tests are the user's copy; none of them stands here. A row is a test of theirs, and counts its subtests. --theirs
