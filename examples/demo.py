@@ -93,7 +93,7 @@ class Demo:
         batch = self.held_out[: self.options.batch]
         flow = rampde_fx.mixed_precision(self.flow())
         (loop,) = rampde_fx.explain(lambda points: self.loss(flow, points), batch).loops
-        dtype = loop.policy.velocity
+        dtype = loop.policy.dtype
         return torch.bfloat16 if dtype is torch.float32 else dtype
 
     def errors(self, dtypes: Sequence[torch.dtype]) -> list[float]:

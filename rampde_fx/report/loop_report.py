@@ -89,7 +89,7 @@ class LoopReport:
 
     def summary(self) -> str:
         """The loop in one sentence or two."""
-        low, reasons = short(self.policy.velocity), Counter[str]()
+        low, reasons = short(self.policy.dtype), Counter[str]()
         for fallback in self.fallbacks:
             reasons[fallback.reason] += fallback.count
         count = f"{self.evaluations} evaluation{'s' if self.evaluations != 1 else ''} of the velocity in {low}"
