@@ -61,7 +61,7 @@ from rampde_fx import *
 print(json.dumps([name for name in rampde_fx.__all__ if name not in globals()]))
 """)
     assert found == []
-    assert rampde_fx.backend.rampde_fx is not None and rampde_fx.report.explain.explain is rampde_fx.explain
+    assert rampde_fx.backend.rampde_fx is not None and rampde_fx.explain is rampde_fx.report.explain.explain
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         rampde_fx.nothing  # noqa: B018
 
