@@ -6,7 +6,7 @@ After:   step(y, t, dt, w): ...;  mul = aten.mul(dt, k);  add = aten.add(y, mul)
 The step is traced with make_fx under functionalisation, so that an affine update is a handful of ATen operations
 however it was spelled, in-place updates included, and a velocity that uses torch.func is plain ATen. What the user
 detaches, or computes under no_grad, passes through stop_gradient. Where linear algebra fails, and eager code raises an
-error, the result is NaN.
+error, the result is NaN. Under autocast what a layer before the loop made in half precision enters in float32.
 
 Requires: a Run.
 Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
@@ -31,6 +31,7 @@ from rampde_fx.ir.effects import Observer, detaches, gradient_modes, shares_memo
 from rampde_fx.ir.sources import ORDER, CarrySource, Key, Source, TimeSource, carries_among
 from rampde_fx.torch_private import fake_tensors
 
+HALF = {torch.float16, torch.bfloat16}
 DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
 
 
@@ -38,19 +39,22 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
     """The first iteration of a run of the marked loop as functional ATen."""
     if marked.differentiated:
         _check_writes(run)
-    inputs, step, outputs = _torch_step(graph_module, run)
-    values = [_fake(source, marked) for source in inputs]
+    inputs, step, outputs = _torch_step(graph_module, marked, run)
+    written = _written(marked) if marked.autocast else set()
+    values = [_fake(source, marked, written) for source in inputs]
     for node, source, value in zip(graphs.placeholders(step), inputs, values, strict=True):
         node.meta["example_value"] = graphs.value(source.values[0]) if source.values else value
     functional, after = _functional(_Captured(step, differentiated=marked.differentiated), values)
     return CapturedStep(inputs, functional, outputs, after)
 
 
-def _torch_step(graph_module: fx.GraphModule, run: Run) -> tuple[list[Source], fx.GraphModule, list[Any]]:
+def _torch_step(
+    graph_module: fx.GraphModule, marked: MarkedLoop, run: Run
+) -> tuple[list[Source], fx.GraphModule, list[Any]]:
     """One iteration as a module: its inputs (carries first), and after the next carries the keys of its outputs."""
     inputs = _ordered_inputs(run)
     graph = fx.Graph()
-    names = graphs.distinct(_name(source) for source in inputs)
+    names = graphs.distinct(_name(source, marked, run) for source in inputs)
     place: dict[Any, fx.Node] = {s: graphs.placeholder(graph, name) for s, name in zip(inputs, names, strict=True)}
     place.update({source.key: place[source] for source in inputs if isinstance(source, TimeSource)})
     for position, (node, row) in enumerate(zip(run.iterations[0], run.sources, strict=True)):
@@ -80,16 +84,36 @@ def _ordered_inputs(run: Run) -> list[Source]:
     return sorted(found, key=lambda source: ORDER.index(type(source)))
 
 
-def _name(source: Source) -> str:
-    return source.key if isinstance(source, TimeSource) else graphs.user_name(source.values[0])
+def _name(source: Source, marked: MarkedLoop, run: Run) -> str:
+    if isinstance(source, TimeSource):
+        return source.key
+    if isinstance(source, CarrySource) and source in run.entered and source.values[0].op != "placeholder":
+        return _name_in_odeint(run.entered.index(source) - 2, marked)  # the times come first
+    return graphs.user_name(source.values[0])
 
 
-def _fake(source: Source, marked: MarkedLoop) -> Any:
+def _name_in_odeint(i: int, marked: MarkedLoop) -> str:
+    """What the user calls a state of odeint that is computed before: its node has a name out of the solver."""
+    count = len(marked.end.args[2]) if marked.searches else len(marked.end.args[0])
+    if i >= count:
+        return "rate"
+    return "y0" if count == 1 else f"y0_{i}"
+
+
+def _written(marked: MarkedLoop) -> set[int | None]:
+    """The storages that the loop writes to."""
+    observer = Observer()
+    return {storage for nodes in marked.iterations for node in nodes for storage in observer.written(node)}
+
+
+def _fake(source: Source, marked: MarkedLoop, written: set[int | None]) -> Any:
     if isinstance(source, TimeSource):
         return fake_tensors.detached(graphs.value(marked.markers[0].args[0])[0])
     values = [graphs.value(node) for node in source.values]
     weighs = not isinstance(source, CarrySource) and any(getattr(value, "requires_grad", False) for value in values)
-    return fake_tensors.differentiable(values[0]) if weighs else fake_tensors.detached(values[0])
+    fake = fake_tensors.differentiable(values[0]) if weighs else fake_tensors.detached(values[0])
+    widens = marked.autocast and getattr(fake, "dtype", None) in HALF
+    return fake.float() if widens and written.isdisjoint(map(fake_tensors.storage_of, values)) else fake
 
 
 def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -14,7 +14,8 @@ that is not finite passes through and is not tried again.
 Where the policy asks for segments of K steps, both scans are nested: rampde_fx/emit/segments.py.
 
 Requires: a Loop whose adjoint, if any, has its storage dtypes.
-Ensures:  results in the user's dtypes; what is saved is what the step stores, and operands of the loop.
+Ensures:  results in the user's dtypes; what is saved is what the step stores, and operands of the loop; autocast is off
+          inside.
 Source:   arXiv 2510.23498.
 """
 
@@ -28,6 +29,7 @@ from typing import Any, TypeVar, assert_never
 import torch
 from torch import fx
 
+from rampde_fx.emit.autocast import without_autocast
 from rampde_fx.emit.lasting import emit_call, lasts, make_again
 from rampde_fx.emit.recurrence import Body, at, emit_preamble, iterate, repeat
 from rampde_fx.emit.segments import Recomputation, Segments
@@ -67,7 +69,7 @@ def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop
         emitted = _Emission(loop, used)
         graph_module.add_submodule(f"{name}_forward", emitted.forward)
         if emitted.backward is None:
-            apply = emit_call(graph_module, f"{name}_forward", operands, loop.first_invariant)
+            apply = emit_call(graph_module, f"{name}_forward", operands, loop)
             new = graph_module.graph.call_function(operator.getitem, (apply, 0))
         else:
             graph_module.add_submodule(f"{name}_backward", emitted.backward)
@@ -118,8 +120,8 @@ class _Emission:
         return Segments(self.loop) if self.loop.slots and self.loop.segment() != 1 else None
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
-        traced = tracing.trace(function, values, gradients=False)
-        return graphs.named(traced, names)
+        traced = graphs.named(tracing.trace(function, values, gradients=False), names)
+        return without_autocast(traced) if self.loop.autocast else traced
 
     def is_per_step(self, i: int) -> bool:
         """Whether an operand of the loop is a stack, of a value for each step."""

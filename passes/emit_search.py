@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rampde_fx.emit.autocast import without_autocast
 from rampde_fx.emit.lasting import emit_call
 from rampde_fx.emit.recurrence import Body, emit_preamble, repeat
 from rampde_fx.ir import graphs, tracing
@@ -41,11 +42,11 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
     values[loop.carries : first] = [
         fake_tensors.detached(graphs.value(node)) for node in call.args[loop.carries : first]
     ]
-    search = tracing.trace(_Search(loop).run, values, gradients=False)
-    graph_module.add_submodule(f"{call.target}_search", graphs.named(search, [node.name for node in inputs]))
+    search = graphs.named(tracing.trace(_Search(loop).run, values, gradients=False), [node.name for node in inputs])
+    graph_module.add_submodule(f"{call.target}_search", without_autocast(search) if loop.autocast else search)
     operands = emit_preamble(graph_module, call, loop)
     with graph_module.graph.inserting_before(call):
-        new = emit_call(graph_module, f"{call.target}_search", operands, first)
+        new = emit_call(graph_module, f"{call.target}_search", operands, loop)
     call.replace_all_uses_with(new)
     graph_module.graph.erase_node(call)
 

@@ -11,8 +11,8 @@ Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
 Ensures:  loops in graph order, those of checkpointed bodies included; iteration k holds the nodes between marker k
           and the next one.
 Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a loop, a loop inside a torch.func
-          transform, under autocast or inside another higher-order operation, and a loop outside mixed_precision; for a
-          function with a backward of its own in a step, which tracing would lose.
+          transform or inside another higher-order operation, and a loop outside mixed_precision; for a function with
+          a backward of its own in a step, which tracing would lose.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     """Find the marked loops; gradients and autocast say whether each is on where the graph begins."""
     loops: list[MarkedLoop] = []
     open_loop: MarkedLoop | None = None
-    transforms, regions = 0, int(autocast)
+    transforms, regions = 0, 0
     for node in graph_module.graph.nodes:
         if is_marker(node):
             if begins_loop(node):
-                _check_surroundings(node, open_loop, transforms, regions)
-                open_loop = _opened(node, gradients)
+                _check_surroundings(node, open_loop, transforms)
+                open_loop = replace(_opened(node, gradients), autocast=autocast or regions > 0)
             assert open_loop is not None, "iteration 0 comes first"
             open_loop.markers.append(node)
             open_loop.iterations.append([])
@@ -76,17 +76,17 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
         elif (body := _body_with_loop(node)) is not None:
             marker = first_marker(body)
             assert marker is not None
-            _check_surroundings(marker, open_loop, transforms, regions)
+            _check_surroundings(marker, open_loop, transforms)
             if node.target is not higher_order.tag_activation_checkpoint:
                 _refuse(
                     marker, f"a marked loop runs inside the higher-order operation {node.target}", "call it plainly"
                 )
-            loops += find_loops(body, gradients=gradients, autocast=False)
+            loops += find_loops(body, gradients=gradients, autocast=autocast or regions > 0)
         elif open_loop is not None and node.op != "output":
             open_loop.iterations[-1].append(node)
         elif open_loop is None:
             gradients = node.args[0] if node.target is torch._C._set_grad_enabled else gradients
-            regions += _opens(node, "_enter_autocast") - _opens(node, "_exit_autocast")
+            regions += _autocast_regions(node)
             transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
     if open_loop is not None:
         raise _left_early(open_loop)
@@ -108,6 +108,13 @@ def _body_with_loop(node: fx.Node) -> fx.GraphModule | None:
 
 def _opens(node: fx.Node, suffix: str) -> int:
     return int(node.op == "call_function" and getattr(node.target, "__name__", "").endswith(suffix))
+
+
+def _autocast_regions(node: fx.Node) -> int:
+    """How many regions in which autocast is on begin with a node, or minus how many end."""
+    begins, ends = _opens(node, "_enter_autocast"), _opens(node, "_exit_autocast")
+    enter = node.args[0] if ends else node
+    return (begins - ends) * bool(enter.args[2]) if begins or ends else 0
 
 
 def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
@@ -139,7 +146,7 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
     )
 
 
-def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int, regions: int) -> None:
+def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int) -> None:
     if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:
         raise _left_early(open_loop)
     found, fix = "", ""
@@ -149,9 +156,6 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
     elif transforms:
         found = "a loop over steps(t) runs inside a torch.func transform"
         fix = "call the model outside of vjp, grad, vmap and the like, and differentiate with backward()"
-    elif regions:
-        found = "a loop over steps(t) runs under torch.autocast"
-        fix = "end the autocast region before the loop: the policy alone sets the loop's dtypes"
     if found:
         _refuse(marker, found, fix)
 

@@ -45,7 +45,7 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
         found = _carry_unchanged(found)
     _check_operands(found.inputs, where)
     found = replace(found, step=graphs.refresh(fake_tensors.deduplicated(found.step)))
-    _check_states(found, where)
+    _check_states(found, where, once=marked.once)
     if marked.searches:
         _check_search(found)
     return found
@@ -277,7 +277,7 @@ def _check_operands(inputs: list[Source], where: str) -> None:
             )
 
 
-def _check_states(captured: CapturedStep, where: str) -> None:
+def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
     carries = captured.carries()
     if carries == 0:
         raise StateChangeError(
@@ -305,10 +305,11 @@ def _check_states(captured: CapturedStep, where: str) -> None:
             )
         if _is_half(a) and _accumulates(before, after):
             wide = "complex64" if a.is_complex() else "float32"
+            again = f"{before.name}.to(torch.{wide})"
             raise StateChangeError(
                 f"the state '{before.name}' is {str(a.dtype).removeprefix('torch.')}, in which its sums would round",
                 required="a state in float32, float64, complex64 or complex128",
-                fix=f"write {before.name} = {before.name}.to(torch.{wide}) before the loop",
+                fix=f"give odeint {again}" if once else f"write {before.name} = {again} before the loop",
                 where=graphs.user_line(after) or where,
             )
 

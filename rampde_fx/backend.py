@@ -84,8 +84,9 @@ def rewrite(
             would take some exceptions for a wish to run the loop uncompiled, in fp32.
     """
     graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
-    with _foreseen("the rewrite"), fake_tensors.fake_mode_of(graph_module):
-        return _rewrite(graph_module, watch, only)
+    autocast = fake_tensors.autocast_enabled()
+    with _foreseen("the rewrite"), fake_tensors.fake_mode_of(graph_module), fake_tensors.no_autocast():
+        return _rewrite(graph_module, watch, only, autocast=autocast)
 
 
 @contextlib.contextmanager
@@ -104,13 +105,15 @@ def _foreseen(what: str, where: str = "") -> Iterator[None]:
         ) from error
 
 
-def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Container[int] | None) -> list[Loop]:
+def _rewrite(
+    graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Container[int] | None, *, autocast: bool
+) -> list[Loop]:
     check_repetition(graph_module)
     lift_floats(graph_module)
     spell_indices(graph_module)
     if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
         lift_numbers(graph_module, first)
-    found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=fake_tensors.autocast_enabled())
+    found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=autocast)
     rolled = []
     for marked in found:
         holder, captured = marked.holder(), _how_captured(marked)
@@ -121,7 +124,7 @@ def _rewrite(graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Contai
         begun = phase_log.now()
         number, loop = len(loops), holder.get_submodule(name).loop
         count = sum(other.where == loop.where for other in loops)
-        loop = replace(loop, notes=notes, captured=captured, number=1 + count)
+        loop = replace(loop, notes=(*loop.notes, *notes), captured=captured, number=1 + count)
         verify(loop, roll_loop.__name__)
         watch(number, roll_loop.__name__, loop)
         loops.append(loop)
@@ -247,7 +250,7 @@ def rampde_fx(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )
     if differentiated := [loop for loop in emitted if loop.adjoint is not None]:
-        compiled = _refusing_second_derivatives(compiled, differentiated[0].where)
+        compiled = _with_backward_alone(compiled, differentiated[0].where)
     return compiled if verification is None else on_first_call(compiled, verification)
 
 
@@ -271,8 +274,11 @@ def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
     return False
 
 
-def _refusing_second_derivatives(compiled: Callable[..., Any], where: str) -> Callable[..., Any]:
-    def check(_: Any) -> None:
+def _with_backward_alone(compiled: Callable[..., Any], where: str) -> Callable[..., Any]:
+    """The compiled graph, whose backward refuses second derivatives, and runs without the autocast of its caller."""
+    regions: list[Any] = []
+
+    def begin(_: Any) -> None:
         if torch.is_grad_enabled():
             raise SecondDerivativeError(
                 "a backward with create_graph=True runs through a rewritten loop",
@@ -280,13 +286,19 @@ def _refusing_second_derivatives(compiled: Callable[..., Any], where: str) -> Ca
                 fix="leave create_graph out, or use the uncompiled model for second derivatives",
                 where=where,
             )
+        regions.append(fake_tensors.DisableAutocast())
+        regions[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        regions.pop().__exit__(None, None, None)
 
     @torch.compiler.disable
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
         nodes = {out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None}
         for node in nodes:
-            node.register_prehook(check)
+            node.register_prehook(begin)
+            node.register_hook(end)
         return outputs
 
     return run

@@ -463,7 +463,7 @@ def check_second_derivative():
 
 def second_derivatives_are_not_refused(patch):
     """The backend returns the compiled function without the check of its backward."""
-    patch.setattr(backend, "_refusing_second_derivatives", lambda compiled, loops: compiled)
+    patch.setattr(backend, "_with_backward_alone", lambda compiled, loops: compiled)
 
 
 # 10. Dropout masks are not replayed in the recomputation; BatchNorm's statistics are updated twice.
@@ -539,7 +539,7 @@ def check_interrupted_backward():
 
 def parameters_are_narrow_during_the_backward(patch):
     """Before the loop's backward param.data becomes float16, after it float32 again."""
-    refuse = backend._refusing_second_derivatives
+    refuse = backend._with_backward_alone
 
     def broken(compiled, loops):
         def run(*args):
@@ -562,7 +562,7 @@ def parameters_are_narrow_during_the_backward(patch):
 
         return run
 
-    patch.setattr(backend, "_refusing_second_derivatives", broken)
+    patch.setattr(backend, "_with_backward_alone", broken)
 
 
 def check_replicas_stay_equal():

@@ -154,12 +154,6 @@ def test_loop_without_a_policy():
         torch.compile(Euler(), backend="rampde_fx", options={"compiler": "aot_eager"})(Y, T)
 
 
-def test_loop_under_autocast():
-    function = compiled(Euler(), torch.float16)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(errors.UnsupportedLoopError, match="autocast"):
-        function(Y, T)
-
-
 def test_loop_inside_a_functional_transform():
     velocity = Velocity()
 

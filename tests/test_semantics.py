@@ -334,11 +334,6 @@ def loop_checkpointed_inside_a_loop(f, y, t):
     return y
 
 
-def loop_checkpointed_under_autocast(f, y, t):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return checkpointed_loop(f, y, t)
-
-
 def large_constant(f, y, t):
     for t_i, dt in steps(t):
         y = y + dt * f(t_i, y) + torch.tensor([[0.1] * 5] * 16)[: y.shape[0]]
@@ -371,7 +366,6 @@ def own_derivative(f, y, t):
         (autocast_inside, errors.UnsupportedLoopError),
         (loop_in_a_branch, errors.UnsupportedLoopError),
         (loop_checkpointed_inside_a_loop, errors.UnsupportedLoopError),
-        (loop_checkpointed_under_autocast, errors.UnsupportedLoopError),
         (large_constant, errors.UnsupportedLoopError),
         (own_derivative, errors.UnsupportedLoopError),
     ],

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx, nn
 
+from rampde_fx.emit.autocast import without_autocast
 from rampde_fx.ir import graphs
 from rampde_fx.ir.effects import Observer
+from rampde_fx.ir.loops import HoistedLoop
 from rampde_fx.torch_private import dynamo, fake_tensors, higher_order
 
 
@@ -64,29 +66,30 @@ def make_again(graph_module: fx.GraphModule, held: Iterable[fx.Node]) -> None:
         higher_order.recompute_in_backward(node)
 
 
-def emit_call(graph_module: fx.GraphModule, name: str, operands: Sequence[fx.Node], first: int) -> fx.Node:
+def emit_call(graph_module: fx.GraphModule, name: str, operands: Sequence[fx.Node], loop: HoistedLoop) -> fx.Node:
     """A call, where the graph inserts, of a submodule that has no backward of its own.
 
-    What it makes of operands alone that live on, from number `first` on, is a submodule of its own, to be made again
-    by the backward: to the partitioner it is the same node as what a loop with a backward makes of them.
+    What it makes of invariants alone that live on is a submodule of its own, to be made again by the backward: to the
+    partitioner it is the same node as what a loop with a backward makes of them.
     """
     module = graph_module.get_submodule(name)
     inputs, graph = graphs.placeholders(module), graph_module.graph
-    held = {i: node for i, node in enumerate(operands) if i >= first and lasts(node)}
+    held = {i: node for i, node in enumerate(operands) if i >= loop.first_invariant and lasts(node)}
     made = _made_alone(module, [inputs[i] for i in held])
     ends = {graphs.base_of_view(node) for node in made if not made.keys() >= node.users.keys()}
     read = [node for node in made if node in ends and isinstance(graphs.value(node), torch.Tensor)]
     if not read:
         return graph.call_module(name, tuple(operands))
-    graph_module.add_submodule(f"{name}_casts", graphs.part(module, [inputs[i] for i in held], read))
+    casts = graphs.part(module, [inputs[i] for i in held], read)
+    graph_module.add_submodule(f"{name}_casts", without_autocast(casts) if loop.autocast else casts)
     others = [node for node in graphs.body(module) if node not in read]
     rest = graphs.extract(module, others, [*inputs, *read], graphs.results(module))
     rest.graph.eliminate_dead_code()
     rest.recompile()
     graph_module.add_submodule(name, rest)
-    casts = graph.call_module(f"{name}_casts", tuple(held.values()))
-    higher_order.recompute_in_backward(casts)
-    given = [graph.call_function(operator.getitem, (casts, i)) for i in range(len(read))]
+    made_again = graph.call_module(f"{name}_casts", tuple(held.values()))
+    higher_order.recompute_in_backward(made_again)
+    given = [graph.call_function(operator.getitem, (made_again, i)) for i in range(len(read))]
     return graph.call_module(name, (*operands, *given))
 
 

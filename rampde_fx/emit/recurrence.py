@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from rampde_fx.emit import lasting
+from rampde_fx.emit.autocast import without_autocast
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import Inputs, Results
 from rampde_fx.ir.loops import HoistedLoop
@@ -103,7 +104,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     if loop.preamble is None:
         return [*varying, *invariants]
     name, graph = f"{call.target}_preamble", graph_module.graph
-    graph_module.add_submodule(name, loop.preamble)
+    graph_module.add_submodule(name, without_autocast(loop.preamble) if loop.autocast else loop.preamble)
     with graph.inserting_before(call):
         made = graph.call_module(name, invariants)
         if all(map(lasting.lasts, made.all_input_nodes)):

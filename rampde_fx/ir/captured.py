@@ -37,6 +37,7 @@ class MarkedLoop:
         differentiated: Whether gradients are on where the loop stands.
         monitored: Whether a monitor was open where it was captured.
         notes: Sentences for the report.
+        autocast: Whether torch.autocast may be on where the loop, or its backward, stands.
     """
 
     policy: PrecisionPolicy
@@ -46,6 +47,7 @@ class MarkedLoop:
     differentiated: bool
     monitored: bool
     notes: tuple[str, ...] = ()
+    autocast: bool = False
 
     @property
     def once(self) -> bool:

@@ -54,6 +54,7 @@ class Loop:
             from the former once hoist_invariants has replaced invariants.
         differentiated: Whether a backward can be asked for.
         monitored: Whether a monitor was open where it was captured.
+        autocast: Whether torch.autocast may be on where it, or its backward, stands.
         controller: What chooses the sizes of adaptive steps, in the loop that searches for them: its one step is tried
             again and again, and its per-step outputs are estimates of its error. None for other loops.
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
@@ -73,6 +74,7 @@ class Loop:
     differentiated: bool
     number: int = 1
     monitored: bool = False
+    autocast: bool = False
     controller: Controller | None = None
     evaluations: int | None = None
     captured: str = ""

@@ -19,6 +19,7 @@ from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
 from rampde_fx.torch_private import dynamo
 
+AUTOCAST_CHOOSES = {torch.float16, torch.bfloat16, torch.float32}
 # The relative tolerance that a velocity in each dtype can reach, a few unit roundoffs.
 REACHED = {torch.float64: 1e-7, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -153,17 +154,32 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
     for leaf in y[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
     dtype = real_dtype(dtype)
+    if is_under_autocast(y[0].device.type) and dtype.itemsize < 4:  # of a layer before odeint: no time is half
+        dtype = torch.float32
 
     def velocity(t: torch.Tensor, state: State) -> tuple[State, str]:
         rates, found = pytree.tree_flatten(func(t.to(dtype), pytree.tree_unflatten(state, structure)))
         if found != structure:
             return state, f"func returns {found}, and y0 is {structure}"
+        if is_under_autocast(t.device.type):
+            rates = [_as_state(before, after) for before, after in zip(state, rates, strict=True)]
         for before, after in zip(state, rates, strict=True):
             if not isinstance(after, torch.Tensor) or (before.shape, before.dtype) != (after.shape, after.dtype):
                 return state, f"func returns {_kind(after)} as the derivative of {_kind(before)}"
         return list(rates), ""
 
     return velocity
+
+
+def is_under_autocast(device: str) -> bool:
+    """Whether autocast sets the dtypes of products on a device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _as_state(before: torch.Tensor, after: Any) -> Any:
+    """A derivative in the dtype of its state, where autocast has chosen one of the two."""
+    chosen = isinstance(after, torch.Tensor) and {before.dtype, after.dtype} <= AUTOCAST_CHOOSES
+    return after.type_as(before) if chosen else after
 
 
 def _check_policy(policy: PrecisionPolicy | None) -> None:

@@ -14,7 +14,8 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
-        "torch._C": "_is_any_autocast_enabled",
+        "torch.amp.autocast_mode": "_enter_autocast _exit_autocast",
+        "torch._C": "_DisableAutocast _is_any_autocast_enabled",
         "torch._C._autograd": "_pop_saved_tensors_default_hooks _push_saved_tensors_default_hooks"
         " _top_saved_tensors_default_hooks",
         "torch._C._functorch": "get_unwrapped is_functorch_wrapped_tensor",
@@ -27,6 +28,10 @@ _torch = Names(
         "torch.utils._python_dispatch": "TorchDispatchMode _disable_current_modes",
     }
 )
+enter_autocast: Any = _torch._enter_autocast
+exit_autocast: Any = _torch._exit_autocast
+DisableAutocast: Any = _torch._DisableAutocast
+AUTOCAST = ("cpu", "cuda")  # devices
 decompositions_of: Any = _torch.get_decompositions
 TorchDispatchMode: Any = _torch.TorchDispatchMode
 _mode: ContextVar[Any] = ContextVar("fake mode of the graph that is being rewritten")
@@ -123,7 +128,9 @@ def fresh_symbols_ignored() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def no_autocast() -> Iterator[None]:
     """The user's autocast is not for what is traced."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with contextlib.ExitStack() as stack:
+        for device in AUTOCAST:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

@@ -1,0 +1,257 @@
+"""Marked loops inside the stacks that people train with: autocast, export, sharded parameters, hooks, sparse ones."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rampde_fx
+from rampde_fx import errors
+from tests.comparison import compiled, relative_errors
+
+T = torch.linspace(0, 1, 6)
+BF16 = 2e-2  # a few unit roundoffs of bfloat16, 2^-9, in each of a few layers and steps
+
+
+class Field(nn.Module):
+    """dy/dt of y, and of a context beside it."""
+
+    def __init__(self, context=0):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(5 + context, 8), nn.Linear(8, 5)
+
+    def forward(self, t, y):
+        return self.narrow(torch.tanh(self.wide(y)))
+
+
+class Layers(nn.Module):
+    """What the models of this file are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.encoder = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.field, self.conditioned, self.norm = Field(), Field(3), nn.LayerNorm(5)
+
+
+class Steps(Layers):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.field(t_i, y)
+        return y
+
+
+class Solved(Layers):
+    def forward(self, y, t):
+        return rampde_fx.odeint(self.field, y, t, method="midpoint")
+
+
+class SolvedPair(Layers):
+    def forward(self, y, t):
+        def field(t, state):
+            return self.field(t, state[0]), state[0].sum(-1)
+
+        return rampde_fx.odeint(field, (y, y.sum(-1)), t, method="midpoint")[1]
+
+
+class Adaptive(Layers):
+    def forward(self, y, t):
+        return rampde_fx.odeint(self.field, y, t[[0, -1]], method="bosh3", rtol=1e-3, atol=1e-4)[-1]
+
+
+class Checkpointed(Steps):
+    def forward(self, y, t):
+        return checkpoint(super().forward, y, t, use_reentrant=False)
+
+
+class Collected(Layers):
+    def forward(self, y, t):
+        states = []
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.field(t_i, y)
+            states.append(y)
+        return torch.stack(states)
+
+
+class Behind(Steps):
+    """The state is made by a layer before the loop."""
+
+    def forward(self, y, t):
+        return super().forward(self.stem(y), t)
+
+
+class SolvedBehind(Layers):
+    def forward(self, y, t):
+        return rampde_fx.odeint(lambda t, y: self.norm(self.field(t, y)) * t.sin(), self.stem(y), t, method="midpoint")[
+            -1
+        ]
+
+
+class Conditioned(Layers):
+    """The velocity reads what an encoder has made, in a cat and in a product."""
+
+    def forward(self, y, t):
+        context = self.encoder(y)
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * (self.conditioned(t_i, torch.cat([y, context], -1)) + context @ self.encoder.weight)
+        return y
+
+
+class Recurrent(Layers):
+    """The step is a layer: autocast changes the dtype of the state."""
+
+    def forward(self, y, t):
+        for t_i, _ in rampde_fx.steps(t):
+            y = torch.tanh(self.stem(y) + t_i)
+        return y
+
+
+class Headed(Layers):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.field(t_i, y)
+        y = self.stem(y)
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.field(t_i, y)
+        return y
+
+
+class Region(Steps):
+    """autocast begins in the model."""
+
+    def forward(self, y, t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(y, t)
+
+
+def seeded(model_class, *args):
+    torch.manual_seed(0)
+    model = model_class(*args)
+    return model, copy.deepcopy(model), torch.randn(8, 5)
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def gradients(function, model, y, around=contextlib.nullcontext, behind=contextlib.nullcontext):
+    """The output and all gradients, as float32; the backward runs under `behind`."""
+    model.zero_grad()
+    y = y.clone().requires_grad_()
+    with around():
+        out = function(y, T)
+    with behind():
+        out.float().square().mean().backward()
+    grads = [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+    return [out.detach().float(), y.grad, *grads]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+ALONE = [Steps, Solved, SolvedPair, Checkpointed, Collected]
+WITH_LAYERS = [Behind, SolvedBehind, Conditioned, Recurrent, Headed]
+
+
+@pytest.mark.parametrize("model_class", [*ALONE, Region])
+def test_a_loop_under_autocast_is_the_policys(model_class):
+    """In float32 it is the model without autocast, forward and backward, wherever the backward runs."""
+    model, plain, y = seeded(model_class)
+    function = compiled(model, torch.float32)
+    wanted = gradients(plain if model_class is not Region else Steps.forward.__get__(plain), plain, y)
+    found = gradients(function, model, y, autocast)
+    assert max(relative_errors(found, wanted)) < 1e-5
+    assert equal(found, gradients(function, model, y, autocast, autocast))
+
+
+def test_an_adaptive_odeint_under_autocast():
+    """The guess of its first step alone is autocast's: the same to the tolerance."""
+    model, plain, y = seeded(Adaptive)
+    found = gradients(compiled(model, torch.float32), model, y, autocast, autocast)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < 1e-3
+
+
+@pytest.mark.parametrize("model_class", [Steps, Solved])
+def test_autocast_changes_no_bit_of_a_low_loop(model_class):
+    model, _, y = seeded(model_class)
+    function = compiled(model, torch.bfloat16)
+    found = gradients(function, model, y)
+    assert equal(found, gradients(function, model, y, autocast))
+    assert equal(found, gradients(function, model, y, behind=autocast))
+
+
+@pytest.mark.parametrize("model_class", WITH_LAYERS)
+def test_layers_round_a_loop_keep_their_autocast(model_class):
+    """Dtypes are eager's, and what arrives in half is as good as eager's autocast has it."""
+    model, plain, y = seeded(model_class)
+    exact, eager = gradients(plain, plain, y), gradients(plain, plain, y, autocast)
+    function = compiled(model, torch.bfloat16)
+    with autocast():
+        assert function(y, T).dtype == plain(y, T).dtype
+    found = gradients(function, model, y, autocast)
+    assert max(relative_errors(found, exact)) <= max(BF16, *relative_errors(eager, exact))
+
+
+def test_the_report_says_what_is_widened():
+    model, _, y = seeded(Headed)
+    marked = rampde_fx.mixed_precision(model, dtype=torch.bfloat16)
+    with autocast():
+        told = str(rampde_fx.explain(marked, y, T))
+    assert "half precision, as autocast made it before the loop, which takes it in float32" in told
+    assert "half precision" not in str(rampde_fx.explain(marked, y, T))
+
+
+@pytest.mark.parametrize("model_class", [SolvedBehind, Solved])
+def test_uncompiled_odeint_under_autocast(model_class):
+    """The velocity's dtype is autocast's choice, and no mistake of the user's."""
+    model, plain, y = seeded(model_class)
+    assert max(relative_errors(gradients(model, model, y, autocast), gradients(plain, plain, y))) < 2 * BF16
+
+
+class SumOfSines(Layers):
+    solved, widens = False, False
+
+    def forward(self, y, t):
+        with autocast():
+            z = torch.tanh(self.stem(y))
+        z = z.to(torch.float32) if self.widens else z
+        if self.solved:
+            return rampde_fx.odeint(lambda t, y: torch.sin(y @ self.stem.weight.to(y.dtype)), z, t, method="midpoint")[
+                -1
+            ]
+        for _, dt in rampde_fx.steps(t):
+            z = z + dt * torch.sin(z @ self.stem.weight.to(z.dtype))
+        return z
+
+
+@pytest.mark.parametrize(("solved", "name"), [(False, "z"), (True, "y0")])
+def test_a_half_state_behind_an_autocast_region_has_the_users_name(solved, name):
+    model, plain, y = seeded(SumOfSines)
+    model.solved = plain.solved = solved
+    with pytest.raises(errors.StateChangeError, match=f"the state '{name}' is bfloat16") as caught:
+        compiled(model, torch.bfloat16)(y, T)
+    assert f"{name}.to(torch.float32)" in caught.value.fix
+    model.widens = plain.widens = True
+    found = gradients(compiled(model, torch.bfloat16), model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+
+
+def test_a_scaler_under_autocast():
+    """Float16 with a loss scale: a step that overflows is left out, the next one trains."""
+    model, plain, y = seeded(Headed)
+    function, scaler = compiled(model, torch.float16), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = function(y, T).square().mean()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    plain(y, T).square().mean().backward()
+    pairs = [
+        (p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True) if q.grad is not None
+    ]
+    assert max(relative_errors(*map(list, zip(*pairs, strict=True)))) < 1e-2
+    scaler.step(optimizer)
+    assert not torch.equal(model.stem.weight, plain.stem.weight)
