@@ -54,6 +54,20 @@ def _check(nodes: list[fx.Node], again: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
+def first_iterations(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a captured graph that runs, with the captured steps alone of a loop, one of an odeint."""
+    copy = graphs.copied(graph_module)
+    check_repetition(copy)
+    for module in copy.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=operators.enter):
+                node.target = operators.first_step
+            for node in module.graph.find_nodes(op="call_function", target=operators.repeat):
+                node.target = operators.captured_values
+            module.recompile()
+    return copy
+
+
 def find_difference(
     enter: fx.Node, first: list[fx.Node], second: list[fx.Node], nexts: list[fx.Node]
 ) -> fx.Node | None:

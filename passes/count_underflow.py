@@ -43,6 +43,11 @@ def count_underflow(loop: LoweredLoop) -> CountedLoop:
     return loop.then(CountedLoop, step=graphs.refresh(step), counted=True)
 
 
+def count_nothing(loop: LoweredLoop) -> CountedLoop:
+    """The same without counts, for a program that nobody asks for them."""
+    return loop.then(CountedLoop)
+
+
 def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     """The states, and the parameters, that evaluations cast to float16, each once."""
     states: dict[fx.Node, None] = {}

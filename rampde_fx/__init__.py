@@ -21,10 +21,11 @@ from rampde_fx.solvers.integrate import odeint
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 
 # What compiles needs Dynamo and Inductor, which take twice as long to import as torch: when it is asked for.
-_LATER = {"check": "proof.checking", "explain": "report.explain"}
+_LATER = {"check": "proof.checking", "explain": "report.explain", "export": "shipping"}
 if TYPE_CHECKING:
     from rampde_fx.proof.checking import check
     from rampde_fx.report.explain import explain
+    from rampde_fx.shipping import export
 else:
 
     def __getattr__(name: str) -> Any:
@@ -52,6 +53,7 @@ __all__ = [
     "errors",
     "evaluation_counts",
     "explain",
+    "export",
     "mixed_precision",
     "monitor",
     "odeint",

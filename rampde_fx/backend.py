@@ -20,7 +20,7 @@ from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
 from rampde_fx.passes.capture_step import capture_step
 from rampde_fx.passes.check_repetition import check_repetition
 from rampde_fx.passes.compensate_sums import compensate_sums
-from rampde_fx.passes.count_underflow import count_underflow
+from rampde_fx.passes.count_underflow import count_nothing, count_underflow
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.emit_search import emit_search
 from rampde_fx.passes.find_loops import find_loops, first_marker, has_loop, repeats
@@ -67,7 +67,10 @@ STEP_PASSES: Pipeline[Loop, CompensatedLoop] = (
 
 
 def rewrite(
-    graph_module: fx.GraphModule, watch: pass_log.Watcher = pass_log.tell, only: Container[int] | None = None
+    graph_module: fx.GraphModule,
+    watch: pass_log.Watcher = pass_log.tell,
+    only: Container[int] | None = None,
+    counts: bool = True,
 ) -> list[Loop]:
     """Rewrite every marked loop of a captured graph in place.
 
@@ -75,6 +78,7 @@ def rewrite(
         graph_module: A graph captured by Dynamo, with its metadata.
         watch: Called with every loop, after roll_loop and after each of STEP_PASSES.
         only: The numbers of the loops to rewrite; the others stay rolled up, as calls of a LoopNode. All where None.
+        counts: Whether the loops count what underflows.
 
     Returns:
         The loops as they were emitted, in graph order.
@@ -86,7 +90,7 @@ def rewrite(
     graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
     autocast = fake_tensors.autocast_enabled()
     with _foreseen("the rewrite"), fake_tensors.fake_mode_of(graph_module), fake_tensors.no_autocast():
-        return _rewrite(graph_module, watch, only, autocast=autocast)
+        return _rewrite(graph_module, watch, only, counts=counts, autocast=autocast)
 
 
 @contextlib.contextmanager
@@ -106,7 +110,12 @@ def _foreseen(what: str, where: str = "") -> Iterator[None]:
 
 
 def _rewrite(
-    graph_module: fx.GraphModule, watch: pass_log.Watcher, only: Container[int] | None, *, autocast: bool
+    graph_module: fx.GraphModule,
+    watch: pass_log.Watcher,
+    only: Container[int] | None,
+    *,
+    counts: bool,
+    autocast: bool,
 ) -> list[Loop]:
     check_repetition(graph_module)
     lift_floats(graph_module)
@@ -131,7 +140,8 @@ def _rewrite(
         if only is not None and number not in only:
             continue
         for step_pass in STEP_PASSES:
-            loop = _passed(step_pass, loop)
+            counting = step_pass is count_underflow
+            loop = _passed(count_nothing if counting and not counts else step_pass, loop)
             watch(number, step_pass.__name__, loop)
         assert isinstance(loop, CompensatedLoop), "behind all passes"
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
@@ -158,7 +168,7 @@ def _how_captured(marked: MarkedLoop) -> str:
     return f"all {len(marked.iterations):,} iterations: {reason}" if reason else ""
 
 
-def _passed(step_pass: Callable[[Loop], Loop], loop: Loop) -> Loop:
+def _passed(step_pass: Callable[[Any], Loop], loop: Loop) -> Loop:
     """The loop behind a pass, whole."""
     with _foreseen(f"the pass {step_pass.__name__}", loop.where):
         loop = step_pass(loop)

@@ -193,6 +193,10 @@ class SecondDerivativeError(RampdeError):
     """A second derivative asked for through a rewritten loop."""
 
 
+class ExportError(RampdeError):
+    """A model whose rewritten forward cannot be a program of its own."""
+
+
 class CaptureError(RampdeError):
     """A loop that cannot be captured as a CUDA graph."""
 

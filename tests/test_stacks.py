@@ -2,10 +2,13 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_structure
 from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
@@ -255,3 +258,132 @@ def test_a_scaler_under_autocast():
     assert max(relative_errors(*map(list, zip(*pairs, strict=True)))) < 1e-2
     scaler.step(optimizer)
     assert not torch.equal(model.stem.weight, plain.stem.weight)
+
+
+# Export
+
+
+class Served(Layers):
+    """Results in a dict, beside what is no tensor and what is an argument."""
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * self.field(t_i, y)
+        return {"end": self.stem(y), "times": t, "stages": 1}
+
+
+class ServedPair(Layers):
+    def forward(self, state, t, *, rate):
+        def field(t, state):
+            return self.field(t, state[0]), -rate * state[1]
+
+        return rampde_fx.odeint(field, state, t, method="rk4", options={"num_steps": 2})
+
+
+BATCH = torch.export.Dim("batch", min=2, max=64)
+TIMES = torch.export.Dim("times", min=6, max=64)  # as few steps as are captured are captured as they are
+PAIR = {"state": ({0: BATCH}, {0: BATCH}), "t": None, "rate": None}
+# The model, its arguments at a size, those by keyword, and what may change.
+SHIPPED = {
+    "steps": (Served, lambda n: (torch.randn(n, 5), T), {}, {"y": {0: BATCH}, "t": None}),
+    "pair": (ServedPair, lambda n: ((torch.randn(n, 5), torch.ones(n)), T), {"rate": 0.5}, PAIR),
+    "times": (Collected, lambda n: (torch.randn(3, 5), torch.linspace(0, 1, n)), {}, {"y": None, "t": {0: TIMES}}),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_rewritten_forward_is_shipped(tmp_path, name):
+    """The program gives the bits of the compiled model, at other sizes too, in a process without rampde_fx."""
+    model_class, arguments, options, sizes = SHIPPED[name]
+    model = seeded(model_class)[0]
+    function = compiled(model, torch.float16)
+    program = rampde_fx.export(function, *arguments(8), dynamic_shapes=sizes, **options)
+    assert program.state_dict.keys() < model.state_dict().keys()
+    assert any(node.target is torch.ops.higher_order.scan for node in program.graph.nodes)
+    calls = [arguments(count) for count in (8, 11)]
+    with torch.no_grad():
+        wanted = [function(*call, **options) for call in calls]
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((calls, options), tmp_path / "calls.pt")
+    script = (
+        "import sys, torch\n"
+        "model = torch.export.load('program.pt2').module()\n"
+        "calls, options = torch.load('calls.pt')\n"
+        "torch.save([model(*call, **options) for call in calls], 'found.pt')\n"
+        "assert 'rampde_fx' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+    found = torch.load(tmp_path / "found.pt")
+    assert tree_structure(found) == tree_structure(wanted)
+    for got, value in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_the_rewritten_forward_is_packaged(tmp_path):
+    model = seeded(Served)[0]
+    function, y = compiled(model, torch.bfloat16), torch.randn(8, 5)
+    program = rampde_fx.export(function, y, T, dynamic_shapes={"y": {0: BATCH}, "t": None})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
+    served = torch._inductor.aoti_load_package(package)
+    for part in (y, y[:3]):
+        with torch.no_grad():
+            assert torch.allclose(served(part, T)["end"], function(part, T)["end"], atol=1e-6)
+
+
+class Sized(Layers):
+    def forward(self, y, t):
+        y = 2 * y if y.shape[0] > 6 else y
+        return rampde_fx.odeint(self.field, y, t, method="euler")[-1]
+
+
+class StepSize(Layers):
+    def forward(self, y, t):
+        return rampde_fx.odeint(self.field, y, t, method="euler", options={"step_size": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("model_class", "sizes", "found"),
+    [
+        (Adaptive, None, "adaptive steps"),
+        (StepSize, None, "count_steps"),
+        (Sized, {"y": {0: BATCH}, "t": None}, "something else for other sizes"),
+        (Field, None, "no marked loop"),
+    ],
+)
+def test_what_cannot_be_shipped(model_class, sizes, found):
+    marked = rampde_fx.mixed_precision(seeded(model_class)[0])
+    args = (torch.randn(8, 5), T) if model_class is not Field else (T, torch.randn(8, 5))
+    with pytest.raises(errors.ExportError, match=found):
+        rampde_fx.export(marked, *args, dynamic_shapes=sizes)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("model_class", [Steps, Solved])
+def test_torch_export_exports_plain_code(model_class, strict):
+    """Without an operator of ours; a marked model is told what rewrites it."""
+    model, _, y = seeded(model_class)
+    program = torch.export.export(model, (y, T), strict=strict)
+    assert torch.equal(program.module()(y, T), model(y, T))
+    assert not any(getattr(node.target, "namespace", "") == "rampde_fx" for node in program.graph.nodes)
+    with pytest.warns(errors.FullPrecisionWarning, match="rampde_fx.export"):
+        torch.export.export(rampde_fx.mixed_precision(model), (y, T), strict=strict)
+
+
+def test_times_of_an_exported_odeint_are_checked_by_nan():
+    model, _, y = seeded(Solved)
+    program = torch.export.export(model, (y, T), strict=False)
+    assert program.module()(y, T.flip(0)).isfinite().all()
+    assert program.module()(y, T.sin() * (1 - T)).isnan().any()
+
+
+@pytest.mark.parametrize("model_class", [Solved, Adaptive])
+def test_another_backend_compiles_plain_code(model_class):
+    def another(graph_module, example_inputs):
+        return graph_module.forward
+
+    model, plain, y = seeded(model_class)
+    with pytest.warns(errors.FullPrecisionWarning):
+        found = torch.compile(rampde_fx.mixed_precision(model), backend=another)(y, T)
+    assert torch.equal(found, plain(y, T))

@@ -4,7 +4,7 @@ Four places know of it:
 
 - A loop that runs as plain Python inside of a call of torch.compile: after a graph break, in code that Dynamo skips,
   beyond its limit of recompilations.
-- A loop that Dynamo captures for a backend that does not rewrite it.
+- A loop that Dynamo captures for a backend that does not rewrite it, or that torch.export captures.
 - A marked target that ends, captured or not, without any marked loop in it.
 - A rewritten loop in which no operation is left for low precision.
 
@@ -31,6 +31,16 @@ FULLGRAPH = (
     "fullgraph=True) raises an error that says why"
 )
 
+ANOTHER_BACKEND = (
+    "a loop over rampde_fx.steps(t), or an odeint, with a precision policy is compiled by a backend that does not "
+    "rewrite it: it runs without mixed precision",
+    'compile by torch.compile(..., backend="rampde_fx")',
+)
+EXPORTED = (
+    "a loop over rampde_fx.steps(t), or an odeint, with a precision policy is exported by torch.export, which does not "
+    "rewrite it: the program runs without mixed precision",
+    "call rampde_fx.export(model, ...)",
+)
 
 Place = tuple[str, str, int]  # name, file and line of what is marked
 
@@ -64,6 +74,8 @@ _said: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 def loop_runs(target: Target | None, *, has_policy: bool) -> None:
     """A marked loop runs uncompiled."""
     _meet(target)
+    if has_policy and torch.compiler.is_exporting():
+        _say_at(loop_runs, *dynamo.running_line(), *EXPORTED)
     callback = dynamo.compilation_asked()
     if callback is not None and (has_policy or _is_ours(callback)):
         _say_uncompiled(callback)
@@ -158,19 +170,21 @@ def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, 
     taken = graph_module.meta.get(BACKEND)
     if taken and notes.get("counters"):
         return raising(_counts(notes["counters"][0], notes["loops"][-1]))
+    if not taken and _stands_for_steps(graph_module):
+        dynamo.capture_plainly()
     for file, line in () if taken else notes.get("loops", ()):
-        _say_at(
-            backend,
-            file,
-            line,
-            "a loop over rampde_fx.steps(t), or an odeint, with a precision policy is compiled by a backend that does "
-            "not rewrite it: it runs without mixed precision",
-            'compile by torch.compile(..., backend="rampde_fx")',
-        )
+        _say_at(backend, file, line, *(EXPORTED if torch.compiler.is_exporting() else ANOTHER_BACKEND))
     for target in notes.get("left", ()) if taken == "backend" else ():
         if target not in _met:
             _say_empty(backend, target)
     return None
+
+
+def _stands_for_steps(graph_module: fx.GraphModule) -> bool:
+    """Whether one step in a graph, or in a body inside it, stands for all of an odeint's."""
+    modules = [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+    target = torch.ops.rampde_fx.enter
+    return any(module.graph.find_nodes(op="call_function", target=target) for module in modules)
 
 
 def _counts(name: str, line: tuple[str, int]) -> CounterError:

@@ -20,11 +20,11 @@ from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
 from rampde_fx.ir.loops import CompensatedLoop, Loop
-from rampde_fx.passes.check_repetition import check_repetition
+from rampde_fx.passes.check_repetition import first_iterations
 from rampde_fx.passes.find_loops import has_loop, repeats
 from rampde_fx.report import report_html
 from rampde_fx.report.loop_report import LoopReport, PassReport, short
-from rampde_fx.runtime import operators, random_state
+from rampde_fx.runtime import random_state
 from rampde_fx.torch_private import capturing, fake_tensors, repetition
 from rampde_fx.validation.untouched import untouched
 from rampde_fx.validation.widening import copies
@@ -87,7 +87,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             if repeats(graph_module):
                 repetition.capture_in_full(str(error))
             return raising(error)
-        return _on_copies(_without_odeint(graph_module))
+        return _on_copies(first_iterations(graph_module))
 
     with untouched(fn), random_state.kept_random_state():
         capturing.capture(fn, inspect, args, kwargs)
@@ -105,20 +105,6 @@ def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:
     rewrite(graph_module, watch)
     with fake_tensors.fake_mode_of(graph_module):
         return [_report(tuple(history)) for history in passes.values()]
-
-
-def _without_odeint(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a captured graph that runs, with the captured steps alone of a loop, one of an odeint."""
-    copy = graphs.copied(graph_module)
-    check_repetition(copy)
-    for module in copy.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=operators.enter):
-                node.target = operators.first_step
-            for node in module.graph.find_nodes(op="call_function", target=operators.repeat):
-                node.target = operators.captured_values
-            module.recompile()
-    return copy
 
 
 def _on_copies(graph_module: fx.GraphModule) -> Callable[..., Any]:

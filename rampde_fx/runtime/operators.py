@@ -185,16 +185,24 @@ def _needs_backend(x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _monotone(t: torch.Tensor) -> torch.Tensor:
+def zero_if_ordered(t: torch.Tensor) -> torch.Tensor:
+    """A zero, NaN where the times are not finite and strictly monotone; without waiting for the device."""
+    return torch.where(_are_ordered(t), torch.zeros_like(t[0]), math.nan)
+
+
+def _are_ordered(t: torch.Tensor) -> torch.Tensor:
     sizes = t[1:] - t[:-1]
-    ordered = t.isfinite().all() & ((sizes > 0).all() | (sizes < 0).all())
-    if t.device.type == "cpu" and not ordered:
+    return t.isfinite().all() & ((sizes > 0).all() | (sizes < 0).all())
+
+
+def _monotone(t: torch.Tensor) -> torch.Tensor:
+    if t.device.type == "cpu" and not _are_ordered(t):
         raise TimeGridError(
             f"t = {_shortened(t)} is {'not strictly monotone' if t.isfinite().all() else 'not finite'}",
             required="finite times that rise, or fall, from each to the next",
             fix="sort t and drop repeated times: torch.unique(t)",
         )
-    return torch.where(ordered, torch.zeros_like(t[0]), math.nan)  # elsewhere without waiting for the device
+    return zero_if_ordered(t)
 
 
 def _shortened(t: torch.Tensor) -> str:

@@ -14,13 +14,13 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
-        "torch._dynamo": "reset_code",
-        "torch._dynamo.exc": "Unsupported",
+        "torch._dynamo": "maybe_mark_dynamic reset_code",
+        "torch._dynamo.exc": "Unsupported UserError",
         "torch._dynamo.symbolic_convert": "InstructionTranslator.current_tx",
         "torch._logging": "trace_structured",
     }
 )
-Unsupported = _torch.Unsupported
+Unsupported, UserError = _torch.Unsupported, _torch.UserError
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,6 +45,14 @@ def capture(
         return torch.compile(run, backend=backend, dynamic=False, fullgraph=fullgraph)()
     finally:
         _torch.reset_code(run.__code__)
+
+
+def with_dynamic_sizes(tensor: torch.Tensor, dimensions: Sequence[int]) -> torch.Tensor:
+    """The tensor, whose sizes in some dimensions Dynamo captures as symbols as far as it can."""
+    marked = tensor.detach()
+    for dimension in dimensions:
+        _torch.maybe_mark_dynamic(marked, dimension)
+    return marked
 
 
 def compiled_by_torch(function: Callable[[], Any], compiler: str) -> tuple[Callable[[], Any], Callable[[], None]]:

@@ -29,6 +29,7 @@ _torch = Names(
         "torch._dynamo.backends.distributed": "DDPOptimizer",
         "torch._dynamo.config": ".",
         "torch._dynamo.eval_frame": ". _stance",
+        "torch._dynamo.exc": "TensorifyScalarRestartAnalysis",
         "torch._dynamo.symbolic_convert": "InstructionTranslator.current_tx tls",
         "torch._dynamo.utils": ". run_node",
         "torch._guards": "TracingContext",
@@ -125,8 +126,24 @@ def is_of(function: Any, package: str) -> bool:
 
 @constant
 def rewritten_later() -> bool:
-    """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own."""
-    return not is_of(innermost(current_capture().compiler_fn), "torch")
+    """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own, if it does."""
+    capture = current_capture()
+    return not (is_of(innermost(capture.compiler_fn), "torch") or hasattr(capture.root_tx.speculation_log, PLAINLY))
+
+
+def capture_plainly() -> None:
+    """Have Dynamo capture the model again, without what the backend that has it would have to rewrite.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: which Dynamo catches.
+    """
+    log = current_capture().root_tx.speculation_log
+    log.clear()  # the next attempt takes another way
+    setattr(log, PLAINLY, True)
+    raise _torch.TensorifyScalarRestartAnalysis
+
+
+PLAINLY = "rampde_fx_plainly"  # attribute of what Dynamo keeps from one attempt at a frame to the next
 
 
 def names_of_arguments() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,17 @@ def hint_of(number: float | torch.SymFloat) -> float | None:
     if not isinstance(number, torch.SymFloat):
         return number
     return None if _torch.free_unbacked_symbols(number) else float(number.node.hint)
+
+
+def condition_of(inputs: list[Any]) -> Callable[..., bool]:
+    """What has to hold of inputs for a graph that was captured with the given fake ones: the guards on their sizes."""
+    sizes = [size for value in inputs if isinstance(value, torch.Tensor) for size in value.shape]
+    symbolic = next((size for size in [*sizes, *inputs] if isinstance(size, torch.SymInt)), None)
+    if symbolic is None:
+        return lambda *_: True
+    shape_env = symbolic.node.shape_env
+    code = shape_env.produce_guards_expression(inputs)
+    return lambda *args: code is None or bool(shape_env.evaluate_guards_expression(code, args))
 
 
 def number_of(size: int | torch.SymInt) -> int | torch.SymInt:
