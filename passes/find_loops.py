@@ -12,7 +12,7 @@ Ensures:  loops in graph order, those of checkpointed bodies included; iteration
           and the next one.
 Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a loop, a loop inside a torch.func
           transform or inside another higher-order operation, and a loop outside mixed_precision; for a function with
-          a backward of its own in a step, which tracing would lose.
+          a backward of its own in a step, which tracing would lose; for a parameter that tensor parallelism shards.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from rampde_fx.torch_private import dynamo, higher_order
 # Higher-order operations that compute what their body computes.
 TRANSPARENT = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 FIX_OWN_BACKWARD = "make it an operator: torch.library.custom_op with register_fake and register_autograd"
+FIX_TENSOR_PARALLEL = (
+    "leave the velocity's layers out of parallelize_module, and shard by fully_shard the module that holds the loop"
+)
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
 
 
@@ -167,6 +170,7 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
         _refuse(modes[-1], "a step leaves gradients off, or on in a loop under no_grad", "move the switch out")
     transforms, gradients = 0, differentiated
     for node in with_bodies(nodes):
+        _check_operands(node)
         transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
         gradients = node.args[0] if node in modes else gradients
         if transforms and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
@@ -176,6 +180,14 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
                 "detach() what is constant instead",
             )
         _check_operation(node, differentiated)
+
+
+def _check_operands(node: fx.Node) -> None:
+    """Refuse tensors of which a process holds a part, inputs first: these have names."""
+    for operand in sorted(node.all_input_nodes, key=lambda operand: operand.op != "placeholder"):
+        if type(value(operand)).__name__ == "DTensor":
+            found = f"a step reads '{graphs.user_name(operand)}', which is sharded by tensor parallelism"
+            _refuse(node, found, FIX_TENSOR_PARALLEL)
 
 
 def _check_operation(node: fx.Node, differentiated: bool) -> None:

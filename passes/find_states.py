@@ -32,6 +32,10 @@ from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
 # A state keeps its identity through updates by these, whatever it is scaled by and whatever is added.
+FIX_LOW_PARAMETERS = (
+    "keep the parameters in float32, without .half() or the param_dtype of fully_shard's MixedPrecisionPolicy: "
+    "mixed_precision casts them"
+)
 CHAIN = ("add", "scale", "copy")
 
 
@@ -279,6 +283,13 @@ def _check_operands(inputs: list[Source], where: str) -> None:
 
 def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
     carries = captured.carries()
+    if carries == 0 and not graphs.body(captured.step):
+        raise StateChangeError(
+            "the steps were read without computing with them, as list(steps(t)) and reversed() do",
+            required="a for loop over steps(t), or over a zip or an enumerate of it",
+            fix="iterate over steps(t) itself; backward in time over steps(t.flip(0))",
+            where=where,
+        )
     if carries == 0:
         raise StateChangeError(
             "a step carries no state, and reads no floating tensor from outside of the loop that could stand for one",
@@ -306,12 +317,19 @@ def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
         if _is_half(a) and _accumulates(before, after):
             wide = "complex64" if a.is_complex() else "float32"
             again = f"{before.name}.to(torch.{wide})"
+            fix = f"give odeint {again}" if once else f"write {before.name} = {again} before the loop"
+            low = [source for source in captured.inputs if isinstance(source, InvariantSource) and _is_low(source)]
             raise StateChangeError(
                 f"the state '{before.name}' is {str(a.dtype).removeprefix('torch.')}, in which its sums would round",
                 required="a state in float32, float64, complex64 or complex128",
-                fix=f"give odeint {again}" if once else f"write {before.name} = {again} before the loop",
+                fix=FIX_LOW_PARAMETERS if low else fix,
                 where=graphs.user_line(after) or where,
             )
+
+
+def _is_low(source: InvariantSource) -> bool:
+    parameter = graphs.value(source.value)
+    return isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad and _is_half(parameter)
 
 
 def _is_half(tensor: torch.Tensor) -> bool:

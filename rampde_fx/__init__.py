@@ -1,6 +1,8 @@
 """Mixed-precision training of neural ODEs as a compiler pass (arXiv 2510.23498)."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rampde_fx import errors
@@ -35,6 +37,17 @@ else:
             return import_module("rampde_fx.backend")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+
+class _Package(ModuleType):
+    """The package, which may be given to torch.compile as its backend, as its name may be."""
+
+    takes_repeats = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("rampde_fx.backend").rampde_fx(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "METHODS",

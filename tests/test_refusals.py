@@ -1,5 +1,7 @@
 """What cannot be rewritten raises a typed error that names the user's line; what is irrelevant comes out unchanged."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -259,3 +261,127 @@ def test_error_reads_well_and_pickles():
     error = errors.PolicyError("found this", required="that", fix="do so", where="here.py:1")
     assert str(error) == "found this.\n  at: here.py:1\n  required: that.\n  fix: do so."
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# Mistakes at the front door
+
+
+def field(t, y):
+    return -y
+
+
+def in_the_order_of_scipy(y, t):
+    return -y
+
+
+def listed(y, t):
+    for t_i, dt in list(rampde_fx.steps(t)):
+        y = y + dt * field(t_i, y)
+    return y
+
+
+def backwards(y, t):
+    for t_i, dt in reversed(list(rampde_fx.steps(t))):
+        y = y - dt * field(t_i, y)
+    return y
+
+
+def any_order(a, b):
+    return -a * torch.ones(())
+
+
+GRID = torch.linspace(0, 1, 5)
+MISTAKES = {
+    "a dtype by position": (
+        lambda: rampde_fx.mixed_precision(torch.float16),
+        errors.PolicyError,
+        "mixed_precision(torch.float16) was given its setting in place of what it marks.\n"
+        "  required: a setting by its name.\n"
+        "  fix: write @rampde_fx.mixed_precision(dtype=torch.float16).",
+    ),
+    "a dtype by its name": (
+        lambda: rampde_fx.mixed_precision("bfloat16"),
+        errors.PolicyError,
+        "mixed_precision('bfloat16') was given its setting in place of what it marks.\n"
+        "  required: a setting by its name.\n"
+        "  fix: write @rampde_fx.mixed_precision(dtype=torch.bfloat16).",
+    ),
+    "func and y0": (
+        lambda: rampde_fx.odeint(Y, field, GRID),
+        errors.StateError,
+        "y0 is a function, which can be called.\n"
+        "  required: a function of t and y that returns dy/dt, the initial state, the times.\n"
+        "  fix: write odeint(func, y0, t), in this order.",
+    ),
+    "y0 and t": (
+        lambda: rampde_fx.odeint(field, GRID, Y),
+        errors.TimeGridError,
+        "t is a float32 tensor of shape (4, 5), and y0 could be the times.\n"
+        "  required: a function of t and y that returns dy/dt, the initial state, the times.\n"
+        "  fix: write odeint(func, y0, t), in this order.",
+    ),
+    "func(y, t)": (
+        lambda: rampde_fx.odeint(in_the_order_of_scipy, Y, GRID),
+        errors.StateError,
+        "func takes (y, t), and is called as func(t, y).\n"
+        "  required: the time first, as in torchdiffeq and in scipy's solve_ivp.\n"
+        "  fix: write odeint(lambda t, y: func(y, t), y0, t), or let func take (t, y).",
+    ),
+    "func(y, t) by other names": (
+        lambda: rampde_fx.odeint(any_order, Y, GRID),
+        errors.StateError,
+        "func returns a float32 tensor of shape () as the derivative of a float32 tensor of shape (4, 5); is it "
+        "func(y, t)? It is called as func(t, y).\n"
+        "  required: a derivative of the structure, shapes and dtypes of y0.\n"
+        "  fix: return one derivative for each tensor of y, nested as y is, expanded and converted to its shape and "
+        "dtype.",
+    ),
+    "an array": (
+        lambda: rampde_fx.odeint(field, Y.numpy(), GRID),
+        errors.StateError,
+        "y0 holds a ndarray.\n"
+        "  required: a floating or complex tensor, or a nested tuple, list or dict of such.\n"
+        "  fix: convert integers and float8 by .float(), arrays by torch.from_numpy.",
+    ),
+    "tolerances of fixed steps": (
+        lambda: rampde_fx.odeint(field, Y, GRID, method="rk4", rtol=1e-3),
+        errors.OptionError,
+        "rtol=0.001 and atol=None beside fixed steps of rk4.\n"
+        "  required: tolerances for adaptive steps alone.\n"
+        '  fix: leave both out, or write method="dopri5" without num_steps for steps that adapt to them.',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_with_the_whole_text(name):
+    call, kind, text = MISTAKES[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("function", [listed, backwards])
+def test_steps_in_a_list(function):
+    with pytest.raises(errors.StateChangeError, match="read without computing with them, as list") as caught:
+        compiled(function, torch.float16)(Y, GRID)
+    assert "rampde_fx.steps(t)" in caught.value.where and "iterate over steps(t) itself" in caught.value.fix
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_marked_after_it_is_compiled(is_module):
+    model = Euler()
+    made = torch.compile(model if is_module else model.forward, backend="rampde_fx", options={"compiler": "aot_eager"})
+    y, t = torch.randn(8, 5), torch.linspace(0, 1, 5)
+    wanted = compiled(copy.deepcopy(model), torch.bfloat16)(y, t)
+    torch._dynamo.reset()
+    assert torch.equal(rampde_fx.mixed_precision(made, dtype=torch.bfloat16)(y, t), wanted)
+
+
+def test_the_package_as_the_backend():
+    model = Euler()
+    y, t = torch.randn(8, 5), torch.linspace(0, 1, 9)
+    wanted = compiled(model, torch.bfloat16)(y, t)
+    torch._dynamo.reset()
+    made = torch.compile(model, backend=rampde_fx, options={"compiler": "aot_eager"}, fullgraph=True)
+    assert torch.equal(made(y, t), wanted)

@@ -4,16 +4,21 @@ import contextlib
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._pytree import tree_leaves, tree_structure
 from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import errors
 from tests.comparison import compiled, relative_errors
+from tests.processes import run_in_processes
 
 T = torch.linspace(0, 1, 6)
 BF16 = 2e-2  # a few unit roundoffs of bfloat16, 2^-9, in each of a few layers and steps
@@ -387,3 +392,172 @@ def test_another_backend_compiles_plain_code(model_class):
     with pytest.warns(errors.FullPrecisionWarning):
         found = torch.compile(rampde_fx.mixed_precision(model), backend=another)(y, T)
     assert torch.equal(found, plain(y, T))
+
+
+# Hooks, normalised weights, profiles, sparse matrices
+
+
+def doubled(layer, args, output):
+    return 2 * output
+
+
+def halved(layer, args):
+    return args[0], args[1] / 2
+
+
+HOOKS = {
+    "forward": lambda model: model.field.wide.register_forward_hook(doubled),
+    "before": lambda model: model.field.register_forward_pre_hook(halved),
+}
+
+
+@pytest.mark.parametrize("model_class", [Steps, Solved])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_the_velocity(model_class, hook):
+    model, plain, y = seeded(model_class)
+    without = plain(y, T)
+    for hooked in (model, plain):
+        HOOKS[hook](hooked)
+    assert not torch.allclose(plain(y, T), without, rtol=1e-2)
+    found = gradients(compiled(model, torch.bfloat16), model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+
+
+NORMS = {
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "spectral_norm of hooks": nn.utils.spectral_norm,
+    "weight_norm of hooks": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("norm", NORMS)
+def test_normalised_weights_in_training(norm):
+    """The vectors of a spectral norm move on in each evaluation, as they do in eager code."""
+    models = [seeded(Steps)[0] for _ in range(2)]
+    y = torch.randn(8, 5)
+    for made in models:
+        torch.manual_seed(1)
+        NORMS[norm](made.field.wide)
+    model, plain = models
+    found = gradients(compiled(model, torch.bfloat16), model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+    buffers = [list(made.buffers()) for made in models]
+    assert max(relative_errors(*buffers), default=0) < BF16
+
+
+class Profiled(Layers):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            with torch.profiler.record_function("velocity"):
+                rate = self.field(t_i, y)
+            y = y + dt * rate
+        return y
+
+
+def test_scopes_of_a_profiler_in_a_step():
+    model, plain, y = seeded(Profiled)
+    found = gradients(compiled(model, torch.bfloat16), model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+
+
+def test_compiled_autograd():
+    model, plain, y = seeded(Steps)
+    function = compiled(model, torch.bfloat16)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        found = gradients(function, model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+
+
+GRAPH = (torch.rand(8, 8, generator=torch.manual_seed(0)) > 0.6).float()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the layout is in beta
+    SPARSE = {"coo": GRAPH.to_sparse(), "csr": GRAPH.to_sparse_csr()}
+
+
+@torch.library.custom_op("rampde_fx_tests::neighbours", mutates_args=())
+def neighbours(y: torch.Tensor, layout: str, transposed: bool) -> torch.Tensor:
+    matrix = SPARSE[layout].to(y.dtype)
+    return (matrix.t() if transposed else matrix) @ y
+
+
+def to_backward(ctx, inputs, output):
+    _, ctx.layout, ctx.transposed = inputs
+
+
+neighbours.register_fake(lambda y, layout, transposed: torch.empty_like(y))
+neighbours.register_autograd(
+    lambda ctx, gradient: (neighbours(gradient, ctx.layout, not ctx.transposed), None, None), setup_context=to_backward
+)
+
+
+class OnGraph(Layers):
+    layout, as_operator = "coo", True
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            around = neighbours(y, self.layout, False) if self.as_operator else SPARSE[self.layout] @ y
+            y = y + dt * self.field(t_i, around)
+        return y
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+def test_products_with_a_sparse_matrix(layout):
+    """As an operator they are part of the loop; Dynamo takes no sparse tensor, and what follows is said."""
+    model, plain, y = seeded(OnGraph)
+    model.layout = plain.layout = layout
+    found = gradients(compiled(model, torch.bfloat16), model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+    model.as_operator = plain.as_operator = False
+    torch._dynamo.reset()
+    function = torch.compile(model, backend="rampde_fx", options={"compiler": "aot_eager"})
+    with pytest.warns(errors.FullPrecisionWarning, match="runs uncompiled"):
+        assert torch.allclose(function(y, T), plain(y, T))
+
+
+# Sharded parameters
+
+
+class Sharded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.narrow = nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, y, t):
+        y = self.stem(y)
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * self.narrow(torch.tanh(self.wide(y)))
+        return y
+
+
+def shards(rank, folder, count):
+    mesh = init_device_mesh("cpu", (count,))
+    torch.manual_seed(0)
+    model, plain, y = Sharded(), Sharded(), torch.randn(8, 6)
+    plain.load_state_dict(model.state_dict())
+    low, parallel = copy.deepcopy(model), copy.deepcopy(model)
+    part = y.chunk(count)[rank]
+    function = compiled(model, torch.bfloat16)
+    fully_shard(model, mesh=mesh)
+    function(part, T).square().mean().backward()
+    plain(y, T).square().mean().backward()
+    pairs = [(p.grad.full_tensor(), q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert max(relative_errors(*map(list, zip(*pairs, strict=True)))) < BF16
+    torch._dynamo.reset()
+    function = compiled(low, torch.bfloat16)
+    fully_shard(low, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(errors.StateChangeError, match="the state 'y' is bfloat16") as caught:
+        function(part, T)
+    assert "param_dtype" in caught.value.fix
+    torch._dynamo.reset()
+    parallelize_module(parallel, mesh, {"wide": ColwiseParallel(), "narrow": RowwiseParallel()})
+    with pytest.raises(errors.UnsupportedLoopError, match="tensor parallelism") as caught:
+        compiled(parallel, torch.bfloat16)(y, T)
+    assert "fully_shard" in caught.value.fix and "test_stacks.py" in caught.value.where
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_shards_of_two_processes(tmp_path):
+    """fully_shard gives the gradients of one process; low parameters and tensor parallelism are refused by name."""
+    run_in_processes(shards, tmp_path, 2)

@@ -277,6 +277,16 @@ def policy_of(target: Callable[..., Any]) -> PrecisionPolicy | None:
     return getattr(marked.forward if is_module else marked, MARK, None)
 
 
+def _setting_as_target(setting: Any) -> PolicyError:
+    name = "policy" if isinstance(setting, PrecisionPolicy) else "dtype"
+    given = f"torch.{setting}" if isinstance(setting, str) and hasattr(torch, setting) else setting
+    return PolicyError(
+        f"mixed_precision({setting!r}) was given its setting in place of what it marks",
+        required="a setting by its name",
+        fix=f"write @rampde_fx.mixed_precision({name}={'...' if name == 'policy' else given})",
+    )
+
+
 @overload
 def mixed_precision(
     target: None = None, /, *, dtype: torch.dtype | Auto | None = ..., policy: PrecisionPolicy | None = ...
@@ -323,11 +333,16 @@ def mixed_precision(
             required="either a dtype or a PrecisionPolicy",
             fix="write policy=PrecisionPolicy(velocity=...) alone",
         )
+    if isinstance(target, (torch.dtype, PrecisionPolicy, str)):
+        raise _setting_as_target(target)
     policy = policy or (PrecisionPolicy() if dtype is None else PrecisionPolicy(velocity=dtype))
     if target is None:
         return lambda target: mixed_precision(target, policy=policy)
     if isinstance(target, type) and issubclass(target, nn.Module):
         _mark_class(target, policy)
+        return target
+    if isinstance(target, nn.Module) and hasattr(target, "_orig_mod"):  # compiled: Dynamo captures what is inside anew
+        mixed_precision(target._orig_mod, policy=policy)
         return target
     if isinstance(target, nn.Module):
         module_class: Any = getattr(type(target), "_unmarked_class", type(target))  # marked again: the new policy

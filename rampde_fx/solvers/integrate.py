@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
 from rampde_fx.torch_private import dynamo
 
+ORDER = "a function of t and y that returns dy/dt, the initial state, the times"
+IN_ORDER = "write odeint(func, y0, t), in this order"
+TIME_NAMES = {"t", "time"}
 AUTOCAST_CHOOSES = {torch.float16, torch.bfloat16, torch.float32}
 # The relative tolerance that a velocity in each dtype can reach, a few unit roundoffs.
 REACHED = {torch.float64: 1e-7, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -120,12 +124,14 @@ def odeint(
 def _flat_state(y0: Any) -> tuple[State, pytree.TreeSpec]:
     leaves, structure = pytree.tree_flatten(y0)
     wrong = [leaf for leaf in leaves if not is_state(leaf)]
+    if wrong and callable(wrong[0]):
+        refuse(StateError, f"y0 is {_kind(wrong[0])}, which can be called", required=ORDER, fix=IN_ORDER)
     if wrong or not leaves:
         refuse(
             StateError,
             f"y0 holds {_kind(wrong[0])}" if wrong else "y0 holds no tensor",
             required="a floating or complex tensor, or a nested tuple, list or dict of such",
-            fix="convert integers and float8 by .float()",
+            fix="convert integers and float8 by .float(), arrays by torch.from_numpy",
         )
     return list(leaves), structure
 
@@ -147,9 +153,11 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
         refuse(
             StateError,
             f"func is {_kind(func)}",
-            required="a function of t and y that returns dy/dt",
-            fix="write odeint(func, y0, t), in this order",
+            required=ORDER,
+            fix=IN_ORDER,
         )
+    if not torch.compiler.is_dynamo_compiling():
+        _check_order_of_parameters(func)
     dtype = y[0].dtype
     for leaf in y[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
@@ -165,10 +173,32 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
             rates = [_as_state(before, after) for before, after in zip(state, rates, strict=True)]
         for before, after in zip(state, rates, strict=True):
             if not isinstance(after, torch.Tensor) or (before.shape, before.dtype) != (after.shape, after.dtype):
-                return state, f"func returns {_kind(after)} as the derivative of {_kind(before)}"
+                order = "; is it func(y, t)? It is called as func(t, y)" if before.ndim and _is_like(after, t) else ""
+                return state, f"func returns {_kind(after)} as the derivative of {_kind(before)}{order}"
         return list(rates), ""
 
     return velocity
+
+
+def _is_like(value: Any, t: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == t.shape
+
+
+@dynamo.never_alone
+def _check_order_of_parameters(func: Callable[..., Any]) -> None:
+    """Refuse a velocity in scipy's order, as far as the names of its parameters tell."""
+    try:
+        parameters = inspect.signature(getattr(func, "forward", func)).parameters.values()
+    except (TypeError, ValueError):  # one without a signature, written in C
+        return
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+    if len(names) == 2 and names[1] in TIME_NAMES and names[0] not in TIME_NAMES:
+        refuse(
+            StateError,
+            f"func takes ({', '.join(names)}), and is called as func(t, y)",
+            required="the time first, as in torchdiffeq and in scipy's solve_ivp",
+            fix=f"write odeint(lambda t, y: func(y, t), y0, t), or let func take ({names[1]}, {names[0]})",
+        )
 
 
 def is_under_autocast(device: str) -> bool:
@@ -259,6 +289,8 @@ def _asks_status(given: dict[str, Any]) -> bool:
 
 
 def _times(t: torch.Tensor, y: State) -> torch.Tensor:
+    if not is_time_grid(t) and len(y) == 1 and is_time_grid(y[0]):
+        refuse(TimeGridError, f"t is {_kind(t)}, and y0 could be the times", required=ORDER, fix=IN_ORDER)
     if not is_time_grid(t):
         refuse(
             TimeGridError,

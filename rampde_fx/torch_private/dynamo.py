@@ -121,7 +121,7 @@ def innermost(backend: Any) -> Any:
 
 def is_of(function: Any, package: str) -> bool:
     """Whether a function is defined in a package."""
-    return str(getattr(function, "__module__", "")).startswith(f"{package}.")
+    return f"{getattr(function, '__module__', '')}.".startswith(f"{package}.")
 
 
 @constant
