@@ -93,7 +93,8 @@ class _Emission:
         results = loop.results()
         self.outputs, self.stored = results.outputs, results.stored
         self.slots = [loop.slots[place.slot] for place in places(loop.slots)]  # of each stored value
-        self.segments, recomputed = self._segments(), list[int]()
+        in_segments, recomputed = loop.slots and loop.segment() != 1, list[int]()
+        self.segments = Segments(loop) if in_segments else None
         if self.segments is not None:
             self.recomputation = Recomputation(loop)
             results, recomputed = results._replace(stored=[]), self.recomputation.operands
@@ -115,9 +116,6 @@ class _Emission:
         make_again(self.forward, [inputs[i] for i in lasting])
         kept = zip(reversed(self.kept), reversed(graphs.placeholders(self.backward)), strict=False)
         make_again(self.backward, [node for i, node in kept if i in lasting])
-
-    def _segments(self) -> Segments | None:
-        return Segments(self.loop) if self.loop.slots and self.loop.segment() != 1 else None
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
         traced = graphs.named(tracing.trace(function, values, gradients=False), names)

@@ -24,6 +24,7 @@ from rampde_fx.emit.lasting import lasts
 from rampde_fx.errors import MutationError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, owner_of, reads_end
+from rampde_fx.ir.dtypes_of_layers import in_own_dtypes, notes_on_dtypes, widened
 from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.loops import Loop, LoopNode
 from rampde_fx.ir.repeats import RepeatedResults
@@ -84,21 +85,8 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         autocast=marked.autocast,
         controller=_controller(marked) if marked.searches else None,
         evaluations=marked.end.args[-2] if marked.once else None,
-        notes=_notes(captured),
+        notes=notes_on_dtypes(captured),
     )
-
-
-def _notes(captured: CapturedStep) -> tuple[str, ...]:
-    wide = zip(captured.inputs, graphs.placeholders(captured.step), strict=True)
-    names = [f"'{node.name}'" for source, node in wide if _arrives_narrow(source, node)]
-    told = f"{', '.join(names)}: half precision, as autocast made it before the loop, which takes it in float32"
-    return (told,) if names else ()
-
-
-def _arrives_narrow(source: Source, taken: fx.Node) -> bool:
-    """Whether the step takes an operand in a wider dtype than it arrives in."""
-    own, wide = [graphs.value(node) for node in source.values[:1]], graphs.value(taken)
-    return bool(own) and isinstance(wide, torch.Tensor) and own[0].dtype != wide.dtype
 
 
 def _controller(marked: MarkedLoop) -> Controller:
@@ -132,7 +120,7 @@ def _replace(
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
         operands = [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs]
-        operands = _widened(graph, captured, operands)
+        operands = widened(graph, captured, operands)
         operands = _own_memory(graph, operands, _written_behind(following) if loop.differentiated else set())
         if (
             marked.differentiated and not loop.differentiated
@@ -140,7 +128,7 @@ def _replace(
             operands = [_without_gradient(graph, node) for node in operands]
         call = graph.call_module(name, tuple(operands))
         found = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
-        results = _in_own_dtypes(graph, run, captured, found)
+        results = in_own_dtypes(graph, run, captured, found)
         for i, target in captured.written.items():
             if target.op == "placeholder" or _shared(graph, target, run):
                 results[i] = graph.call_method("copy_", (target, results[i]))
@@ -188,27 +176,6 @@ def _own_memory(graph: fx.Graph, operands: list[fx.Node], written: set[int]) -> 
         if cloned and lasts(node):
             higher_order.recompute_in_backward(made[-1])
         seen |= set() if storage is None else {storage}
-    return made
-
-
-def _widened(graph: fx.Graph, captured: CapturedStep, operands: list[fx.Node]) -> list[fx.Node]:
-    """The operands in the dtypes that the step takes: it is wider than what a layer under autocast made."""
-    made = []
-    for node, source, taken in zip(operands, captured.inputs, graphs.placeholders(captured.step), strict=True):
-        narrow = _arrives_narrow(source, taken)
-        made.append(graph.call_function(torch.Tensor.to, (node, graphs.value(taken).dtype)) if narrow else node)
-    return made
-
-
-def _in_own_dtypes(graph: fx.Graph, run: Run, captured: CapturedStep, results: list[fx.Node]) -> list[fx.Node]:
-    """The loop's results in the dtypes that they have in the user's code, where autocast may have set them."""
-    keys = [*(source.key for source in carries_among(captured.inputs)), *captured.outputs]
-    made = []
-    for node, key, result in zip(results, keys, graphs.results(captured.step), strict=True):
-        own = graphs.value(run.iterations[-1][key]) if isinstance(key, int) and key >= 0 else None
-        dtype = own.dtype if isinstance(own, torch.Tensor) else None
-        casts = dtype is not None and dtype != graphs.value(result).dtype
-        made.append(graph.call_function(torch.Tensor.to, (node, dtype)) if casts else node)
     return made
 
 
