@@ -16,7 +16,8 @@ Raises:   UnsupportedLoopError for what cannot be traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -192,7 +193,8 @@ def _has_gradient(node: fx.Node) -> bool:
 class _Captured(fx.Interpreter):
     """Runs a captured step; what it detaches, or computes under no_grad, gets a gradient of zero by stop_gradient.
 
-    Tensors that the step writes to are not wrapped: views of them, and detached names, must go on sharing memory.
+    Tensors that the step writes to are not wrapped: views of them, and detached names, must go on sharing memory. Where
+    such a name without gradient is read, what is read gets a gradient of zero.
 
     In a loop that is under no_grad itself the mode says nothing: there is no gradient but those of torch.func
     transforms in the velocity, which turn it on.
@@ -204,10 +206,12 @@ class _Captured(fx.Interpreter):
         self.observer = Observer()
         known = [node for node in graphs.body(step) if not self.observer.effects(node).unknown]
         self.written = {storage for node in known for storage in self.observer.written(node)}
+        self.without_gradient: set[fx.Node] = set()  # names of what is written
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
-            return super().run_node(n)
+            with self._read_without_gradient(n, []):
+                return super().run_node(n)
         with tracing.LinalgChecks() as checks:
             result = self._called(n)
         for info in checks.infos:
@@ -224,14 +228,28 @@ class _Captured(fx.Interpreter):
                 result = super().run_node(n)
         elif shares_memory(n) and fake_tensors.storage_of(graphs.value(n)) in self.written:
             result = super().run_node(n)
+            shown = self.without_gradient.intersection(n.all_input_nodes)
+            if shown or detaches(n) or self._computes_without_gradients():
+                self.without_gradient.add(n)
         else:
-            with _Stops(self._computes_without_gradients):
+            with _Stops(self._computes_without_gradients), self._read_without_gradient(n, written):
                 result = super().run_node(n)
             result = _stopped(result) if detaches(n) else result
         if self._computes_without_gradients() or graphs.function_name(n) == "detach_":
             for operand in written:
                 self.env[operand].copy_(_stopped(self.env[operand]))
         return result
+
+    @contextlib.contextmanager
+    def _read_without_gradient(self, n: fx.Node, written: Sequence[fx.Node]) -> Iterator[None]:
+        """While a node runs, what it reads by names without gradient, and does not write to, has none."""
+        names = [node for node in n.all_input_nodes if node in self.without_gradient and node not in written]
+        kept = {node: self.env[node] for node in names}
+        self.env.update({node: _stopped(value) for node, value in kept.items()})
+        try:
+            yield
+        finally:
+            self.env.update(kept)
 
     def _computes_without_gradients(self) -> bool:
         return self.differentiated and not torch.is_grad_enabled()
