@@ -28,6 +28,7 @@ from rampde_fx.ir.dtypes_of_layers import in_own_dtypes, notes_on_dtypes, widene
 from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.loops import Loop, LoopNode
 from rampde_fx.ir.repeats import RepeatedResults
+from rampde_fx.ir.rows import index_of_all, maker, rows_of_reads
 from rampde_fx.ir.sources import (
     CarrySource,
     IndexSource,
@@ -207,12 +208,24 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any, ex
                 return graph.call_method("clone", (starts,))
             ends = _getitem(graph, t, slice(first + 1, None if extended else first + 1 + count))
             return graph.call_function(torch.sub, (ends, starts))
+        case PerStepSource(values) if extended:
+            return _rows(graph, values, marked.markers[0])
         case PerStepSource(values):
             return graph.call_function(torch.stack, (list(values),))
         case CarrySource() | InvariantSource():
             return source.values[0]
         case _:
             assert_never(source)
+
+
+def _rows(graph: fx.Graph, values: tuple[fx.Node, ...], marker: fx.Node) -> fx.Node:
+    """All rows from the first of some values on, up to the end of the loop."""
+    rows = rows_of_reads(values)
+    assert rows is not None, "check_extension"
+    base, (grid, first, *_) = values[0].args[0], marker.args
+    make = maker(graph, values[0].meta, gradients=graphs.value(values[0]).requires_grad)
+    taken = make(operator.getitem, base, index_of_all(make, rows, grid, first))
+    return make("clone", make(torch.movedim, taken, rows.dimension(graphs.value(base).ndim), 0))
 
 
 def _rewire(

@@ -30,6 +30,7 @@ from rampde_fx.passes.hoist_invariants import hoist_invariants
 from rampde_fx.passes.keep_activations import keep_activations
 from rampde_fx.passes.lift_floats import lift_floats
 from rampde_fx.passes.lift_numbers import lift_numbers
+from rampde_fx.passes.lift_rows import lift_rows
 from rampde_fx.passes.lower_velocity import lower_velocity
 from rampde_fx.passes.match_iterations import match_iterations
 from rampde_fx.passes.partition_velocity import partition_velocity
@@ -180,6 +181,7 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
     """Roll a marked loop up, run by run, and take its end marker out; names of the LoopNodes, with notes."""
     names: list[str] = []
     sizes: list[int] = []
+    marked = lift_rows(marked)
     while marked.iterations:
         run = match_iterations(marked)
         captured = capture_step(graph_module, marked, run)

@@ -878,7 +878,7 @@ def same_value_in_a_list(m, y, t):
     return y, torch.stack(states)
 
 
-@whole
+@once
 def pairs_in_a_list(m, y, t):
     states = []
     for t_i, dt in steps(t):
@@ -924,7 +924,7 @@ def set_that_grows(m, y, t):
     return y
 
 
-@whole
+@once
 def global_number(m, y, t):
     global CALLS
     for t_i, dt in steps(t):
@@ -1068,7 +1068,7 @@ def generator_that_is_made_a_list(m, y, t):
     return y + pairs[0][1] * m.field(pairs[-1][0], y) + 0 * len(pairs)
 
 
-@whole
+@once
 def index_of_a_row(m, y, t):
     controls = torch.linspace(0, 1, 160).reshape(40, 4)
     for i, (t_i, dt) in enumerate(steps(t)):
@@ -1076,7 +1076,7 @@ def index_of_a_row(m, y, t):
     return y
 
 
-@whole
+@once
 def rows_by_zip(m, y, t):
     controls = torch.linspace(0, 1, 160).reshape(40, 4)
     for (t_i, dt), control in zip(steps(t), controls, strict=False):
@@ -1084,7 +1084,7 @@ def rows_by_zip(m, y, t):
     return y
 
 
-@whole
+@once
 def preallocated(m, y, t):
     states = y.new_zeros(41, *y.shape)
     for i, (t_i, dt) in enumerate(steps(t)):

@@ -607,7 +607,7 @@ def test_a_loop_that_was_wrongly_captured_once_is_found(monkeypatch):
     class Blind(repetition.Picture):
         def __init__(self, *state):
             super().__init__(*state)
-            self.word = []
+            self.word, self.numbers = [], []
 
     monkeypatch.setattr(repetition, "Picture", Blind)
     with pytest.raises(errors.RewriteMismatchError, match="output"):

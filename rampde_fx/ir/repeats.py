@@ -17,6 +17,7 @@ from torch import fx
 from rampde_fx.errors import MutationError, RewriteError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop, Owner, Run
+from rampde_fx.ir.rows import rows_of_reads
 from rampde_fx.ir.sources import Key, PerStepSource
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import fake_tensors
@@ -45,8 +46,8 @@ def check_extension(marked: MarkedLoop, run: Run) -> None:
     Raises:
         RewriteError: if the interpreter's state promised what they do not keep.
     """
-    varies = any(isinstance(source, PerStepSource) for row in run.sources for source in row)
-    if len(run.iterations) < 2 or varies:
+    own = [source for row in run.sources for source in row if isinstance(source, PerStepSource)]
+    if len(run.iterations) < 2 or not all(rows_of_reads(source.values) for source in own):
         raise RewriteError(
             "a loop that was captured in part does not repeat its last iterations",
             required="equal iterations at its end",

@@ -2,12 +2,15 @@
 
 The list stays one whose length nobody has asked for, until somebody does. torch.stack takes it as it is, so that the
 number of steps may stay symbolic. Whoever asks for anything else has the number of steps fixed, and gets every item.
+
+An item is a tensor, or tuples, lists and dicts of tensors, numbers and constants that are made anew in each iteration.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +18,57 @@ import torch
 from torch import fx
 
 from rampde_fx.torch_private.names import Names
+from rampde_fx.torch_private.step_numbers import is_step_number, parts_of, step_number
 
 _torch = Names(
     {
         "torch._dynamo.symbolic_convert": "InstructionTranslator.current_tx",
-        "torch._dynamo.variables": "ListVariable TorchInGraphFunctionVariable",
+        "torch._dynamo.variables": "ConstantVariable ConstDictVariable ListVariable TensorVariable"
+        " TorchInGraphFunctionVariable TupleVariable",
+        "torch._dynamo.variables.base": "ValueMutationNew",
         "torch._dynamo.variables.builder": "wrap_fx_proxy",
         "torch._dynamo.variables.torch_function": "_flatten_vts",
     },
     everywhere=False,
 )
+
+
+Leaf = Callable[[Any], Any]
+
+
+def made_again(item: Any, tensor: Leaf, number: Leaf) -> Any:
+    """An item like another one: of its tensors and step numbers, as Dynamo tracks them, what two functions give."""
+    if is_step_number(item):
+        return number(item)
+    item = item.unwrap()
+    if isinstance(item, _torch.TensorVariable):
+        return tensor(item)
+    if type(item) is _torch.TupleVariable:
+        return item.clone(items=[made_again(part, tensor, number) for part in item.items])
+    if type(item) is _torch.ListVariable:
+        parts = [made_again(part, tensor, number) for part in item.items]
+        return item.clone(items=parts, mutation_type=_torch.ValueMutationNew())
+    if type(item) is _torch.ConstDictVariable:
+        values = {key: made_again(value, tensor, number) for key, value in item.items.items()}
+        return item.clone(items=values, mutation_type=_torch.ValueMutationNew())
+    return item
+
+
+def _as_it_is(item: Any) -> Any:
+    """A copy of an item: what the user's names of its parts mean will change."""
+    return made_again(item, lambda x: x.clone(), lambda number: _torch.ConstantVariable.create(parts_of(number)[0]))
+
+
+def _leaves(item: Any) -> list[Any]:
+    """The tensors in an item, in the order in which made_again meets them."""
+    found: list[Any] = []
+
+    def met(tensor: Any) -> Any:
+        found.append(tensor)
+        return tensor
+
+    made_again(item, met, lambda number: number)
+    return found
 
 
 @dataclass
@@ -34,8 +78,8 @@ class Later:
     Attributes:
         grid: The time points.
         captured: How many iterations were captured.
-        before: What it held before the last of them.
-        each: What the last of them appended, and each one after it appends: the same values of its own.
+        before: The items that it held before the last of them.
+        each: The items that the last of them appended, and each one after it appends, of its own values.
         finals: Of these what the very last iteration appends, where that is known as a final value.
     """
 
@@ -46,21 +90,38 @@ class Later:
     finals: dict[fx.Node, fx.Proxy]
 
     @classmethod
-    def of(cls, grid: fx.Proxy, captured: int, tracked: Any, before: list[fx.Node], each: list[fx.Node]) -> Later:
-        """That of a list of Dynamo's, given as the nodes of its items."""
-        items = [item.unwrap().clone() for item in tracked.items]  # the user's names of them will be final values
-        return cls(grid, captured, items[: len(before)], items[len(before) :], {})
+    def of(cls, grid: fx.Proxy, captured: int, tracked: Any, count: int) -> Later:
+        """That of a list of Dynamo's, of which the last iteration appended a number of items."""
+        each = [made_again(x, lambda x: x.clone(), lambda n: step_number(*parts_of(n))) for x in tracked.items[-count:]]
+        return cls(grid, captured, [_as_it_is(item) for item in tracked.items[:-count]], each, {})
+
+    def holds_tensors(self) -> bool:
+        """Whether all items are tensors."""
+        return all(isinstance(item.unwrap(), _torch.TensorVariable) for item in (*self.before, *self.each))
 
     def stacked(self) -> Any:
-        """All items, stacked."""
+        """All items, which are tensors, stacked."""
         operands = (self.grid, self.captured, [x.as_proxy() for x in self.before], [x.as_proxy() for x in self.each])
         return _tracked(torch.ops.rampde_fx.collect, *operands)
 
     def items(self) -> list[Any]:
         """The items one by one; fixes the number of steps."""
         count = int(self.grid.node.meta["example_value"].shape[0]) - self.captured
-        columns = [self._column(item, count) for item in self.each]
-        return [*self.before, *(item for row in zip(*columns, strict=True) for item in row)]
+        columns = [[self._column(leaf, count) for leaf in _leaves(item)] for item in self.each]
+        rows = [
+            [self._item(item, own, row) for item, own in zip(self.each, columns, strict=True)] for row in range(count)
+        ]
+        return [*self.before, *(item for row in rows for item in row)]
+
+    def _item(self, item: Any, columns: list[list[Any]], row: int) -> Any:
+        """What an iteration appends: the one that was captured last, or one after it."""
+        tensors = iter(columns)
+
+        def number(tracked: Any) -> Any:
+            value, slope, _ = parts_of(tracked)
+            return _torch.ConstantVariable.create(value + slope * row)
+
+        return made_again(item, lambda _: next(tensors)[row], number)
 
     def _column(self, item: Any, count: int) -> list[Any]:
         last = self.finals.get(item.as_proxy().node)
@@ -85,7 +146,7 @@ def _tracked(function: Any, *operands: Any) -> Any:
 def collect_on(tracked: Any, later: Later | None, finals: dict[fx.Node, fx.Proxy]) -> None:
     """Give a list of Dynamo's what it holds after all iterations; None if they append nothing more."""
     if later is None:
-        tracked.items[:] = [item.unwrap().clone() for item in tracked.items]
+        tracked.items[:] = map(_as_it_is, tracked.items)
         return
     later.finals = finals
     own = vars(tracked)
@@ -128,6 +189,8 @@ def _stack(function: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
     named = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
     tensors, dim = named.get("tensors"), named.get("dim")
     if not isinstance(tensors, _list_type()) or tensors.filled is not None or named.keys() - {"tensors", "dim"}:
+        return None
+    if not tensors.later.holds_tensors():
         return None
     whole = tensors.later.stacked()
     place = 0 if dim is None else dim.as_python_constant()

@@ -164,6 +164,12 @@ def current_capture() -> Any:
     return _torch.current_tx().output
 
 
+def capture_log() -> Any:
+    """What Dynamo keeps from one attempt at the function that it captures to the next; None outside of any."""
+    output = getattr(getattr(_torch.tls, "current_tx", None), "output", None)
+    return getattr(getattr(output, "root_tx", None), "speculation_log", None)
+
+
 def notes_so_far() -> dict[str, list[Any]]:
     """The notes on the graph that is being captured, or compiled; none outside of any."""
     output = getattr(getattr(_torch.tls, "current_tx", None), "output", None)

@@ -23,6 +23,8 @@ from torch import fx
 from rampde_fx.torch_private import loop_bytecode
 from rampde_fx.torch_private.dynamo import is_users
 from rampde_fx.torch_private.names import Names
+from rampde_fx.torch_private.state_parts import Irregular, Item, Number
+from rampde_fx.torch_private.step_numbers import is_step_number, parts_of
 
 _torch = Names(
     {
@@ -86,10 +88,6 @@ CONSTANT_OF_EFFECTS = (
 OF_PYTHON = 1 << 9  # flag of a type that was made by a class statement, or as if by one
 
 
-class Irregular(Exception):
-    """A loop is not known to repeat, and why."""
-
-
 class UnknownTorch(Irregular):
     """A version of torch keeps state of which this file knows nothing."""
 
@@ -101,7 +99,6 @@ class Picture:
         steps: The frame of steps, whose own state is known.
         frames: The frames around it, the innermost first.
         loops: How many of these stand in a for loop over what the frame before yields: the user's own is the last.
-        counters: By frame the locals that the loop counts, and does not read.
 
     Attributes:
         word: What is equal of equal states.
@@ -109,31 +106,32 @@ class Picture:
         nodes: The nodes that stand in the state, in the order in which the word names them.
         holders: What tracks a tensor, by its node.
         bare: Nodes that something else holds.
-        lists: Lists to which the loop only appends tensors, each with its items' nodes.
-        counts: The counters: a frame, a name, and the present number.
+        lists: Lists to which the loop only appends tensors, or what is made of tensors, each with its items.
+        numbers: The whole numbers that stand in variables and attributes, or that every iteration moves on.
     """
 
-    def __init__(self, steps: Any, frames: list[Any], loops: int, counters: list[set[str]]) -> None:
+    def __init__(self, steps: Any, frames: list[Any], loops: int) -> None:
         self.word: list[Any] = []
         self.labels: list[str] = []
         self.nodes: list[fx.Node] = []
         self.holders: dict[fx.Node, list[Any]] = {}
         self.bare: set[fx.Node] = set()
-        self.lists: list[tuple[Any, list[fx.Node]]] = []
-        self.counts: list[tuple[Any, str, int]] = []
+        self.lists: list[tuple[Any, list[Item]]] = []
+        self.numbers: list[Number] = []
         self._steps, self._frames, self._label = steps, frames, ""
         self._effects = frames[0].output.side_effects
         self._numbers: dict[Any, int] = {}
+        self._in_lists: set[int] = set()  # lists to which the loop appends, and the mutable objects in them
         self._alive: list[Any] = []  # so that no number of an object is another one's
         for k, frame in enumerate(frames):
-            self._add_frame(frame, in_loop=k < loops, counters=counters[k] if k < loops else set())
+            self._add_frame(frame, in_loop=k < loops)
         self._add_capture(frames[0].output)
-        if any(id(collected) in self._numbers for collected, _ in self.lists):
-            raise Irregular("a list to which the loop appends has a second name")
+        if not self._in_lists.isdisjoint(self._numbers):
+            raise Irregular("a list to which the loop appends, or an item of it, has a second name")
 
     # What is on the interpreter's stack, and beside it
 
-    def _add_frame(self, frame: Any, *, in_loop: bool, counters: set[str]) -> None:
+    def _add_frame(self, frame: Any, *, in_loop: bool) -> None:
         _require_known(frame, (*COMPARED_OF_FRAME, *CONSTANT_OF_FRAME))
         self._put(id(frame), id(frame.f_code))
         names = {*frame.f_code.co_names}
@@ -141,7 +139,6 @@ class Picture:
         everything = not names.isdisjoint(loop_bytecode.SEES_ALL_LOCALS)
         live = set(frame.symbolic_locals) if everything else loop_bytecode.live_locals(instructions, head)
         body = loop_bytecode.body_of_loop(instructions, head) if in_loop and not everything else []
-        counters = set() if everything else counters
         appended = loop_bytecode.only_appended_to(body)
         owner = "" if is_users(frame.f_code.co_filename) else f" of {frame.f_code.co_name}"
         for name, value in frame.symbolic_locals.items():
@@ -149,12 +146,13 @@ class Picture:
             if not isinstance(value, _torch.CellVariable) and name not in live:
                 continue
             self._put("local", name)
-            if name in counters and _is_int(value):
-                self.counts.append((frame, name, value.as_python_constant()))
-            elif name in appended and type(value) is _torch.ListVariable:
-                self.lists.append((value, [self._collected(item) for item in value.items]))
+            if name in appended and type(value) is _torch.ListVariable:
+                if id(value) in self._in_lists:
+                    raise Irregular(f"{self._label} is a list that has a second name")
+                self._in_lists.add(id(value))
+                self.lists.append((value, [self._collected(item.unwrap()) for item in value.items]))
             else:
-                self.add(value)
+                self._add_held(frame.symbolic_locals, name)
         self._label = f"what Python keeps of {frame.f_code.co_name}"
         for name in COMPARED_OF_FRAME:
             if hasattr(frame, name):
@@ -162,13 +160,13 @@ class Picture:
                 value = getattr(frame, name)
                 self.add(vars(value) if name.startswith(("exn", "symbolic_torch", "symbolic_stream")) else value)
 
-    def _collected(self, item: Any) -> fx.Node:
-        item = item.unwrap()
-        if type(item) is not _torch.TensorVariable:
-            raise Irregular(f"{self._label} collects more than tensors")
-        if self._effects.store_attr_mutations.get(item):
-            raise Irregular(f"{self._label} collects tensors with attributes")
-        return item.proxy.node
+    def _collected(self, item: Any) -> Item:
+        found = Item(self._in_lists, self._effects)
+        try:
+            found.add(item)
+        except Irregular as irregular:
+            raise Irregular(f"{self._label} {irregular}") from irregular
+        return found
 
     def _add_capture(self, output: Any) -> None:
         effects = self._effects
@@ -208,15 +206,29 @@ class Picture:
             self._put(type(value), str(value.node.expr))
         elif isinstance(value, dict):
             self._put(type(value), len(value))
-            for key, item in value.items():
+            for key in value:
                 self.add(getattr(key, "vt", key))
-                self.add(item)
-        elif isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ in ("deque", "OrderedSet"):
+                self._add_held(value, key)
+        elif isinstance(value, list):
+            self._put(type(value), len(value))
+            for i in range(len(value)):
+                self._add_held(value, i)
+        elif isinstance(value, (tuple, set, frozenset)) or type(value).__name__ in ("deque", "OrderedSet"):
             self._put(type(value), len(value))
             for item in value:
                 self.add(item)
         else:
             self._add_object(value)
+
+    def _add_held(self, holder: Any, name: Any) -> None:
+        """What stands at a place: a number may be one that every iteration moves on."""
+        value = holder[name]
+        number = value.unwrap() if isinstance(value, _torch.VariableTracker) else None
+        if number is not None and type(number) is _torch.ConstantVariable and type(number.value) is int:
+            self._put("a number")
+            self.numbers.append(Number(len(self.word), self._label, number.value, 0, holder, name))
+        else:
+            self.add(value)
 
     def _add_object(self, value: Any) -> None:
         if isinstance(value, _torch.Source):
@@ -241,6 +253,11 @@ class Picture:
             self._alive.append(value)
 
     def _add_tracked(self, value: Any) -> None:
+        if is_step_number(value):
+            number, slope, _ = parts_of(value)
+            self._put("a number of the step")
+            self.numbers.append(Number(len(self.word), self._label, number, slope, tracked=value))
+            return
         if getattr(value, "inline_tracer", None) is self._steps:
             self._put("steps")
             return
@@ -263,9 +280,10 @@ class Picture:
             elif name not in UNREAD:
                 self._put(name)
                 self.add(part)
-        for name, part in self._effects.store_attr_mutations.get(value, {}).items():
+        own = self._effects.store_attr_mutations.get(value, {})
+        for name in own:
             self._put("attribute", name)
-            self.add(part)
+            self._add_held(own, name)
 
     def _add_node(self, node: fx.Node) -> None:
         self._put("node")
@@ -317,11 +335,6 @@ def _is_data(frame: Any, name: str) -> bool:
 
 def _is_step(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is torch.ops.rampde_fx.step
-
-
-def _is_int(value: Any) -> bool:
-    value = value.unwrap()
-    return isinstance(value, _torch.ConstantVariable) and type(value.value) is int
 
 
 def _require_known(owner: Any, names: Iterable[str]) -> None:

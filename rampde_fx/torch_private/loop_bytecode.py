@@ -13,7 +13,6 @@ _torch = Names({"torch._dynamo.bytecode_analysis": "TERMINAL_OPCODES"}, everywhe
 
 Instructions = Sequence[Any]
 LOADS = ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
-ADDITIONS = (0, 13)  # the arguments of BINARY_OP that mean + and +=
 SEES_ALL_LOCALS = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe"}
 
 
@@ -88,41 +87,3 @@ def _calls_append(instruction: Any) -> bool:
     is_call = instruction.opname == "LOAD_METHOD"
     is_call |= instruction.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool(instruction.arg & 1)
     return is_call and instruction.argval == "append"
-
-
-def only_counted(body: Instructions) -> set[str]:
-    """The locals that a loop reads only to add a constant to them: n += 1, or n = n + 1."""
-    counted: set[str] = set()
-    otherwise: set[str] = set()
-    k = 0
-    while k < len(body):
-        if _counts(body[k : k + 4]):
-            counted.add(body[k].argval)
-            k += 4
-            continue
-        otherwise.update(_names(body[k]))
-        k += 1
-    return counted - otherwise
-
-
-def _counts(four: Instructions) -> bool:
-    if len(four) < 4 or four[0].opname not in LOADS or four[1].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
-        return False
-    adds = four[2].opname == "BINARY_OP" and four[2].arg in ADDITIONS
-    return adds and four[3].opname == "STORE_FAST" and four[3].argval == four[0].argval
-
-
-def unread_index(instructions: Instructions, head: Any) -> str | None:
-    """Of `for i, step in enumerate(...)` the name of i, if the loop does not read it."""
-    place = next(k for k, instruction in enumerate(instructions) if instruction is head)
-    unpack, index = instructions[place + 1 : place + 3]
-    if unpack.opname != "UNPACK_SEQUENCE" or unpack.argval != 2:
-        return None
-    if index.opname == "STORE_FAST_STORE_FAST":
-        name, stores = index.argval[0], index
-    elif index.opname == "STORE_FAST":
-        name, stores = index.argval, index
-    else:
-        return None
-    touched = [i for i in body_of_loop(instructions, head) if i is not stores and name in _names(i)]
-    return None if touched else name

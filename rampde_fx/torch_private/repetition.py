@@ -10,26 +10,27 @@ captured iteration by iteration.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 import operator
 import sys
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from rampde_fx.torch_private import loop_bytecode
+from rampde_fx.errors import MissingTorchNameError
+from rampde_fx.torch_private import step_numbers, traced_iterators
 from rampde_fx.torch_private.collected_lists import Later, collect_on
-from rampde_fx.torch_private.dynamo import captured_line, current_capture, innermost, notes_so_far
-from rampde_fx.torch_private.interpreter_state import Irregular, Picture
+from rampde_fx.torch_private.dynamo import capture_log, captured_line, current_capture, notes_so_far
+from rampde_fx.torch_private.interpreter_state import Picture
 from rampde_fx.torch_private.names import Names
 from rampde_fx.torch_private.shapes import TensorifyScalarRestartAnalysis, size_hint
+from rampde_fx.torch_private.state_parts import Irregular, Item, Number
+from rampde_fx.torch_private.step_numbers import CountedLoop
 
 _torch = Names(
     {
-        "torch._dynamo.polyfills.builtins": "enumerate",
         "torch._dynamo.symbolic_convert": "InliningGeneratorInstructionTranslator InstructionTranslatorBase",
         "torch._dynamo.utils": "set_example_value",
         "torch._dynamo.variables": "ConstantVariable",
@@ -43,16 +44,18 @@ _torch = Names(
 Ahead = Literal["step", "end", "repeat"]
 LEAST = 3  # iterations that are captured of a loop that repeats; a shorter one is captured as a whole
 HEADS = 12  # that are compared before the loop is captured as a whole
-TAKES_REPEATS = "takes_repeats"  # attribute of a backend that knows what repeat means
 IN_FULL = "rampde_fx_in_full"  # attribute of what Dynamo keeps from one attempt at a function to the next
 COMPARED = "rampde_fx_compared"  # likewise, once iterations of a loop are compared
-HEADS_OF = "rampde_fx_heads"  # attribute of the frame of steps
+HEADS_OF = "rampde_fx_heads"  # attributes of the frame of steps
+COUNTED = "rampde_fx_counted"
 NOTES = "captured"  # key of the notes of a capture
 
 
 def takes_repeats(backend: Any) -> Any:
     """The backend, which is given graphs in which repeat stands for the iterations to come."""
-    setattr(backend, TAKES_REPEATS, True)
+    setattr(backend, traced_iterators.TAKES_REPEATS, True)
+    with contextlib.suppress(MissingTorchNameError, AttributeError):  # of another torch: they are traced as ever
+        traced_iterators.teach_dynamo()
     return backend
 
 
@@ -60,7 +63,7 @@ def compares_iterations() -> bool:
     """Whether the loop that begins in the frame of steps is to be captured once; else as a whole."""
     capture = current_capture()
     try:
-        if not getattr(innermost(capture.compiler_fn), TAKES_REPEATS, False):
+        if not traced_iterators.takes_repeats():
             return False
         if size_hint(_steps_of(_frames()[0])) <= LEAST:
             return False
@@ -98,22 +101,32 @@ def _watch_all_locals() -> None:
 def ahead(i: int) -> Ahead:
     """What follows in a loop whose iterations are compared: step i, the end, or what repeats up to the end."""
     frames = _frames()
+    counted: CountedLoop | None = vars(frames[0]).get(COUNTED)
+    if counted is not None:
+        counted.iteration = i
     if not i < _steps_of(frames[0]):
+        if counted is not None:
+            step_numbers.capture_with_numbers(counted, "")
         return "end"
     heads: list[Picture] | None = vars(frames[0]).setdefault(HEADS_OF, [])
     if heads is None:
         return "step"
+    reason = ""
     try:
         if _repeats(frames, heads, i):
             setattr(frames[0], HEADS_OF, None)
             return "repeat"
         if len(heads) < HEADS:
             return "step"
-        reason = _difference(heads[-2], heads[-1])
+        reason = ", ".join(filter(None, (_difference(heads[-2], heads[-1]), step_numbers.reason_of(captured_line()))))
     except Irregular as irregular:
         reason = str(irregular)
+    except TensorifyScalarRestartAnalysis:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+    if counted is not None:
+        step_numbers.capture_with_numbers(counted, "")
     setattr(frames[0], HEADS_OF, None)
     _note(reason)
     return "step"
@@ -169,14 +182,16 @@ def _repeats(frames: list[Any], heads: list[Picture], i: int) -> bool:
     """Whether iteration i and all after it repeat the one before; then the graph says so."""
     steps, around = frames[0], frames[1:]
     loops = _loops(steps, around)
-    heads.append(Picture(steps, around, loops, _counters(around, loops)))
+    heads.append(Picture(steps, around, loops))
+    if _are_counted(heads) and _count(steps, heads[-1], heads[-2], i):
+        heads[-1] = Picture(steps, around, loops)
     if i < LEAST:
         return False
     nodes = _places(steps)
     known, longest = 0, 1  # a single pair is not enough: between two heads a counter may jump once
     for k in range(i, 0, -1):  # the pairs of equal heads at the end
         lag = _lag(heads[k - 1], heads[k], k, nodes)
-        if lag is None:
+        if lag is None or (k == i and _number_that_differs(heads[k - 1], heads[k])):
             break
         known, longest = known + 1, max(longest, lag)
     if known < 1 + longest:
@@ -203,21 +218,29 @@ def _loops(steps: Any, around: list[Any]) -> int:
     raise Irregular("no loop")
 
 
-def _counters(around: list[Any], loops: int) -> list[set[str]]:
-    """For every frame in a loop the locals that it counts and does not read, an unread index of enumerate included."""
-    found: list[set[str]] = []
-    index: str | None = None
-    for frame, reader in pairwise(around[: loops + 1] if len(around) > loops else [*around, None]):
-        body = loop_bytecode.body_of_loop(frame.instructions, frame.current_instruction)
-        names = loop_bytecode.only_counted(body)
-        if index is not None:
-            names.add(index)
-        index = None
-        if frame.f_code is inspect.unwrap(_torch.enumerate).__code__ and len(found) + 1 < loops:
-            index = loop_bytecode.unread_index(reader.instructions, reader.current_instruction)
-            names |= {"start"} if index is not None else set()
-        found.append(names)
-    return found
+def _are_counted(heads: list[Picture]) -> bool:
+    """Whether the last heads differ by numbers that each iteration moved on by the same amount."""
+    if len(heads) < 3 or not heads[-3].word == heads[-2].word == heads[-1].word:
+        return False
+    rows = list(zip(*(head.numbers for head in heads[-3:]), strict=True))
+    return any(a.value != b.value for a, b, _ in rows) and all(
+        b.value - a.value == c.value - b.value and a.slope == b.slope == c.slope == 0 for a, b, c in rows
+    )
+
+
+def _count(steps: Any, head: Picture, before: Picture, i: int) -> bool:
+    """Have the numbers that moved on stand for what they are in each iteration to come, if that is to be tried."""
+    loop = CountedLoop(captured_line(), _grid(steps), i)
+    if hasattr(capture_log(), step_numbers.READ) and loop.place in getattr(capture_log(), step_numbers.READ):
+        return False
+    if not size_hint(_steps_of(steps)) > i + 1 or vars(steps).get(COUNTED) is not None:
+        return False
+    setattr(steps, COUNTED, loop)
+    step_numbers.begin(loop)
+    for old, new in zip(before.numbers, head.numbers, strict=True):
+        if new.holder is not None and new.value != old.value:
+            new.holder[new.name] = step_numbers.step_number(new.value, new.value - old.value, loop)
+    return True
 
 
 def _places(steps: Any) -> dict[fx.Node, tuple[int, int]]:
@@ -238,6 +261,8 @@ def _lag(old: Picture, new: Picture, k: int, places: dict[fx.Node, tuple[int, in
     """How many iterations back the head of iteration k reaches, if it is that of k - 1, moved on by one iteration."""
     if old.word != new.word or len(old.nodes) != len(new.nodes):
         return None
+    if any(b.value - a.value != b.slope for a, b in zip(old.numbers, new.numbers, strict=True)):
+        return None
     moved = _moved(old, new)
     if moved is None:
         return None
@@ -254,17 +279,29 @@ def _moved(old: Picture, new: Picture) -> dict[fx.Node, fx.Node] | None:
     pairs = list(zip(old.nodes, new.nodes, strict=True))
     for (_, before), (_, after) in zip(old.lists, new.lists, strict=True):
         grown = len(after) - len(before)
-        if grown > len(before) or after[: len(before)] != before:
+        if grown < 0 or grown > len(before) or not all(map(Item.stays, before, after)):
             return None
-        pairs += zip(before[len(before) - grown :], after[len(before) :], strict=True) if grown else []
+        for last, more in zip(before[len(before) - grown :], after[len(before) :], strict=True) if grown else ():
+            if not last.moves_on(more):
+                return None
+            pairs += zip(last.nodes, more.nodes, strict=True)
     moved = dict(pairs)
     one_to_one = len(set(moved.values())) == len(moved) and all(moved[a] is b for a, b in pairs)
     return moved if one_to_one else None
 
 
+def _number_that_differs(old: Picture, new: Picture) -> tuple[Number, Number] | None:
+    """The first number of two states that is not moved on as it is known to be."""
+    pairs = zip(old.numbers, new.numbers, strict=False)
+    return next(((a, b) for a, b in pairs if a.slope != b.slope or b.value - a.value != b.slope), None)
+
+
 def _difference(old: Picture, new: Picture) -> str:
     """The first difference of two states, for the report."""
-    for label, before, after in zip(new.labels, old.word, new.word, strict=False):
+    number = _number_that_differs(old, new)
+    for k, (label, before, after) in enumerate(zip(new.labels, old.word, new.word, strict=False)):
+        if number is not None and number[1].place == k + 1:
+            return f"{number[1].label} differs from iteration to iteration: {number[0].value}, then {number[1].value}"
         if before != after:
             known = all(len(entry) == 2 and isinstance(entry[0], type) for entry in (before, after))
             told = f": {before[1]!r}, then {after[1]!r}" if known else ""
@@ -286,18 +323,19 @@ def _finish(frames: list[Any], heads: list[Picture], i: int, places: dict[fx.Nod
     steps, (old, new) = frames[0], heads[-2:]
     output, grid = steps.output, _grid(steps)
     moving = [b for a, b in zip(old.nodes, new.nodes, strict=True) if a is not b]
-    grown = [after[len(before) :] for (_, before), (_, after) in zip(old.lists, new.lists, strict=True)]
+    grown = [len(after) - len(before) for (_, before), (_, after) in zip(old.lists, new.lists, strict=True)]
     if not new.bare.isdisjoint(moving):
         raise Irregular("something other than a tensor moves on with the iterations")
-    for (_, before), more in zip(old.lists, grown, strict=True):
-        fixed = {a for a, b in zip(before[len(before) - len(more) :], more, strict=True) if a is b}
-        if fixed or not places.keys() >= set(more):
+    for (_, items), count in zip(new.lists, grown, strict=True):
+        own = [node for item in items[len(items) - count :] for node in item.nodes]
+        earlier = [node for item in items[len(items) - 2 * count : len(items) - count] for node in item.nodes]
+        if not places.keys() >= set(own) or any(a is b for a, b in zip(earlier, own, strict=True)):
             raise Irregular("each iteration appends the same value to a list")
     later = [
-        Later.of(grid, i, tracked, nodes[: len(nodes) - len(more)], more) if more else None
-        for (tracked, nodes), more in zip(new.lists, grown, strict=True)
+        Later.of(grid, i, tracked, count) if count else None
+        for (tracked, _), count in zip(new.lists, grown, strict=True)
     ]
-    _fill_in_counts(frames, old, new, i)
+    _fill_in_numbers(steps, new.numbers, i)
     held = [new.holders[node][0].proxy for node in moving]
     repeat = output.create_proxy("call_function", torch.ops.rampde_fx.repeat, (grid, held), {})
     _torch.set_example_value(repeat.node, [node.meta["example_value"] for node in moving])
@@ -312,19 +350,18 @@ def _finish(frames: list[Any], heads: list[Picture], i: int, places: dict[fx.Nod
             holder.proxy = final
 
 
-def _fill_in_counts(frames: list[Any], old: Picture, new: Picture, i: int) -> None:
-    """Give each counter that is read after the loop the number that it has then."""
-    steps = frames[0]
-    for (frame, name, before), (_, _, now) in zip(old.counts, new.counts, strict=True):
-        behind = frame.current_instruction.target
-        if now == before or name not in loop_bytecode.live_locals(frame.instructions, behind):
+def _fill_in_numbers(steps: Any, numbers: list[Number], i: int) -> None:
+    """Make each number of the step what it is after the loop."""
+    count = _steps_of(steps)
+    for number in numbers:
+        if not number.slope:
             continue
-        count, each = _steps_of(steps), now - before
         if isinstance(count, int):
-            final = _torch.ConstantVariable.create(now + each * (count - i))
+            final = _torch.ConstantVariable.create(number.value + number.slope * (count - i))
         else:
-            final = _symbolic(steps, now - each * (i + 1), each)
-        frame.symbolic_locals[name] = final
+            final = _symbolic(steps, number.value - number.slope * (i + 1), number.slope)
+        step_numbers.become(number.tracked, final)
+    step_numbers.end()
 
 
 def _symbolic(steps: Any, offset: int, factor: int) -> Any:
