@@ -110,7 +110,7 @@ SYMBOLIC = (
     " two_values_in_one_list state_in_a_dataclass state_in_the_module buffer_in_place dropout_of_nothing"
     " vjp_in_the_body checkpointed_loop two_loops_in_a_row generator_around_the_steps in_place size_of_the_grid"
     " states_behind_the_first states_along_the_second_dimension states_read_from_the_trajectory times_by_the_index"
-    " controls_by_zip_and_enumerate first_step_by_its_index"
+    " first_step_by_its_index"
 ).split()
 
 
