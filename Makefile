@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
 # About half of the tests, by time.
-FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture check checkpoint complex devices docs examples faults forms inductor)
+FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture check checkpoint complex devices docs examples faults forms inductor saved torchdiffeq torchdiffeq_compiled)
 
 # Where the wheel is tested: an environment of its own, and the source distribution without the packages.
 WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
