@@ -23,10 +23,17 @@ from rampde_fx.solvers.integrate import odeint
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 
 # What compiles needs Dynamo and Inductor, which take twice as long to import as torch: when it is asked for.
-_LATER = {"check": "proof.checking", "explain": "report.explain", "export": "shipping"}
+_LATER = {
+    "check": "proof.checking",
+    "explain": "report.explain",
+    "export": "shipping",
+    "LoopReport": "report.loop_report",
+    "Report": "report.explain",
+}
 if TYPE_CHECKING:
     from rampde_fx.proof.checking import check
-    from rampde_fx.report.explain import explain
+    from rampde_fx.report.explain import Report, explain
+    from rampde_fx.report.loop_report import LoopReport
     from rampde_fx.shipping import export
 else:
 
@@ -58,8 +65,10 @@ __all__ = [
     "CheckResult",
     "CheckRow",
     "EvaluationCount",
+    "LoopReport",
     "Monitor",
     "PrecisionPolicy",
+    "Report",
     "StateCount",
     "backward_counts",
     "check",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch.utils import _pytree as pytree
@@ -23,11 +23,36 @@ from rampde_fx.torch_private import dynamo
 ORDER = "a function of t and y that returns dy/dt, the initial state, the times"
 IN_ORDER = "write odeint(func, y0, t), in this order"
 TIME_NAMES = {"t", "time"}
+S = TypeVar("S")  # of a state: a tensor, or a tree of them
 AUTOCAST_CHOOSES = {torch.float16, torch.bfloat16, torch.float32}
 # The relative tolerance that a velocity in each dtype can reach, a few unit roundoffs.
 REACHED = {torch.float64: 1e-7, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
+@overload
+def odeint(
+    func: Callable[[torch.Tensor, S], S],
+    y0: S,
+    t: torch.Tensor,
+    *,
+    method: str | ButcherTableau = ...,
+    rtol: float | None = ...,
+    atol: float | None = ...,
+    options: None = ...,
+    policy: PrecisionPolicy | None = ...,
+) -> S: ...
+@overload
+def odeint(
+    func: Callable[[torch.Tensor, Any], Any],
+    y0: Any,
+    t: torch.Tensor,
+    *,
+    method: str | ButcherTableau = ...,
+    rtol: float | None = ...,
+    atol: float | None = ...,
+    options: Mapping[str, Any],
+    policy: PrecisionPolicy | None = ...,
+) -> Any: ...
 def odeint(
     func: Callable[[torch.Tensor, Any], Any],
     y0: Any,

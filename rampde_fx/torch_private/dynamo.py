@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -21,6 +21,8 @@ from torch import fx
 from rampde_fx.errors import MissingTorchNameError
 from rampde_fx.indices import read_at, scalar_places
 from rampde_fx.torch_private.names import Names
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _torch = Names(
     {
@@ -37,7 +39,7 @@ _torch = Names(
 )
 
 
-def never_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+def never_alone(function: F) -> F:
     """The function, which Dynamo captures as part of another one only, and otherwise runs as it is."""
     _skip(function, with_calls=False)
     return function
