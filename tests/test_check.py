@@ -117,9 +117,8 @@ def update_in_place_comes_early(patch):
 
     def broken(graph_module, marked, run, captured, name):
         loop = roll(graph_module, marked, run, captured, name)
-        (call,) = [node for node in graph_module.graph.nodes if node.target == name]
         (update,) = [node for node in graph_module.graph.nodes if node.target == "mul_"]
-        call.prepend(update)
+        update.args[0].append(update)
         return loop
 
     patch.setattr(backend, "roll_loop", broken)
