@@ -233,3 +233,31 @@ def test_a_buffer_that_the_graph_writes_is_not_made_again(when):
         model.solved(y, t).sum().backward()
         for value, parameter in zip(got, model.parameters(), strict=True):
             assert (value - parameter.grad).norm() < bound * parameter.grad.norm()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("bypassed", [False, True], ids=["tracked", "by data"])
+def test_a_buffer_may_be_updated_before_the_backward(bypassed, count):
+    """Eager code has saved what was made of it, and an average of weights is updated when it suits the user."""
+
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4).add(0.1).double())
+            self.register_buffer("average", torch.eye(4).add(0.2).double())
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * torch.tanh(y @ self.average.sin() @ self.weight.cos())
+            return y
+
+    found = []
+    for compiler in (None, "aot_eager"):
+        model, y = Averaged(), torch.ones(3, 4).double().requires_grad_()
+        options = {"backend": "rampde_fx", "options": {"compiler": compiler}}
+        run = torch.compile(rampde_fx.mixed_precision(model, dtype=torch.float64), **options) if compiler else model
+        final = run(y, torch.linspace(0, 1, count + 1).double())
+        (model.average.data if bypassed else model.average).mul_(3.0)
+        final.square().sum().backward()
+        found.append([y.grad, model.weight.grad])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)

@@ -8,7 +8,7 @@ costs nothing to make again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import fx, nn
@@ -21,12 +21,23 @@ from rampde_fx.torch_private import dynamo, fake_tensors, higher_order
 
 
 def lasts(node: fx.Node) -> bool:
-    """Whether a value of a captured graph is one that lives on, a view of it, or made again from such by a preamble."""
-    if higher_order.is_recomputed(node):
-        return True
+    """Whether a value of a captured graph is one that lives on, a view of it, or made again from such by a preamble.
+
+    What is made of a buffer, but for its casts, does not: a user may update the buffer before the backward, as an
+    average of weights is, and eager code has saved what was made of it.
+    """
+    return higher_order.is_recomputed(node) or _shows(node, _is_held)
+
+
+def is_trained(node: fx.Node) -> bool:
+    """Whether a value lives on that has a gradient: eager code, too, reads it in its backward."""
+    return higher_order.is_recomputed(node) or _shows(node, _has_gradient)
+
+
+def _shows(node: fx.Node, is_held: Callable[[fx.Node], bool]) -> bool:
     storage = fake_tensors.storage_of(graphs.value(node))
     held = [other for other in _inputs(node.graph) if fake_tensors.storage_of(graphs.value(other)) == storage]
-    return storage is not None and any(map(_is_held, held)) and storage not in _written(held, storage)
+    return storage is not None and any(map(is_held, held)) and storage not in _written(held, storage)
 
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
@@ -35,13 +46,13 @@ def _inputs(graph: fx.Graph) -> list[fx.Node]:
 
 def _is_held(node: fx.Node) -> bool:
     """Whether the user holds it until the backward: of a model, or for its gradient."""
+    return node.op == "get_attr" or dynamo.is_static_input(node) or _has_gradient(node)
+
+
+def _has_gradient(node: fx.Node) -> bool:
     value = graphs.value(node)
-    return (
-        node.op == "get_attr"
-        or isinstance(value, nn.Parameter)
-        or dynamo.is_static_input(node)
-        or (isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad)
-    )
+    is_leaf = isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
+    return is_leaf or isinstance(value, nn.Parameter)
 
 
 def _written(nodes: Iterable[fx.Node], storage: int) -> set[int]:

@@ -97,7 +97,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     """Put the loop's preamble, if it has one, before the call of its LoopNode; the operands of the step.
 
     It runs once per call, and once more in the backward rather than that its results are stored for it, where it reads
-    nothing but what lives on.
+    nothing but parameters and other leaves with a gradient.
     """
     first = loop.first_invariant
     varying, invariants = call.args[:first], call.args[first:]  # those of the preamble
@@ -107,7 +107,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     graph_module.add_submodule(name, without_autocast(loop.preamble) if loop.autocast else loop.preamble)
     with graph.inserting_before(call):
         made = graph.call_module(name, invariants)
-        if all(map(lasting.lasts, made.all_input_nodes)):
+        if all(map(lasting.is_trained, made.all_input_nodes)):
             higher_order.recompute_in_backward(made)
         results = [graph.call_function(operator.getitem, (made, i)) for i in range(len(graphs.results(loop.preamble)))]
     return [*varying, *results]
