@@ -149,7 +149,7 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("name", ["heun_by_a_helper", "trajectory", "two_step_method", "dropout_of_nothing"])
+@pytest.mark.parametrize("name", ["trajectory", "dropout_of_nothing"])
 def test_all_numbers_of_steps_take_two_graphs_under_each_policy(name, policy, captured):
     compare(ONCE[name], NUMBERS, policy=policy)
     assert len(captured) == 2
@@ -330,6 +330,6 @@ def try_random_program(seed):
     return True
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_python_agrees_with_eager(seed):
     try_random_program(seed)
