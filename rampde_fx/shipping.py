@@ -46,13 +46,6 @@ def export(
         ExportError: if there is no marked loop in it; if a loop has adaptive steps, or a step size, whose number the
             host computes; if a result is made by Python; if a size must not change.
         RampdeError: as the backend would.
-
-    >>> @mixed_precision(dtype=torch.bfloat16)
-    ... def decay(y, t):
-    ...     return odeint(lambda t, y: -y, y, t, method="rk4")[-1]
-    >>> program = export(decay, torch.ones(3), torch.linspace(0, 1, 11))
-    >>> program.module()(torch.ones(3), torch.linspace(0, 1, 11)).shape
-    torch.Size([3])
     """
     fn = capturing.uncompiled(fn)
     with torch.no_grad():
