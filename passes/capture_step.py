@@ -244,12 +244,24 @@ class _Captured(fx.Interpreter):
     def _read_without_gradient(self, n: fx.Node, written: Sequence[fx.Node]) -> Iterator[None]:
         """While a node runs, what it reads by names without gradient, and does not write to, has none."""
         names = [node for node in n.all_input_nodes if node in self.without_gradient and node not in written]
+        if n.op == "output":  # what is another name of a whole input is that input, updated
+            names = [node for node in names if not self._is_input(node)]
         kept = {node: self.env[node] for node in names}
         self.env.update({node: _stopped(value) for node, value in kept.items()})
         try:
             yield
         finally:
             self.env.update(kept)
+
+    def _is_input(self, node: fx.Node) -> bool:
+        """Whether a node shows all of an input, as it shows itself."""
+        shown = graphs.value(node)
+        same = [
+            value
+            for value in map(graphs.value, graphs.placeholders(node.graph.owning_module))
+            if isinstance(value, torch.Tensor) and fake_tensors.storage_of(value) == fake_tensors.storage_of(shown)
+        ]
+        return any(value.shape == shown.shape and value.stride() == shown.stride() for value in same)
 
     def _computes_without_gradients(self) -> bool:
         return self.differentiated and not torch.is_grad_enabled()
