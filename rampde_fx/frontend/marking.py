@@ -75,7 +75,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             fix="pass torch.linspace(t0, t1, number_of_steps + 1)",
         )
     meet_loop()
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_dynamo_compiling() or dynamo.is_exporting():
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return

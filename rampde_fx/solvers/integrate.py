@@ -325,4 +325,4 @@ def _times(t: torch.Tensor, y: State) -> torch.Tensor:
         )
     t = t.to(y[0].device)
     # What is exported holds no operators of ours.
-    return t + (operators.zero_if_ordered if torch.compiler.is_exporting() else operators.monotone)(t.detach())
+    return t + (operators.zero_if_ordered if dynamo.is_exporting() else operators.monotone)(t.detach())

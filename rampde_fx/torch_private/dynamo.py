@@ -133,6 +133,12 @@ def rewritten_later() -> bool:
     return not (is_of(innermost(capture.compiler_fn), "torch") or hasattr(capture.root_tx.speculation_log, PLAINLY))
 
 
+@constant
+def is_exporting() -> bool:
+    """Whether torch.export captures; traced, torch 2.11 says that it always does."""
+    return torch.compiler.is_exporting()
+
+
 def capture_plainly() -> None:
     """Have Dynamo capture the model again, without what the backend that has it would have to rewrite.
 
