@@ -101,13 +101,12 @@ def _name_in_odeint(i: int, marked: MarkedLoop) -> str:
     return "y0" if count == 1 else f"y0_{i}"
 
 
-def _written(marked: MarkedLoop) -> set[int | None]:
+def _written(marked: MarkedLoop) -> set[int]:
     """The storages that the loop writes to."""
-    observer = Observer()
-    return {storage for nodes in marked.iterations for node in nodes for storage in observer.written(node)}
+    return Observer().written_among(node for nodes in marked.iterations for node in nodes)
 
 
-def _fake(source: Source, marked: MarkedLoop, written: set[int | None]) -> Any:
+def _fake(source: Source, marked: MarkedLoop, written: set[int]) -> Any:
     if isinstance(source, TimeSource):
         return fake_tensors.detached(graphs.value(marked.markers[0].args[0])[0])
     values = [graphs.value(node) for node in source.values]
@@ -205,7 +204,7 @@ class _Captured(fx.Interpreter):
         self.differentiated = differentiated
         self.observer = Observer()
         known = [node for node in graphs.body(step) if not self.observer.effects(node).unknown]
-        self.written = {storage for node in known for storage in self.observer.written(node)}
+        self.written = self.observer.written_among(known)
         self.without_gradient: set[fx.Node] = set()  # names of what is written
 
     def run_node(self, n: fx.Node) -> Any:

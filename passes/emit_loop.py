@@ -119,7 +119,7 @@ class _Emission:
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
         traced = graphs.named(tracing.trace(function, values, gradients=False), names)
-        return without_autocast(traced) if self.loop.autocast else traced
+        return without_autocast(traced, self.loop)
 
     def is_per_step(self, i: int) -> bool:
         """Whether an operand of the loop is a stack, of a value for each step."""

@@ -43,7 +43,7 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
         fake_tensors.detached(graphs.value(node)) for node in call.args[loop.carries : first]
     ]
     search = graphs.named(tracing.trace(_Search(loop).run, values, gradients=False), [node.name for node in inputs])
-    graph_module.add_submodule(f"{call.target}_search", without_autocast(search) if loop.autocast else search)
+    graph_module.add_submodule(f"{call.target}_search", without_autocast(search, loop))
     operands = emit_preamble(graph_module, call, loop)
     with graph_module.graph.inserting_before(call):
         new = emit_call(graph_module, f"{call.target}_search", operands, loop)

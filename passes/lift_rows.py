@@ -212,8 +212,8 @@ def _storage(node: Any) -> int | None:
 
 def _read_before(marked: MarkedLoop) -> MarkedLoop:
     """The loop, whose steps are given the rows that they read of what nothing in it writes to."""
-    inside, observer = _inside(marked), Observer()
-    written = {storage for node in inside for storage in observer.written(node)}
+    inside = _inside(marked)
+    written = Observer().written_among(inside)
     last = [n.args[0] for n in marked.iterations[-1] if n.target is operator.getitem]
     outside = [n for n in dict.fromkeys(last) if isinstance(n, fx.Node) and n not in inside and not is_marker(n)]
     columns = [column for base in outside for column in _columns(marked, operator.getitem, base) or []]

@@ -64,8 +64,8 @@ def _sink_readers(marked: MarkedLoop) -> None:
     readers = [node for nodes in marked.iterations for node in nodes if _reads_number(node)]
     if not readers:
         return
-    inside, observer = {node for nodes in marked.iterations for node in nodes}, Observer()
-    written = {storage for node in inside for storage in observer.written(node)}
+    inside = {node for nodes in marked.iterations for node in nodes}
+    written = Observer().written_among(inside)
     moved: list[fx.Node] = []
     for node in reversed(readers):
         shown = {fake_tensors.storage_of(value(operand)) for operand in node.all_input_nodes}
@@ -194,7 +194,7 @@ def _computed_outside(
     graph, observer = marked.markers[0].graph, Observer()
     inside = {node for nodes in iterations for node in nodes}
     markers = {n for n in graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))}
-    written = {storage for node in inside for storage in observer.written(node)}
+    written = observer.written_among(inside)
     found: set[fx.Node] = set()
     for column in columns:
         reads = {i for node in column for i in node.all_input_nodes}

@@ -92,7 +92,7 @@ def emit_call(graph_module: fx.GraphModule, name: str, operands: Sequence[fx.Nod
     if not read:
         return graph.call_module(name, tuple(operands))
     casts = graphs.part(module, [inputs[i] for i in held], read)
-    graph_module.add_submodule(f"{name}_casts", without_autocast(casts) if loop.autocast else casts)
+    graph_module.add_submodule(f"{name}_casts", without_autocast(casts, loop))
     others = [node for node in graphs.body(module) if node not in read]
     rest = graphs.extract(module, others, [*inputs, *read], graphs.results(module))
     rest.graph.eliminate_dead_code()

@@ -104,7 +104,7 @@ def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop
     if loop.preamble is None:
         return [*varying, *invariants]
     name, graph = f"{call.target}_preamble", graph_module.graph
-    graph_module.add_submodule(name, without_autocast(loop.preamble) if loop.autocast else loop.preamble)
+    graph_module.add_submodule(name, without_autocast(loop.preamble, loop))
     with graph.inserting_before(call):
         made = graph.call_module(name, invariants)
         if all(map(lasting.is_trained, made.all_input_nodes)):

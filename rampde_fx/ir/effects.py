@@ -58,6 +58,10 @@ class Observer:
         storages = (fake_tensors.storage_of(graphs.value(operands[i])) for i in self.effects(node).writes)
         return {storage for storage in storages if storage is not None}
 
+    def written_among(self, nodes: Iterable[fx.Node]) -> set[int]:
+        """The storages that some nodes write to."""
+        return {storage for node in nodes for storage in self.written(node)}
+
 
 def _observed(node: fx.Node) -> Effects:
     operands = node.all_input_nodes

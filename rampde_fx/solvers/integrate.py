@@ -150,11 +150,11 @@ def _flat_state(y0: Any) -> tuple[State, pytree.TreeSpec]:
     leaves, structure = pytree.tree_flatten(y0)
     wrong = [leaf for leaf in leaves if not is_state(leaf)]
     if wrong and callable(wrong[0]):
-        refuse(StateError, f"y0 is {_kind(wrong[0])}, which can be called", required=ORDER, fix=IN_ORDER)
+        refuse(StateError, f"y0 is {described(wrong[0])}, which can be called", required=ORDER, fix=IN_ORDER)
     if wrong or not leaves:
         refuse(
             StateError,
-            f"y0 holds {_kind(wrong[0])}" if wrong else "y0 holds no tensor",
+            f"y0 holds {described(wrong[0])}" if wrong else "y0 holds no tensor",
             required="a floating or complex tensor, or a nested tuple, list or dict of such",
             fix="convert integers and float8 by .float(), arrays by torch.from_numpy",
         )
@@ -166,7 +166,8 @@ def is_state(value: Any) -> bool:
     return is_real(value) or (isinstance(value, torch.Tensor) and value.dtype in (torch.complex64, torch.complex128))
 
 
-def _kind(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a value is, for an error."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
@@ -177,7 +178,7 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
     if not callable(func):
         refuse(
             StateError,
-            f"func is {_kind(func)}",
+            f"func is {described(func)}",
             required=ORDER,
             fix=IN_ORDER,
         )
@@ -199,7 +200,7 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
         for before, after in zip(state, rates, strict=True):
             if not isinstance(after, torch.Tensor) or (before.shape, before.dtype) != (after.shape, after.dtype):
                 order = "; is it func(y, t)? It is called as func(t, y)" if before.ndim and _is_like(after, t) else ""
-                return state, f"func returns {_kind(after)} as the derivative of {_kind(before)}{order}"
+                return state, f"func returns {described(after)} as the derivative of {described(before)}{order}"
         return list(rates), ""
 
     return velocity
@@ -315,11 +316,11 @@ def _asks_status(given: dict[str, Any]) -> bool:
 
 def _times(t: torch.Tensor, y: State) -> torch.Tensor:
     if not is_time_grid(t) and len(y) == 1 and is_time_grid(y[0]):
-        refuse(TimeGridError, f"t is {_kind(t)}, and y0 could be the times", required=ORDER, fix=IN_ORDER)
+        refuse(TimeGridError, f"t is {described(t)}, and y0 could be the times", required=ORDER, fix=IN_ORDER)
     if not is_time_grid(t):
         refuse(
             TimeGridError,
-            f"t is {_kind(t)}",
+            f"t is {described(t)}",
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_times), or torch.tensor([t0, t1])",
         )

@@ -10,7 +10,7 @@ import torch
 
 from rampde_fx.errors import OptionError, StateError, TimeGridError, refuse
 from rampde_fx.solvers.fixed_steps import is_number
-from rampde_fx.solvers.integrate import is_state
+from rampde_fx.solvers.integrate import described, is_state
 from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.torch_private import dynamo
 
@@ -50,10 +50,10 @@ class Problem:
         found = self.func(t.to(self.dtype), self.structured(state))
         rates = list(found) if self.is_tuple and isinstance(found, (tuple, list)) else [found]
         if len(rates) != len(state):
-            return state, f"func returns {_kind(found)} for a state of {len(state)} tensors"
+            return state, f"func returns {described(found)} for a state of {len(state)} tensors"
         for before, after in zip(state, rates, strict=True):
             if not _fits(after, before, reshaped=self.is_tuple):
-                return state, f"func returns {_kind(after)} as the derivative of {_kind(before)}"
+                return state, f"func returns {described(after)} as the derivative of {described(before)}"
         return [_like(after, before) for before, after in zip(state, rates, strict=True)], ""
 
 
@@ -69,21 +69,21 @@ def problem_of(func: Any, y0: Any, t: Any) -> Problem:
     if wrong or not leaves:
         refuse(
             StateError,
-            f"y0 holds {_kind(wrong[0])}" if wrong else "y0 is an empty tuple",
+            f"y0 holds {described(wrong[0])}" if wrong else "y0 is an empty tuple",
             required="a floating or complex tensor, or a tuple of such",
             fix="convert integers by .float(), and a list to a tuple",
         )
     if not callable(func):
         refuse(
             StateError,
-            f"func is {_kind(func)}",
+            f"func is {described(func)}",
             required="a function of t and y that returns dy/dt",
             fix="write odeint(func, y0, t), in this order",
         )
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.ndim != 1 or t.shape[0] < 1:
         refuse(
             TimeGridError,
-            f"t is {_kind(t)}",
+            f"t is {described(t)}",
             required="a floating 1-D tensor of time points",
             fix="pass torch.linspace(t0, t1, number_of_times), or torch.tensor([t0, t1])",
         )
@@ -113,12 +113,6 @@ def _fits(rate: Any, leaf: torch.Tensor, *, reshaped: bool) -> bool:
 def _like(rate: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     shaped = rate.reshape(leaf.shape) if rate.numel() == leaf.numel() else rate.expand(leaf.shape)
     return shaped.to(leaf.dtype)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
 
 
 def tolerances(name: str, given: Any, problem: Problem) -> list[Tolerance]:
