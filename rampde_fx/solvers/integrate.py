@@ -229,7 +229,12 @@ def _check_order_of_parameters(func: Callable[..., Any]) -> None:
 
 def is_under_autocast(device: str) -> bool:
     """Whether autocast sets the dtypes of products on a device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@dynamo.constant
+def _has_autocast(device: str) -> bool:  # which torch 2.11 cannot ask while it captures
+    return torch.amp.is_autocast_available(device)
 
 
 def _as_state(before: torch.Tensor, after: Any) -> Any:
