@@ -9,15 +9,15 @@ BIN := $(VENV)/bin
 # Names the version of torch, so that a new pin installs it.
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
-# About half of the tests, by time.
-FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture check checkpoint complex devices docs examples faults forms inductor saved torchdiffeq torchdiffeq_compiled)
+# About half of the cases that make test runs, by time.
+FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture capture_once check checkpoint complex devices docs examples faults forms inductor saved torchdiffeq torchdiffeq_compiled)
 
 # Where the wheel is tested: an environment of its own, and the source distribution without the packages.
 WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
 INSTALLED := tests/installed.py $(patsubst %,tests/test_%.py,docs examples golden passes report tableau)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test test-first test-rest test-fast doctest docs dist wheel-test demo clean
+.PHONY: help venv lint format test test-first test-rest test-all test-fast doctest docs dist wheel-test demo clean
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
@@ -41,15 +41,21 @@ format: $(STAMP) ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint, all tests (those with Inductor need a C++ compiler), doctests, docs; on two cores, one thread each
+# What of the cases runs, and how: make test-all sets it.
+CASES := -m "not long"
+
+test: lint ## lint, tests but long cases (Inductor needs a C++ compiler), doctests, docs; on two cores, one thread each
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --keep-going test-first test-rest
 	$(MAKE) doctest docs
 
+test-all: ## as test, with all cases; writes down which of them are long
+	$(MAKE) test CASES=--record-long
+
 test-first: $(STAMP)
-	$(BIN)/python -m pytest --durations=8 $(FIRST)
+	$(BIN)/python -m pytest --durations=8 $(CASES) $(FIRST)
 
 test-rest: $(STAMP)
-	$(BIN)/python -m pytest --durations=8 $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
+	$(BIN)/python -m pytest --durations=8 $(CASES) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
 
 test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 	$(BIN)/python -m pytest -m "not inductor and not slow"

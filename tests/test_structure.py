@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests import durations
 from tests.sources import FILES, ROOT
 
 # From the top to the bottom: a file imports from its own part and from those below it.
@@ -96,3 +97,22 @@ def test_no_meta_key_says_what_a_type_could_say():
             if is_meta and isinstance(node.slice, ast.Constant):
                 found.add(node.slice.value)
     assert "val" in found and found <= ours | torchs
+
+
+def test_of_each_test_a_case_is_always_run():
+    seconds = {
+        "a.py::alone": 60.0,
+        "a.py::two[x]": 9.0,
+        "a.py::two[y[0]]": 8.0,
+        "a.py::fast[x]": 1.0,
+        "a.py::fast[y]": 2.0,
+    }
+    assert durations.long_cases(seconds) == {"a.py::two[x]"}
+
+
+def test_long_cases_are_cases_of_tests_that_are():
+    cases = durations.LIST.read_text().splitlines()
+    assert cases == sorted(set(cases))
+    for case in cases:
+        file, *_, name = case.partition("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{case}: renew tests/long_cases.txt by make test-all"
