@@ -4,7 +4,8 @@ python -m tests.benchmarks.compile_time [--loop odeint] [--policy float16] [--co
 
 Every row is a process of its own with an empty cache, and a second one that finds what the first one left there.
 Dynamo's capture is apart from what follows it: the rewrite, AOTAutograd and the compiler, of forward and backward.
-Running what was compiled does not count.
+Running what was compiled does not count. Nodes are those of the captured graph, and of the rewritten one with all its
+submodules.
 """
 
 from __future__ import annotations
@@ -42,16 +43,19 @@ class Odeint(nn.Module):
 LOOPS = {"steps": RK4, "odeint": Odeint}
 
 
-def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tuple[float, float]:
-    """Seconds in Dynamo, and seconds in rewrite and compiler, of the first training step."""
+def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tuple[float, ...]:
+    """Seconds in Dynamo, seconds in rewrite and compiler, and nodes before and after, of the first training step."""
     spent = called = 0.0
+    nodes: list[int] = []
 
     @functools.wraps(backend)
     def timed(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal spent
+        nodes.append(_nodes(graph_module))
         start = time.perf_counter()
         compiled = backend(graph_module, inputs, options={"compiler": compiler})
         spent += time.perf_counter() - start
+        nodes.append(_nodes(graph_module))
 
         def call(*args: Any) -> Any:
             nonlocal called
@@ -67,7 +71,11 @@ def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tu
     out = function(y, t)
     captured = called - start - spent
     backward = [_backward_seconds(out), _backward_seconds(function(y, t))]  # the first one compiles
-    return captured, spent + max(backward[0] - backward[1], 0.0)
+    return captured, spent + max(backward[0] - backward[1], 0.0), *nodes
+
+
+def _nodes(graph_module: torch.fx.GraphModule) -> int:
+    return sum(len(part.graph.nodes) for part in graph_module.modules() if isinstance(part, torch.fx.GraphModule))
 
 
 def _backward_seconds(out: torch.Tensor) -> float:
@@ -76,14 +84,13 @@ def _backward_seconds(out: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def in_a_process(options: argparse.Namespace, steps: int, cache: str) -> tuple[float, float]:
+def in_a_process(options: argparse.Namespace, steps: int, cache: str) -> tuple[float, ...]:
     """The same, in a process that keeps its caches in a folder."""
     command = [sys.executable, "-m", "tests.benchmarks.compile_time", "--one", "--steps", str(steps)]
     command += ["--loop", options.loop, "--policy", str(options.policy), "--compiler", options.compiler]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    captured, compiled = map(float, output.split())
-    return captured, compiled
+    return tuple(map(float, output.split()))
 
 
 def main() -> None:
@@ -98,16 +105,18 @@ def main() -> None:
     if options.one:
         print(*measure(options.loop, options.steps[0], options.policy, options.compiler))
         return
-    print(
-        "| steps | Dynamo's capture (s) | rewrite and compile (s) | sum, to the first row | both from the caches (s) |"
+    titles = (
+        "steps|nodes captured|nodes rewritten|capture (s)|rewrite and compile (s)|sum, to the first row|both cached (s)"
     )
-    print("|--:|--:|--:|--:|--:|")
+    print(f"| {titles.replace('|', ' | ')} |\n{'|--:' * (titles.count('|') + 1)}|")
     first = 0.0
     for steps in options.steps:
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (in_a_process(options, steps, cache) for _ in range(2))
-        first = first or sum(cold)
-        row = (f"{cold[0]:.1f}", f"{cold[1]:.1f}", f"{sum(cold) / first:.2f}", f"{sum(warm):.1f}")
+        seconds = sum(cold[:2])
+        first = first or seconds
+        counts = (f"{cold[2]:.0f}", f"{cold[3]:.0f}")
+        row = (*counts, f"{cold[0]:.1f}", f"{cold[1]:.1f}", f"{seconds / first:.2f}", f"{sum(warm[:2]):.1f}")
         print(f"| {steps:,} | {' | '.join(row)} |", flush=True)
 
 
