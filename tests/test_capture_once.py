@@ -120,6 +120,37 @@ def test_all_numbers_of_steps_take_two_graphs(name, captured):
     assert len(captured) == 2
 
 
+TOLD = {
+    "format": lambda i, n: f"{i:03d}",
+    "format of a sum": lambda i, n: f"{i + 1:>5}",
+    "percent": lambda i, n: "%d of %d" % (i, n),  # noqa: UP031
+    "str": lambda i, n: str((i, n)),
+    "divmod": lambda i, n: divmod(n, 3),
+}
+
+
+@pytest.mark.filterwarnings("error::rampde_fx.errors.FullPrecisionWarning")
+@pytest.mark.parametrize("told", TOLD.values(), ids=TOLD)
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_numbers_behind_a_loop_are_written_as_uncompiled(told, fullgraph):
+    def program(m, y, t):
+        n = 0
+        i = n = 0
+        for i, (t_i, dt) in enumerate(rampde_fx.steps(t)):  # noqa: B007
+            y = y + dt * m.field(t_i, y)
+            n += 2
+        return y, told(i, n)
+
+    torch._dynamo.reset()
+    model = Model(program)
+    reference = copy.deepcopy(model)
+    function = compiled(model, fullgraph=fullgraph)
+    for n in (8, 12, 20, 12):
+        y, t = torch.randn(3, 4), torch.linspace(0, 1, n + 1)
+        (got, text), (wanted, expected) = function(y, t), reference(y, t)
+        assert text == expected and torch.allclose(got, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["euler", "trajectory", "two_step_method", "index_behind_the_loop"])
 def test_dynamic_shapes_from_the_start_take_one_graph(name, captured):
     compare(ONCE[name], NUMBERS, dynamic=True)

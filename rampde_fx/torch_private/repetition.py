@@ -352,10 +352,9 @@ def _finish(frames: list[Any], heads: list[Picture], i: int, places: dict[fx.Nod
 
 def _fill_in_numbers(steps: Any, numbers: list[Number], i: int) -> None:
     """Make each number of the step what it is after the loop."""
-    count = _steps_of(steps)
-    for number in numbers:
-        if not number.slope:
-            continue
+    moving = [number for number in numbers if number.slope]
+    count = step_numbers.leave(_steps_of(steps)) if moving else None
+    for number in moving:
         if isinstance(count, int):
             final = _torch.ConstantVariable.create(number.value + number.slope * (count - i))
         else:

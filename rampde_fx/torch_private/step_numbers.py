@@ -23,7 +23,7 @@ from rampde_fx.torch_private.shapes import TensorifyScalarRestartAnalysis
 
 _torch = Names(
     {
-        "torch._dynamo.exc": "SpeculationRestartAnalysis Unsupported",
+        "torch._dynamo.exc": "ObservedException SpeculationRestartAnalysis TorchDynamoException Unsupported",
         "torch._dynamo.symbolic_convert": "InstructionTranslatorBase",
         "torch._dynamo.variables": "ConstantVariable TensorVariable SymNodeVariable TupleVariable VariableTracker",
         "torch._dynamo.variables.builtin": "BuiltinVariable",
@@ -35,12 +35,15 @@ READ = (
     "rampde_fx_read"  # attribute of what Dynamo keeps from one attempt to the next: who read a loop's numbers, and why
 )
 ALIVE = "rampde_fx_counted"  # likewise: the loop that is traced with step numbers
+LEFT = "rampde_fx_left"  # likewise: numbers that loops left follow from numbers of steps that are symbolic
+PLAIN = "rampde_fx_plain"  # likewise: numbers that loops leave are plain, and the graph is of one number of steps
 # What Dynamo asks of whatever it hands about, and what says nothing of the value.
 HANDED_ABOUT = {
     "__class__", "__dict__", "_is_name_set", "_nonvar_fields", "is_realized", "is_tensor", "mutation_type",
     "python_type", "realize", "set_name_hint", "set_source_location", "source", "source_location", "unwrap",
     "user_stack",
 }  # fmt: skip
+OPERANDS = 4  # that an instruction takes, at most, where it writes a number
 Moved = Callable[[int, int], int]
 
 
@@ -80,6 +83,15 @@ def end() -> None:
     setattr(capture_log(), ALIVE, None)
 
 
+def leave(steps: Any) -> Any:
+    """The number of steps from which the numbers that a loop leaves follow: a plain one, or as the capture has it."""
+    if not isinstance(steps, int) and hasattr(capture_log(), PLAIN):
+        return int(steps)
+    if not isinstance(steps, int):
+        setattr(capture_log(), LEFT, True)
+    return steps
+
+
 def capture_with_numbers(loop: CountedLoop, reason: str) -> NoReturn:
     """Have Dynamo capture the model again, the loop with plain numbers.
 
@@ -91,6 +103,23 @@ def capture_with_numbers(loop: CountedLoop, reason: str) -> NoReturn:
     log.clear()  # the next attempt takes another way
     end()
     raise TensorifyScalarRestartAnalysis
+
+
+def _leave_plain_numbers() -> None:
+    """Have Dynamo capture the model again, if its loops left symbolic numbers, which Dynamo knows less of."""
+    log = capture_log()
+    if not hasattr(log, LEFT) or hasattr(log, PLAIN):
+        return
+    setattr(log, PLAIN, True)
+    log.clear()  # the next attempt takes another way
+    end()
+    raise TensorifyScalarRestartAnalysis
+
+
+def _hold_symbolic(operands: list[Any]) -> bool:
+    """Whether one of the operands, or an entry of a tuple among them, is a symbolic number."""
+    tuples = [entry for operand in operands if isinstance(operand, _torch.TupleVariable) for entry in operand.items]
+    return any(isinstance(entry, _torch.SymNodeVariable) for entry in (*operands, *tuples))
 
 
 def _is_read(loop: CountedLoop) -> NoReturn:
@@ -173,12 +202,24 @@ def _teach_dynamo() -> None:
 
     @functools.wraps(take_step)
     def step(self: Any) -> Any:
+        operands = self.stack[-OPERANDS:]
         try:
             return take_step(self)
         except (_torch.Unsupported, _torch.SpeculationRestartAnalysis):
             loop: CountedLoop | None = getattr(capture_log(), ALIVE, None)
             if loop is not None:  # with plain numbers there may be a way
                 _is_read(loop)
+            if self.one_graph or self.error_on_graph_break or _hold_symbolic(operands):
+                _leave_plain_numbers()
+            raise
+        except _torch.ObservedException:
+            if _hold_symbolic(operands):
+                _leave_plain_numbers()
+            raise
+        except _torch.TorchDynamoException:
+            raise
+        except Exception:  # Dynamo's own: it formats symbolic numbers as strings
+            _leave_plain_numbers()
             raise
 
     builtin._make_handler = staticmethod(made)
