@@ -3,12 +3,13 @@
 Before:  enter(...), nodes of one step, again(t), nodes of the next step, leave(...)
 After:   enter(...), nodes of one step, leave(...)
 
-One captured step stands for all. A velocity that keeps something in Python from one evaluation to the next (a counter
-that it computes with, an iterator, a tensor that it makes at its first call) is another function in each step. odeint
-therefore captures a second step behind the first one, from its results, and both must be equal.
+`enter`, `again` and `leave` are markers of odeint, defined in rampde_fx/runtime/operators.py. One captured step stands
+for all. A velocity that keeps something in Python from one evaluation to the next (a counter that it computes with, an
+iterator, a tensor that it makes at its first call) is another function in each step. odeint therefore captures a second
+step behind the first one, from its results, and both must be equal.
 
 Requires: a graph captured by Dynamo.
-Ensures:  no marker again, and nothing between it and leave.
+Ensures:  no marker `again`, and nothing between it and `leave`.
 Raises:   UnsupportedLoopError for a velocity that is not a function of t and y.
 """
 
@@ -37,7 +38,8 @@ def _check(nodes: list[fx.Node], again: fx.Node) -> None:
     end = min(i for i in range(middle, len(nodes)) if nodes[i].target is operators.leave)
     enter, leave = nodes[begin], nodes[end]
     for node in nodes[begin:end]:
-        if isinstance(written := node.kwargs.get("out"), fx.Node):  # spectral_norm keeps what it gets in its place
+        # normalize(..., out=u), by which spectral_norm updates its buffer, gives u: both steps then read u by one name.
+        if isinstance(written := node.kwargs.get("out"), fx.Node):
             node.replace_all_uses_with(written)
     second = nodes[middle + 1 : end]
     different = find_difference(enter, nodes[begin + 1 : middle], second, leave.args[1])

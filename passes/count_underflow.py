@@ -9,8 +9,8 @@ float16; entries that are not zero; tensors that are subnormal as a whole. An ov
 be silent. What concerns parameters alone is counted once per call.
 
 Requires: a lowered Loop without adjoint.
-Ensures:  a step whose velocity is float16 has n, int64 (3,), as its last per-step output; a search and all other loops
-          stay as they are.
+Ensures:  a step in whose velocity something enters in float16 has n, int64 (3,), as its last per-step output; a search,
+          and every other loop, is left as it is. count_nothing leaves every loop as it is.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class _Emission:
         self.step = Body(loop.step, loop.inputs(), results, loop.corrections)
         inputs = loop.adjoint.inputs if loop.adjoint is not None else ()
         read = (entry.operand for entry in inputs if isinstance(entry, Operand))
-        self.kept = list(dict.fromkeys([*read, *recomputed]))
+        self.kept = list(dict.fromkeys([*read, *recomputed]))  # operands of the loop that the backward reads
         self.saved = len(self.stored) + len(self.kept)
         with_gradient = {entry.result for entry in inputs if isinstance(entry, Cotangent)}
         count = loop.carries + len(self.outputs)

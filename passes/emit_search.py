@@ -96,7 +96,7 @@ class _Search:
         def running(*args: Any) -> torch.Tensor:
             return step_control.Search(*args[:FIELDS]).status == step_control.RUNNING
 
-        def attempt(*args: Any) -> tuple[torch.Tensor, ...]:
+        def try_step(*args: Any) -> tuple[torch.Tensor, ...]:
             search, carries = step_control.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
             t, numbers, *invariants = args[len(varying) :][: len(fixed)]
             controller = self.controller.with_numbers(numbers)
@@ -108,7 +108,7 @@ class _Search:
             kept = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
             return *(value.clone() for value in search), *kept
 
-        results = repeat(running, attempt, varying, fixed)
+        results = repeat(running, try_step, varying, fixed)
         search = step_control.Search(*results[:FIELDS])
         record = torch.ops.rampde_fx.record_search
         count = search.count + record(search.tried, search.count, self.evaluations, self.name)

@@ -2,10 +2,11 @@
 
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
          or the first iterations, then repeat(t, values)
-         or enter(t, dt, states), nodes of one iteration, leave(states, nexts), which odeint writes
+         or enter(t, dt, states), nodes of one iteration, leave(states, nexts) or leave_search(...), from odeint
 After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
 
-A loop inside a checkpointed function stands in the body of a tag_activation_checkpoint node, a graph of its own.
+These operators, the markers, are defined in rampde_fx/runtime/operators.py. A loop inside a checkpointed function
+stands in the body of a tag_activation_checkpoint node, a graph of its own.
 
 Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
 Ensures:  loops in graph order, those of checkpointed bodies included; iteration k holds the nodes between marker k
@@ -24,7 +25,7 @@ from torch import fx
 
 from rampde_fx.errors import UnsupportedLoopError, velocity_error
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import MarkedLoop, begins_loop, ends_loop, is_marker
+from rampde_fx.ir.captured import MarkedLoop, begins_iteration, begins_loop, ends_loop
 from rampde_fx.ir.chosen import policy_at
 from rampde_fx.ir.effects import own_backward, with_bodies
 from rampde_fx.ir.graphs import user_line, value
@@ -41,28 +42,13 @@ FIX_TENSOR_PARALLEL = (
 FIX_EARLY_EXIT = "run the loop over a shorter t instead of break, and put steps(t) first in a zip"
 
 
-def has_loop(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph, or one inside it, holds any marker."""
-    return first_marker(graph_module) is not None
-
-
-def repeats(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph, or one inside it, holds a loop whose last iterations stand for more of them."""
-    return any(node.target is operators.repeat for node in graphs.all_nodes(graph_module))
-
-
-def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
-    """The first marker of the graph, or of one inside it."""
-    return next(filter(is_marker, graphs.all_nodes(graph_module)), None)
-
-
 def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool) -> list[MarkedLoop]:
     """Find the marked loops; gradients and autocast say whether each is on where the graph begins."""
     loops: list[MarkedLoop] = []
     open_loop: MarkedLoop | None = None
     transforms, regions = 0, 0
     for node in graph_module.graph.nodes:
-        if is_marker(node):
+        if begins_iteration(node):
             if begins_loop(node):
                 _check_surroundings(node, open_loop, transforms)
                 open_loop = replace(_opened(node, gradients), autocast=autocast or regions > 0)
@@ -71,7 +57,7 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             open_loop.iterations.append([])
         elif ends_loop(node) and open_loop is not None:
             loops.append(replace(open_loop, end=node))
-            if open_loop.once and node.args[-1]:
+            if open_loop.from_odeint and node.args[-1]:
                 raise velocity_error(str(node.args[-1]), user_line(open_loop.markers[0]))
             for nodes in open_loop.iterations:
                 _check_iteration(nodes, open_loop.differentiated)
@@ -94,6 +80,21 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     if open_loop is not None:
         raise _left_early(open_loop)
     return loops
+
+
+def has_loop(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph, or one inside it, holds any marker."""
+    return first_marker(graph_module) is not None
+
+
+def repeats(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph, or one inside it, holds a loop whose last iterations stand for more of them."""
+    return any(node.target is operators.repeat for node in graphs.all_nodes(graph_module))
+
+
+def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The first marker of the graph, or of one inside it."""
+    return next(filter(begins_iteration, graphs.all_nodes(graph_module)), None)
 
 
 def _body_with_loop(node: fx.Node) -> fx.GraphModule | None:
@@ -134,7 +135,7 @@ def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
 
 
 def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
-    if loop.once:
+    if loop.from_odeint:
         return UnsupportedLoopError(
             "there is a graph break in the velocity of an odeint",
             required="a velocity that Dynamo captures as a whole",

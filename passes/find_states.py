@@ -11,7 +11,9 @@ Requires: a CapturedStep.
 Ensures:  every carry enters and leaves the step in one shape, dtype and device; no state is in half precision; no
           input is read by a second name after it was changed; CapturedStep.written maps carries to the outside tensors
           that they were updated in.
-Raises:   MutationError, StateChangeError, UnsupportedLoopError.
+Raises:   MutationError for a write in place to what requires a gradient, or has another name; StateChangeError for a
+          state that changes its kind, is in half precision, or is missing; UnsupportedLoopError for a Python
+          number as a state, or a float as an input, and for a velocity in a search that is no function of t and y.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, Time
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
-# A state keeps its identity through updates by these, whatever it is scaled by and whatever is added.
 FIX_LOW_PARAMETERS = (
     "keep the parameters in float32, without .half() or the param_dtype of fully_shard's MixedPrecisionPolicy: "
     "mixed_precision casts them"
 )
+# A state keeps its identity through updates by these, whatever it is scaled by and whatever is added.
 CHAIN = ("add", "scale", "copy")
 
 
@@ -49,7 +51,7 @@ def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> 
         found = _carry_unchanged(found)
     _check_operands(found.inputs, where)
     found = replace(found, step=graphs.refresh(fake_tensors.deduplicated(found.step)))
-    _check_states(found, where, once=marked.once)
+    _check_states(found, where, once=marked.from_odeint)
     if marked.searches:
         _check_search(found)
     return found

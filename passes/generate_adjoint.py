@@ -158,8 +158,8 @@ class _Transposition:
         return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
 
     def _add(self, output: Output, cotangent: fx.Node) -> None:
-        """Add to a cotangent; the incoming adjoint of a carry is added last, to the sum of the increments'
-        gradients."""
+        """Add to a cotangent. What comes in for a carry waits: added last, it is rounded once, beside the sum of the
+        increments' gradients, which are smaller by dt."""
         carries = graphs.placeholders(self.loop.step)[: self.loop.carries]
         if output[0] in carries and cotangent.op == "placeholder":
             i = carries.index(output[0])

@@ -8,7 +8,8 @@ After:   step(y, dt, w):  k, r = velocity_0_forward(y, w)  adjoint(a, r, dt, w):
 Kept are tensors that depend on a carry, in the dtype they have. What depends on operands alone, views, casts to a wider
 dtype and states between the evaluations are made again.
 
-Requires: a Loop with an adjoint that reads its carries as operands.
+Requires: a Loop whose adjoint, if any, reads its carries as operands. One without an adjoint, or whose schedule
+          keeps no activations, is left as it is.
 Ensures:  the adjoint evaluates no velocity; the step's last results are what it reads instead.
 Source:   Griewank and Walther, Evaluating Derivatives, 2008, chapter 4: reverse mode without checkpoints.
 """

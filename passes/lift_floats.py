@@ -44,7 +44,7 @@ class _Lifting:
         self.graph = graph
         self.made: dict[tuple[fx.Node, torch.dtype, torch.device], fx.Node] = {}
         self.inside: set[fx.Node] = set()  # of the loop that is open
-        self.left: list[torch.SymFloat] = []
+        self.left: list[torch.SymFloat] = []  # could not be lifted: to be captured again, as the numbers they are
 
     def run(self) -> None:
         """Lift what can be lifted; have the rest captured again."""

@@ -7,7 +7,8 @@ Before:  step(t, 0);  more = count + 1;  k = y.narrow(0, 0, more)
 After:   more = count + 1;  step(t, 0);  k = y.narrow(0, 0, more)
 
 Requires: a graph captured by Dynamo, whose floats lift_floats has lifted, and its first marker.
-Ensures:  no node behind the marker computes a number from inputs that are numbers.
+Ensures:  no node behind the marker computes a number from inputs of the graph alone: from numbers, or as a size of a
+          tensor (y.size(0)).
 Raises:   nothing.
 """
 

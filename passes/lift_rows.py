@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import MarkedLoop, is_marker
+from rampde_fx.ir.captured import MarkedLoop, begins_iteration
 from rampde_fx.ir.effects import Observer, gradient_modes
 from rampde_fx.ir.rows import Rows, index_of_all, maker, rows_among, rows_of_reads
 from rampde_fx.runtime import operators
@@ -34,7 +34,7 @@ Column = list[fx.Node]  # the nodes of consecutive iterations that do the same
 
 def lift_rows(marked: MarkedLoop) -> MarkedLoop:
     """The loop, whose rows are written behind it, and read before it where it goes on."""
-    if marked.once or len(marked.iterations) < 2:
+    if marked.from_odeint or len(marked.iterations) < 2:
         return marked
     for base in _written(marked):
         trajectory = _Trajectory.of(marked, base)
@@ -215,7 +215,7 @@ def _read_before(marked: MarkedLoop) -> MarkedLoop:
     inside = _inside(marked)
     written = Observer().written_among(inside)
     last = [n.args[0] for n in marked.iterations[-1] if n.target is operator.getitem]
-    outside = [n for n in dict.fromkeys(last) if isinstance(n, fx.Node) and n not in inside and not is_marker(n)]
+    outside = [n for n in dict.fromkeys(last) if isinstance(n, fx.Node) and n not in inside and not begins_iteration(n)]
     columns = [column for base in outside for column in _columns(marked, operator.getitem, base) or []]
     moved = {
         node

@@ -9,12 +9,19 @@ multistep methods). What differs but comes from outside is a per-step input; an 
 whose operands all come from outside (weights[i]) is moved before the loop, and becomes a per-step input, if it computes
 the same there.
 
-Of a loop that was captured until it repeats the last run goes on: it has two iterations or more, and none of them has
-an input of its own. The one iteration of an odeint is a run as it stands: its markers name the carries.
+Of a loop that was captured until it repeats the last run goes on: it has two iterations or more, and what they have of
+their own is rows of a tensor, by the number of the step. The one iteration of an odeint is a run as it stands: its
+markers name the carries.
+
+The captured graph changes in three ways, in which it computes the same: such varying operations, and sizes that follow
+from sizes outside, move before the loop; what reads a number for logging (y.norm().item()), or asserts something, moves
+behind it.
 
 Requires: a MarkedLoop.
 Ensures:  every iteration belongs to one run; iterations that differ from their neighbours are runs of one.
-Raises:   RewriteError where the iterations of a loop that was captured until it repeats differ.
+Raises:   RewriteError where the iterations of a loop that was captured until it repeats differ; UnsupportedLoopError
+          for a step that computes with a number that it reads, or has sizes that depend on data, and for a value of a
+          step of odeint that is read outside of it.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ from torch import fx
 
 from rampde_fx.errors import UnsupportedLoopError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import MarkedLoop, Owner, Run, is_marker, owner_of, reads_end
+from rampde_fx.ir.captured import MarkedLoop, Owner, Run, begins_iteration, owner_of, reads_end
 from rampde_fx.ir.effects import Observer, call, gradient_modes
 from rampde_fx.ir.graphs import value
 from rampde_fx.ir.repeats import check_extension, read_at_end
@@ -41,8 +48,8 @@ Place = tuple[int, Key] | None  # (how many iterations back, key), or None for a
 def match_iterations(marked: MarkedLoop) -> Run:
     """The longest run of equal iterations at the beginning of the loop."""
     _sink_readers(marked)
-    if marked.once:
-        return _captured_once(marked)
+    if marked.from_odeint:
+        return _one_step_of_odeint(marked)
     iterations = [_without_time(nodes) for nodes in marked.iterations]
     iterations = _hoist_varying(marked, _hoist_sizes(marked, iterations))
     owner = owner_of(iterations, marked.markers)
@@ -69,7 +76,7 @@ def _sink_readers(marked: MarkedLoop) -> None:
     moved: list[fx.Node] = []
     for node in reversed(readers):
         shown = {fake_tensors.storage_of(value(operand)) for operand in node.all_input_nodes}
-        if not (marked.once or shown & written) and inside.isdisjoint(node.users):
+        if not (marked.from_odeint or shown & written) and inside.isdisjoint(node.users):
             marked.end.append(node)
             inside.remove(node)
             moved.append(node)
@@ -105,7 +112,7 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(value(node).shape) if isinstance(value(node), torch.Tensor) else ()
 
 
-def _captured_once(marked: MarkedLoop) -> Run:
+def _one_step_of_odeint(marked: MarkedLoop) -> Run:
     """The one iteration that stands for all: enter names its states, leave what they become."""
     (enter,), leave = marked.markers, marked.end
     states, nexts, collected = leave.args[:3]
@@ -145,11 +152,11 @@ def _stacked(marked: MarkedLoop, keys: list[int], further: list[int]) -> list[in
 
 
 def _without_time(nodes: list[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if not (n.target is operator.getitem and _is_marker(n.args[0]))]
+    return [n for n in nodes if not (n.target is operator.getitem and _begins_iteration(n.args[0]))]
 
 
-def _is_marker(node: object) -> bool:
-    return isinstance(node, fx.Node) and is_marker(node)
+def _begins_iteration(node: object) -> bool:
+    return isinstance(node, fx.Node) and begins_iteration(node)
 
 
 def _hoist_sizes(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[list[fx.Node]]:
@@ -193,7 +200,8 @@ def _computed_outside(
     """The nodes of the columns that compute the same before the loop, all nodes of a column or none."""
     graph, observer = marked.markers[0].graph, Observer()
     inside = {node for nodes in iterations for node in nodes}
-    markers = {n for n in graph.nodes if _is_marker(n) or (n.target is operator.getitem and _is_marker(n.args[0]))}
+    heads = set(filter(begins_iteration, graph.nodes))
+    markers = heads | {user for head in heads for user in head.users if user.target is operator.getitem}
     written = observer.written_among(inside)
     found: set[fx.Node] = set()
     for column in columns:

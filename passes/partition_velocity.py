@@ -4,20 +4,21 @@ Before:  k = addmm(b, y, w);  mul = dt * k;  add = y + mul
 After:   the same nodes; meta["role"] is velocity for k, state for mul and add
 
 state:    the carries; a state plus an increment (a velocity scaled by time or by a number); a state scaled by time or
-          by a number; what only moves a state's elements (views, cat, where); and of increments those nodes that only
-          states read: dt * k, and the sums of several evaluations.
+          by a number; what only moves a state's elements (views, cat, where). An increment itself, dt * k or a sum of
+          several evaluations, is state if nothing but states reads it: in y + dt * k all but k is state, in
+          f(dt * k) the product is velocity.
 time:     what follows from t, dt and invariants alone: it has no batch and costs nothing, and low precision cannot
           tell close times apart.
-velocity: all the rest. meta["evaluation"] numbers the evaluations of a step: a state that was built from evaluation n
-          begins evaluation n + 1.
+velocity: all the rest. meta["evaluation"] is its rank: what reads a state that was built from a velocity of rank n has
+          rank n + 1. Velocities of one rank that do not read each other become evaluations of their own.
 
 Only velocity is lowered. Where a next carry is linear in the carry along a path, all of the path is state, products
 included: a propagator y @ R, a sum of [y, k] with the weights [1, dt]. Beside such a path a product that is scaled by
 the step size is an increment, and its velocity is low. A carry that follows from a state by anything but a product (a
 learned decay, a relu, a normalisation) is state all the way as well, and so is what a step gives beside the carries: a
-trajectory of |y|. What is left, a carry that follows from itself
-through a product and a nonlinearity alone (an RNN cell), is velocity: its state is rounded in each step, and a note
-says so. addmm(y, h, w) is taken apart, where y varies, to show the sum.
+trajectory of |y|. What is left, a carry that follows from itself through a product and a nonlinearity alone (an RNN
+cell), is velocity: its state is rounded in each step, and a note says so. addmm(y, h, w) is taken apart, where y
+varies, to show the sum.
 
 Requires: a Loop whose step is functional, with invariants hoisted.
 Ensures:  every placeholder and call has a role; every velocity call has an evaluation.
@@ -38,7 +39,7 @@ from rampde_fx.ir.operator_table import properties
 
 aten = torch.ops.aten
 MOVES = ("copy", "cast", "choose", "join")
-SMALL = 0.125  # a larger number is no step size
+SMALL = 0.125  # our choice: such a number may be a step size, a larger one is a weight, as in 0.5 * (y @ R) + 0.5 * z
 Roles = dict[fx.Node, str]
 
 
@@ -58,16 +59,21 @@ def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
 
 
 def _roles(step: fx.GraphModule, loop: WidenedLoop, *, tells: bool) -> Roles:
-    """The roles of all nodes of a step, in order; tells says whether what it gives beside the carries counts."""
+    """The roles of all nodes of a step, in order.
+
+    tells says whether its outputs beside the carries make states of what leads to them. Not before these are taken
+    apart: what an output shares with a velocity would become state in both.
+    """
     nodes = [node for node in step.graph.nodes if node.op != "output"]
     results = graphs.results(step)[: loop.carries]
     for i, node in enumerate(graphs.placeholders(step)):
         time = loop.carries <= i < loop.first_invariant and graphs.value(node).ndim == 0
-        node.meta["parameter"] = i >= loop.carries and not time
+        node.meta["outside"] = i >= loop.carries and not time  # a parameter, a context or a control
     roles = find_roles(nodes, loop.carries)
     linear = find_linear(nodes, results, loop.carries)
     if not all(roles[node] == "state" for node in linear):
         roles = find_roles(nodes, loop.carries, linear)
+    # Terms without a step size that a linear path adds, as relu(y) in y @ R + relu(y).
     beside = [parent for node in linear for parent in node.all_input_nodes if not _is_increment(parent, roles)]
     promoted = find_promoted([*results, *beside], roles)
     outputs = [result for result in graphs.results(step)[loop.carries :] if isinstance(result, fx.Node)]
@@ -230,7 +236,7 @@ def _is_small(node: fx.Node, varying: Set[fx.Node]) -> bool:
 def _vanishes(node: fx.Node) -> bool:
     """Whether a value that depends on no state vanishes with the step size: every entry is scaled by a time."""
     if node.op == "placeholder":
-        return not node.meta["parameter"]
+        return not node.meta["outside"]
     if node.target is aten.mul.Tensor:
         return any(map(_vanishes, node.all_input_nodes))
     if node.target is aten.div.Tensor or node.target is aten.pow.Tensor_Scalar:
@@ -306,16 +312,16 @@ def _scaled_operand(node: fx.Node, roles: Roles) -> fx.Node | None:
     return varying[0] if commutes or node.args[0] is varying[0] else None
 
 
-def _reads_parameter(node: Any) -> bool:
+def _reads_outside(node: Any) -> bool:
     """Whether a time value also follows from a parameter or another tensor of the user's."""
-    return node.meta.get("parameter", False) or any(map(_reads_parameter, node.all_input_nodes))
+    return node.meta.get("outside", False) or any(map(_reads_outside, node.all_input_nodes))
 
 
 def _scaled_by_time(node: fx.Node, roles: Roles) -> fx.Node | None:
     """What a node scales by a time or a number, or None."""
     operand = _scaled_operand(node, roles)
     factors = [parent for parent in node.all_input_nodes if parent is not operand]
-    return None if operand is None or any(map(_reads_parameter, factors)) else operand
+    return None if operand is None or any(map(_reads_outside, factors)) else operand
 
 
 def _is_increment(node: fx.Node, roles: Roles) -> bool:
@@ -339,7 +345,7 @@ def _moves(node: fx.Node) -> bool:
 def _is_weighted_sum(node: fx.Node, roles: Roles) -> bool:
     """Whether a contraction sums velocities with weights of time: einsum("s,sbd->bd", dt * b, k)."""
     weights = [parent for parent in node.all_input_nodes if roles[parent] == "time"]
-    return operator_table.is_matrix_product(node) and len(weights) == 1 and not _reads_parameter(weights[0])
+    return operator_table.is_matrix_product(node) and len(weights) == 1 and not _reads_outside(weights[0])
 
 
 def _keeps_state(node: fx.Node, roles: Roles) -> bool:

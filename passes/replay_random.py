@@ -25,7 +25,7 @@ from torch import fx
 from rampde_fx.errors import RandomVelocityError
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.captured import CapturedStep
-from rampde_fx.ir.sources import IndexSource, InvariantSource, SeedSource
+from rampde_fx.ir.sources import ORDER, IndexSource, SeedSource
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def replay_random(captured: CapturedStep) -> CapturedStep:
 
 
 def _replayed(captured: CapturedStep, device: torch.device) -> CapturedStep:
-    first = sum(not isinstance(source, InvariantSource) for source in captured.inputs)
+    first = sum(ORDER.index(type(source)) < ORDER.index(IndexSource) for source in captured.inputs)
     step = graphs.copied(captured.step)
     nodes, results = graphs.placeholders(step), graphs.results(step)
     position = {node: i for i, node in enumerate(graphs.placeholders(captured.step))}

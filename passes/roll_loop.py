@@ -8,6 +8,7 @@ Requires: a Run whose operands stand before the loop, and its CapturedStep with 
 Ensures:  the loop is one LoopNode call; its results are the final carries, then the per-step outputs stacked along a
           new first dimension. A tensor that the loop updated in place holds its final value after the loop; no two
           operands show the same memory.
+Raises:   MutationError for a write behind the loop to what leaves it under two names.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captur
     """Replace the first iterations of a marked loop, a Run, by a call of a LoopNode of the given name."""
     starts = graphs.value(marked.markers[0].args[0])
     steps: Any = len(run.iterations)
-    if run.once:
+    if run.from_odeint:
         steps = shapes.number_of(starts.shape[0])
     elif run.extended:
         steps = shapes.number_of(starts.shape[0] - 1 - marked.markers[0].args[1])
@@ -85,7 +86,7 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         monitored=marked.monitored,
         autocast=marked.autocast,
         controller=_controller(marked) if marked.searches else None,
-        evaluations=marked.end.args[-2] if marked.once else None,
+        evaluations=marked.end.args[-2] if marked.from_odeint else None,
         notes=notes_on_dtypes(captured),
     )
 
@@ -97,13 +98,13 @@ def _controller(marked: MarkedLoop) -> Controller:
 
 
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:
-    """The tensor of times: the grid t; of a loop that was captured once, its starts or its step sizes.
+    """The tensor of times: the grid t; of an odeint, the starts of its steps or their sizes.
 
     Of a search it is the ends of its intervals, or the numbers of its control.
     """
     if marked.searches:
         return marked.end.args[4 if key == "dt" else 3]
-    return marked.markers[0].args[marked.once and key == "dt"]
+    return marked.markers[0].args[marked.from_odeint and key == "dt"]
 
 
 def _replace(
@@ -123,9 +124,8 @@ def _replace(
         operands = [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs]
         operands = widened(graph, captured, operands)
         operands = _own_memory(graph, operands, _written_behind(following) if loop.differentiated else set())
-        if (
-            marked.differentiated and not loop.differentiated
-        ):  # torch would derive a scan that no gradient comes back to
+        # Torch would derive a scan that no gradient comes back to.
+        if marked.differentiated and not loop.differentiated:
             operands = [_without_gradient(graph, node) for node in operands]
         call = graph.call_module(name, tuple(operands))
         found = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
@@ -135,7 +135,7 @@ def _replace(
                 results[i] = graph.call_method("copy_", (target, results[i]))
         if marked.searches:
             _replace_findings(graph, marked, call)
-        elif run.once:
+        elif run.from_odeint:
             _replace_trajectories(graph, marked, run, captured, results)
         elif run.extended:
             _repeated_results(graph, marked, run, captured, results).rewire()
@@ -186,7 +186,7 @@ def _without_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any, extended: bool) -> fx.Node:
-    first = 0 if marked.once else marked.markers[0].args[1]
+    first = 0 if marked.from_odeint else marked.markers[0].args[1]
     match source:
         case IndexSource(device):
             end = first + count
@@ -196,7 +196,7 @@ def _operand(graph: fx.Graph, source: Source, marked: MarkedLoop, count: Any, ex
             return graph.call_function(torch.arange, (first, end), {"device": torch.device(device)})
         case SeedSource(device):
             return graph.call_function(torch.randint, (0, 2**62, ()), {"device": torch.device(device)})
-        case TimeSource() if marked.once:
+        case TimeSource() if marked.from_odeint:
             times = _times(marked, source.key)
             clone = graph.call_method("clone", (times,))
             clone.meta["example_value"] = graphs.value(times)

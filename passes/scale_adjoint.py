@@ -21,7 +21,7 @@ Where the policy leaves the target open it is 1, or less for a sum over many ent
 (the weight gradient of a convolution): 2^14 / n for n entries, so that n products of the largest cotangent with an
 activation below 2 fit.
 
-Requires: a Loop behind widen_gradients, with an adjoint, and a policy that scales.
+Requires: a Loop behind widen_gradients. One without an adjoint, or whose policy does not scale, is left as it is.
 Ensures:  the adjoint takes the target as its last placeholder; the cotangents of an evaluation that is marked
           as scaled are products of cotangent and scale; one more result, Vanished, counts the entries of cotangents
           that become zero in float16 though they are scaled.
@@ -61,7 +61,7 @@ class Propagation:
         scales: All scales, which the fields below name by their numbers.
         factors: The tensors among the factors that scales make up for.
         residuals: Which residuals, by number, the factors follow from.
-        values: Maps these residuals to the factors' values.
+        factor_values: Maps these residuals to the values of the factors.
         ratios: For each ratio that it takes, a scale and the one that it is divided by.
         gradients: The scale of each gradient; None for one that follows from no cotangent.
     """
@@ -70,7 +70,7 @@ class Propagation:
     scales: Scales
     factors: tuple[Factor, ...]
     residuals: tuple[int, ...]
-    values: fx.GraphModule
+    factor_values: fx.GraphModule
     ratios: tuple[tuple[int, int], ...]
     gradients: tuple[int | None, ...]
 
@@ -149,7 +149,7 @@ def propagated(pullback: fx.GraphModule, count: int, stateless: Set[int] = froze
 
 
 class _Propagation:
-    """A pullback while scales are propagated through it."""
+    """A pullback while scales are propagated through it; rampde_fx/ir/ideal_scales.py computes with the scales."""
 
     def __init__(self, pullback: fx.GraphModule, count: int, stateless: Set[int]) -> None:
         self.module = graphs.copied(pullback)
@@ -168,7 +168,7 @@ class _Propagation:
         for node in graphs.body(self.module):
             read = [operand for operand in node.all_input_nodes if operand in self.scale]
             if read and not operator_table.properties(node.target).reads_shape:
-                self._carry(node, read)
+                self._propagate(node, read)
         gradients = tuple(self.scale.get(result) for result in graphs.results(self.module))
         used = {*sum(self.ratios, ()), *(scale for scale in gradients if scale is not None)}
         factors = self.scales.factors(used)
@@ -181,12 +181,12 @@ class _Propagation:
             scales=self.scales,
             factors=factors,
             residuals=residuals,
-            values=graphs.part(self.module, [inputs[i] for i in residuals], values),
+            factor_values=graphs.part(self.module, [inputs[i] for i in residuals], values),
             ratios=tuple(self.ratios),
             gradients=gradients,
         )
 
-    def _carry(self, node: fx.Node, read: list[fx.Node]) -> None:
+    def _propagate(self, node: fx.Node, read: list[fx.Node]) -> None:
         """Note the scales of a node, and bring what it reads to its scale."""
         self.ideal[node] = self.scales.least([self.ideal[operand] for operand in read])
         given = {self.scale[operand] for operand in read}
@@ -291,7 +291,7 @@ class _Scaling:
             own = {i: power_of_two_scale(target, value) for i, value in zip(measured, cotangents, strict=True)}
             made_up = {
                 factor: factor.made_up(value)
-                for factor, value in zip(plan.factors, plan.values(*residuals), strict=True)
+                for factor, value in zip(plan.factors, plan.factor_values(*residuals), strict=True)
             }
             used = dict.fromkeys([*wanted, *sum(plan.ratios, ())])
             scales = plan.scales.values(used, own, made_up, torch.ones_like(target))

@@ -1,12 +1,12 @@
 """Write u[i], with a 0-d integer tensor i, as an index by a tensor.
 
 Before:  getitem(u, i)                     u[..., i, 1:]
-After:   read_at(u, (i,), {0: 0})          read_at(u, (..., i, 1:), {1: 1}), of the places and dimensions of tensors
+After:   read_at(u, (i,), {0: 0})          read_at(u, (..., i, 1:), {1: 1}): {place in the index: dimension of u}
 
 read_at is aten.index(u, [i]), and aten.index(u, [None, i])[..., 1:].
 
-Python's indexing reads the number out of such a tensor, to take a view. Beside a loop Dynamo keeps the number symbolic.
-If it is computed from a time it has no known value, and the capture would fail.
+Python's indexing reads the number out of such a tensor, to take a view; Dynamo keeps it as a symbol. Where the index is
+computed from a time, in a step or outside of the loop, the symbol has no known value, and the rewrite would fail.
 
 Requires: a graph captured by Dynamo.
 Ensures:  no index of a value that is only read is a 0-d integer tensor.

@@ -13,7 +13,7 @@ its largest entry to the upper end of the storage dtype's range.
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
 passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
 
-Requires: a Loop with an adjoint.
+Requires: a Loop behind keep_activations. One without an adjoint is left as it is.
 Ensures:  each carry that the adjoint re-reads has a slot; the adjoint reads it from there alone.
 Error:    O(u) in the point at which each step is recomputed, u the unit roundoff of the storage dtype.
 Source:   arXiv 2510.23498.

@@ -8,9 +8,9 @@ velocity dtype, and how many entries of the gradients are not finite. The entrie
 magnitude, below half of the least subnormal number: a compiler may fuse the cast away, and zeros behind it could not be
 counted.
 
-Requires: a Loop with an adjoint, scaled or not.
-Ensures:  of a loop that is monitored the adjoint has one more result, float32 (VJPs, 5), in the order in which the step
-          evaluates the velocities, those with an empty batch left out; other loops stay as they are.
+Requires: a Loop behind scale_adjoint, scaled or not. One without an adjoint, or without a monitor, is left as it is.
+Ensures:  otherwise the adjoint has one more result, float32 (VJPs, 5), in the order in which the step
+          evaluates the velocities, those with an empty batch left out.
 """
 
 from __future__ import annotations

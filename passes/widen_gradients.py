@@ -11,7 +11,8 @@ devices bfloat16 products stay as they are, for they cannot overflow; a plain su
 What adds up many terms one by one, such as the derivative of an index or of an embedding, takes float32 and is rounded
 once, as does every operation that the operator table does not know.
 
-Requires: a Loop with an adjoint whose velocity is float16 or bfloat16.
+Requires: a Loop behind generate_adjoint. One without an adjoint, or with a velocity in float32 or float64, is left as
+          it is.
 Ensures:  products and sums that reach a wide result of a pullback through views and additions alone stay in float32;
           no operation rounds each of its partial sums.
 Source:   arXiv 2510.23498 accumulates gradients in high precision.

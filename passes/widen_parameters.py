@@ -32,6 +32,8 @@ def widen_parameters(loop: HoistedLoop) -> WidenedLoop:
     step = graphs.copied(loop.step)
     inputs, dtype = graphs.placeholders(step), accumulation_dtype(loop)
     first = loop.first_invariant
+    # A per-step input is cast up and down inside of the step. An invariant arrives wide, from the preamble, and is cast
+    # down alone: its placeholder is `wide` itself.
     for i in narrow:
         own = graphs.value(inputs[i]).dtype
         readers = list(inputs[i].users)

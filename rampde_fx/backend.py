@@ -121,6 +121,7 @@ def _rewrite(
     check_repetition(graph_module)
     lift_floats(graph_module)
     spell_indices(graph_module)
+    # Of a loop in the body of a checkpoint lift_floats and match_iterations take such numbers out.
     if (first := first_marker(graph_module)) is not None and first.graph is graph_module.graph:
         lift_numbers(graph_module, first)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=autocast)
@@ -186,7 +187,7 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
         run = match_iterations(marked)
         captured = capture_step(graph_module, marked, run)
         captured = captured if marked.searches else replay_random(captured)
-        captured = find_states(marked, captured, single=len(run.iterations) == 1 and not run.once)
+        captured = find_states(marked, captured, single=len(run.iterations) == 1 and not run.from_odeint)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, captured, names[-1])
         count = len(run.iterations)
@@ -238,7 +239,7 @@ def rampde_fx(
         marked = has_loop(graph_module)
         if marked:
             graphs.name_arguments(graph_module, dynamo.names_of_arguments())
-            check_repetition(graph_module)
+            check_repetition(graph_module)  # here for the copy of verify; in rewrite for all others who call that
         if verifies and repeated:  # the graph is to be run as the user wrote it
             repetition.capture_in_full('options={"verify": True} runs the loop as it was captured')
         captured = graphs.copied(graph_module) if verifies and marked else None

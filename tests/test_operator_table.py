@@ -161,7 +161,7 @@ def test_operators_of_others_are_known_apart_from_torchs():
 
 
 def test_python_names_are_those_of_rows():
-    assert set(operator_table.SPELLINGS.values()) <= set(TABLE) and not set(operator_table.SPELLINGS) & set(TABLE)
+    assert set(operator_table.OTHER_NAMES.values()) <= set(TABLE) and not set(operator_table.OTHER_NAMES) & set(TABLE)
     assert operator_table.properties_of_captured("true_divide_") is TABLE["div"]
 
 

@@ -43,7 +43,7 @@ VALUES = {
 def every_policy():
     for values in itertools.product(*VALUES.values()):
         made = dict(zip(VALUES, values, strict=True))
-        if (made["storage"], made["storage_scaling"]) != (torch.float8_e4m3fn, "none"):  # is refused
+        if made["storage"] not in policy.ALWAYS_SCALED or made["storage_scaling"] != "none":  # is refused
             yield PrecisionPolicy(**made)
 
 

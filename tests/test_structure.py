@@ -88,7 +88,7 @@ def test_files_and_functions_stay_short(name):
 
 def test_no_meta_key_says_what_a_type_could_say():
     """Nodes carry the metadata of torch, the roles that partition_velocity writes, and nothing else of ours."""
-    ours = {"role", "evaluation", "parameter", "user_name", "recompute"}
+    ours = {"role", "evaluation", "outside", "user_name", "recompute"}
     torchs = {"val", "example_value", "stack_trace", "grapharg", "tensor_meta", "nn_module_stack"}
     found = set()
     for path in FILES.values():

@@ -1,4 +1,7 @@
-"""A marked loop as it was captured, before it is rolled up."""
+"""A marked loop as it was captured, before it is rolled up.
+
+Its markers, the operators step, end, repeat, enter, leave and leave_search, are defined in runtime/operators.py.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class MarkedLoop:
 
     Attributes:
         policy: The policy that the markers carry.
-        markers: The step markers, one per iteration; or the one enter marker of a loop that was captured once.
-        end: The end marker, or repeat, or leave.
+        markers: The markers that begin an iteration: a step for each, or the one enter of an odeint.
+        end: The marker that ends the loop: end, repeat, leave or leave_search.
         iterations: The nodes between two markers, one list per iteration, in graph order.
         differentiated: Whether gradients are on where the loop stands.
         monitored: Whether a monitor was open where it was captured.
@@ -50,8 +53,8 @@ class MarkedLoop:
     autocast: bool = False
 
     @property
-    def once(self) -> bool:
-        """Whether the one iteration stands for all, its states named by enter and leave."""
+    def from_odeint(self) -> bool:
+        """Whether odeint left its markers: the one iteration stands for all, its states named by enter and leave."""
         return self.markers[0].target is operators.enter
 
     @property
@@ -78,8 +81,8 @@ class Run:
         sources: For every position, the source of each node argument, in order; a key is a value of the same
             iteration.
         outputs: For each key that is read outside of the run, the iterations whose value is read.
-        entered: Of a loop that was captured once (odeint), its times and carries in the order in which it names them;
-            its outputs are wanted of every step. Empty for all other loops.
+        entered: Of an odeint, its times and carries in the order in which enter names them; its outputs are wanted of
+            every step. Empty for all other loops.
         extended: Whether the run goes on behind its last iteration, up to the end of the loop. Of a value that is read
             at the end the iteration is then counted from there, -1 for the last one.
     """
@@ -91,8 +94,8 @@ class Run:
     extended: bool = False
 
     @property
-    def once(self) -> bool:
-        """Whether the one iteration stands for all."""
+    def from_odeint(self) -> bool:
+        """Whether it is the one iteration of an odeint, which stands for all."""
         return bool(self.entered)
 
     def stacked(self) -> list[Key]:
@@ -102,7 +105,7 @@ class Run:
             ends = {(key, -1 - j) for key, lag in carried for j in range(lag)}
         else:
             ends = {(key, len(self.iterations) - 1) for key, lag in carried if lag == 1}
-        return [key for key, ks in self.outputs.items() if self.once or any((key, k) not in ends for k in ks)]
+        return [key for key, ks in self.outputs.items() if self.from_odeint or any((key, k) not in ends for k in ks)]
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,14 @@ def owner_of(iterations: list[list[fx.Node]], markers: list[fx.Node]) -> Owner:
     return owner
 
 
-def is_marker(node: fx.Node) -> bool:
-    """Whether a captured node marks the start of an iteration."""
+def begins_iteration(node: fx.Node) -> bool:
+    """Whether a captured node is the marker at the start of an iteration."""
     return node.target in STEP or node.target is operators.enter
 
 
 def begins_loop(node: fx.Node) -> bool:
     """Whether a captured node marks the start of a loop's first iteration."""
-    return is_marker(node) and (node.target is operators.enter or node.args[1] == 0)
+    return begins_iteration(node) and (node.target is operators.enter or node.args[1] == 0)
 
 
 def ends_loop(node: fx.Node) -> bool:

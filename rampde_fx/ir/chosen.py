@@ -9,7 +9,7 @@ from torch import fx
 
 from rampde_fx.errors import PolicyError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import ends_loop, is_marker
+from rampde_fx.ir.captured import begins_iteration, ends_loop
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 
 
@@ -49,7 +49,7 @@ def _computed(marker: fx.Node) -> Iterator[torch.Tensor]:
     node = marker.next
     while node.op != "root" and not ends_loop(node):
         value = graphs.value(node)
-        if isinstance(value, torch.Tensor) and graphs.has_derivatives(value.dtype) and not is_marker(node):
+        if isinstance(value, torch.Tensor) and graphs.has_derivatives(value.dtype) and not begins_iteration(node):
             own.append(value)
         node = node.next
     large = [value for value in own if value.ndim]

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Fallback:
-    """Something that stayed in the accumulation dtype inside the loop, and why."""
+    """Something of a velocity that stayed in float32, or in the state's dtype, and why."""
 
     operation: str
     reason: str
@@ -38,11 +38,11 @@ class Loop:
 
     The step maps (carries, per-step inputs, invariants, corrections) to (next carries, per-step outputs, stored
     values, next corrections). Its adjoint runs over the steps from the last to the first. Passes take a Loop and return
-    another; the graph that holds it is touched by roll_loop and emit_loop alone.
+    another; the graph that holds it is touched by roll_loop, emit_loop and emit_search alone.
 
     Attributes:
         policy: How to rewrite it.
-        steps: N, the number of steps.
+        steps: N, the number of steps: symbolic where t's length is, or where the number is computed from the times.
         where: The user's source line of the loop.
         number: 1 for the first loop of its line in a graph, 2 for the second, and so on.
         step: The step as a functional ATen graph with true metadata.
@@ -63,7 +63,7 @@ class Loop:
     """
 
     policy: PrecisionPolicy
-    steps: int
+    steps: int | torch.SymInt
     where: str
     step: fx.GraphModule
     plain: fx.GraphModule
@@ -185,7 +185,7 @@ class LoweredLoop(PartitionedLoop):
     Attributes:
         stages: Names of the velocity submodules in the order of their evaluation.
         low_operations: How many operations of the step's evaluations are in the velocity dtype.
-        fallbacks: What stayed in the accumulation dtype.
+        fallbacks: What stayed in float32, or in the state's dtype.
     """
 
     stages: tuple[str, ...] = ()

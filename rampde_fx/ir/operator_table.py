@@ -30,14 +30,16 @@ class Operator:
         dtype: In a velocity "low" or "wide" (float32) as torch.amp's CUDA lists have it (docs: "CUDA Ops that can
             autocast"); or it "follows" its operands, for it chooses or moves entries, and adds none up. Elementwise
             operations and views that are not wide follow as well.
-        product: Of "matrices" and vectors; of other whole "tensors"; or entry by entry ("entries"), quotients included.
+        product: "matrices": a product of matrices and vectors. "tensors": one of other whole tensors, as a convolution.
+            "entries": entry by entry, quotients included.
         linear: Jointly in "all" of its floating operands, in "each" alone while the others are constant, or in the one
             at this position. Views are linear too.
         update: How a step's update is spelled by it: it may "add" to a state; "scale", "copy", "cast" or "choose" from
             one; "join" several tensors; or "write" to a part of one.
         first_is_summand: The rest is added to the first operand.
-        adds_if: The argument that makes it add to entries, which it overwrites otherwise.
-        rounded_once: A sum that every device forms in float32, and rounds once, to its argument dtype.
+        adds_if: The name of a flag: if that is given, it adds to entries; otherwise it overwrites them.
+        rounded_once: A sum that every device forms in float32, and rounds once, to the dtype that its argument `dtype`
+            names.
         limit: The result of finite operands is "bounded", by them or by a small number; or "finite" whatever they are.
         nan: What becomes of a NaN in an operand. "hides": the result may be a number. "shows": floating results have
             it, others cannot. "asks": it tests for NaN or infinity. "handles": it replaces them. "chooses": it ignores
@@ -46,12 +48,14 @@ class Operator:
         aligned: Its half-precision kernel takes heads of whole groups of 16 bytes alone.
         commutes: Its first two operands may be exchanged.
         takes_tensors: It takes a tensor wherever it takes a number, and computes the same of it.
-        traced: What tracing makes of it: it is "dropped", becomes a "reshape", or is taken "apart".
+        traced: What tracing makes of it: it is "dropped", becomes a "reshape", or is taken "apart", by torch's own
+            decomposition (with a name of ATen's without an overload).
         from_host: It waits for what it reads of the host's memory.
         weight: Its first result is multiplied entry by entry by the argument at this position, a weight.
         without_summand: The operator of its product by itself.
         wide_overload: The overload that takes low factors and gives a wide result.
-        cpu_twin: CPUs without low arithmetic take the twin that cpu_products.py makes.
+        cpu_twin: CPUs without low arithmetic take the twin that cpu_products.py makes (with a name of ATen's without an
+            overload).
     """
 
     dtype: Literal["low", "wide", "follows", ""] = ""
@@ -177,8 +181,8 @@ ROWS = {
     "view.default _unsafe_view": Operator(traced="reshape"),
 }
 TABLE = {name: row for names, row in ROWS.items() for name in names.split()}
-# What Python's operators and torch's other names call these.
-SPELLINGS = {
+# Other names of these, by which Dynamo's graph may call them: those of Python's operators in place, torch's aliases.
+OTHER_NAMES = {
     "iadd": "add",
     "isub": "sub",
     "subtract": "sub",
@@ -211,11 +215,14 @@ def properties(target: Any) -> Operator:
 def properties_of_captured(name: str) -> Operator:
     """What is known of a function or a method of torch, or an operator of Python, by its name in Dynamo's graph."""
     plain = name.removesuffix("_")  # in place
-    return TABLE.get(SPELLINGS.get(plain, plain), UNKNOWN)
+    return TABLE.get(OTHER_NAMES.get(plain, plain), UNKNOWN)
 
 
 def packets(has: Callable[[Operator], Any]) -> list[Any]:
-    """The ATen operators, with all of their overloads, whose rows have a property."""
+    """The ATen operators, with all of their overloads, whose rows have a property.
+
+    No name in these rows has an overload, or is one of the package's own.
+    """
     return [getattr(aten, name) for name, row in TABLE.items() if has(row)]
 
 

@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-Key = int | str  # names a value of an iteration: the position of its node, or "t" and "dt"
+# Names a value of an iteration: the position of its node, or "t" and "dt". A negative number is the own name of a carry
+# that find_states makes of what is no such value: of a write into a tensor, or of an input that stays as it is.
+Key = int | str
 Time = Literal["t", "dt"]
 
 
@@ -82,7 +84,8 @@ class SeedSource:
 
 
 Source = CarrySource | TimeSource | PerStepSource | InvariantSource | IndexSource | SeedSource
-# The order in which a step takes its inputs: carries, what each step has of its own, what all share.
+# The order in which a step takes its inputs: carries, what each step has of its own (PER_STEP of roll_loop), what all
+# share. Behind roll_loop the groups are told apart by their sizes alone: the classes of a group stay together.
 ORDER = (CarrySource, TimeSource, PerStepSource, IndexSource, InvariantSource, SeedSource)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from rampde_fx.emit import cpu_products
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import is_marker
+from rampde_fx.ir.captured import begins_iteration
 from rampde_fx.ir.loops import LoopNode
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.torch_private import inductor
@@ -34,7 +34,7 @@ def always(policy: PrecisionPolicy) -> Callable[[PrecisionPolicy], PrecisionPoli
 
 def policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
     """The policies that the markers carry."""
-    markers = filter(is_marker, graphs.all_nodes(graph_module))
+    markers = filter(begins_iteration, graphs.all_nodes(graph_module))
     told = dict.fromkeys(str(marker.args[-1]).removeprefix(MONITORED) for marker in markers)
     return [PrecisionPolicy.parse(text) for text in told if text]
 

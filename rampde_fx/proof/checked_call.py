@@ -14,7 +14,7 @@ from rampde_fx.errors import CheckError, RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.frontend.marking import is_time_grid
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import is_marker
+from rampde_fx.ir.captured import begins_iteration
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.runtime import random_state
 from rampde_fx.torch_private import capturing, repetition
@@ -195,7 +195,7 @@ class Captured:
         """
         grids = {id(x) for x in self.call.leaves if is_time_grid(x)}
         inputs = dict(zip(graphs.placeholders(self.graph), zip(self.inputs, self.names, strict=True), strict=True))
-        markers = list(filter(is_marker, self.graph.graph.nodes))
+        markers = list(filter(begins_iteration, self.graph.graph.nodes))
         read = graphs.ancestors([markers[0].args[0]]) if markers else set()
         found = [inputs[node][1] for node in inputs if node in read and id(inputs[node][0]) in grids]
         if len(found) != 1:

@@ -56,7 +56,7 @@ class LoopReport:
         step_flops: Floating-point operations of the products in one step, as torch.utils.flop_counter counts them:
             matrix products, convolutions and attention, nothing else.
         adjoint_flops: Those of one step's adjoint, with the velocities that it evaluates again; 0 without an adjoint.
-        fallbacks: What stayed in the accumulation dtype, and why.
+        fallbacks: What stayed in float32, or in the state's dtype, and why.
         captured: How many of the iterations were captured, or what made it necessary to capture all of them; empty for
             an odeint and for loops of three steps and less.
         notes: What else to know, such as iterations that differ.

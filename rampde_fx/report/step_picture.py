@@ -48,7 +48,7 @@ def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dic
     """Roles of the placeholders that are no cotangents, totals, states or corrections."""
     inputs = graphs.placeholders(loop.step)
     own = {node: str(node.meta["role"]) for node in inputs if "role" in node.meta}
-    own |= {node: "parameter" for node in inputs if node.meta.get("parameter") and graphs.is_differentiable(node)}
+    own |= {node: "parameter" for node in inputs if node.meta.get("outside") and graphs.is_differentiable(node)}
     if graph_module is loop.step:
         return own
     found = {}

@@ -19,7 +19,7 @@ from torch import fx
 from rampde_fx.errors import CheckError, RampdeError, RewriteMismatchError
 from rampde_fx.frontend import marking
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import begins_loop, is_marker
+from rampde_fx.ir.captured import begins_iteration, begins_loop
 from rampde_fx.ir.chosen import policy_at
 from rampde_fx.ir.loops import Loop
 from rampde_fx.policy import MONITORED, PrecisionPolicy
@@ -53,7 +53,7 @@ def change_policies(
         change: Takes a policy and gives another.
         monitored: Whether monitors watch the loops from now on.
     """
-    for marker in filter(is_marker, graphs.all_nodes(graph_module)):
+    for marker in filter(begins_iteration, graphs.all_nodes(graph_module)):
         if begins_loop(marker):
             told = str(marker.args[-1]).removeprefix(MONITORED)
             policy = policy_at(marker)[0] if told else PrecisionPolicy(torch.float16)
