@@ -72,6 +72,16 @@ def test_imports_go_down_the_list_of_contributing():
             assert not upward, (name, upward)
 
 
+def test_contributing_says_which_tests_are_for_what():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(test_\w+\.py)`", text))
+    assert {path.name for path in (ROOT / "tests").glob("test_*.py")} == named
+    table = text.partition("| what you touch | run |")[2].partition("\n\n")[0]
+    touched = "".join(row.split("|")[1] for row in table.splitlines()[2:])
+    passes = [name.rpartition(".")[2] for name in FILES if name.startswith("rampde_fx.passes.")]
+    assert [name for name in (*ORDER, *passes) if not re.search(rf"`{name}(/|\.py)?`", touched)] == []
+
+
 def test_no_pass_imports_another():
     passes = {name: path for name, path in FILES.items() if name.startswith("rampde_fx.passes.")}
     for name, path in passes.items():
