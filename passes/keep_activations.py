@@ -5,18 +5,23 @@ Before:  step(y, dt, w):  k = velocity_0(y, w); ...        adjoint(a, y, dt, w):
 After:   step(y, dt, w):  k, r = velocity_0_forward(y, w)  adjoint(a, r, dt, w):  w_lo = velocity_0_replay(w)
          ...;  return y_next, r                                dy, dw = velocity_0_pullback(r, w_lo, dt * a); ...
 
+Under checkpoint="auto" as many of a step's evaluations are kept as fit into the loop's budget, from the last one on: so
+nothing is kept but what pullbacks read, for an earlier evaluation needs no result of a later one. The others are
+recomputed. A budget of 0 leaves the loop as it is.
+
 Kept are tensors that depend on a carry, in the dtype they have. What depends on operands alone, views, casts to a wider
 dtype and states between the evaluations are made again.
 
 Requires: a Loop whose adjoint, if any, reads its carries as operands. One without an adjoint, or whose schedule
           keeps no activations, is left as it is.
-Ensures:  the adjoint evaluates no velocity; the step's last results are what it reads instead.
+Ensures:  the adjoint evaluates no velocity that is kept; the step's last results are what it reads instead.
 Source:   Griewank and Walther, Evaluating Derivatives, 2008, chapter 4: reverse mode without checkpoints.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +29,10 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs
+from rampde_fx.ir.budgets import activations, bytes_of, kept_bytes
 from rampde_fx.ir.ends import ActivationSlot, Evaluation, Operand, Saved, remaining
 from rampde_fx.ir.loops import KeptLoop, WatchedLoop
-from rampde_fx.schedules import Activations
+from rampde_fx.schedules import Activations, MemoryBudget
 from rampde_fx.torch_private import fake_tensors, shapes
 
 aten = torch.ops.aten
@@ -34,12 +40,41 @@ aten = torch.ops.aten
 
 def keep_activations(loop: WatchedLoop) -> KeptLoop:
     """Let the step return what the pullbacks read of its velocity evaluations."""
-    if loop.adjoint is None or not isinstance(loop.policy.schedule, Activations):
+    if loop.adjoint is None or not isinstance(loop.policy.schedule, Activations | MemoryBudget):
         return loop.then(KeptLoop)
-    keeping = _Keeping(loop)
-    for evaluation in reversed(loop.adjoint.evaluations):  # keeping one may leave an earlier one without readers
-        keeping.keep(evaluation)
-    return keeping.finished()
+    if isinstance(loop.policy.schedule, Activations):
+        return _kept(loop, loop.adjoint.evaluations, None)
+    if loop.keeps is not None:
+        return _kept(loop, loop.adjoint.evaluations[len(loop.adjoint.evaluations) - loop.keeps :], None)
+    unknown = shapes.is_data_dependent(loop.steps)
+    kept = _kept(loop, loop.adjoint.evaluations, 0 if unknown else loop.budget)
+    return replace(kept, notes=(*kept.notes, _told(kept, unknown)))
+
+
+def _kept(loop: WatchedLoop, evaluations: Sequence[Evaluation], budget: int | None) -> KeptLoop:
+    """The loop that keeps the last ones of some evaluations, as many as fit into a budget, all of them where None."""
+    keeping, count = _Keeping(loop, budget), 0
+    if budget != 0:
+        for evaluation in reversed(evaluations):  # keeping one may leave an earlier one without readers
+            if not keeping.keep(evaluation):
+                break
+            count += 1
+    return replace(keeping.finished(), kept=count) if count else loop.then(KeptLoop)
+
+
+def _told(loop: KeptLoop, unknown: bool) -> str:
+    """What was kept of a budget."""
+    assert loop.adjoint is not None
+    if unknown:
+        return 'checkpoint="auto" keeps nothing: the number of steps is known at run time only'
+    sizes = [loop.steps, *bytes_of(loop, activations(loop))]
+    captured = (
+        ", by the sizes at the capture, which may change" if any(isinstance(n, torch.SymInt) for n in sizes) else ""
+    )
+    return (
+        f'checkpoint="auto" keeps the activations of {loop.kept} of {len(loop.adjoint.evaluations)} evaluations, '
+        f"{kept_bytes(loop):,} bytes of a budget of {loop.budget:,}{captured}"
+    )
 
 
 def find_kept(read: list[fx.Node], varying: set[fx.Node]) -> list[fx.Node]:
@@ -93,9 +128,9 @@ class _Split:
 class _Keeping:
     """The step and the adjoint while values move from the adjoint's recomputation to the step's results."""
 
-    def __init__(self, loop: WatchedLoop) -> None:
+    def __init__(self, loop: WatchedLoop, left: int | None) -> None:
         assert loop.adjoint is not None
-        self.loop, self.before = loop, loop.adjoint
+        self.loop, self.before, self.left = loop, loop.adjoint, left
         self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(loop.adjoint.module)
         self.inputs = dict(zip(graphs.placeholders(self.adjoint), loop.adjoint.inputs, strict=True))
         self.carries = [n for n, e in self.inputs.items() if isinstance(e, Operand) and e.operand < loop.carries]
@@ -104,12 +139,12 @@ class _Keeping:
         self.values: list[fx.Node] = []
         self.slots: list[ActivationSlot] = []
 
-    def keep(self, evaluation: Evaluation) -> None:
-        """Let the step return what the adjoint reads of an evaluation."""
+    def keep(self, evaluation: Evaluation) -> bool:
+        """Let the step return what the adjoint reads of an evaluation; whether it fits into what is left."""
         self.adjoint.graph.eliminate_dead_code()
         found = [node for node in self.adjoint.graph.nodes if node.name == evaluation.forward and node.users]
         if not found:
-            return
+            return True
         (call,) = found
         (step_call,) = [node for node in self.step.graph.nodes if node.name == evaluation.step_call]
         items = sorted(call.users, key=lambda user: user.args[1])
@@ -121,10 +156,25 @@ class _Keeping:
         if key not in self.splits:
             self.splits[key] = self._split(*key, graphs.results(self.step.get_submodule(str(step_call.target))))
         split = self.splits[key]
+        if not self._spend(split):
+            return False
         kept = self._moved(step_call, split)
         again = iter(self._replayed(call, split, kept))
         for item, j in zip(items, split.direct, strict=True):
             item.replace_all_uses_with(next(again) if j is None else kept[j])
+        return True
+
+    def _spend(self, split: _Split) -> bool:
+        """Take what an evaluation keeps in all steps from the budget, if it fits."""
+        if self.left is None:
+            return True
+        sizes = bytes_of(self.loop, map(graphs.value, split.kept))
+        if any(map(shapes.is_data_dependent, sizes)):
+            return False
+        needed = sum(map(shapes.size_hint, sizes))
+        fits = needed <= self.left
+        self.left -= needed if fits else 0
+        return fits
 
     def _split(self, name: str, read: tuple[int, ...], varying: tuple[bool, ...], outputs: list[Any]) -> _Split:
         velocity = self.adjoint.get_submodule(name)

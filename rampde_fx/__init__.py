@@ -19,6 +19,7 @@ from rampde_fx.runtime.counts import (
     state_counts,
 )
 from rampde_fx.runtime.monitoring import Monitor, monitor
+from rampde_fx.schedules import MemoryBudget
 from rampde_fx.solvers.integrate import odeint
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 
@@ -66,6 +67,7 @@ __all__ = [
     "CheckRow",
     "EvaluationCount",
     "LoopReport",
+    "MemoryBudget",
     "Monitor",
     "PrecisionPolicy",
     "Report",

@@ -14,6 +14,7 @@ from rampde_fx.emit import cpu_products, cuda_graphs
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
+from rampde_fx.ir.budgets import Budgets
 from rampde_fx.ir.captured import MarkedLoop
 from rampde_fx.ir.loop_verifier import verify
 from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
@@ -72,6 +73,7 @@ def rewrite(
     watch: pass_log.Watcher = pass_log.tell,
     only: Container[int] | None = None,
     counts: bool = True,
+    keeps: Sequence[int] | None = None,
 ) -> list[Loop]:
     """Rewrite every marked loop of a captured graph in place.
 
@@ -80,6 +82,7 @@ def rewrite(
         watch: Called with every loop, after roll_loop and after each of STEP_PASSES.
         only: The numbers of the loops to rewrite; the others stay rolled up, as calls of a LoopNode. All where None.
         counts: Whether the loops count what underflows.
+        keeps: Of how many evaluations each loop keeps the activations, instead of what its budget of memory takes.
 
     Returns:
         The loops as they were emitted, in graph order.
@@ -91,7 +94,7 @@ def rewrite(
     graph_module.meta.setdefault(unrewritten.BACKEND, "rewrite")
     autocast = fake_tensors.autocast_enabled()
     with _foreseen("the rewrite"), fake_tensors.fake_mode_of(graph_module), fake_tensors.no_autocast():
-        return _rewrite(graph_module, watch, only, counts=counts, autocast=autocast)
+        return _rewrite(graph_module, watch, only, counts=counts, keeps=keeps, autocast=autocast)
 
 
 @contextlib.contextmanager
@@ -116,6 +119,7 @@ def _rewrite(
     only: Container[int] | None,
     *,
     counts: bool,
+    keeps: Sequence[int] | None,
     autocast: bool,
 ) -> list[Loop]:
     check_repetition(graph_module)
@@ -130,6 +134,7 @@ def _rewrite(
         holder, captured = marked.holder(), _how_captured(marked)
         rolled += [(holder, name, captured, notes) for name, notes in _roll(holder, marked)]
     loops: list[Loop] = []
+    budgets = Budgets()
     for holder, name, captured, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
         begun = phase_log.now()
@@ -141,11 +146,10 @@ def _rewrite(
         loops.append(loop)
         if only is not None and number not in only:
             continue
-        for step_pass in STEP_PASSES:
-            counting = step_pass is count_underflow
-            loop = _passed(count_nothing if counting and not counts else step_pass, loop)
-            watch(number, step_pass.__name__, loop)
-        assert isinstance(loop, CompensatedLoop), "behind all passes"
+        chosen = {"budget": budgets.of(loop)} if keeps is None else {"keeps": keeps[number]}
+        loop = replace(loop, **chosen)
+        loop = _rewritten(loop, number, watch, counts=counts)
+        budgets.spend(loop)
         (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
         holder.delete_submodule(name)
         loops[-1] = loop
@@ -158,6 +162,16 @@ def _rewrite(
         holder.graph.lint()
         holder.recompile()
     return loops
+
+
+def _rewritten(loop: Loop, number: int, watch: pass_log.Watcher, *, counts: bool) -> CompensatedLoop:
+    """A rolled loop behind all passes."""
+    for step_pass in STEP_PASSES:
+        counting = step_pass is count_underflow
+        loop = _passed(count_nothing if counting and not counts else step_pass, loop)
+        watch(number, step_pass.__name__, loop)
+    assert isinstance(loop, CompensatedLoop), "behind all passes"
+    return loop
 
 
 def _how_captured(marked: MarkedLoop) -> str:
@@ -244,7 +258,7 @@ def rampde_fx(
             repetition.capture_in_full('options={"verify": True} runs the loop as it was captured')
         captured = graphs.copied(graph_module) if verifies and marked else None
         loops = rewrite(graph_module) if marked else []
-        verification = None if captured is None else Verification(captured, rewrite)
+        verification = None if captured is None else Verification(captured, rewrite, loops)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
         replayable = cuda_graphs.launches_alone if replayed else None

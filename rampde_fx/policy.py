@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from rampde_fx.errors import PolicyError, refuse
-from rampde_fx.schedules import Checkpoint, Schedule, schedule_of
+from rampde_fx.schedules import SHARE, Checkpoint, MemoryBudget, Schedule, schedule_of
 from rampde_fx.torch_private import dynamo, kernels
 
 DTYPES = {
@@ -62,6 +62,10 @@ class AdjointScaling:
         return f"AdjointScaling({', '.join(_changed(fields(self), (self.target, self.max_attempts)))})"
 
 
+_NESTED: dict[str, type[Any]] = {
+    "scaling": AdjointScaling,
+    "checkpoint": MemoryBudget,
+}  # fields with fields of their own
 # Found, required, fix; empty where nothing is wrong.
 _Problem = tuple[str, ...]
 
@@ -123,7 +127,9 @@ class PrecisionPolicy(_Encoded):
             the states between two of them from the first one, rounded as it was stored, one segment at a time;
             "sqrt": K = ceil(sqrt(N)) for N steps, so that 2 sqrt(N) states are held at most (not for a step_size
             of odeint, where N is not known). "none": nothing of the velocity is recomputed; what its derivatives read
-            is stored for each step, in the dtype it has.
+            is stored for each step, in the dtype it has. "auto": as much of that as fits into half of the memory that
+            is free, or into a MemoryBudget; the rest is recomputed as by "step" (all of it for a step_size and
+            adaptive steps of odeint, where N is not known).
 
     Raises:
         PolicyError: naming the field that is wrong.
@@ -149,7 +155,7 @@ class PrecisionPolicy(_Encoded):
     scaling: Scaling | AdjointScaling | None = None
     accumulation: Accumulation = "plain"
     loop: LoopForm = "auto"
-    checkpoint: Checkpoint | int = "step"
+    checkpoint: Checkpoint | int | MemoryBudget = "step"
 
     def __post_init__(self) -> None:
         scaling: Any = self.scaling
@@ -157,6 +163,11 @@ class PrecisionPolicy(_Encoded):
             scaling = (scaling.target, scaling.max_attempts)
         elif isinstance(scaling, tuple):  # which stands for an AdjointScaling below
             scaling = str(scaling)
+        checkpoint: Any = self.checkpoint
+        if isinstance(checkpoint, MemoryBudget):
+            checkpoint = (checkpoint.max_bytes, checkpoint.share)
+        elif isinstance(checkpoint, tuple):
+            checkpoint = str(checkpoint)
         in_order = (
             self.velocity,
             self.storage,
@@ -164,7 +175,7 @@ class PrecisionPolicy(_Encoded):
             scaling,
             self.accumulation,
             self.loop,
-            self.checkpoint,
+            checkpoint,
         )
         _refuse(_wrong_policy(*in_order))
         object.__setattr__(self, "encoded", _encode(*in_order))
@@ -240,7 +251,11 @@ class PrecisionPolicy(_Encoded):
         if scaling is None or scaling == AdjointScaling():
             scaling = "none" if scaling is None else "dynamic"
         storage_scaling: Scaling = "dynamic" if self.scales_storage else "none"
-        return replace(self, storage=self.storage_dtype, storage_scaling=storage_scaling, scaling=scaling)
+        by_default = self.checkpoint in (MemoryBudget(), MemoryBudget(share=SHARE))
+        checkpoint = "auto" if by_default else self.checkpoint
+        return replace(
+            self, storage=self.storage_dtype, storage_scaling=storage_scaling, scaling=scaling, checkpoint=checkpoint
+        )
 
     def unrolls(self, steps: int | torch.SymInt) -> bool:
         """Whether a loop of this many equal steps is emitted step by step rather than as a scan."""
@@ -252,7 +267,7 @@ class PrecisionPolicy(_Encoded):
 
         Args:
             text: The arguments of PrecisionPolicy, without quotes and without "torch.": the velocity dtype, then
-                FIELD=VALUE with commas between. An AdjointScaling has its arguments in parentheses.
+                FIELD=VALUE with commas between. AdjointScaling and MemoryBudget have their arguments in parentheses.
 
         Returns:
             The policy. For every policy, PrecisionPolicy.parse(str(policy)) == policy.
@@ -280,7 +295,7 @@ def _wrong_policy(
     loop: Any,
     checkpoint: Any,
 ) -> _Problem:
-    """What is wrong with the fields of a policy; an AdjointScaling comes as the tuple of its fields."""
+    """What is wrong with the fields of a policy; AdjointScaling and MemoryBudget come as the tuples of their fields."""
     for name, dtype in (("velocity", velocity), ("storage", storage)):
         allowed = DTYPES_OF[name].values()
         if dtype not in allowed and not (name == "storage" and dtype is None):
@@ -298,10 +313,11 @@ def _wrong_policy(
             f"scaling: the range of {_word(storage)} is small",
             "leave storage_scaling out",
         )
-    if checkpoint not in get_args(Checkpoint) and not (type(checkpoint) is int and checkpoint >= 1):
+    is_length = type(checkpoint) is int and checkpoint >= 1
+    if not (checkpoint in get_args(Checkpoint) or is_length or isinstance(checkpoint, tuple)):
         return (
             f"PrecisionPolicy(checkpoint={checkpoint!r})",
-            f"one of {get_args(Checkpoint)}, or an int of at least 1",
+            f"one of {get_args(Checkpoint)}, an int of at least 1, or a MemoryBudget",
             "use the default, 'step', or \"sqrt\" to save memory",
         )
     choices = (
@@ -317,8 +333,9 @@ def _wrong_policy(
 
 @dynamo.constant
 def _encode(*in_order: Any) -> str:
-    """The fields of a policy as text; an AdjointScaling comes as the tuple of its fields."""
-    velocity, *others = (AdjointScaling(*value) if isinstance(value, tuple) else value for value in in_order)
+    """The fields of a policy as text; AdjointScaling and MemoryBudget come as the tuples of their fields."""
+    named = zip(fields(PrecisionPolicy), in_order, strict=True)
+    velocity, *others = (_NESTED[f.name](*value) if isinstance(value, tuple) else value for f, value in named)
     return ", ".join([_word(velocity), *_changed(fields(PrecisionPolicy)[1:], others)])
 
 
@@ -332,7 +349,7 @@ def _word(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _words(kind: type[PrecisionPolicy | AdjointScaling], items: Iterable[str]) -> dict[str, str]:
+def _words(kind: type[Any], items: Iterable[str]) -> dict[str, str]:
     """The values by the fields of a kind, from items that are written name=value."""
     names = [f.name for f in fields(kind)]
     required = f"FIELD=VALUE, with one of the fields {', '.join(names)}"
@@ -361,9 +378,10 @@ def _value(name: str, word: str) -> Any:
             required = f"one of {', '.join(dtypes)}"
             raise PolicyError(f"PrecisionPolicy({name}={word!r})", required=required, fix=f"write {nearest[0]}")
         return dtypes[word]
-    if scaling := re.fullmatch(r"AdjointScaling\((.*)\)", word):
-        words = _words(AdjointScaling, scaling[1].split(",") if scaling[1].strip() else ())
-        return AdjointScaling(**{field: _number(text) for field, text in words.items()})
+    kind = _NESTED.get(name)
+    if kind is not None and (given := re.fullmatch(rf"{kind.__name__}\((.*)\)", word)):
+        words = _words(kind, given[1].split(",") if given[1].strip() else ())
+        return kind(**{field: _number(text) for field, text in words.items()})
     return _number(word)
 
 

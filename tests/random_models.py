@@ -65,7 +65,7 @@ class Problem:
     scaling: str | float = "default"
     accumulation: str = "plain"
     loop: str = "auto"
-    checkpoint: str | int = "step"
+    checkpoint: str | int = "step"  # a number of bytes as "auto N"
     magnitude: float = 1.0  # of the initial state
     second_weight: float = 1.0  # of the second output in the loss
     parameters: str = "same"  # dtype of the velocity's own parameters
@@ -83,8 +83,11 @@ class Problem:
     def policy(self) -> rampde_fx.PrecisionPolicy:
         """The precision policy."""
         scaling: Any = self.scaling
+        checkpoint: Any = self.checkpoint
         if isinstance(scaling, float):
             scaling = rampde_fx.AdjointScaling(target=scaling)
+        if isinstance(checkpoint, str) and checkpoint.startswith("auto "):
+            checkpoint = rampde_fx.MemoryBudget(max_bytes=int(checkpoint.removeprefix("auto ")))
         return rampde_fx.PrecisionPolicy(
             velocity=DTYPES[self.velocity],
             storage=None if self.storage == "same" else DTYPES[self.storage.removeprefix("scaled ")],
@@ -92,7 +95,7 @@ class Problem:
             scaling=None if scaling == "default" else scaling,
             accumulation=self.accumulation,
             loop=self.loop,
-            checkpoint=self.checkpoint,
+            checkpoint=checkpoint,
         )
 
 
@@ -626,7 +629,7 @@ def random_problem(choose: Choose[Any], *, inductor: bool = False) -> Problem:
     detached = ["argument_detached", "straight_through"]
     detached += [] if update == "in_place" else ["state_detached"]  # a write through a detached name is refused
     storage = mostly("same", *storages)
-    checkpoint = mostly("step", "sqrt", "none", 2)
+    checkpoint = mostly("step", "sqrt", "none", 2, "auto", f"auto {choose((0, 100, 1000, 10000))}")
     low_parameters = velocity in ("float16", "bfloat16")
     # Compensation is for updates of the form y = y + increment.
     compensable = decay == "none" and update in ("sum", "terms", "alpha") and carries in ("state", "energy")

@@ -252,7 +252,7 @@ def test_bad_values_are_refused(value):
         rampde_fx.PrecisionPolicy(checkpoint=value)
 
 
-@pytest.mark.parametrize("value", ["step", "sqrt", "none", 5])
+@pytest.mark.parametrize("value", ["step", "sqrt", "none", "auto", 5, rampde_fx.MemoryBudget(max_bytes=5)])
 def test_the_policy_travels_with_it(value):
     policy = rampde_fx.PrecisionPolicy(checkpoint=value)
     assert rampde_fx.PrecisionPolicy.parse(policy.encoded).checkpoint == value

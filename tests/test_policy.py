@@ -20,7 +20,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import rampde_fx
-from rampde_fx import AdjointScaling, PrecisionPolicy, errors, policy, policy_of
+from rampde_fx import AdjointScaling, MemoryBudget, PrecisionPolicy, errors, policy, policy_of
 from rampde_fx.proof.check_table import label
 from tests.models import Euler
 from tests.test_properties import cases
@@ -36,7 +36,7 @@ VALUES = {
     "scaling": [None, *get_args(policy.Scaling), AdjointScaling(), AdjointScaling(2.0**-4), AdjointScaling(None, 2)],
     "accumulation": get_args(policy.Accumulation),
     "loop": get_args(policy.LoopForm),
-    "checkpoint": [*get_args(policy.Checkpoint), 1, 16],
+    "checkpoint": [*get_args(policy.Checkpoint), 1, 16, MemoryBudget(), MemoryBudget(0), MemoryBudget(share=0.25)],
 }
 
 

@@ -17,7 +17,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot, StateSlot
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime.step_control import Controller
-from rampde_fx.schedules import Activations, EveryStep, Segments, SqrtSegments
+from rampde_fx.schedules import Activations, EveryStep, MemoryBudget, Segments, SqrtSegments
 from rampde_fx.torch_private import shapes
 
 T = TypeVar("T")
@@ -59,6 +59,8 @@ class Loop:
             again and again, and its per-step outputs are estimates of its error. None for other loops.
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
         captured: Of a loop over steps(t), how many iterations were captured, or why all of them.
+        budget: How many bytes of activations it may keep, where its policy leaves that to a budget of memory.
+        keeps: Of how many evaluations it keeps the activations, where that was chosen before, in other dtypes.
         notes: Sentences for the report.
     """
 
@@ -78,6 +80,8 @@ class Loop:
     controller: Controller | None = None
     evaluations: int | None = None
     captured: str = ""
+    budget: int | None = None
+    keeps: int | None = None
     notes: tuple[str, ...] = ()
 
     def then(self, phase: type[Phase], **found: Any) -> Phase:
@@ -122,7 +126,7 @@ class Loop:
     def segment(self) -> int | torch.SymInt:
         """K, the number of steps from one stored state to the next."""
         match self.policy.schedule:
-            case EveryStep() | Activations():
+            case EveryStep() | Activations() | MemoryBudget():
                 return 1
             case Segments(length):
                 return min(length, self.steps) if isinstance(self.steps, int) else length
@@ -255,9 +259,11 @@ class KeptLoop(WatchedLoop):
 
     Attributes:
         slots: What the step stores for the backward, in the order in which it returns it.
+        kept: Of how many evaluations, the last ones, the activations are kept.
     """
 
     slots: tuple[Slot, ...] = ()
+    kept: int = 0
 
     def tail(self) -> tuple[int, int]:
         """How many of the step's last results are stored values, and corrections behind these."""

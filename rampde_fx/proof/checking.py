@@ -48,7 +48,7 @@ from rampde_fx.validation.widening import AsWritten, Twins, default_dtype
 
 POLICIES = tuple(
     PrecisionPolicy(dtype, checkpoint=checkpoint)
-    for checkpoint in ("step", "sqrt", "none")
+    for checkpoint in ("step", "sqrt", "none", "auto")
     for dtype in (torch.float16, torch.bfloat16)
 )
 # Up to how many steps the structure is checked step by step as well as as a scan.
@@ -191,17 +191,19 @@ class _Check:
         accepted = [prepared for prepared in self.prepared if prepared.refusal is None]
         if all(prepared.refusal for prepared in self.prepared if prepared.policy in self.policies):
             raise next(p.refusal for p in self.prepared if p.refusal is not None and p.policy in self.policies)
-        for policy in dict.fromkeys(self._structures(accepted)):
-            self.twins.append(verification.Twin(graph_module, rewrite, always(policy)))
+        for policy, keeps in dict.fromkeys(self._structures(accepted)):
+            self.twins.append(verification.Twin(graph_module, rewrite, always(policy), keeps))
 
-    def _structures(self, accepted: list[_Prepared]) -> Iterator[PrecisionPolicy]:
-        """The policies in float64 whose structure is checked."""
-        yield from (verification.in_float64(prepared.chosen) for prepared in accepted)
+    def _structures(self, accepted: list[_Prepared]) -> Iterator[tuple[PrecisionPolicy, tuple[int, ...]]]:
+        """The policies in float64 whose structure is checked, with what each loop keeps of its evaluations."""
+        for prepared in accepted:
+            yield verification.in_float64(prepared.chosen), tuple(loop.kept for loop in prepared.reports)
+        kept = (0,) * len(accepted[0].reports)
         first = verification.in_float64(accepted[0].chosen)
         if any(loop.emitted == "unroll" for loop in accepted[0].reports):
-            yield replace(first, loop="scan")
+            yield replace(first, loop="scan"), kept
         if all(loop.steps is not None and loop.steps <= MOST_UNROLLED for loop in accepted[0].reports):
-            yield replace(first, loop="unroll")
+            yield replace(first, loop="unroll"), kept
         else:
             self.notes.append(f'loop="unroll" was not checked: of more than {MOST_UNROLLED} steps it takes long')
 

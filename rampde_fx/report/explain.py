@@ -18,6 +18,7 @@ from rampde_fx.backend import rewrite
 from rampde_fx.errors import RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
+from rampde_fx.ir.budgets import kept_bytes
 from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
 from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.passes.check_repetition import first_iterations
@@ -148,6 +149,9 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),
         segment=loop.segment(),
+        kept=loop.kept,
+        kept_bytes=kept_bytes(loop) if loop.budget is not None else 0,
+        budget=loop.budget,
         stored=tuple(_describe_stored(loop, stored)),
         stored_bytes=sum(times * graphs.value(node).nbytes for _, node in stored),
         stored_bytes_fp32=times * _bytes_in_the_dtype_of_the_state(loop, stored),

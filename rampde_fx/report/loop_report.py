@@ -12,7 +12,7 @@ from torch import fx
 from rampde_fx.ir import pass_log
 from rampde_fx.ir.loops import Fallback, Loop
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.schedules import Activations
+from rampde_fx.schedules import Activations, MemoryBudget
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class LoopReport:
         carries: The carried states as "name: dtype[shape]".
         evaluations: Velocity evaluations per step.
         segment: K, where every K-th step stores something for the backward.
+        kept: Of how many of a step's evaluations, the last ones, the activations are stored.
+        kept_bytes: Bytes of these that checkpoint="auto" keeps, over all steps; 0 with another.
+        budget: How many bytes it might keep, less what earlier loops of the graph keep; None with another.
         stored: What such a step stores, as "name: dtype[shape]".
         stored_bytes: Bytes that the forward stores for the backward, over all steps, or for one where N is unknown.
         stored_bytes_fp32: The same states in the dtype of the state, as an fp32 policy stores them.
@@ -74,6 +77,9 @@ class LoopReport:
     carries: tuple[str, ...]
     evaluations: int
     segment: int
+    kept: int
+    kept_bytes: int
+    budget: int | None
     stored: tuple[str, ...]
     stored_bytes: int
     stored_bytes_fp32: int
@@ -137,6 +143,8 @@ class LoopReport:
     def _checkpointing(self) -> str:
         if isinstance(self.policy.schedule, Activations):
             return "none: the velocity's activations are stored"
+        if isinstance(self.policy.schedule, MemoryBudget) and self.kept:
+            return "auto: the activations that fit are stored, the rest of a step is recomputed from its state"
         if self.segment == 1:
             return "each step is recomputed from its state"
         return f"segments of {self.segment} steps are recomputed from their first state"

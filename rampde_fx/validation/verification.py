@@ -21,7 +21,7 @@ from rampde_fx.frontend import marking
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import begins_iteration, begins_loop
 from rampde_fx.ir.chosen import policy_at
-from rampde_fx.ir.loops import Loop
+from rampde_fx.ir.loops import KeptLoop, Loop
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.runtime import counts, random_state
 from rampde_fx.torch_private import capturing
@@ -67,6 +67,7 @@ class Twin:
         graph_module: The captured graph, which stays as it is.
         rewrite: The backend's.
         policy: What stands in for the policy of each loop.
+        keeps: Of how many evaluations each loop keeps the activations, if a budget chose that in narrower dtypes.
 
     Attributes:
         rewritten: The rewrite in float64.
@@ -78,8 +79,9 @@ class Twin:
         graph_module: fx.GraphModule,
         rewrite: Rewrite,
         policy: Callable[[PrecisionPolicy], PrecisionPolicy] = lambda own: own,
+        keeps: Sequence[int] | None = None,
     ) -> None:
-        self._captured, self._rewrite, self._policy = graph_module, rewrite, policy
+        self._captured, self._rewrite, self._policy, self._keeps = graph_module, rewrite, policy, keeps
         try:
             wide = widened(graph_module)
         except Exception as error:
@@ -91,7 +93,7 @@ class Twin:
     ) -> tuple[fx.GraphModule, list[Loop]]:
         change_policies(twin, lambda own: in_float64(self._policy(own)))
         with default_dtype(dtype):
-            return twin, self._rewrite(twin, lambda *_: None, only)
+            return twin, self._rewrite(twin, lambda *_: None, only, keeps=self._keeps)
 
     def as_written(self, *, widen: bool, rolled: bool) -> AsWritten:
         """The captured graph, ready to run.
@@ -135,10 +137,12 @@ class Verification:
     Args:
         graph_module: The captured graph, which stays as it is.
         rewrite: The backend's.
+        loops: The loops of its rewrite.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, rewrite: Rewrite) -> None:
-        self._twin = Twin(graph_module, rewrite)
+    def __init__(self, graph_module: fx.GraphModule, rewrite: Rewrite, loops: Sequence[Loop]) -> None:
+        keeps = [loop.kept if isinstance(loop, KeptLoop) else 0 for loop in loops]
+        self._twin = Twin(graph_module, rewrite, keeps=keeps)
         self._names = _names(graph_module)
         self._draws = False  # whether the last run drew random numbers
 
