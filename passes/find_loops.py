@@ -11,9 +11,10 @@ stands in the body of a tag_activation_checkpoint node, a graph of its own.
 Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
 Ensures:  loops in graph order, those of checkpointed bodies included; iteration k holds the nodes between marker k
           and the next one.
-Raises:   UnsupportedLoopError for a loop that was left early, a loop inside a loop, a loop inside a torch.func
-          transform or inside another higher-order operation, and a loop outside mixed_precision; for a function with
-          a backward of its own in a step, which tracing would lose; for a parameter that tensor parallelism shards.
+Raises:   TransformError for a loop inside a torch.func transform; UnsupportedLoopError for a loop that was left early,
+          a loop inside a loop or inside another higher-order operation, and a loop outside mixed_precision; for a
+          function with a backward of its own in a step, which tracing would lose; for a parameter that tensor
+          parallelism shards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from rampde_fx.errors import UnsupportedLoopError, velocity_error
+from rampde_fx.errors import TransformError, UnsupportedLoopError, velocity_error
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop, begins_iteration, begins_loop, ends_loop
 from rampde_fx.ir.chosen import policy_at
@@ -157,11 +158,15 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
     if open_loop is not None:
         found = "a loop over steps(t) begins before the one around it has ended (a nested loop, or a break)"
         fix = FIX_EARLY_EXIT + "; of two nested loops leave the inner one unmarked: write range(len(t) - 1)"
-    elif transforms:
-        found = "a loop over steps(t) runs inside a torch.func transform"
-        fix = "call the model outside of vjp, grad, vmap and the like, and differentiate with backward()"
     if found:
         _refuse(marker, found, fix)
+    if transforms:
+        raise TransformError(
+            "a marked loop runs inside a torch.func transform",
+            required="a marked loop of plain operations that stands by itself",
+            fix="call the model outside of vjp, grad, vmap and the like, and differentiate with backward()",
+            where=user_line(marker),
+        )
 
 
 def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:

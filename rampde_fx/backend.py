@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from rampde_fx.emit import cpu_products, cuda_graphs
-from rampde_fx.errors import PolicyError, RampdeError, RewriteError, SecondDerivativeError, raising
+from rampde_fx.errors import PolicyError, RampdeError, RewriteError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.budgets import Budgets
@@ -44,6 +44,7 @@ from rampde_fx.passes.watch_adjoint import watch_adjoint
 from rampde_fx.passes.widen_gradients import widen_gradients
 from rampde_fx.passes.widen_parameters import widen_parameters
 from rampde_fx.runtime import phase_log
+from rampde_fx.runtime.guarded import guarded
 from rampde_fx.torch_private import dynamo, fake_tensors, higher_order, inductor, repetition, shapes
 from rampde_fx.torch_private.names import require_all
 from rampde_fx.validation.verification import Verification, on_first_call
@@ -276,8 +277,8 @@ def rampde_fx(
         compiled = inductor.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )
-    if differentiated := [loop for loop in emitted if loop.adjoint is not None]:
-        compiled = _with_backward_alone(compiled, differentiated[0].where)
+    differentiated = [loop for loop in emitted if loop.adjoint is not None]
+    compiled = guarded(compiled, [*differentiated, *loops][0].where, has_backward=bool(differentiated))
     return compiled if verification is None else on_first_call(compiled, verification)
 
 
@@ -299,33 +300,3 @@ def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:
             fix='leave "cpp_wrapper" out: a replayed loop has nothing left that it would call',
         )
     return False
-
-
-def _with_backward_alone(compiled: Callable[..., Any], where: str) -> Callable[..., Any]:
-    """The compiled graph, whose backward refuses second derivatives, and runs without the autocast of its caller."""
-    regions: list[Any] = []
-
-    def begin(_: Any) -> None:
-        if torch.is_grad_enabled():
-            raise SecondDerivativeError(
-                "a backward with create_graph=True runs through a rewritten loop",
-                required="first derivatives: the generated backward is not differentiable itself",
-                fix="leave create_graph out, or use the uncompiled model for second derivatives",
-                where=where,
-            )
-        regions.append(fake_tensors.DisableAutocast())
-        regions[-1].__enter__()
-
-    def end(*_: Any) -> None:
-        regions.pop().__exit__(None, None, None)
-
-    @torch.compiler.disable
-    def run(*args: Any) -> Any:
-        outputs = compiled(*args)
-        nodes = {out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None}
-        for node in nodes:
-            node.register_prehook(begin)
-            node.register_hook(end)
-        return outputs
-
-    return run

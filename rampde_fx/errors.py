@@ -173,6 +173,10 @@ class StateChangeError(UnsupportedLoopError):
     """A carried state whose shape, dtype or device changes from one step to the next."""
 
 
+class TransformError(UnsupportedLoopError):
+    """A marked loop inside of a transform of torch.func, or asked for forward derivatives or batches of gradients."""
+
+
 class MutationError(UnsupportedLoopError):
     """A step that changes a buffer, or a tensor that is read by another name, in place."""
 

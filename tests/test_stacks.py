@@ -556,6 +556,59 @@ def shards(rank, folder, count):
     assert "fully_shard" in caught.value.fix and "test_stacks.py" in caught.value.where
 
 
+def shards_inside(rank, folder, count):
+    """fully_shard round layers of the velocity: refused by their names, said without fullgraph=True."""
+    mesh = init_device_mesh("cpu", (count,))
+    for model_class, inner, root in ((Steps, ("field",), True), (SolvedBehind, ("field.narrow", "field.wide"), False)):
+        torch._dynamo.reset()
+        model, _, y = seeded(model_class)
+        for name in inner:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        if root:
+            fully_shard(model, mesh=mesh)
+        with pytest.raises(
+            errors.UnsupportedLoopError, match=f"fully_shard is round '{min(inner, key=len)}'"
+        ) as caught:
+            compiled(model, torch.bfloat16)(y, T)
+        assert "test_stacks.py" in caught.value.where
+    torch._dynamo.reset()
+    model, plain, y = seeded(Steps)
+    fully_shard(model.field, mesh=mesh)
+    function = torch.compile(rampde_fx.mixed_precision(model), backend="rampde_fx", options={"compiler": "aot_eager"})
+    with pytest.warns(errors.FullPrecisionWarning, match="runs uncompiled"):
+        found = function(y, T)
+    assert torch.allclose(found, plain(y, T), atol=1e-6)
+
+
+class BesideShards(Steps):
+    """A layer that is sharded by itself stands before the loop; the loop's own parameters are the model's group."""
+
+    def forward(self, y, t):
+        return super().forward(self.stem(y), t)
+
+
+def shards_before(rank, folder, count):
+    """Hooks before the loop break the graph there, and the loop is rewritten behind the break."""
+    mesh = init_device_mesh("cpu", (count,))
+    model, plain, y = seeded(BesideShards)
+    fully_shard(model.stem, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    marked = rampde_fx.mixed_precision(model, dtype=torch.bfloat16)
+    function = torch.compile(marked, backend="rampde_fx", options={"compiler": "aot_eager"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", errors.FullPrecisionWarning)
+        found = function(y, T)
+    error = relative_errors([found.detach()], [plain(y, T).detach()])[0]
+    assert 1e-6 < error < BF16, error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("work", [shards_inside, shards_before])
+def test_shards_of_layers(tmp_path, work):
+    run_in_processes(work, tmp_path, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_shards_of_two_processes(tmp_path):

@@ -80,6 +80,9 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             yield t[i], t[i + 1] - t[i]
         return
     policy = policy_in_force()
+    if policy and refuses_shards():
+        mark_refused(t, policy)
+        return
     if _compares_iterations():
         i = 0
         while (ahead := _ahead(i)) == "step":
@@ -91,6 +94,13 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i in range(t.shape[0] - 1):
             yield operators.step(t, i, policy)
         operators.end(t)
+    loop_ends(once=False)
+
+
+def mark_refused(t: torch.Tensor, policy: str) -> None:
+    """Leave the marks of a loop without a step, in place of one that is refused once the graph is captured."""
+    operators.step(t, 0, policy)
+    operators.end(t)
     loop_ends(once=False)
 
 
@@ -120,6 +130,12 @@ def meet_loop(own: PrecisionPolicy | None = None) -> None:
 def _loop_is_captured() -> bool:
     unrewritten.loop_is_captured(_under_way.target)
     return True
+
+
+@dynamo.constant
+def refuses_shards() -> bool:
+    """Whether the loop that begins cannot be captured for the hooks of FSDP2 inside it."""
+    return unrewritten.shards_are_refused()
 
 
 @dynamo.constant

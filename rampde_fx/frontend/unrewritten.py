@@ -21,9 +21,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-from rampde_fx.errors import CounterError, FullPrecisionWarning, raising
+from rampde_fx.errors import CounterError, FullPrecisionWarning, UnsupportedLoopError, raising
 from rampde_fx.runtime import phase_log
-from rampde_fx.torch_private import dynamo, side_effects
+from rampde_fx.torch_private import dynamo, sharded, side_effects
 
 BACKEND = "rampde_fx"  # key of a graph's meta: whether the rewrite, or the whole backend, has taken it
 FULLGRAPH = (
@@ -111,6 +111,21 @@ def loop_ends(*, once: bool) -> None:
             notes.setdefault("counters", []).append(side_effects.name_of(owner, name))
 
 
+def shards_are_refused() -> bool:
+    """Whether hooks of FSDP2 are inside of the loop that begins, which is then refused behind the backend."""
+    if not (name := sharded.hooked_inside()):
+        return False
+    file, line = dynamo.captured_line()
+    error = UnsupportedLoopError(
+        f"fully_shard is round '{name}', whose hooks gather its parameters in each call: in every step of the loop",
+        required="parameters that are gathered once, before the loop",
+        fix=f"call fully_shard on the module that is compiled alone, and not on '{name}' inside it",
+        where=f"{file}:{line}",
+    )
+    dynamo.notes_of_capture(_after_backend).setdefault("refused", []).append(error)
+    return True
+
+
 def target_is_entered(place: Place) -> None:
     """Dynamo captures the beginning of a marked target."""
     dynamo.notes_of_capture(_after_backend).setdefault("entered", []).append(place)
@@ -168,6 +183,8 @@ def _meet(target: Target | None) -> None:
 def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, list[Any]]) -> Any:
     """Say what is wrong with a graph that is compiled; what is to run instead of it, if anything."""
     taken = graph_module.meta.get(BACKEND)
+    if refused := notes.get("refused"):
+        return raising(refused[0])
     if taken and notes.get("counters"):
         return raising(_counts(notes["counters"][0], notes["loops"][-1]))
     if not taken and _stands_for_steps(graph_module):

@@ -67,6 +67,19 @@ def is_captured() -> bool:
     return torch.compiler.is_dynamo_compiling() and dynamo.rewritten_later()
 
 
+@dynamo.never_alone
+def is_refused_later() -> bool:
+    """Whether what Dynamo captures is refused: inside of a torch.func transform one step stands for none."""
+    return is_captured() and (dynamo.is_transformed() or marking.refuses_shards())
+
+
+def refused_later(y: State, t: torch.Tensor, policy: PrecisionPolicy | None) -> list[torch.Tensor]:
+    """A marked loop to be refused with the user's line, and states of the shape of a solution."""
+    marking.meet_loop(policy)
+    marking.mark_refused(t, marking.policy_in_force(policy))
+    return [value.expand(t.shape[0], *value.shape) for value in y]
+
+
 def captured_once(
     tableau: ButcherTableau,
     velocity: CheckedVelocity,

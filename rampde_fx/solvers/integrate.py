@@ -15,7 +15,15 @@ from rampde_fx.frontend.marking import is_real, is_time_grid
 from rampde_fx.policy import MONITORED, PrecisionPolicy
 from rampde_fx.runtime import operators
 from rampde_fx.solvers.adaptive_steps import adaptive_steps, controller_of
-from rampde_fx.solvers.fixed_steps import CheckedVelocity, equal_steps, fixed_options, is_number, steps_between
+from rampde_fx.solvers.fixed_steps import (
+    CheckedVelocity,
+    equal_steps,
+    fixed_options,
+    is_number,
+    is_refused_later,
+    refused_later,
+    steps_between,
+)
 from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
 from rampde_fx.torch_private import dynamo
@@ -126,8 +134,12 @@ def odeint(
     steps_adapt = tableau.adaptive and "num_steps" not in given
     _check_fit(tableau, given, rtol, atol, adapt=steps_adapt)
     velocity = _velocity(func, leaves, structure)
+    asks_status = steps_adapt and _asks_status(given)
+    if is_refused_later():
+        solution = pytree.tree_unflatten(refused_later(leaves, t, policy), structure)
+        return (solution, torch.ones((), dtype=torch.int64)) if asks_status else solution
+    t = _checked(t)
     if steps_adapt:
-        asks_status = _asks_status(given)
         text, dtype = marking.policy_in_force(policy), str(real_dtype(leaves[0].dtype))
         device = leaves[0].device.type
         rtol = default_tolerance("rtol", text, dtype, device) if rtol is None else rtol
@@ -329,6 +341,9 @@ def _times(t: torch.Tensor, y: State) -> torch.Tensor:
             required="a floating 1-D tensor of at least two time points",
             fix="pass torch.linspace(t0, t1, number_of_times), or torch.tensor([t0, t1])",
         )
-    t = t.to(y[0].device)
-    # What is exported holds no operators of ours.
+    return t.to(y[0].device)
+
+
+def _checked(t: torch.Tensor) -> torch.Tensor:
+    """The times, NaN or refused where they are not in order. What is exported holds no operators of ours."""
     return t + (operators.zero_if_ordered if dynamo.is_exporting() else operators.monotone)(t.detach())

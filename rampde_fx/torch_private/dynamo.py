@@ -26,6 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _torch = Names(
     {
+        "torch._C._functorch": "peek_interpreter_stack",
         "torch._C._dynamo.eval_frame": "_FrameAction _FrameExecStrategy get_eval_frame_callback set_code_exec_strategy",
         "torch._dynamo": "patch_dynamo_config",
         "torch._dynamo.backends.distributed": "DDPOptimizer",
@@ -128,9 +129,21 @@ def is_of(function: Any, package: str) -> bool:
 
 @constant
 def rewritten_later() -> bool:
-    """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own, if it does."""
+    """Whether the code that Dynamo traces is for a backend that may rewrite it: any but torch's own, if it does.
+
+    No other knows what to do with a loop inside of a torch.func transform, which ours refuses by its name.
+    """
     capture = current_capture()
-    return not (is_of(innermost(capture.compiler_fn), "torch") or hasattr(capture.root_tx.speculation_log, PLAINLY))
+    backend = innermost(capture.compiler_fn)
+    if is_of(backend, "torch") or hasattr(capture.root_tx.speculation_log, PLAINLY):
+        return False
+    return is_of(backend, "rampde_fx") or not is_transformed()
+
+
+@constant
+def is_transformed() -> bool:
+    """Whether the code that Dynamo traces, or that runs, is inside of a torch.func transform."""
+    return _torch.peek_interpreter_stack() is not None
 
 
 @constant

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rampde_fx.torch_private import callers
 from rampde_fx.torch_private.names import Names
 
 _torch = Names(
@@ -87,13 +88,14 @@ def graph_of(
     """Trace a function of flat arguments to an ATen graph.
 
     Of the modes around the call none is for a trace: autocast, for the policy alone decides dtypes; hooks on saved
-    tensors; the detection of anomalies, which looks for NaN in values that a trace does not have.
+    tensors; compiled autograd; the detection of anomalies, which looks for NaN in values that a trace does not have.
     """
     if functionalize:
         function = _torch.dispatch_functionalize(function, _torch.FunctionalTensorMode())
     with contextlib.ExitStack() as stack:
         modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
-        for context in (*modes, no_autocast(), _no_saved_tensors_hooks(), torch.autograd.set_detect_anomaly(False)):
+        others = (no_autocast(), _no_saved_tensors_hooks(), callers.no_compiled_autograd())
+        for context in (*modes, *others, torch.autograd.set_detect_anomaly(False)):
             stack.enter_context(context)
         return _torch.make_fx(function, decomposition_table=dict(decompositions))(*args)
 

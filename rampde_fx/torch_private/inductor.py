@@ -50,14 +50,15 @@ def compile_settings() -> Iterator[None]:
     Caches: a graph with a custom backward is cached only where that is allowed; one with scan, see compile_graph. What
     is cached holds the backward's graph, and traces it again when it is loaded: a scan inside a while loop then takes
     the tracer's proxies for operands of a wrong type.
-    Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so.
+    Checkpoints: the modes under which a checkpointed body is traced know what to do with scan, but do not say so. With
+    the compiler "eager" the body runs under them, whenever it is called: they are told for good.
     """
+    for checkpoint_mode in (_torch._CachingTorchDispatchMode, _torch._CachedTorchDispatchMode):
+        checkpoint_mode.supports_higher_order_operators = True
     with (
         _functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),
         mock.patch.object(_torch.graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: []),
         mock.patch.object(_torch.scan, "validate_subgraph_args_types", _validate_operands),
-        mock.patch.object(_torch._CachingTorchDispatchMode, "supports_higher_order_operators", True),
-        mock.patch.object(_torch._CachedTorchDispatchMode, "supports_higher_order_operators", True),
     ):
         yield
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rampde_fx.errors import MethodError, OptionError, TimeGridError, refuse
-from rampde_fx.solvers.fixed_steps import is_captured
+from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused_later
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.compiled import refuse_compiled, solution_later
 from rampde_fx.torchdiffeq.options import CALLBACKS, SCIPY, callbacks_of, kind_of, known_method, known_options
@@ -78,6 +78,8 @@ def odeint(
         return _until_event(call, event_fn)
     if t.shape[0] == 1:
         return call.problem.structured([leaf[None] for leaf in call.problem.y])
+    if is_refused_later():
+        return call.problem.structured(refused_later(call.problem.y, call.problem.t, None))
     return call.problem.structured(solution_later(call) if is_captured() else solution_now(call))
 
 

@@ -1,0 +1,45 @@
+"""How a compiled graph is called: with forward-mode derivatives, batches of gradients, by compiled autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rampde_fx.torch_private.names import Names
+
+_torch = Names(
+    {
+        "torch._C._functorch": "is_functorch_wrapped_tensor is_legacy_batchedtensor",
+        "torch._dynamo.compiled_autograd": "_disable in_compiled_autograd_region",
+        "torch.autograd.forward_ad": "_current_level",
+    }
+)
+
+
+def has_forward_derivative(args: Sequence[Any]) -> bool:
+    """Whether an argument has a tangent of forward-mode differentiation."""
+    if _torch._current_level < 0:
+        return False
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_batched(value: Any) -> bool:
+    """Whether it is a tensor of a torch.func transform, or a batch of gradients of torch.autograd.grad."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return _torch.is_functorch_wrapped_tensor(value) or _torch.is_legacy_batchedtensor(value)
+
+
+def is_compiled_autograd() -> bool:
+    """Whether a graph of compiled autograd runs."""
+    return "torch._dynamo.compiled_autograd" in sys.modules and _torch.in_compiled_autograd_region
+
+
+def no_compiled_autograd() -> contextlib.AbstractContextManager[None]:
+    """Differentiate as torch does by itself: what compiled autograd would capture is no tensor while it does."""
+    return _torch._disable()
