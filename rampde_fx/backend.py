@@ -278,7 +278,8 @@ def rampde_fx(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )
     differentiated = [loop for loop in emitted if loop.adjoint is not None]
-    compiled = guarded(compiled, [*differentiated, *loops][0].where, has_backward=bool(differentiated))
+    where = [*differentiated, *loops][0].where
+    compiled = guarded(compiled, [loop.name for loop in loops], where, has_backward=bool(differentiated))
     return compiled if verification is None else on_first_call(compiled, verification)
 
 

@@ -461,6 +461,31 @@ def test_scopes_of_a_profiler_in_a_step():
     assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
 
 
+def ranges_of(function, y):
+    """The names in a profile of a forward and a backward that begin with ours."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(y, T).sum().backward()
+    return [event for event in profile.events() if event.name.startswith("rampde_fx ")]
+
+
+@pytest.mark.parametrize("model_class", [Steps, Solved, Headed])
+def test_a_profile_shows_forward_and_backward_of_loops(model_class):
+    """Each by the user's lines, round the operators of its part; without a profiler nothing is entered."""
+    model, _, y = seeded(model_class)
+    function = compiled(model, torch.bfloat16)
+    without = [value.clone() for value in gradients(function, model, y)]
+    forward, backward = ranges_of(function, y.clone().requires_grad_())
+    assert forward.name.startswith("rampde_fx forward, loop at ") and backward.name.startswith("rampde_fx backward, ")
+    for event in (forward, backward):
+        assert event.name.count("test_stacks.py:") == (2 if model_class is Headed else 1)
+        inside = {child.name for child in event.cpu_children}
+        assert any("scan" in name or "mm" in name or "Compiled" in name for name in inside), inside
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(y, T)
+    assert len([event for event in profile.events() if event.name.startswith("rampde_fx ")]) == 1
+    assert equal(without, gradients(function, model, y))
+
+
 def test_compiled_autograd():
     model, plain, y = seeded(Steps)
     function = compiled(model, torch.bfloat16)

@@ -6,6 +6,7 @@ that runs before it, where torch would fail with a text of its own, or leave a d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,36 +15,45 @@ import torch
 from rampde_fx.errors import RampdeError, SecondDerivativeError, TransformError
 from rampde_fx.torch_private import callers, fake_tensors
 
+FORWARD, BACKWARD = "rampde_fx forward", "rampde_fx backward"  # what ranges of a profile begin with
 FIRST = "first derivatives, of one gradient of each output: the generated backward is not differentiable itself"
 PLAIN = "plain tensors in rewritten loops, and backward() or torch.autograd.grad"
 
 
-def guarded(compiled: Callable[..., Any], where: str, *, has_backward: bool) -> Callable[..., Any]:
+def guarded(
+    compiled: Callable[..., Any], loops: Sequence[str], where: str, *, has_backward: bool
+) -> Callable[..., Any]:
     """The compiled graph, which refuses what its loops cannot do, and whose backward has no autocast of its caller's.
+
+    In a profile its forward and its backward are ranges of their own.
 
     Args:
         compiled: The graph as a backend of torch's compiled it.
+        loops: The names of its loops: the file and the line of each.
         where: The user's line of the first loop, or of the first with a derivative.
         has_backward: Whether a loop has a derivative.
     """
-    regions: list[Any] = []
+    regions: list[contextlib.ExitStack] = []
+    forward, backward = (f"{scope}, loop at {', '.join(loops)}" for scope in (FORWARD, BACKWARD))
 
     @torch.compiler.disable  # compiled autograd then runs it as it is
     def begin(gradients: Sequence[Any]) -> None:
         if (error := _wrong_backward(gradients, where)) is not None:
             raise error
-        regions.append(fake_tensors.DisableAutocast())
-        regions[-1].__enter__()
+        regions.append(contextlib.ExitStack())
+        regions[-1].enter_context(fake_tensors.DisableAutocast())
+        regions[-1].enter_context(callers.scope(backward))
 
     @torch.compiler.disable
     def end(*_: Any) -> None:
-        regions.pop().__exit__(None, None, None)
+        regions.pop().close()
 
     @torch.compiler.disable
     def run(*args: Any) -> Any:
         if callers.has_forward_derivative(args):
             raise _forward_derivative(where)
-        outputs = compiled(*args)
+        with callers.scope(forward):
+            outputs = compiled(*args)
         if has_backward:
             for node in {out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None}:
                 node.register_prehook(begin)

@@ -15,6 +15,7 @@ _torch = Names(
     {
         "torch._C._functorch": "is_functorch_wrapped_tensor is_legacy_batchedtensor",
         "torch._dynamo.compiled_autograd": "_disable in_compiled_autograd_region",
+        "torch.autograd": "_profiler_enabled",
         "torch.autograd.forward_ad": "_current_level",
     }
 )
@@ -38,6 +39,11 @@ def is_batched(value: Any) -> bool:
 def is_compiled_autograd() -> bool:
     """Whether a graph of compiled autograd runs."""
     return "torch._dynamo.compiled_autograd" in sys.modules and _torch.in_compiled_autograd_region
+
+
+def scope(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A range of this name in the profile that is being recorded; nothing where none is."""
+    return torch.profiler.record_function(name) if _torch._profiler_enabled() else contextlib.nullcontext()
 
 
 def no_compiled_autograd() -> contextlib.AbstractContextManager[None]:
