@@ -112,5 +112,5 @@ class _Search:
         search = step_control.Search(*results[:FIELDS])
         record = torch.ops.rampde_fx.record_search
         count = search.count + record(search.tried, search.count, self.evaluations, self.name)
-        found = (search.intervals, search.positions, search.fractions, count, search.status)
+        found = (search.intervals, search.positions, search.fractions, count, search.tried, search.status)
         return *found, step_control.reached(t, search)

@@ -87,13 +87,14 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         autocast=marked.autocast,
         controller=_controller(marked) if marked.searches else None,
         evaluations=marked.end.args[-2] if marked.from_odeint else None,
+        method=marked.end.args[-3] if marked.from_odeint else "",
         notes=notes_on_dtypes(captured),
     )
 
 
 def _controller(marked: MarkedLoop) -> Controller:
     """The controller of a search. Tolerances are as they were at the capture; what they are now is an operand, too."""
-    *_, order, max_steps, rtol, atol, _, _ = fx.map_arg(marked.end.args, graphs.value)
+    *_, order, max_steps, rtol, atol, _, _, _ = fx.map_arg(marked.end.args, graphs.value)
     return Controller(order, int(max_steps), shapes.hint_of(rtol), shapes.hint_of(atol))
 
 

@@ -21,6 +21,7 @@ from rampde_fx.runtime.counts import (
 from rampde_fx.runtime.monitoring import Monitor, monitor
 from rampde_fx.schedules import MemoryBudget
 from rampde_fx.solvers.integrate import odeint
+from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
 
 # What compiles needs Dynamo and Inductor, which take twice as long to import as torch: when it is asked for.
@@ -71,6 +72,7 @@ __all__ = [
     "Monitor",
     "PrecisionPolicy",
     "Report",
+    "SolveStatistics",
     "StateCount",
     "backward_counts",
     "check",

@@ -18,6 +18,7 @@ from rampde_fx.__main__ import main
 from rampde_fx.backend import STEP_PASSES
 from rampde_fx.ir import graphs, pass_log
 from rampde_fx.report import report_html, step_picture
+from rampde_fx.solvers.tableau import ButcherTableau
 from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory, Velocity
 
 PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
@@ -395,3 +396,50 @@ def test_the_tolerances_that_odeint_took_are_told():
     assert told(torchdiffeq.odeint, torch.float32, rtol=torch.tensor(1e-3)).startswith(
         "rtol known at run time, atol 1e"
     )
+
+
+@pytest.mark.parametrize(
+    ("solve", "points", "arguments", "told"),
+    [
+        (rampde_fx.odeint, 2, {"method": "rk4"}, ["rk4, fixed steps of order 4"]),
+        (rampde_fx.odeint, 4, {"method": "heun3", "options": {"step_size": 0.3}}, ["heun3, fixed steps of order 3"]),
+        (rampde_fx.odeint, 4, {"options": {"num_steps": 2}}, ["dopri5, fixed steps of order 5"]),
+        (rampde_fx.odeint, 2, {}, ["dopri5, adaptive steps of order 5", "dopri5, found steps"]),
+        (
+            rampde_fx.odeint,
+            4,
+            {"method": "bosh3"},
+            ["bosh3, adaptive steps of order 3", "bosh3, found steps, between them an interpolant of order 3"],
+        ),
+        (
+            rampde_fx.odeint,
+            4,
+            {"method": "dopri8"},
+            ["dopri8, adaptive steps of order 8", "dopri8, found steps, which end at the output times"],
+        ),
+        (
+            rampde_fx.odeint,
+            2,
+            {"method": ButcherTableau(a=[[], [1]], b=[0.5, 0.5], c=[0, 1], order=2)},
+            ["a tableau without a name, fixed steps of order 2"],
+        ),
+        (torchdiffeq.odeint, 4, {"method": "rk4"}, ["rk4_38, fixed steps of order 4"]),
+        (
+            torchdiffeq.odeint,
+            4,
+            {"method": "midpoint", "options": {"step_size": 0.3, "interp": "cubic"}},
+            ["midpoint, fixed steps of order 2, between them an interpolant of order 3"],
+        ),
+        (
+            torchdiffeq.odeint,
+            4,
+            {},
+            ["dopri5, adaptive steps of order 5", "dopri5, found steps, between them an interpolant of order 4"],
+        ),
+    ],
+)
+def test_the_method_of_an_odeint_is_told(solve, points, arguments, told):
+    model = rampde_fx.mixed_precision(lambda y, t: solve(lambda t, y: -y, y, t, **arguments), dtype=torch.float32)
+    loops = rampde_fx.explain(model, torch.ones(3), torch.linspace(0, 1, points)).loops
+    assert [loop.method for loop in loops] == told
+    assert all(f"  method              {loop.method}\n" in str(loop) for loop in loops)

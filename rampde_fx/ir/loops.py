@@ -58,6 +58,7 @@ class Loop:
         controller: What chooses the sizes of adaptive steps, in the loop that searches for them: its one step is tried
             again and again, and its per-step outputs are estimates of its error. None for other loops.
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
+        method: Which method an odeint is of, and what its steps are; empty of a loop over steps(t).
         captured: Of a loop over steps(t), how many iterations were captured, or why all of them.
         budget: How many bytes of activations it may keep, where its policy leaves that to a budget of memory.
         keeps: Of how many evaluations it keeps the activations, where that was chosen before, in other dtypes.
@@ -79,6 +80,7 @@ class Loop:
     autocast: bool = False
     controller: Controller | None = None
     evaluations: int | None = None
+    method: str = ""
     captured: str = ""
     budget: int | None = None
     keeps: int | None = None

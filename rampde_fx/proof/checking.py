@@ -31,6 +31,7 @@ from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
 from rampde_fx.runtime import counts, random_state
 from rampde_fx.runtime.monitoring import monitor
+from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import capturing
 from rampde_fx.validation import verification
 from rampde_fx.validation.comparison import (
@@ -336,7 +337,8 @@ class _Check:
         return {name: leaf.grad for name, leaf in by.items()}
 
     def _outcome(self, tree: Any, gradients: Named, called: Sequence[Any], rebound: dict[str, Any]) -> Outcome:
-        paths = pytree.tree_flatten_with_path(tree)[0]
+        # Statistics tell how a solution was found: a run that finds it in another way has others.
+        paths = pytree.tree_flatten_with_path(tree, is_leaf=lambda value: isinstance(value, SolveStatistics))[0]
         values = {f"output{pytree.keystr(p)}": x.detach() for p, x in paths if isinstance(x, torch.Tensor)}
         left = {**dict(zip(self.names, called, strict=True)), **rebound}
         return Outcome(values, gradients, {n: x.detach() for n, x in left.items() if isinstance(x, torch.Tensor)})

@@ -145,6 +145,7 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         policy=loop.policy,
         target=loop.target if loop.policy.adjoint_scaling and loop.adjoint is not None else None,
         emitted="search" if loop.controller else "unroll" if loop.unrolled else "scan",
+        method=loop.method,
         tolerances=_tolerances(loop),
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
         evaluations=len(loop.stages),

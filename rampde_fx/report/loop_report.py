@@ -43,6 +43,8 @@ class LoopReport:
         policy: The policy in force.
         target: Target of the adjoint scaling, None without scaling or without an adjoint.
         emitted: "scan" or "unroll", or "search" of a loop that looks for adaptive steps.
+        method: Of an odeint its method, whether its steps are fixed, adaptive, or those that a search found, and the
+            order of what is between them; empty for a loop over steps(t).
         tolerances: Of a search what its steps are chosen by, at the capture: rtol and atol, the order of the error that
             is estimated, the most steps; empty for another loop.
         carries: The carried states as "name: dtype[shape]".
@@ -73,6 +75,7 @@ class LoopReport:
     policy: PrecisionPolicy
     target: float | None
     emitted: str
+    method: str
     tolerances: str
     carries: tuple[str, ...]
     evaluations: int
@@ -114,6 +117,7 @@ class LoopReport:
         """What there is to say about the loop as a whole: (label, text)."""
         return [
             ("steps", f"{self.steps or 'known at run time'}, emitted as {self.emitted}"),
+            *([("method", self.method)] if self.method else []),
             *([("captured", self.captured)] if self.captured else []),
             *([("adapts to", self.tolerances)] if self.tolerances else []),
             ("carries", ", ".join(self.carries)),

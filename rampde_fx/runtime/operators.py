@@ -33,22 +33,22 @@ library.define("repeat(Tensor t, Tensor[] moving) -> Tensor[]")
 # that one and all later ones append.
 library.define("collect(Tensor t, int captured, Tensor[] before, Tensor[] each) -> Tensor")
 # A loop of which one step is captured: enter gives that step's (t, dt, *states), leave the trajectories of the states,
-# the initial ones included, at the end of every few steps, then what is collected of each of these; it is told what is
-# wrong with the velocity, if anything.
+# the initial ones included, at the end of every few steps, then what is collected of each of these; it is told what the
+# method is, for the report, and what is wrong with the velocity, if anything.
 library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tensor[]")
 library.define(
     "leave(Tensor[] states, Tensor[] nexts, Tensor[] collected, SymInt outputs, SymInt every,"
-    " int evaluations, str problem) -> Tensor[]"
+    " str method, int evaluations, str problem) -> Tensor[]"
 )
 library.define("needs_backend(Tensor x) -> Tensor")
 # Between the step that stands for all and the one behind it, which is captured to be compared with it.
 library.define("again(Tensor t) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
-# count, their number, the status and the time that was reached. The numbers are the first step's size and those of a
-# step_control.Controller, whose constants and tolerances are given beside them.
+# count, their number, that of all that were tried, the status and the time that was reached. The numbers are the first
+# step's size and those of a step_control.Controller, whose constants and tolerances are given beside them.
 library.define(
     "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, Tensor numbers, int order,"
-    " SymInt max_steps, Scalar rtol, Scalar atol, int evaluations, str problem) -> Tensor[]"
+    " SymInt max_steps, Scalar rtol, Scalar atol, str method, int evaluations, str problem) -> Tensor[]"
 )
 # How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
 library.define("count_steps(Tensor t, Tensor step_size) -> Tensor")
@@ -131,6 +131,7 @@ def _leave(
     collected: list[torch.Tensor],
     outputs: int,
     every: int,
+    method: str,
     evaluations: int,
     problem: str,
 ) -> list[torch.Tensor]:
@@ -151,12 +152,13 @@ def _leave_search(
     max_steps: int,
     rtol: float,
     atol: float,
+    method: str,
     evaluations: int,
     problem: str,
 ) -> list[torch.Tensor]:
     search = step_control.begin(t, numbers[0], max_steps)
-    count, status = search.count + 1, search.status + step_control.DONE
-    return [search.intervals, search.positions, search.fractions, count, status, t[-1].clone()]
+    count, tried, status = search.count + 1, search.tried + 1, search.status + step_control.DONE
+    return [search.intervals, search.positions, search.fractions, count, tried, status, t[-1].clone()]
 
 
 def _count_steps(t: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

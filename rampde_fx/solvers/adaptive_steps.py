@@ -26,7 +26,17 @@ from rampde_fx.solvers.fixed_steps import (
     per_time,
     raising,
 )
-from rampde_fx.solvers.runge_kutta import State, Velocity, attempt, combine, interpolate, quartic_term
+from rampde_fx.solvers.runge_kutta import (
+    State,
+    Velocity,
+    attempt,
+    combine,
+    evaluations_collecting,
+    evaluations_of,
+    interpolate,
+    quartic_term,
+)
+from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import dynamo
 
@@ -52,6 +62,15 @@ class _Steps(NamedTuple):
     quartics: list[torch.Tensor]
 
 
+class _Solved(NamedTuple):
+    """The states at every time but the first, the status of the search, the time that was reached, the statistics."""
+
+    states: list[torch.Tensor]
+    status: torch.Tensor
+    reached: torch.Tensor
+    counted: SolveStatistics
+
+
 def adaptive_steps(
     tableau: ButcherTableau,
     velocity: CheckedVelocity,
@@ -62,22 +81,24 @@ def adaptive_steps(
     policy: PrecisionPolicy | None,
     *,
     raises: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The states at every t, and the status of the search; steps end where the method does not interpolate.
+) -> tuple[list[torch.Tensor], torch.Tensor, SolveStatistics]:
+    """The states at every t, the status of the search, its statistics; steps end where the method does not interpolate.
 
     Where it does not raise, the states at times that were not reached are NaN.
     """
     ends = torch.stack([t[0], t[-1]]) if tableau.interpolates else t
     if not is_captured():
-        found, status, reached = _adapt_now(
+        found, status, reached, counted = _adapt_now(
             tableau, raising(velocity), y, t, ends, controller, first_size, policy, raises
         )
     else:
-        found, status, reached = _adapt_later(tableau, velocity, y, t, ends, controller, first_size, policy, raises)
+        found, status, reached, counted = _adapt_later(
+            tableau, velocity, y, t, ends, controller, first_size, policy, raises
+        )
     if not raises:
         late = (t[1:].detach() - reached) * torch.sign(t[-1] - t[0]).detach() > 0
         found = [torch.where(per_time(late, values), torch.nan, values) for values in found]
-    return [torch.cat([value[None], values]) for value, values in zip(y, found, strict=True)], status
+    return [torch.cat([value[None], values]) for value, values in zip(y, found, strict=True)], status, counted
 
 
 def _adapt_later(
@@ -90,47 +111,81 @@ def _adapt_later(
     first_size: float | None,
     policy: PrecisionPolicy | None,
     raises: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Captured: a search, and a loop over what it found. The states at every t but the first, status, time reached."""
-    checked, problems = noting(velocity)
-    marking.meet_loop(policy)
-    with torch.no_grad():
-        start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(t.device)
-        rate = checked(times[0], start)
-        size = _first_size(checked, start, rate, times, controller.with_numbers(numbers), first_size)
-        numbers = torch.cat([size[None].to(numbers.dtype), numbers])
-        states = [*start, *rate] if tableau.fsal else start
-        t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
-        first = entered[len(y) :] if tableau.fsal else None
-        before = len(problems)
-        nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
-        marking.loop_ends(once=True)
-        # A velocity may return what stands outside of the loop.
-        results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
-        order, most, rtol, atol = *controller[:2], known_tolerance(controller.rtol), known_tolerance(controller.atol)
-        intervals, positions, fractions, count, status, reached = operators.leave_search(
-            states, results, errors, times, numbers, order, most, rtol, atol, len(problems) - before, max(problems)
-        )
+) -> _Solved:
+    """Captured: a search, and a loop over what it found."""
+    found = _searched(tableau, velocity, y, ends, controller, first_size, policy)
+    status, reached = found.status, found.reached
     # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
-    count = operators.found(count, status, reached) if raises else count.clamp(min=1)
+    count = operators.found(found.count, status, reached) if raises else found.count.clamp(min=1)
     interpolates = tableau.interpolates and t.shape[0] > 2
+    again = evaluations_collecting(tableau) if interpolates else evaluations_of(tableau)
     with dynamo.capturing_scalars():
         steps = int((count + interpolates).item())
     torch._check(steps >= 1)
-    torch._check(steps <= most + 1)
-    intervals, positions, fractions = (steps_.narrow(0, 0, steps) for steps_ in (intervals, positions, fractions))
+    torch._check(steps <= controller.max_steps + 1)
+    each = (found.intervals, found.positions, found.fractions)
+    intervals, positions, fractions = (values.narrow(0, 0, steps) for values in each)
     starts, sizes = step_control.place(ends, intervals, positions, fractions)
+    counted = statistics(t.device, found.count, found.tried - found.count, found.evaluations + steps * again)
     if interpolates:
         # One more step, of size 0, has the velocity at the end.
         starts = torch.where(torch.arange(steps, device=t.device) == count, _end(t, status, reached), starts)
-        collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy)
-        return _between(tableau, t, count, _Steps(starts, sizes, *collected)), status, reached
-    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy)
+        method = f"{tableau.label}, found steps, between them an interpolant of order {tableau.interpolant_order}"
+        collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy, method)
+        return _Solved(_between(tableau, t, count, _Steps(starts, sizes, *collected)), status, reached, counted)
+    method = f"{tableau.label}, found steps{'' if tableau.interpolates else ', which end at the output times'}"
+    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method)
     if t.shape[0] == 2:
-        return [values[-1][None] for values in on_grid], status, reached
+        return _Solved([values[-1][None] for values in on_grid], status, reached, counted)
     order = torch.arange(t.shape[0] - 1, device=t.device)
     last_steps = torch.searchsorted(intervals, order, right=True)
-    return [values[last_steps] for values in on_grid], status, reached
+    return _Solved([values[last_steps] for values in on_grid], status, reached, counted)
+
+
+class _Found(NamedTuple):
+    """What a captured search found: what operators.leave_search gives, and the evaluations that it took."""
+
+    intervals: torch.Tensor
+    positions: torch.Tensor
+    fractions: torch.Tensor
+    count: torch.Tensor
+    tried: torch.Tensor
+    status: torch.Tensor
+    reached: torch.Tensor
+    evaluations: torch.Tensor
+
+
+@torch.no_grad()
+def _searched(
+    tableau: ButcherTableau,
+    velocity: CheckedVelocity,
+    y: State,
+    ends: torch.Tensor,
+    controller: step_control.Controller,
+    first_size: float | None,
+    policy: PrecisionPolicy | None,
+) -> _Found:
+    """The search, captured."""
+    checked, problems = noting(velocity)
+    marking.meet_loop(policy)
+    start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(ends.device)
+    rate = checked(times[0], start)
+    size = _first_size(checked, start, rate, times, controller.with_numbers(numbers), first_size)
+    numbers = torch.cat([size[None].to(numbers.dtype), numbers])
+    states = [*start, *rate] if tableau.fsal else start
+    t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
+    first = entered[len(y) :] if tableau.fsal else None
+    before = len(problems)
+    nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+    marking.loop_ends(once=True)
+    # A velocity may return what stands outside of the loop.
+    results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
+    order, most, rtol, atol = *controller[:2], known_tolerance(controller.rtol), known_tolerance(controller.atol)
+    method, each = f"{tableau.label}, adaptive steps of order {tableau.order}", len(problems) - before
+    found = operators.leave_search(
+        states, results, errors, times, numbers, order, most, rtol, atol, method, each, max(problems)
+    )
+    return _Found(*found, before + each * found[4])
 
 
 def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, steps: _Steps) -> list[torch.Tensor]:
@@ -168,10 +223,11 @@ def _adapt_now(
     first_size: float | None,
     policy: PrecisionPolicy | None,
     raises: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+) -> _Solved:
     """Uncompiled: step by step. k_1 is not evaluated again where it is known."""
     marking.meet_loop(policy)
     controller = controller.with_numbers(controller.numbers(t.device))
+    velocity = counter = Counter(velocity)
     times, taken, rate = ends.detach(), _Taken(tableau, t, ends), velocity(t[0], y)
     size = _first_size(velocity, _detached(y), _detached(rate), times, controller, first_size).detach()
     search = step_control.begin(times, size, controller.max_steps)
@@ -189,7 +245,9 @@ def _adapt_now(
     reached = step_control.reached(times, search)
     if raises:
         operators.found(search.count, search.status, reached)
-    return taken.solution(velocity, _end(t, search.status, reached), y, first), search.status, reached
+    found = taken.solution(velocity, _end(t, search.status, reached), y, first)
+    counted = statistics(t.device, search.count, search.tried - search.count, counter.count)
+    return _Solved(found, search.status, reached, counted)
 
 
 def _end(t: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,8 @@ def steps_from(
 ) -> list[torch.Tensor]:
     """The initial states, and those after every few of the given steps: `outputs` of each."""
     if is_captured():
-        return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy)
+        method = f"{tableau.label}, fixed steps of order {tableau.order}"
+        return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy, method)
     marking.meet_loop(policy)
     found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
@@ -89,6 +90,7 @@ def captured_once(
     outputs: int,
     every: int,
     policy: PrecisionPolicy | None,
+    method: str,
 ) -> list[torch.Tensor]:
     """One step between markers, which stands for all of them."""
     marking.meet_loop(policy)
@@ -99,7 +101,7 @@ def captured_once(
     operators.again(t)
     advance(tableau, checked, t, dt, nexts)
     marking.loop_ends(once=True)
-    return list(operators.leave(y, nexts, [], outputs, every, evaluations, max(problems)))
+    return list(operators.leave(y, nexts, [], outputs, every, method, evaluations, max(problems)))
 
 
 def captured_collecting(
@@ -110,6 +112,7 @@ def captured_collecting(
     sizes: torch.Tensor,
     steps: int,
     policy: PrecisionPolicy | None,
+    method: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
     marking.meet_loop(policy)
@@ -121,7 +124,7 @@ def captured_collecting(
     operators.again(t)
     advance_collecting(tableau, checked, t, dt, nexts)
     marking.loop_ends(once=True)
-    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, evaluations, max(problems)))
+    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, method, evaluations, max(problems)))
     return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 
 
@@ -147,19 +150,6 @@ def raising(velocity: CheckedVelocity) -> Velocity:
         return rates
 
     return checked
-
-
-def equal_steps(
-    tableau: ButcherTableau,
-    velocity: CheckedVelocity,
-    y: State,
-    t: torch.Tensor,
-    step_size: float,
-    policy: PrecisionPolicy | None,
-) -> list[torch.Tensor]:
-    """The states at every t, interpolated linearly between steps of one size from t[0] on."""
-    starts, sizes, count = of_one_size(t, step_size)
-    return steps_along(tableau, velocity, y, t, starts, sizes, count, policy)
 
 
 def of_one_size(t: torch.Tensor, step_size: Any) -> tuple[torch.Tensor, torch.Tensor, int]:

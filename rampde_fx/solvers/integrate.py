@@ -17,14 +17,16 @@ from rampde_fx.runtime import operators
 from rampde_fx.solvers.adaptive_steps import adaptive_steps, controller_of
 from rampde_fx.solvers.fixed_steps import (
     CheckedVelocity,
-    equal_steps,
     fixed_options,
     is_number,
     is_refused_later,
+    of_one_size,
     refused_later,
+    steps_along,
     steps_between,
 )
-from rampde_fx.solvers.runge_kutta import State, real_dtype
+from rampde_fx.solvers.runge_kutta import State, evaluations_of, real_dtype
+from rampde_fx.solvers.statistics import statistics, taken_out
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
 from rampde_fx.torch_private import dynamo
 
@@ -102,13 +104,16 @@ def odeint(
             - "safety" (0.9), "ifactor" (10), "dfactor" (0.2): of the step size's control.
             - "status": True, for the pair that is described below.
 
+            All steps take "stats": True, for the SolveStatistics that is described below.
+
         policy: How the backend is to rewrite it; where None, as the surrounding mixed_precision says.
 
     Returns:
         The solution, of the structure and dtypes of y0, each tensor with a first dimension of M more; y0 comes first.
         With options={"status": True} a pair of it and a 0-d int64 tensor: 1 if the last time was reached, 2 after too
         many steps, 3 if a step that t resolves no smaller was rejected, 4 if y0 or its velocity is not finite; times
-        that were not reached are NaN then.
+        that were not reached are NaN then. With options={"stats": True} a SolveStatistics comes last: the numbers of
+        steps that count and that do not, and of evaluations.
 
     Raises:
         StateError: if y0 is not of floating or complex tensors, or func is no function or returns another structure,
@@ -134,10 +139,13 @@ def odeint(
     steps_adapt = tableau.adaptive and "num_steps" not in given
     _check_fit(tableau, given, rtol, atol, adapt=steps_adapt)
     velocity = _velocity(func, leaves, structure)
-    asks_status = steps_adapt and _asks_status(given)
+    asks_stats = taken_out(given, "stats", "a SolveStatistics")
+    asks_status = steps_adapt and taken_out(given, "status", "a status")
     if is_refused_later():
         solution = pytree.tree_unflatten(refused_later(leaves, t, policy), structure)
-        return (solution, torch.ones((), dtype=torch.int64)) if asks_status else solution
+        told: tuple[Any, ...] = (torch.ones((), dtype=torch.int64),) if asks_status else ()
+        told += (statistics(t.device, 0, 0, 0),) if asks_stats else ()
+        return (solution, *told) if told else solution
     t = _checked(t)
     if steps_adapt:
         text, dtype = marking.policy_in_force(policy), str(real_dtype(leaves[0].dtype))
@@ -145,17 +153,21 @@ def odeint(
         rtol = default_tolerance("rtol", text, dtype, device) if rtol is None else rtol
         atol = default_tolerance("atol", text, dtype, device) if atol is None else atol
         controller, first_size = controller_of(given, tableau, rtol, atol)
-        trajectories, status = adaptive_steps(
+        trajectories, status, counted = adaptive_steps(
             tableau, velocity, leaves, t, controller, first_size, policy, raises=not asks_status
         )
+        more = ((status,) if asks_status else ()) + ((counted,) if asks_stats else ())
         solution = pytree.tree_unflatten(trajectories, structure)
-        return (solution, status) if asks_status else solution
+        return (solution, *more) if more else solution
     step_size, count = fixed_options(given)
     if step_size is not None:
-        trajectories = equal_steps(tableau, velocity, leaves, t, step_size, policy)
+        starts, sizes, steps = of_one_size(t, step_size)
+        trajectories = steps_along(tableau, velocity, leaves, t, starts, sizes, steps, policy)
     else:
+        steps = (t.shape[0] - 1) * count
         trajectories = steps_between(tableau, velocity, leaves, t, count, policy)
-    return pytree.tree_unflatten(trajectories, structure)
+    solution = pytree.tree_unflatten(trajectories, structure)
+    return (solution, statistics(t.device, steps, 0, steps * evaluations_of(tableau))) if asks_stats else solution
 
 
 def _flat_state(y0: Any) -> tuple[State, pytree.TreeSpec]:
@@ -316,19 +328,6 @@ def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
             fix='write options={"num_steps": 4}',
         )
     return {} if options is None else dict(options)
-
-
-def _asks_status(given: dict[str, Any]) -> bool:
-    """Whether a status is asked for; takes the option out of those that are given."""
-    status = given.pop("status", False)
-    if not isinstance(status, bool):
-        refuse(
-            OptionError,
-            f'options={{"status": {status!r}}}',
-            required="True, for a pair of the solution and a status, or False",
-            fix='write options={"status": True}',
-        )
-    return status
 
 
 def _times(t: torch.Tensor, y: State) -> torch.Tensor:

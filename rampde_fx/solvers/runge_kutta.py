@@ -72,6 +72,16 @@ def advance_collecting(
     return combine(y, dt, tableau.b, k), [rate.clone() for rate in k[0]], quartic_term(tableau, k)
 
 
+def evaluations_of(tableau: ButcherTableau) -> int:
+    """How often advance evaluates the velocity."""
+    return sum(needed(tableau, tableau.b))
+
+
+def evaluations_collecting(tableau: ButcherTableau) -> int:
+    """How often advance_collecting does."""
+    return sum(needed(tableau, tableau.b, _quartic(tableau)))
+
+
 def _quartic(tableau: ButcherTableau) -> Sequence[float]:
     return [0.0] * tableau.stages if tableau.interpolant is None else tableau.interpolant[:-1]
 

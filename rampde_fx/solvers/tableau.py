@@ -99,8 +99,17 @@ class ButcherTableau:
     @property
     def interpolates(self) -> bool:
         """Whether the interpolant has the order of the embedded method, so that steps need not end at output times."""
-        reached = min(self.order, 3) if self.interpolant is None else INTERPOLANT_ORDER
-        return self.order_error is not None and reached >= min(self.order, self.order_error)
+        return self.order_error is not None and self.interpolant_order >= min(self.order, self.order_error)
+
+    @property
+    def interpolant_order(self) -> int:
+        """The order of the solution between the ends of a step."""
+        return min(self.order, 3) if self.interpolant is None else INTERPOLANT_ORDER
+
+    @property
+    def label(self) -> str:
+        """The name, or what to call a method without one."""
+        return self.name or "a tableau without a name"
 
     def _to_floats(self) -> None:
         try:

@@ -28,6 +28,7 @@ from rampde_fx.solvers.runge_kutta import (
     stage_time,
     stages,
 )
+from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
 from rampde_fx.torchdiffeq.problem import Tolerance
@@ -136,7 +137,7 @@ class Adaptive:
         self.values = clock.t.to(dtype).tolist()
         self.shares = tableau.fsal or tableau.name in PAIRS_OF_ORDER_2
         self.last = Step(start, start, (y, y), (rate, rate), [])
-        self.next_rate, self.count = rate, 0
+        self.next_rate, self.count, self.tried = rate, 0, 0
         if not all(bool(leaf.isfinite().all()) for leaf in (*y, *rate)):
             raise not_finite(0, number(clock.users(start)))
         given = control.first_step
@@ -155,6 +156,7 @@ class Adaptive:
         errors = increment(_detached(y), tried, self.difference, [_detached(stage) for stage in k])
         norm = self._norm(errors, [torch.maximum(a.abs(), b.abs()) for a, b in zip(y, nexts, strict=True)])
         counts = norm <= 1 or size <= float(control.min_step)
+        self.tried += 1
         self.clock.call("callback_accept_step" if counts else "callback_reject_step", start, y, tried)
         following = size * self._factor(norm)
         if counts:
@@ -163,6 +165,10 @@ class Adaptive:
             following = following if stop is None else max(following, self.size)
         self.size = following
         return counts
+
+    def statistics(self) -> SolveStatistics:
+        """Of the steps so far."""
+        return self.clock.statistics(self.count, self.tried - self.count)
 
     def at(self, t: torch.Tensor) -> State:
         """The state at a time within the last step that counted, differentiable in it."""

@@ -11,6 +11,7 @@ import torch
 from rampde_fx.errors import TimeGridError
 from rampde_fx.solvers.fixed_steps import raising
 from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.torchdiffeq.problem import Problem
 
 BEFORE, AFTER = -1, 1
@@ -39,7 +40,7 @@ class Clock:
         self.sign = -1 if len(times) > 1 and times[0] > times[1] else 1
         self.t = problem.t * self.sign if self.sign < 0 else problem.t
         self.values = [self.sign * time for time in times]
-        self._checked = raising(problem.checked)
+        self.counted = Counter(raising(problem.checked))
         if not all(a < b for a, b in pairwise(self.values)) or not problem.t.isfinite().all():
             raise TimeGridError(
                 f"t = {times if len(times) < 7 else [*times[:5], '...']} is not finite and strictly monotone",
@@ -47,13 +48,17 @@ class Clock:
                 fix="sort t and drop repeated times: torch.unique(t)",
             )
 
+    def statistics(self, accepted: int, rejected: int) -> SolveStatistics:
+        """Those of a solve with so many steps, with the evaluations so far."""
+        return statistics(self.problem.t.device, accepted, rejected, self.counted.count)
+
     def users(self, t: torch.Tensor) -> torch.Tensor:
         """A time as the user has it."""
         return t if self.sign > 0 else -t
 
     def velocity(self, t: torch.Tensor, y: State) -> State:
         """The derivative by the rising time."""
-        rates = self._checked(self.users(t), y)
+        rates = self.counted(self.users(t), y)
         return rates if self.sign > 0 else [-rate for rate in rates]
 
     def beside(self, t: torch.Tensor, side: int) -> torch.Tensor:

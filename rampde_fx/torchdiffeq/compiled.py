@@ -22,7 +22,8 @@ from rampde_fx.solvers.fixed_steps import (
     steps_along,
     steps_between,
 )
-from rampde_fx.solvers.runge_kutta import interpolate
+from rampde_fx.solvers.runge_kutta import evaluations_of, interpolate
+from rampde_fx.solvers.statistics import SolveStatistics, statistics
 from rampde_fx.torchdiffeq.grids import INTERPOLATIONS
 from rampde_fx.torchdiffeq.options import kind_of, tableau_of
 from rampde_fx.torchdiffeq.problem import Tolerance
@@ -34,8 +35,8 @@ NUMBERS = ("first_step", "safety", "ifactor", "dfactor")
 NOT_REWRITTEN = {"adaptive": ("norm", "step_t", "jump_t", "min_step", "max_step"), "fixed": ("perturb",)}
 
 
-def solution_later(call: Call) -> list[torch.Tensor]:
-    """The states at the times, captured: a tensor for each of the state's.
+def solution_later(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
+    """The states at the times, captured: a tensor for each of the state's; and the statistics.
 
     Raises:
         UncompiledError: naming what is not rewritten.
@@ -61,7 +62,7 @@ def refuse_compiled(found: str, fix: str) -> NoReturn:
     )
 
 
-def _adaptive(call: Call) -> list[torch.Tensor]:
+def _adaptive(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
     problem, tableau = call.problem, tableau_of(call.method)
     dtype = torch.promote_types(call.options.get("dtype", torch.float64), problem.dtype)
     t = _checked(problem.t.to(dtype))
@@ -69,8 +70,10 @@ def _adaptive(call: Call) -> list[torch.Tensor]:
     most = call.options.get("max_num_steps")
     given["max_steps"] = MAX_STEPS if most is None else min(int(most) * (t.shape[0] - 1), MOST_STEPS)
     controller, first_size = controller_of(given, tableau, *_of_tensors(call.rtol, call.atol))
-    found, _ = adaptive_steps(tableau, problem.checked, problem.y, t, controller, first_size, None, raises=True)
-    return found
+    states, _, counted = adaptive_steps(
+        tableau, problem.checked, problem.y, t, controller, first_size, None, raises=True
+    )
+    return states, counted
 
 
 def _of_tensors(rtol: list[Tolerance], atol: list[Tolerance]) -> tuple[Any, Any]:
@@ -87,7 +90,7 @@ def _scalar(value: Tolerance) -> Tolerance:
     return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
 
-def _fixed(call: Call) -> list[torch.Tensor]:
+def _fixed(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
     problem, tableau = call.problem, tableau_of(call.method)
     interp = call.options.get("interp", "linear")
     if interp not in INTERPOLATIONS:
@@ -99,7 +102,7 @@ def _fixed(call: Call) -> list[torch.Tensor]:
         )
     t, size, constructor = problem.t, call.options.get("step_size"), call.options.get("grid_constructor")
     if size is None and constructor is None:
-        return steps_between(tableau, problem.checked, problem.y, _checked(t), 1, None)
+        return steps_between(tableau, problem.checked, problem.y, _checked(t), 1, None), _counted(call, t.shape[0] - 1)
     if constructor is not None:
         grid = constructor(problem.func, problem.structured(problem.y), t).to(t)
         t = _checked(t + torch.where((grid[0] == t[0]) & (grid[-1] == t[-1]), 0.0, math.nan))
@@ -109,8 +112,16 @@ def _fixed(call: Call) -> list[torch.Tensor]:
         t = _checked(t)
         (starts, sizes, count), end = of_one_size(t, size), None
     if interp == "linear":
-        return steps_along(tableau, problem.checked, problem.y, t, starts, sizes, count, None, end)
-    return _by_cubics(call, t, (starts, sizes, t[-1:] if end is None else end), count)
+        states = steps_along(tableau, problem.checked, problem.y, t, starts, sizes, count, None, end)
+        return states, _counted(call, count)
+    states = _by_cubics(call, t, (starts, sizes, t[-1:] if end is None else end), count)
+    return states, _counted(call, count, further=1)
+
+
+def _counted(call: Call, steps: int, further: int = 0) -> SolveStatistics:
+    """The statistics of fixed steps, of which some more are of size 0."""
+    evaluations = (steps + further) * evaluations_of(tableau_of(call.method))
+    return statistics(call.problem.t.device, steps, 0, evaluations)
 
 
 def _by_cubics(
@@ -122,7 +133,8 @@ def _by_cubics(
     """
     tableau, problem, (starts, sizes, end) = tableau_of(call.method), call.problem, steps
     with_last = torch.cat([starts, end]), torch.cat([sizes, torch.zeros_like(end)])
-    states, rates, _ = captured_collecting(tableau, problem.checked, problem.y, *with_last, count + 1, None)
+    method = f"{tableau.label}, fixed steps of order {tableau.order}, between them an interpolant of order 3"
+    states, rates, _ = captured_collecting(tableau, problem.checked, problem.y, *with_last, count + 1, None, method)
     grid, last = passed_steps(t, starts, end)
     size = grid[last] - grid[last - 1]
     share = (t - grid[last - 1]) / size

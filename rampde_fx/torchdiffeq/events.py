@@ -30,7 +30,7 @@ def odeint_event(
     reverse_time: bool = False,
     odeint_interface: Callable[..., Any] = odeint,
     **kwargs: Any,
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[Any, ...]:
     """Solve from t0 up to an event, as torchdiffeq.odeint_event does, with gradients of its time.
 
     At the event g(t, y(t)) = 0, so that by a parameter dt = -(dg/dy dy) / (dg/dt + dg/dy f), dy at a fixed time and f
@@ -45,7 +45,8 @@ def odeint_event(
         **kwargs: Further arguments of it.
 
     Returns:
-        The time of the event, and the solution at t0 and at that time.
+        The time of the event, and the solution at t0 and at that time; with options={"stats": True} a SolveStatistics
+        besides.
 
     Raises:
         EventError: if the event is not met.
@@ -66,12 +67,14 @@ def odeint_event(
         refuse_compiled("odeint_event", "solve up to a known time")
     first = t0.reshape(-1)
     t = torch.cat([first, first.detach() + (-1.0 if reverse_time else 1.0)])
-    time, solution = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
+    time, solution, *counted = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     problem = problem_of(func, y0, t)
     stacks = list(solution) if problem.is_tuple else [solution]
     time, state = _linked(problem, event_fn, time.detach(), [values[-1] for values in stacks])
     ends = [torch.cat([values[:-1], last[None]]) for values, last in zip(stacks, state, strict=True)]
-    return time, problem.structured(ends)
+    # The derivative of the time takes the velocity once more.
+    more = [found._replace(evaluations=found.evaluations + 1) for found in counted]
+    return time, problem.structured(ends), *more
 
 
 def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tuple[torch.Tensor, State]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from rampde_fx.errors import MethodError, OptionError, TimeGridError, refuse
 from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused_later
+from rampde_fx.solvers.statistics import SolveStatistics, statistics, taken_out
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.compiled import refuse_compiled, solution_later
 from rampde_fx.torchdiffeq.options import CALLBACKS, SCIPY, callbacks_of, kind_of, known_method, known_options
@@ -49,12 +50,14 @@ def odeint(
             end; velocities jump at the latter), safety, ifactor, dfactor, max_num_steps (between two output times),
             norm, dtype (of times, float64). Of fixed ones step_size or grid_constructor(func, y0, t), without either
             the steps lead from each time to the next; interp ("linear" or "cubic") and perturb; of Adams methods
-            max_order, max_iters and implicit. Of scipy_solver solver, min_step and max_step. Others are warned of.
+            max_order, max_iters and implicit. Of scipy_solver solver, min_step and max_step. Others are warned of. Of
+            all but scipy_solver also stats, which torchdiffeq does not have.
         event_fn: A function of t and y that ends the solution where an entry of it first changes its sign.
 
     Returns:
         The solution as y0 is, each tensor with a first dimension of M more. With event_fn a pair of the time of the
-        event, without a gradient, and the solution at t[0] and at that time.
+        event, without a gradient, and the solution at t[0] and at that time. With options={"stats": True} a
+        SolveStatistics besides, the last of what is returned.
 
     Raises:
         StateError: if y0 is neither a floating or complex tensor nor a tuple of such, or func gives no derivative.
@@ -73,14 +76,19 @@ def odeint(
     >>> y.shape, bool(torch.allclose(y[-1], torch.exp(torch.tensor(-1.0))))
     (torch.Size([11, 3]), True)
     """
+    options, asks_stats = _without_stats(options, method)
     call = _call(func, y0, t, rtol, atol, method, options)
     if event_fn is not None:
-        return _until_event(call, event_fn)
+        *found, counted = _until_event(call, event_fn)
+        return (*found, counted) if asks_stats else tuple(found)
     if t.shape[0] == 1:
-        return call.problem.structured([leaf[None] for leaf in call.problem.y])
-    if is_refused_later():
-        return call.problem.structured(refused_later(call.problem.y, call.problem.t, None))
-    return call.problem.structured(solution_later(call) if is_captured() else solution_now(call))
+        states, counted = [leaf[None] for leaf in call.problem.y], statistics(t.device, 0, 0, 0)
+    elif is_refused_later():
+        states, counted = refused_later(call.problem.y, call.problem.t, None), statistics(t.device, 0, 0, 0)
+    else:
+        states, counted = solution_later(call) if is_captured() else solution_now(call)
+    solution = call.problem.structured(states)
+    return (solution, counted) if asks_stats else solution
 
 
 @dynamo.never_alone
@@ -130,9 +138,10 @@ def odeint_adjoint(
     found = odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
     if is_captured() or not parameters:
         return found
-    if event_fn is not None:
-        return found[0], _reaching(found[1], parameters)
-    return _reaching(found, parameters)
+    place = int(event_fn is not None)
+    if place == 0 and not _without_stats(options, method)[1]:
+        return _reaching(found, parameters)
+    return *found[:place], _reaching(found[place], parameters), *found[place + 1 :]
 
 
 def _check_adjoint(
@@ -239,7 +248,23 @@ def _call(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options
     return Call(problem, name, given, callbacks, *tolerance)
 
 
-def _until_event(call: Call, event_fn: Any) -> tuple[torch.Tensor, Any]:
+def _without_stats(options: Any, method: Any) -> tuple[Any, bool]:
+    """The options without "stats", and whether that is asked for."""
+    if not isinstance(options, Mapping) or "stats" not in options:
+        return options, False
+    given = dict(options)
+    asked = taken_out(given, "stats", "a SolveStatistics")
+    if asked and method == SCIPY:
+        refuse(
+            OptionError,
+            f'options={{"stats": True}} of {SCIPY}, which does not tell its steps',
+            required="a method of this package",
+            fix='take "dopri5", or count the calls of func',
+        )
+    return given, asked
+
+
+def _until_event(call: Call, event_fn: Any) -> tuple[torch.Tensor, Any, SolveStatistics]:
     if call.problem.t.shape[0] != 2:
         refuse(
             TimeGridError,
@@ -249,5 +274,5 @@ def _until_event(call: Call, event_fn: Any) -> tuple[torch.Tensor, Any]:
         )
     if is_captured():
         refuse_compiled("event_fn", "solve up to a known time")
-    time, solution = event_now(call, event_fn)
-    return time, call.problem.structured(solution)
+    time, solution, counted = event_now(call, event_fn)
+    return time, call.problem.structured(solution), counted

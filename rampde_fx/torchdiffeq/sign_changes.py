@@ -47,8 +47,8 @@ def event_by_adaptive(steps: Adaptive, event: Event, tolerance: float) -> tuple[
 
 def event_on_grid(
     clock: Clock, scheme: Scheme, size: float, interp: str, event: Event, tolerance: float
-) -> tuple[torch.Tensor, State]:
-    """The same by steps of one size.
+) -> tuple[torch.Tensor, State, int]:
+    """The same by steps of one size, and the number of these.
 
     Raises:
         EventError: if it is not met.
@@ -56,10 +56,10 @@ def event_on_grid(
     start, y = clock.t[0].to(clock.problem.dtype), clock.problem.y
     sign = _sign(event, start, y)
     if sign == 0:
-        return start, y
+        return start, y, 0
     for count, step in enumerate(equal_steps(clock, scheme, size), 1):
         if _sign(event, step.end, step.after) != sign:
-            return _found(event, sign, (step.start, step.end), within(clock, step, interp), tolerance)
+            return *_found(event, sign, (step.start, step.end), within(clock, step, interp), tolerance), count
         if count == MOST_STEPS:
             break
     raise EventError(

@@ -12,6 +12,7 @@ from rampde_fx.errors import EventError, OptionError, TimeGridError
 from rampde_fx.frontend import marking
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.adams import Adams
 from rampde_fx.torchdiffeq.adaptive import Adaptive, Control, Step, Stops, solution_at
@@ -46,24 +47,26 @@ class Call(NamedTuple):
 
 
 @dynamo.never_compiled
-def solution_now(call: Call) -> list[torch.Tensor]:
-    """The states at the times, a tensor for each of the state's."""
+def solution_now(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
+    """The states at the times, a tensor for each of the state's, and the statistics."""
     marking.meet_loop()
     clock = Clock(call.problem, call.callbacks)
     kind = kind_of(call.method)
     if kind == "adaptive":
-        rows = solution_at(_adaptive(call, clock, ends=True))
+        steps = _adaptive(call, clock, ends=True)
+        rows, counted = solution_at(steps), steps.statistics()
     elif kind == "scipy":
-        rows = solution_by_scipy(clock, call.rtol, call.atol, call.options)
+        rows, counted = solution_by_scipy(clock, call.rtol, call.atol, call.options), clock.statistics(0, 0)
     else:
         interp = call.options.get("interp", "linear")
-        rows = solution_on(clock, _scheme(call, clock), grid_of(clock, call.options), interp)
-    return [torch.stack(values) for values in zip(*rows, strict=True)]
+        grid = grid_of(clock, call.options)
+        rows, counted = solution_on(clock, _scheme(call, clock), grid, interp), clock.statistics(len(grid) - 1, 0)
+    return [torch.stack(values) for values in zip(*rows, strict=True)], counted
 
 
 @dynamo.never_compiled
-def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The time of the event, without a gradient, and the states at the first time and at that of the event."""
+def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tensor], SolveStatistics]:
+    """The time of the event, without a gradient, the states at the first time and at that time, the statistics."""
     marking.meet_loop()
     clock = Clock(call.problem, call.callbacks)
     event = combined(clock.event(event_fn), clock.t[0], call.problem.y)
@@ -73,14 +76,16 @@ def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tenso
             f'event_fn beside method="{SCIPY}"', required="steps that can be looked at", fix='take "dopri5"'
         )
     if kind == "adaptive":
-        time, state = event_by_adaptive(_adaptive(call, clock, ends=False), event, closest(call.atol))
+        steps = _adaptive(call, clock, ends=False)
+        (time, state), counted = event_by_adaptive(steps, event, closest(call.atol)), steps.statistics()
     else:
-        time, state = _event_on_grid(call, clock, event)
+        time, state, count = _event_on_grid(call, clock, event)
+        counted = clock.statistics(count, 0)
     both = zip(call.problem.y, state, strict=True)
-    return clock.users(time.detach()).to(call.problem.t), [torch.stack(ends) for ends in both]
+    return clock.users(time.detach()).to(call.problem.t), [torch.stack(ends) for ends in both], counted
 
 
-def _event_on_grid(call: Call, clock: Clock, event: Event) -> tuple[torch.Tensor, State]:
+def _event_on_grid(call: Call, clock: Clock, event: Event) -> tuple[torch.Tensor, State, int]:
     size = call.options.get("step_size")
     if size is None:
         raise OptionError(

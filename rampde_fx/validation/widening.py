@@ -243,7 +243,7 @@ class AsWritten(fx.Interpreter):
             norm = step_control.error_norm(errors, states[: len(errors)], nexts[: len(errors)], controller)
             counts, search = step_control.judge(t, search, trial, norm, controller)
             states = nexts if counts else states
-        found = [search.intervals, search.positions, search.fractions, search.count, search.status]
+        found = [search.intervals, search.positions, search.fractions, search.count, search.tried, search.status]
         return [*found, step_control.reached(t, search)]
 
 
