@@ -238,19 +238,9 @@ def rampde_fx(
         reaches the user as it is.
     """
     graph_module.meta[unrewritten.BACKEND] = "backend"
-    options, repeated = dict(options or {}), repeats(graph_module)
-    compiler, verifies = options.pop("compiler", "inductor"), options.pop("verify", False)
+    repeated = repeats(graph_module)
     try:
-        if not isinstance(verifies, bool):
-            raise PolicyError(
-                f'options={{"verify": {verifies!r}}}', required="True or False", fix='write options={"verify": True}'
-            )
-        if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
-            raise PolicyError(
-                f'options={{"compiler": {compiler!r}}} with {options}, mode={mode!r}',
-                required='a compiler of "inductor", "aot_eager" or "eager"; further options and modes are for Inductor',
-                fix='leave "compiler" out for Inductor',
-            )
+        compiler, verifies, options = _own_options(options or {}, mode)
         marked = has_loop(graph_module)
         if marked:
             graphs.name_arguments(graph_module, dynamo.names_of_arguments())
@@ -281,6 +271,23 @@ def rampde_fx(
     where = [*differentiated, *loops][0].where
     compiled = guarded(compiled, [loop.name for loop in loops], where, has_backward=bool(differentiated))
     return compiled if verification is None else on_first_call(compiled, verification)
+
+
+def _own_options(given: dict[str, Any], mode: str | None) -> tuple[str, bool, dict[str, Any]]:
+    """The compiler, whether to verify, and the options that are Inductor's."""
+    options = dict(given)
+    compiler, verifies = options.pop("compiler", "inductor"), options.pop("verify", False)
+    if not isinstance(verifies, bool):
+        raise PolicyError(
+            f'options={{"verify": {verifies!r}}}', required="True or False", fix='write options={"verify": True}'
+        )
+    if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
+        raise PolicyError(
+            f'options={{"compiler": {compiler!r}}} with {options}, mode={mode!r}',
+            required='a compiler of "inductor", "aot_eager" or "eager"; further options and modes are for Inductor',
+            fix='leave "compiler" out for Inductor',
+        )
+    return compiler, verifies, options
 
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:

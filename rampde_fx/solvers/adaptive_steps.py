@@ -185,7 +185,7 @@ def _searched(
     found = operators.leave_search(
         states, results, errors, times, numbers, order, most, rtol, atol, method, each, max(problems)
     )
-    return _Found(*found, before + each * found[4])
+    return _Found(*(*found, before + each * found[4]))
 
 
 def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, steps: _Steps) -> list[torch.Tensor]:
