@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 import rampde_fx
 from rampde_fx.errors import PolicyError
 from tests.comparison import compiled, gradients, relative_errors
-from tests.models import Euler, Flow, LogDensity, Solved, ThreeStep, Trajectory, TwoLoops, Velocity
+from tests.models import Euler, Flow, LogDensity, Midpoint, Solved, ThreeStep, Trajectory, TwoLoops, Velocity
 from tests.test_accumulation import DRIFT, drift
 from tests.test_scaling import Steep
 
@@ -156,11 +156,21 @@ def test_compensated_sums_and_states_of_one_byte():
     agree(Euler(), torch.randn(16, 5), torch.linspace(0, 1, 6), 2e-2, **policy)
 
 
-def test_the_cpp_wrapper_calls_the_same_kernels():
-    model, other = Euler(), Euler()
+@pytest.mark.parametrize(
+    ("make", "policy"),
+    [
+        (Euler, {"velocity": torch.float16}),
+        (Midpoint, {"velocity": torch.bfloat16, "checkpoint": rampde_fx.MemoryBudget(max_bytes=2500)}),
+        (lambda: Solved(method="bosh3", rtol=1e-2), {"velocity": torch.float32}),
+    ],
+    ids=["scaled", "kept in part", "a search"],
+)
+def test_the_cpp_wrapper_calls_the_same_kernels(make, policy):
+    model, other = make(), make()
     other.load_state_dict(model.state_dict())
     y, t = torch.randn(16, 5), torch.linspace(0, 1, 6)
-    marked = rampde_fx.mixed_precision(other, dtype=torch.float16)
+    policy = rampde_fx.PrecisionPolicy(**policy)
+    marked = rampde_fx.mixed_precision(other, policy=policy)
     wrapped = torch.compile(marked, backend="rampde_fx", options={"cpp_wrapper": True}, fullgraph=True)
     if torch.__version__ < TorchVersion("2.13"):
         with pytest.raises(PolicyError, match="cpp_wrapper was asked for"):
@@ -168,7 +178,8 @@ def test_the_cpp_wrapper_calls_the_same_kernels():
         return
     got = gradients(wrapped, other, y, t)
     torch._dynamo.reset()
-    assert max(relative_errors(got, gradients(compiled(model, torch.float16, "inductor"), model, y, t))) < 1e-6
+    plain = torch.compile(rampde_fx.mixed_precision(model, policy=policy), backend="rampde_fx", fullgraph=True)
+    assert max(relative_errors(got, gradients(plain, model, y, t))) < 1e-6
 
 
 def test_compensation_survives_the_optimiser():

@@ -1,6 +1,6 @@
 """Bytes and time of a training step for each choice of what the backward finds stored.
 
-python -m tests.benchmarks.checkpointing [--steps 64] [--batch 256] [--width 128] [--repetitions 5]
+python -m tests.benchmarks.checkpointing [--steps 64] [--batch 256] [--width 128] [--budgets 48 96] [--repetitions 5]
 
 A continuous normalizing flow (gradient_error.Flow: z and the integral of the exact divergence) by RK4 on equidistant
 time points. The bytes are those of the distinct tensors that the compiled forward saves, parameters left out, by
@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 import rampde_fx
-from rampde_fx import PrecisionPolicy
+from rampde_fx import MemoryBudget, PrecisionPolicy
 from tests.benchmarks.gradient_error import Flow, eight_gaussians
 from tests.benchmarks.measure import saved_bytes
 
@@ -66,22 +66,27 @@ def main() -> None:
     ):
         parser.add_argument(option, metavar="N", type=int, default=default, help=f"{what}, default %(default)s")
     parser.add_argument("--compiler", default="aot_eager", choices=["inductor", "aot_eager"])
+    parser.add_argument(
+        "--budgets", metavar="MIB", type=int, nargs="*", default=[48, 96], help="for activations, default %(default)s"
+    )
     options = parser.parse_args()
+    modes = [*MODES, *(MemoryBudget(max_bytes=budget * 2**20) for budget in options.budgets)]
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = len(DTYPES) * len(modes)  # one forward, compiled under each policy
     torch.manual_seed(0)
     y, t = pad(eight_gaussians(options.batch), (0, 1)), torch.linspace(0, 1, options.steps + 1)
     flow = Flow(options.width)
-    runs: dict[tuple[torch.dtype, str | int], Callable[[], torch.Tensor]] = {}
-    for dtype, mode in tqdm(list(itertools.product(DTYPES, MODES)), unit="compilation", disable=None):
+    runs: dict[tuple[torch.dtype, str | int | MemoryBudget], Callable[[], torch.Tensor]] = {}
+    for dtype, mode in tqdm(list(itertools.product(DTYPES, modes)), unit="compilation", disable=None):
         model = Solved(flow, PrecisionPolicy(dtype, checkpoint=mode))
         compiled = torch.compile(model, backend="rampde_fx", options={"compiler": options.compiler}, fullgraph=True)
         runs[dtype, mode] = functools.partial(compiled, y, t)
         runs[dtype, mode]().square().mean().backward()
-    times = medians([runs[torch.float32, mode] for mode in MODES], options.repetitions)
+    times = medians([runs[torch.float32, mode] for mode in modes], options.repetitions)
     print(f"{options.steps} steps, batch {options.batch}, width {options.width}, compiler {options.compiler}\n")
     print("| checkpoint | bytes saved, float16 | float32 | training step, float32 (s) |")
     print("|---|--:|--:|--:|")
-    for mode, seconds in zip(MODES, times, strict=True):
+    for mode, seconds in zip(modes, times, strict=True):
         cells = [f"{saved_bytes(runs[dtype, mode], flow):,}" for dtype in DTYPES]
         print(f"| {mode} | {' | '.join(cells)} | {seconds:.2f} |")
 
