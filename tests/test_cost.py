@@ -30,10 +30,10 @@ CASES = {case.name: case for case in QUICK}
 CPU = torch.device("cpu")
 
 
-def prepared(name, dtype, compiler="aot_eager"):
+def prepared(name, dtype, compiler="aot_eager", **policy):
     """Loss, model and data of a case, compiled."""
     model, x, t = CASES[name].build(solve_by_odeint, CPU)
-    marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(velocity=dtype))
+    marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(velocity=dtype, **policy))
     return torch.compile(marked, backend="rampde_fx", options={"compiler": compiler}, fullgraph=True), model, x, t
 
 
@@ -203,3 +203,15 @@ graphs: 1, graph breaks: 0""",
 41 kernels, 47 products
 3 kernels, 0 products""",
         )
+
+    @pytest.mark.inductor
+    @pytest.mark.slow
+    def test_what_is_kept_is_stored_by_the_kernels_that_make_it(self):
+        self.monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
+        found = {}
+        for checkpoint in ("step", "none"):
+            torch._dynamo.reset()
+            function, _, x, t = prepared("cnf", torch.bfloat16, "inductor", checkpoint=checkpoint)
+            _, codes = run_and_get_code(lambda function=function, x=x, t=t: function(x, t))
+            found[checkpoint] = list(kernels_of(codes[0]))
+        assert found["none"] == found["step"] and len(found["step"]) == 1

@@ -8,6 +8,9 @@ from typing import Any
 
 from tests.benchmarks.measure import MIB
 
+# Left out of a table where no contender has them: gradients without eager's beside them, and synchronisations on a CPU.
+LAST_COLUMNS = {"gradient_difference": "gradient, against eager", "synchronisations": "synchronisations"}
+
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table whose first column is text, the others numbers."""
@@ -36,19 +39,23 @@ def report(found: dict[str, Any]) -> str:
 
 def _case(case: dict[str, Any], baseline: str) -> str:
     base = case["results"].get(baseline)
-    waits = any(result["synchronisations"] is not None for result in case["results"].values())
+    told = {what: any(result[what] is not None for result in case["results"].values()) for what in LAST_COLUMNS}
     head = ["contender", "training step (ms)", "quartiles", f"times {baseline}", "range", "first step (s)"]
-    head += ["saved for the backward (MiB)", "peak (MiB)", "gradient, against eager"]
-    rows = [_row(name, result, base, waits) for name, result in case["results"].items()]
-    table = markdown([*head, "synchronisations"] if waits else head, rows)
+    head += ["saved for the backward (MiB)", "peak (MiB)", *(LAST_COLUMNS[what] for what in told if told[what])]
+    rows = [_row(name, result, base, told) for name, result in case["results"].items()]
+    table = markdown(head, rows)
     skipped = "\n".join(f"- {name}: {reason}" for name, reason in case["skipped"].items())
     return f"### {case['name']}: {case['what']}\n\n{table}" + (f"\n\nNot run:\n{skipped}" if skipped else "")
 
 
-def _row(name: str, result: dict[str, Any], base: dict[str, Any] | None, waits: bool) -> list[str]:
+def _row(name: str, result: dict[str, Any], base: dict[str, Any] | None, told: dict[str, bool]) -> list[str]:
     low, high = (f"{1e3 * q:.3g}" for q in result["quartiles"])
     found = ratios(result, base) if base else []
-    difference = result["gradient_difference"]
+    difference, waits = result["gradient_difference"], result["synchronisations"]
+    last = {
+        "gradient_difference": "" if difference is None else f"{difference:.1e}",
+        "synchronisations": str(waits),
+    }
     return [
         name,
         f"{1e3 * result['seconds']:.3g}",
@@ -58,6 +65,5 @@ def _row(name: str, result: dict[str, Any], base: dict[str, Any] | None, waits: 
         f"{result['first_step']:.1f}",
         f"{result['saved_bytes'] / MIB:.3g}",
         f"{result['peak_bytes'] / MIB:.3g}",
-        "" if difference is None else f"{difference:.1e}",
-        *([str(result["synchronisations"])] if waits else []),
+        *(last[what] for what in told if told[what]),
     ]
