@@ -67,7 +67,7 @@ def main() -> None:
         parser.add_argument(option, metavar="N", type=int, default=default, help=f"{what}, default %(default)s")
     parser.add_argument("--compiler", default="aot_eager", choices=["inductor", "aot_eager"])
     parser.add_argument(
-        "--budgets", metavar="MIB", type=int, nargs="*", default=[48, 96], help="for activations, default %(default)s"
+        "--budgets", metavar="MIB", type=int, nargs="*", default=[], help="for activations, a row each, default none"
     )
     options = parser.parse_args()
     modes = [*MODES, *(MemoryBudget(max_bytes=budget * 2**20) for budget in options.budgets)]
