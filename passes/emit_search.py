@@ -49,6 +49,8 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
         new = emit_call(graph_module, f"{call.target}_search", operands, loop)
     call.replace_all_uses_with(new)
     graph_module.graph.erase_node(call)
+    for result in new.users:  # AOTAutograd caches no graph that calls a method of a node without a value
+        result.meta["example_value"] = graphs.value(graphs.results(search)[result.args[1]])
 
 
 def _warn_of_tolerance(loop: CompensatedLoop) -> None:

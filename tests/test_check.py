@@ -611,3 +611,23 @@ def test_a_loop_that_was_wrongly_captured_once_is_found(monkeypatch):
     monkeypatch.setattr(repetition, "Picture", Blind)
     with pytest.raises(errors.RewriteMismatchError, match="output"):
         rampde_fx.check(read_its_counter, *inputs, policies=bfloat16)
+
+
+def test_progress_has_a_line_for_each_policy(capsys, monkeypatch):
+    """On stderr, and of itself only at a terminal: nothing is in the way of what a program prints."""
+    policies = [PrecisionPolicy(torch.float16), PrecisionPolicy(torch.bfloat16)]
+    inputs = torch.randn(3, 5), torch.linspace(0, 1, 4)
+    rampde_fx.check(Euler(), *inputs, policies=policies, progress=True)
+    out, told = capsys.readouterr()
+    lines = told.splitlines()
+    assert out == "" and lines[0] == "check: capturing the model"
+    for what in ("compiling", "measuring"):
+        found = [line for line in lines if line.startswith(f"check: {what}")]
+        assert found == [
+            f"check: {what} {i} of 3: {name}" for i, name in enumerate(("float32", "float16", "bfloat16"), start=1)
+        ]
+    rampde_fx.check(Euler(), *inputs, policies=policies[:1])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    rampde_fx.check(Euler(), *inputs, policies=policies[:1])
+    assert "measuring 2 of 2: float16" in capsys.readouterr().err

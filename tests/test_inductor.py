@@ -203,10 +203,15 @@ def test_odeint_with_another_number_of_times():
             assert max(errors[:2] + errors[3:]) < 2.5e-3, errors
 
 
-# Prints what the caches did, and a gradient; its argument is a constant of the velocity.
+# Prints what the caches did, and a gradient. Its arguments are a constant of the velocity and, if asked for, what to do
+# with the caches as one file.
 CACHED = """
 import json, sys, torch, rampde_fx
+from pathlib import Path
 from torch._dynamo.utils import counters
+
+if sys.argv[2:] and sys.argv[2] == "load":
+    assert torch.compiler.load_cache_artifacts(Path(sys.argv[3]).read_bytes()) is not None
 
 factor = float(sys.argv[1])
 
@@ -214,18 +219,22 @@ factor = float(sys.argv[1])
 def solve(y, t):
     for _, dt in rampde_fx.steps(t):
         y = y + dt * torch.sin(factor * y)
+    if factor == 4:
+        y = rampde_fx.odeint(lambda t, y: torch.sin(y), y, t, method="bosh3")[-1]
     return y
 
 y = torch.linspace(-1, 1, 16).requires_grad_()
 torch.compile(solve, backend="rampde_fx")(y, torch.linspace(0, 1, 5)).sum().backward()
+if sys.argv[2:] and sys.argv[2] == "save":
+    Path(sys.argv[3]).write_bytes(torch.compiler.save_cache_artifacts()[0])
 print(json.dumps([counters["aot_autograd"], counters["inductor"], y.grad.tolist()]))
 """
 
 
-def run_cached(folder, factor):
+def run_cached(folder, factor, *how):
     """What CACHED prints in a process of its own, with its caches in a folder."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    command = [sys.executable, "-c", CACHED, str(factor)]
+    command = [sys.executable, "-c", CACHED, str(factor), *map(str, how)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -243,6 +252,18 @@ def test_a_second_process_takes_the_compiled_loop_from_the_caches(tmp_path):
         z = z + 0.25 * torch.sin(3.0 * z)
     z.sum().backward()
     assert max(relative_errors([torch.tensor(other[2])], [y.grad])) < 2e-3
+
+
+def test_caches_that_are_shipped_as_one_file(tmp_path):
+    """torch.compiler.save_cache_artifacts here, load_cache_artifacts there: nothing is compiled there.
+
+    The factor of 4 has adaptive steps behind the others.
+    """
+    first = run_cached(tmp_path / "here", 4.0, "save", tmp_path / "artifacts")
+    second = run_cached(tmp_path / "there", 4.0, "load", tmp_path / "artifacts")
+    assert first[0]["autograd_cache_miss"] == 1 and "autograd_cache_miss" not in second[0]
+    assert second[0]["autograd_cache_hit"] == 1 and "fxgraph_cache_miss" not in second[1]
+    assert second[2] == first[2]
 
 
 @pytest.mark.parametrize("how", [{"method": "rk4", "options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-2}])

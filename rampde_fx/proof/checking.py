@@ -27,6 +27,7 @@ from rampde_fx.proof.check_graphs import Seeded, always, compile_alone, policies
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
 from rampde_fx.proof.check_timing import TrainingSteps, timed
 from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes
+from rampde_fx.proof.progress import Progress
 from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
 from rampde_fx.runtime import counts, random_state
@@ -67,6 +68,7 @@ def check(
     steps: int | None = None,
     compiler: str = "aot_eager",
     time: bool = False,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> CheckResult:
     """Check the rewrite of a model against its own code in float64, and measure what each policy costs.
@@ -85,6 +87,7 @@ def check(
             that the loops' times come from.
         compiler: What compiles the graphs that are measured: "inductor", "aot_eager" or "eager".
         time: Whether to measure the time of a training step, in turns with eager and compiled float32.
+        progress: Whether to print on stderr what it is at, a line per policy; where None, if stderr is a terminal.
         **kwargs: Keyword arguments of the model.
 
     Returns:
@@ -101,10 +104,9 @@ def check(
         call = Call(function, args, kwargs)
         if steps is not None:
             call = call.shortened(Captured(call).times(), steps)
-        under_way = _Check(
-            call, wanted, with_own=policies is None, loss=loss or mean_square, compiler=compiler, time=time
-        )
-        return under_way.result()
+        own, told = policies is None, Progress(progress)
+        told.tell("capturing the model")
+        return _Check(call, wanted, told, with_own=own, loss=loss or mean_square, compiler=compiler, time=time).result()
 
 
 def mean_square(outputs: Any) -> torch.Tensor:
@@ -156,13 +158,14 @@ class _Check:
         self,
         call: Call,
         policies: list[PrecisionPolicy],
+        progress: Progress,
         *,
         with_own: bool,
         loss: Loss,
         compiler: str,
         time: bool,
     ) -> None:
-        self.loss, self.compiler, self.time = loss, compiler, time
+        self.loss, self.compiler, self.time, self.progress = loss, compiler, time, progress
         self.policies, self.with_own = policies, with_own
         self.twins: list[verification.Twin] = []
         self.prepared: list[_Prepared] = []
@@ -187,7 +190,7 @@ class _Check:
         wide = any(isinstance(x, torch.Tensor) and x.dtype is torch.float64 for x in example_inputs)
         baseline = PrecisionPolicy(torch.float64 if wide else torch.float32)
         self.baseline = baseline
-        for policy in dict.fromkeys([baseline, *self.policies]):
+        for policy in self.progress.each("compiling", dict.fromkeys([baseline, *self.policies]), label):
             self.prepared.append(self._compiled(graph_module, example_inputs, policy))
         accepted = [prepared for prepared in self.prepared if prepared.refusal is None]
         if all(prepared.refusal for prepared in self.prepared if prepared.policy in self.policies):
@@ -230,14 +233,16 @@ class _Check:
 
     def result(self) -> CheckResult:
         """Compare the structure, then measure."""
+        self.progress.tell("comparing with the model's own code in float64")
         wanted, rounded = self._references()
         structures = [self._check_structure(twin, wanted, rounded) for twin in self.twins]
         structures += self._check_capture(wanted, rounded)
         rows = [self._eager_row(wanted, rounded)]
-        for prepared in self.prepared:
+        for prepared in self.progress.each("measuring", self.prepared, lambda prepared: label(prepared.policy)):
             rows.append(self._row(prepared, wanted, rounded))
             gc.collect()  # the graphs of a policy hold its copies of all tensors
         if self.time:
+            self.progress.tell("timing, all policies in turns")
             alone = {label(p.policy): p.alone for p in self.prepared if p.alone is not None}
             rows = timed(rows, TrainingSteps(self.captured, self.tensors, self.loss), alone, self.compiler)
         loops = tuple(dict.fromkeys(loop.where for twin in self.twins for loop in twin.loops))
