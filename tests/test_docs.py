@@ -11,7 +11,10 @@ import ast
 import code
 import contextlib
 import doctest
+import importlib
 import io
+import json
+import linecache
 import re
 import shlex
 import subprocess
@@ -296,3 +299,52 @@ def test_the_options_of_a_command_exist(line):
 def test_the_api_page_has_every_option_of_the_command():
     options = set(re.findall(r"--[a-z][a-z-]*", help_of("-m", "rampde_fx", "explain"))) - {"--help"}
     assert options == set(re.findall(r"--[a-z][a-z-]*", (ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
+
+
+def rows_of(page: Path) -> list[list[str]]:
+    """The cells of all rows of the tables of a page, without their heads."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if row[0] != "what" and set(row[0]) != {"-"}]
+
+
+def test_what_it_works_with_has_a_test_for_every_row():
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    rows, before = rows_of(ROOT / "docs" / "works_with.md"), ""
+    assert len(rows) > 40
+    for what, outcome, shown in rows:
+        named = re.findall(r"`(test_\w+)(\.py)?`", before if shown == "the same" else shown)
+        assert what and outcome and named, what
+        for name, is_file in named:
+            found = f"{name}.py" in tests if is_file else any(f"def {name}(" in text for text in tests.values())
+            assert found, (what, name)
+        before = before if shown == "the same" else shown
+
+
+def test_the_notebook_is_the_tutorial(monkeypatch):
+    """`python examples/tutorial.py` writes it; its cells hold the code that the page's blocks run, in their order."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    tutorial = importlib.import_module("tutorial")
+    page = tutorial.PAGE.read_text(encoding="utf-8")
+    assert json.loads(tutorial.NOTEBOOK.read_text(encoding="utf-8")) == tutorial.notebook(page)
+    code = ["".join(cell["source"]) for cell in tutorial.notebook(page)["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(code_blocks(tutorial.PAGE)) > 5
+    for source in code:
+        ast.parse(source)
+        assert ">>>" not in source
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(without_inductor, monkeypatch):
+    """Cell after cell in one namespace, as Jupyter does; what a last expression shows is left out."""
+    cells = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    module = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", module)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for number, cell in enumerate(cells):
+            if cell["cell_type"] == "code":
+                # Dynamo and explain read the lines of what they capture.
+                source, name = "".join(cell["source"]), f"<cell {number}>"
+                linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+                exec(compile(source, name, "exec"), vars(module))
+    assert vars(module)["record"].scales.shape == (8, 4)

@@ -426,6 +426,7 @@ def test_hooks_of_the_velocity(model_class, hook):
 NORMS = {
     "spectral_norm": nn.utils.parametrizations.spectral_norm,
     "spectral_norm of hooks": nn.utils.spectral_norm,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
     "weight_norm of hooks": nn.utils.weight_norm,
 }
 
@@ -444,6 +445,53 @@ def test_normalised_weights_in_training(norm):
     assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
     buffers = [list(made.buffers()) for made in models]
     assert max(relative_errors(*buffers), default=0) < BF16
+
+
+def test_the_hooks_of_a_spectral_norm_in_an_odeint():
+    """They leave the vectors of each evaluation outside of it, and one captured step stands for all."""
+    model, _, y = seeded(Solved)
+    nn.utils.spectral_norm(model.field.wide)
+    with pytest.raises(errors.UnsupportedLoopError, match="read outside of it"):
+        compiled(model, torch.bfloat16)(y, T)
+
+
+def doubles(gradients):
+    return tuple(None if gradient is None else 2 * gradient for gradient in gradients)
+
+
+@pytest.mark.parametrize("model_class", [Steps, Solved])
+def test_backward_hooks(model_class):
+    """Of the model and of a parameter they run; of a module of the velocity Dynamo refuses them."""
+    models = [seeded(model_class)[0] for _ in range(2)]
+    y = torch.randn(8, 5)
+    for made in models:
+        made.register_full_backward_hook(lambda model, inputs, outputs: doubles(inputs))
+        made.field.wide.weight.register_hook(lambda gradient: 3 * gradient)
+    model, plain = models
+    found = gradients(compiled(model, torch.bfloat16), model, y)
+    assert max(relative_errors(found, gradients(plain, plain, y))) < BF16
+    torch._dynamo.reset()
+    model.field.wide.register_full_backward_hook(lambda layer, inputs, outputs: doubles(inputs))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="backwards hooks"):
+        compiled(model, torch.bfloat16)(y, T)
+
+
+class HookedInStep(Layers):
+    """A hook on a tensor of a step."""
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            rate = self.field(t_i, y)
+            rate.register_hook(lambda gradient: 2 * gradient)
+            y = y + dt * rate
+        return y
+
+
+def test_a_hook_on_a_tensor_of_a_step():
+    model, _, y = seeded(HookedInStep)
+    with pytest.raises(errors.UnsupportedLoopError, match="register_hook") as caught:
+        compiled(model, torch.bfloat16)(y.requires_grad_(), T)
+    assert "rate.register_hook" in caught.value.where
 
 
 class Profiled(Layers):

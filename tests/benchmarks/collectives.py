@@ -5,8 +5,6 @@ with gloo: under DistributedDataParallel, whose buckets a hook counts, and with 
 operations torch's profiler records. One step is counted, after two others.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math
