@@ -267,9 +267,7 @@ def rampde_fx(
         compiled = inductor.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
         )
-    differentiated = [loop for loop in emitted if loop.adjoint is not None]
-    where = [*differentiated, *loops][0].where
-    compiled = guarded(compiled, [loop.name for loop in loops], where, has_backward=bool(differentiated))
+    compiled = _guarded(compiled, emitted)
     return compiled if verification is None else on_first_call(compiled, verification)
 
 
@@ -288,6 +286,13 @@ def _own_options(given: dict[str, Any], mode: str | None) -> tuple[str, bool, di
             fix='leave "compiler" out for Inductor',
         )
     return compiler, verifies, options
+
+
+def _guarded(compiled: Callable[..., Any], loops: Sequence[CompensatedLoop]) -> Callable[..., Any]:
+    """The compiled graph, which refuses what its loops cannot do; an error of a backward has the line of one."""
+    differentiated = [loop for loop in loops if loop.adjoint is not None]
+    where = [*differentiated, *loops][0].where
+    return guarded(compiled, [loop.name for loop in loops], where, has_backward=bool(differentiated))
 
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rampde_fx.torch_private import capturing, dynamo
+from rampde_fx.torch_private import dynamo
 
 FSDP = "torch.distributed.fsdp"
 
@@ -19,9 +19,9 @@ def hooked_inside() -> str:
     Dynamo runs the hooks of the outermost module before it captures anything. At those of a module inside it breaks the
     graph, which fullgraph=True forbids: only then every such module is one that is in the way.
     """
-    if FSDP not in sys.modules or not dynamo.current_capture().root_tx.one_graph:
+    if FSDP not in sys.modules or not (frame := dynamo.current_capture().root_tx).one_graph:
         return ""
-    return _first_hooked(capturing.captured_frame()[1].values())
+    return _first_hooked(frame.f_locals.values())
 
 
 def _first_hooked(values: Iterable[Any]) -> str:
