@@ -9,8 +9,8 @@ float16; entries that are not zero; tensors that are subnormal as a whole. An ov
 be silent. What concerns parameters alone is counted once per call.
 
 Requires: a lowered Loop without adjoint.
-Ensures:  a step in whose velocity something enters in float16 has n, int64 (3,), as its last per-step output; a search,
-          and every other loop, is left as it is. count_nothing leaves every loop as it is.
+Ensures:  a step in whose velocity something enters in float16 has n, int64 (3,), as its last per-step output; every
+          other loop is left as it is. count_nothing leaves every loop as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NARROW = torch.ops.rampde_fx.narrow.default
 
 def count_underflow(loop: LoweredLoop) -> CountedLoop:
     """Return the counts of what enters a velocity in float16."""
-    counts = loop.policy.dtype is torch.float16 and loop.controller is None
+    counts = loop.policy.dtype is torch.float16
     groups = [group for group in find_entering(loop.step) if group] if counts else []
     if not groups:
         return loop.then(CountedLoop)

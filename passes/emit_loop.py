@@ -21,15 +21,16 @@ Source:   arXiv 2510.23498.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import fx
 
 from rampde_fx.emit.autocast import without_autocast
+from rampde_fx.emit.gradients import Found, finite, smallest, usable, zeros_among
+from rampde_fx.emit.kept_steps import KeptSteps
 from rampde_fx.emit.lasting import emit_call, lasts, make_again
 from rampde_fx.emit.recurrence import Body, at, emit_preamble, iterate, repeat
 from rampde_fx.emit.segments import Recomputation, Segments
@@ -37,7 +38,6 @@ from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import (
     Adjoint,
     AdjointInput,
-    AdjointResult,
     Cotangent,
     Gradient,
     Inputs,
@@ -53,27 +53,30 @@ from rampde_fx.ir.ends import (
 )
 from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.policy import AdjointScaling
-from rampde_fx.runtime.scales import are_finite
-from rampde_fx.torch_private import fake_tensors, shapes
+from rampde_fx.torch_private import fake_tensors
 from rampde_fx.torch_private.higher_order import autograd_function_apply
 
-Key = TypeVar("Key")
 RETRY = 2.0**-8  # by which the target falls after an overflow
 
 
-def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop) -> None:
-    """Replace the call of a LoopNode by the rewritten loop."""
+def emit_loop(
+    graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop, kept: KeptSteps | None = None
+) -> None:
+    """Replace the call of a LoopNode by the rewritten loop, which reads its steps where a search has kept them."""
     name, operands = str(call.target), emit_preamble(graph_module, call, loop)
     used = [user.args[1] for user in call.users if user.users]
     with graph_module.graph.inserting_before(call):
-        emitted = _Emission(loop, used)
+        further = [] if kept is None else kept.given(graph_module, call)
+        operands += further
+        emitted = _Emission(loop, used, kept, [graphs.value(node) for node in further])
         graph_module.add_submodule(f"{name}_forward", emitted.forward)
         if emitted.backward is None:
             apply = emit_call(graph_module, f"{name}_forward", operands, loop)
             new = graph_module.graph.call_function(operator.getitem, (apply, 0))
         else:
             graph_module.add_submodule(f"{name}_backward", emitted.backward)
-            emitted.make_again([i for i in range(loop.first_invariant, len(operands)) if lasts(operands[i])])
+            invariants = range(loop.first_invariant, len(operands) - len(further))
+            emitted.make_again([i for i in invariants if lasts(operands[i])])
             bodies = [graph_module.graph.get_attr(f"{name}_{part}") for part in ("forward", "backward")]
             settings = {
                 "non_differentiable_idx": emitted.constant_results,
@@ -87,8 +90,10 @@ def emit_loop(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop
 class _Emission:
     """The forward and the backward of one loop as GraphModules."""
 
-    def __init__(self, loop: CompensatedLoop, used: Sequence[int]) -> None:
-        self.loop, self.used = loop, used
+    def __init__(
+        self, loop: CompensatedLoop, used: Sequence[int], kept_steps: KeptSteps | None, further: list[torch.Tensor]
+    ) -> None:
+        self.loop, self.used, self.kept_steps, self.further = loop, used, kept_steps, len(further)
         self.inputs = graphs.placeholders(loop.step)[: len(loop.needs_grad)]
         results = loop.results()
         self.outputs, self.stored = results.outputs, results.stored
@@ -107,7 +112,8 @@ class _Emission:
         count = loop.carries + len(self.outputs)
         self.constant_results = [j for j in range(count) if j not in with_gradient]
         operands = [self._operand(i) for i in range(len(self.inputs))]
-        self.forward = self._trace(self._run_forward, operands, [node.name for node in self.inputs])
+        names = [*(node.name for node in self.inputs), *(f"kept_{i}" for i in range(self.further))]
+        self.forward = self._trace(self._run_forward, [*operands, *further], names)
         self.backward = None if loop.adjoint is None else self._trace_backward(loop.adjoint, operands)
 
     def make_again(self, lasting: Sequence[int]) -> None:
@@ -139,24 +145,29 @@ class _Emission:
         return graphs.value(self.inputs[j]) if carried else self._stacked(self.outputs[j - self.loop.carries])
 
     def _run_forward(self, *operands: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        operands, further = operands[: len(self.inputs)], operands[len(self.inputs) :]
         given = self.loop.divided(operands)
-        starts, invariants = self.step.starts(given.carries), self.step.prepare(given.invariants)
         per_step = list(given.per_step)
+        if self.kept_steps is not None:
+            finals, outputs, stored = self.kept_steps.read(further, per_step[0])
+            return self._results(finals, outputs, per_step), (*stored, *(operands[i] for i in self.kept))
+        starts, invariants = self.step.starts(given.carries), self.step.prepare(given.invariants)
         if self.segments is not None:
             finals, outputs, stored = self.segments.advance(self.step, self.recomputation, starts, per_step, invariants)
         else:
             finals, stacks = self.iterate(self.step, starts, per_step, invariants)
             outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
-        results = [*finals[: self.loop.carries], *outputs]
-        self._record_forward(results, per_step, outputs[-1].sum(0) if self.loop.counted else None)
-        return tuple(results), (*stored, *(operands[i] for i in self.kept))
+        return self._results(finals, outputs, per_step), (*stored, *(operands[i] for i in self.kept))
 
-    def _record_forward(self, results: list[Any], stacks: list[Any], counts: torch.Tensor | None) -> None:
-        """Note the run, by a zero that is added to the smallest result that is read."""
+    def _results(self, finals: list[Any], outputs: list[Any], stacks: list[Any]) -> tuple[Any, ...]:
+        """The results, the smallest of those that are read behind a note of the run: a zero that is added."""
+        results, counts = [*finals[: self.loop.carries], *outputs], outputs[-1].sum(0) if self.loop.counted else None
         read = {j: results[j] for j in self.used if graphs.has_derivatives(results[j].dtype)}
         if read and (number := self.number_of_steps(stacks)) is not None:
-            j, each, record = _smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_forward
+            j, each, record = smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_forward
+            each = 0 if self.kept_steps is not None else each
             results[j] = results[j] + record(results[j], *number, each, counts, self.loop.name)
+        return tuple(results)
 
     def number_of_steps(self, stacks: list[Any]) -> tuple[torch.Tensor | None, int] | None:
         """N as a stack of this length, or as a number; None where neither is there."""
@@ -184,7 +195,6 @@ class _Emission:
 
 
 Given = dict[AdjointInput, Any]  # stacks of all steps, where a step has a value of its own
-Found = dict[AdjointResult, Any]
 
 
 class _Backward:
@@ -242,8 +252,8 @@ class _Backward:
         given.update({entry: given[entry].clone() for entry in cotangents[1:]})
         fits = self._stored_states_fit([given[place] for place in places(self.loop.slots)])
         gradients = self._once(given) if scaling is None else self._repeat(given, scaling, fits)
-        gradients = self._noted(_usable(gradients, fits), given)
-        return tuple(gradients.get(Gradient(i)) for i in range(len(emission.inputs)))
+        gradients = self._noted(usable(gradients, fits), given)
+        return (*(gradients.get(Gradient(i)) for i in range(len(emission.inputs))), *[None] * emission.further)
 
     def _noted(self, gradients: Found, given: Given) -> Found:
         """The gradients, the smallest of them behind a note of the run."""
@@ -258,7 +268,7 @@ class _Backward:
         }
         if not read or number is None:
             return gradients
-        entry, each, record = _smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
+        entry, each, record = smallest(read), self.loop.evaluations_per_step, torch.ops.rampde_fx.record_backward
         noted = gradients[entry] + record(gradients[entry], *number, each, self.runs, self.loop.name)
         return {**gradients, entry: noted}
 
@@ -321,7 +331,7 @@ class _Backward:
             ),
             fit=self._stored_states_fit,
         )
-        return _usable(self._by_result(finals, collected), fits)
+        return usable(self._by_result(finals, collected), fits)
 
     def _by_result(self, finals: list[Any], collected: list[Any]) -> Found:
         return dict(zip(self.adjoint.results, [*finals[: self.adjoint.carries], *collected], strict=True))
@@ -344,7 +354,7 @@ class _Backward:
         """Sweep at a falling target until the gradients are finite."""
         entries, tensors, order = list(given), list(given.values()), self.gradients
         incoming = [given[entry] for entry in self.adjoint.inputs if isinstance(entry, Cotangent)]
-        usable = _finite(incoming)
+        usable = finite(incoming)
         usable = usable if fits is None else usable & fits
         target = torch.full((), self.loop.target, dtype=torch.float32, device=incoming[0].device)
         empty = [self._zeros(entry.operand, given) for entry in order]
@@ -362,7 +372,7 @@ class _Backward:
             # may lay the cotangents of a convolution's output out anew.
             found = [torch.where(target < 0, old, result[entry]) for old, entry in zip(before, order, strict=True)]
             vanished = result[Vanished()].sum() if Vanished() in result else torch.zeros_like(target)
-            told = [usable & ~_finite(found), vanished, _zeros_among(found)]
+            told = [usable & ~finite(found), vanished, zeros_among(found)]
             outcome = torch.stack([number.to(torch.float32) for number in told]).to("cpu")
             overflow = torch.ops.rampde_fx.record_sweep(outcome, attempt, scaling.max_attempts, self.loop.name)
             (overflow,) = self._recorded([overflow], result.get(Statistics()), attempt)
@@ -371,30 +381,3 @@ class _Backward:
         results = repeat(again, sweep, start, [*tensors, usable])
         self.runs = results[0]
         return dict(zip(order, results[3:], strict=True))
-
-
-def _smallest(values: dict[Key, torch.Tensor]) -> Key:
-    """The key of the value of the fewest entries; one whose size is known at run time only comes last."""
-
-    def entries(key: Key) -> float:
-        number = values[key].numel()
-        return math.inf if shapes.is_data_dependent(number) else shapes.size_hint(number)
-
-    return min(values, key=entries)
-
-
-def _usable(found: Found, fits: torch.Tensor | None) -> Found:
-    """The gradients, or NaN where a stored state overflowed: a velocity may saturate at inf, and hide it from them."""
-    if fits is None:
-        return found
-    return {e: torch.where(fits, value, torch.nan) if isinstance(e, Gradient) else value for e, value in found.items()}
-
-
-def _zeros_among(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """How many tensors have no entry but zeros, as a 0-d tensor; empty ones left out."""
-    return torch.stack([(tensor == 0).all() & (tensor.numel() > 0) for tensor in tensors]).sum()
-
-
-def _finite(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Whether all entries of all tensors are finite, as a 0-d bool tensor."""
-    return torch.stack([are_finite(tensor).all() for tensor in tensors]).all()

@@ -5,8 +5,9 @@ After:   while running:  t_i, dt = propose(t, search);  y', k', e = step(y, k, t
                          counts, search = judge(norm(e));  y, k = (y', k') if counts else (y, k)
 
 The step is the lowered one, so that steps are chosen by the velocity that will be integrated; the norm of the error and
-all of the control are in the accumulation dtype. The search finds the steps alone: the loop behind it, which has as
-many steps as the search found, computes the solution and has the adjoint.
+all of the control are in the accumulation dtype. The loop behind it, which has as many steps as the search found,
+has the adjoint. It reads what the search keeps of the steps that count (rampde_fx/emit/kept_steps.py), or where the
+policy asks for more than their states computes them again.
 
 Requires: a Loop with a controller, lowered, without adjoint.
 Ensures:  no gradient; the condition of the loop is read once per step that is tried, on the host.
@@ -23,6 +24,7 @@ import torch
 from torch import fx
 
 from rampde_fx.emit.autocast import without_autocast
+from rampde_fx.emit.kept_steps import KeptSteps
 from rampde_fx.emit.lasting import emit_call
 from rampde_fx.emit.recurrence import Body, emit_preamble, repeat
 from rampde_fx.ir import graphs, tracing
@@ -33,8 +35,13 @@ from rampde_fx.torch_private import fake_tensors
 FIELDS = len(step_control.Search._fields)
 
 
-def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop) -> None:
-    """Replace the call of a LoopNode by the search; its times are ends of intervals, and the control's numbers."""
+def emit_search(
+    graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLoop, kept: KeptSteps | None = None
+) -> None:
+    """Replace the call of a LoopNode by the search; its times are ends of intervals, and the control's numbers.
+
+    With what it is to keep it gives, behind what leave_search gives, the token, and what it carries in the end.
+    """
     _warn_of_tolerance(loop)
     inputs = graphs.placeholders(loop.step)
     values = list(map(graphs.value, inputs))
@@ -42,7 +49,9 @@ def emit_search(graph_module: fx.GraphModule, call: fx.Node, loop: CompensatedLo
     values[loop.carries : first] = [
         fake_tensors.detached(graphs.value(node)) for node in call.args[loop.carries : first]
     ]
-    search = graphs.named(tracing.trace(_Search(loop).run, values, gradients=False), [node.name for node in inputs])
+    search = graphs.named(
+        tracing.trace(_Search(loop, kept).run, values, gradients=False), [node.name for node in inputs]
+    )
     graph_module.add_submodule(f"{call.target}_search", without_autocast(search, loop))
     operands = emit_preamble(graph_module, call, loop)
     with graph_module.graph.inserting_before(call):
@@ -79,40 +88,45 @@ def _warn_once(message: str) -> None:
 class _Search:
     """The while loop, as a function of the step's operands."""
 
-    def __init__(self, loop: CompensatedLoop) -> None:
+    def __init__(self, loop: CompensatedLoop, kept: KeptSteps | None) -> None:
         assert loop.controller is not None, "a search has a controller"
         self.loop, self.controller, self.carries = loop, loop.controller, loop.carries
         self.evaluations, self.name = loop.evaluations_per_step, loop.name
-        self.states = len(loop.results().outputs)  # one error estimate for each
-        self.body = Body(loop.step, loop.inputs(), loop.results())
+        self.states, self.kept, results = loop.estimates, kept, loop.results()  # one error estimate for each
+        results = results._replace(outputs=results.outputs[: self.states])
+        self.body = Body(loop.step, loop.inputs(), results if kept is None else kept.results_of_search())
 
     def run(self, *operands: Any) -> tuple[torch.Tensor, ...]:
-        """What leave_search gives."""
+        """What leave_search gives, then the token of what is kept, and what is carried in the end."""
         given = self.loop.divided(operands)
         starts = self.body.starts(given.carries)
         t, numbers = given.per_step
         invariants = self.body.prepare(given.invariants)
         begun = step_control.begin(t, numbers[0], self.controller.max_steps)
-        varying, fixed = [*begun, *starts], [t, numbers[1:].clone(), *invariants]
+        token = [] if self.kept is None else self.kept.begin(t)
+        varying, fixed = [*begun, *starts], [t, numbers[1:].clone(), *token, *invariants]
 
         def running(*args: Any) -> torch.Tensor:
             return step_control.Search(*args[:FIELDS]).status == step_control.RUNNING
 
         def try_step(*args: Any) -> tuple[torch.Tensor, ...]:
             search, carries = step_control.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
-            t, numbers, *invariants = args[len(varying) :][: len(fixed)]
+            t, numbers, *rest = args[len(varying) :][: len(fixed)]
             controller = self.controller.with_numbers(numbers)
             trial = step_control.propose(t, search)
-            results = self.body(*carries, trial.t, trial.dt, *invariants)
-            nexts, errors = results[: self.carries], results[self.carries :]
+            results = self.body(*carries, trial.t, trial.dt, *rest[len(token) :])
+            nexts, errors = results[: self.carries], results[self.carries :][: self.states]
             norm = step_control.error_norm(errors, carries[: self.states], nexts[: self.states], controller)
             counts, search = step_control.judge(t, search, trial, norm, controller)
-            kept = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
-            return *(value.clone() for value in search), *kept
+            if self.kept is not None and token:
+                further = results[self.carries + self.states :]
+                search = search._replace(tried=search.tried + self.kept.keep(rest[0], carries, further, counts))
+            lasting = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
+            return *(value.clone() for value in search), *lasting
 
         results = repeat(running, try_step, varying, fixed)
         search = step_control.Search(*results[:FIELDS])
         record = torch.ops.rampde_fx.record_search
         count = search.count + record(search.tried, search.count, self.evaluations, self.name)
         found = (search.intervals, search.positions, search.fractions, count, search.tried, search.status)
-        return *found, step_control.reached(t, search)
+        return *found, step_control.reached(t, search), *token, *(results[FIELDS:] if self.kept else ())

@@ -54,12 +54,12 @@ def roll_loop(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run, captur
         steps = shapes.number_of(starts.shape[0])
     elif run.extended:
         steps = shapes.number_of(starts.shape[0] - 1 - marked.markers[0].args[1])
-    loop = _loop(marked, captured, steps)
+    loop = _loop(marked, run, captured, steps)
     _replace(graph_module, marked, run, captured, name, loop)
     return loop
 
 
-def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
+def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> Loop:
     inputs, step = captured.inputs, captured.step
 
     def needs_grad(source: Source) -> bool:
@@ -88,8 +88,19 @@ def _loop(marked: MarkedLoop, captured: CapturedStep, steps: Any) -> Loop:
         controller=_controller(marked) if marked.searches else None,
         evaluations=marked.end.args[-2] if marked.from_odeint else None,
         method=marked.end.args[-3] if marked.from_odeint else "",
+        named=_named(marked, run, captured) if marked.from_odeint else (),
+        estimates=marked.end.args[3] if marked.searches else 0,
         notes=notes_on_dtypes(captured),
     )
+
+
+def _named(marked: MarkedLoop, run: Run, captured: CapturedStep) -> tuple[int, ...]:
+    """The number of the step's result that is each of the next states, and of what is collected."""
+    nexts, collected = marked.end.args[1:3]
+    keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]
+    carried = {source.key: i for i, source in enumerate(carries_among(captured.inputs))} if marked.searches else {}
+    stacked = {key: captured.carries() + i for i, key in enumerate(captured.outputs)}
+    return tuple(stacked.get(key, carried.get(key, -1)) for key in keys)
 
 
 def _controller(marked: MarkedLoop) -> Controller:
@@ -104,7 +115,7 @@ def _times(marked: MarkedLoop, key: Any) -> fx.Node:
     Of a search it is the ends of its intervals, or the numbers of its control.
     """
     if marked.searches:
-        return marked.end.args[4 if key == "dt" else 3]
+        return marked.end.args[5 if key == "dt" else 4]
     return marked.markers[0].args[marked.from_odeint and key == "dt"]
 
 
@@ -128,7 +139,8 @@ def _replace(
         # Torch would derive a scan that no gradient comes back to.
         if marked.differentiated and not loop.differentiated:
             operands = [_without_gradient(graph, node) for node in operands]
-        call = graph.call_module(name, tuple(operands))
+        search = {} if marked.searches or not run.from_odeint else {"search": marked.end.args[3]}
+        call = graph.call_module(name, tuple(operands), search)
         found = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
         results = in_own_dtypes(graph, run, captured, found)
         for i, target in captured.written.items():
@@ -312,7 +324,7 @@ def _replace_trajectories(
     graph: fx.Graph, marked: MarkedLoop, run: Run, captured: CapturedStep, results: list[fx.Node]
 ) -> None:
     """Let the readers of leave read the loop's results."""
-    leave, (states, nexts, collected, _, every, *_) = marked.end, marked.end.args
+    leave, (states, nexts, collected, _, _, every, *_) = marked.end, marked.end.args
     carries = captured.carries()
     stacked = dict(zip(captured.outputs, results[carries:], strict=True))
     keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]

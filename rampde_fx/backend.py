@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from rampde_fx.emit import cpu_products, cuda_graphs
+from rampde_fx.emit.kept_steps import KeptSteps, evaluated_once, search_of, why_twice
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
@@ -51,6 +52,7 @@ from rampde_fx.validation.verification import Verification, on_first_call
 
 require_all()
 
+READ_FROM_SEARCH = "the forward is the search's, which keeps the steps that count: the velocity is evaluated once"
 COMPILERS = ("inductor", "aot_eager", "eager")
 # From one rolled loop to a loop that can be emitted. The order is part of the method, and of the passes' types.
 STEP_PASSES: Pipeline[Loop, CompensatedLoop] = (
@@ -135,6 +137,7 @@ def _rewrite(
         holder, captured = marked.holder(), _how_captured(marked)
         rolled += [(holder, name, captured, notes) for name, notes in _roll(holder, marked)]
     loops: list[Loop] = []
+    ready: list[Ready] = []
     budgets = Budgets()
     for holder, name, captured, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
@@ -148,15 +151,11 @@ def _rewrite(
         if only is not None and number not in only:
             continue
         chosen = {"budget": budgets.of(loop)} if keeps is None else {"keeps": keeps[number]}
-        loop = replace(loop, **chosen)
-        loop = _rewritten(loop, number, watch, counts=counts)
+        loop = _rewritten(replace(loop, **chosen), number, watch, counts=counts)
         budgets.spend(loop)
-        (emit_loop if loop.controller is None else emit_search)(holder, call, loop)
-        holder.delete_submodule(name)
-        loops[-1] = loop
-        for note in loop.notes:
-            phase_log.tell(loop.name, note)
-        phase_log.tell_done(loop.name, f"rewritten ({loop.policy})", begun)
+        ready.append(Ready(number, holder, call, loop, begun))
+    for number, loop in _emit(graph_module, ready).items():
+        loops[number] = loop
     for holder in dict.fromkeys(holder for holder, *_ in rolled):
         if holder is not graph_module:
             higher_order.recompute_loops(holder)
@@ -173,6 +172,40 @@ def _rewritten(loop: Loop, number: int, watch: pass_log.Watcher, *, counts: bool
         watch(number, step_pass.__name__, loop)
     assert isinstance(loop, CompensatedLoop), "behind all passes"
     return loop
+
+
+class Ready(NamedTuple):
+    """A loop behind all passes: its number, the call of its LoopNode, and when its passes began."""
+
+    number: int
+    holder: fx.GraphModule
+    call: fx.Node
+    loop: CompensatedLoop
+    begun: float
+
+
+def _emit(graph_module: fx.GraphModule, ready: Sequence[Ready]) -> dict[int, Loop]:
+    """Emit the loops, each search with what it keeps for the loop behind it; the loops by their numbers."""
+    by_call = {each.call: each for each in ready}
+    kept: dict[fx.Node, KeptSteps] = {}
+    loops: dict[int, Loop] = {each.number: each.loop for each in ready}
+    for number, holder, call, loop, _ in ready:
+        search = search_of(call)
+        if search not in by_call:
+            continue
+        why = why_twice(by_call[search].loop, loop, apart=holder is not graph_module)
+        if not why:
+            kept[call] = kept[search] = KeptSteps(by_call[search].loop, loop)
+            evaluated_once(search)
+        note = f"the velocity is evaluated in the search and in this loop: {why}" if why else READ_FROM_SEARCH
+        loops[number] = replace(loop, notes=(*loop.notes, note))
+    for number, holder, call, loop, begun in ready:
+        (emit_loop if loop.controller is None else emit_search)(holder, call, loop, kept.get(call))
+        holder.delete_submodule(str(call.target))
+        for note in loops[number].notes:
+            phase_log.tell(loop.name, note)
+        phase_log.tell_done(loop.name, f"rewritten ({loop.policy})", begun)
+    return loops
 
 
 def _how_captured(marked: MarkedLoop) -> str:

@@ -276,6 +276,11 @@ def ancestors(outputs: Iterable[Any], inputs: Sequence[fx.Node] = ()) -> set[fx.
     return found
 
 
+def placeholders_among(outputs: Iterable[Any]) -> set[fx.Node]:
+    """The placeholders that the outputs follow from."""
+    return {node for node in ancestors(outputs) if node.op == "placeholder"}
+
+
 def part(graph_module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> fx.GraphModule:
     """The part of a module that computes the outputs from the inputs, which need not be placeholders."""
     needed = ancestors(outputs, inputs)

@@ -58,6 +58,10 @@ class Loop:
         controller: What chooses the sizes of adaptive steps, in the loop that searches for them: its one step is tried
             again and again, and its per-step outputs are estimates of its error. None for other loops.
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
+        named: Of an odeint which of the step's results is each of the next states, and each value that is collected, in
+            the order in which the solver names them; -1 where the loop does not give it.
+        estimates: Of a search how many of its per-step outputs estimate errors; what the loop behind it collects comes
+            next.
         method: Which method an odeint is of, and what its steps are; empty of a loop over steps(t).
         captured: Of a loop over steps(t), how many iterations were captured, or why all of them.
         budget: How many bytes of activations it may keep, where its policy leaves that to a budget of memory.
@@ -80,6 +84,8 @@ class Loop:
     autocast: bool = False
     controller: Controller | None = None
     evaluations: int | None = None
+    named: tuple[int, ...] = ()
+    estimates: int = 0
     method: str = ""
     captured: str = ""
     budget: int | None = None

@@ -103,9 +103,9 @@ def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:
         pass_log.tell(number, pass_name, loop)
         passes.setdefault(number, []).append(PassReport(pass_name, loop))
 
-    rewrite(graph_module, watch)
+    loops = rewrite(graph_module, watch)
     with fake_tensors.fake_mode_of(graph_module):
-        return [_report(tuple(history)) for history in passes.values()]
+        return [_report(tuple(history), loops[number].notes) for number, history in passes.items()]
 
 
 def _on_copies(graph_module: fx.GraphModule) -> Callable[..., Any]:
@@ -130,7 +130,7 @@ def _with_names(graph_module: fx.GraphModule, names: list[str]) -> fx.GraphModul
     return graph_module
 
 
-def _report(passes: tuple[PassReport, ...]) -> LoopReport:
+def _report(passes: tuple[PassReport, ...], notes: tuple[str, ...]) -> LoopReport:
     loop = passes[-1].loop
     assert isinstance(loop, CompensatedLoop), "behind all passes"
     inputs = graphs.placeholders(loop.step)
@@ -161,7 +161,7 @@ def _report(passes: tuple[PassReport, ...]) -> LoopReport:
         adjoint_flops=_flops(adjoint) if adjoint is not None else 0,
         fallbacks=loop.fallbacks,
         captured=loop.captured,
-        notes=loop.notes,
+        notes=notes,
         step=loop.step,
         adjoint=adjoint,
         passes=passes,

@@ -33,22 +33,23 @@ library.define("repeat(Tensor t, Tensor[] moving) -> Tensor[]")
 # that one and all later ones append.
 library.define("collect(Tensor t, int captured, Tensor[] before, Tensor[] each) -> Tensor")
 # A loop of which one step is captured: enter gives that step's (t, dt, *states), leave the trajectories of the states,
-# the initial ones included, at the end of every few steps, then what is collected of each of these; it is told what the
-# method is, for the report, and what is wrong with the velocity, if anything.
+# the initial ones included, at the end of every few steps, then what is collected of each of these. It is told which
+# search found the steps, if one did, by one of its results; what the method is; what is wrong with the velocity.
 library.define("enter(Tensor t, Tensor dt, Tensor[] states, str policy) -> Tensor[]")
 library.define(
-    "leave(Tensor[] states, Tensor[] nexts, Tensor[] collected, SymInt outputs, SymInt every,"
+    "leave(Tensor[] states, Tensor[] nexts, Tensor[] collected, Tensor? search, SymInt outputs, SymInt every,"
     " str method, int evaluations, str problem) -> Tensor[]"
 )
 library.define("needs_backend(Tensor x) -> Tensor")
 # Between the step that stands for all and the one behind it, which is captured to be compared with it.
 library.define("again(Tensor t) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
-# count, their number, that of all that were tried, the status and the time that was reached. The numbers are the first
-# step's size and those of a step_control.Controller, whose constants and tolerances are given beside them.
+# count, their number, that of all that were tried, the status and the time that was reached. What is collected are so
+# many errors, and what the loop behind it collects of each step. The numbers are the first step's size and those of a
+# step_control.Controller, whose constants and tolerances are given beside them.
 library.define(
-    "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] errors, Tensor t, Tensor numbers, int order,"
-    " SymInt max_steps, Scalar rtol, Scalar atol, str method, int evaluations, str problem) -> Tensor[]"
+    "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] collected, int errors, Tensor t, Tensor numbers,"
+    " int order, SymInt max_steps, Scalar rtol, Scalar atol, str method, int evaluations, str problem) -> Tensor[]"
 )
 # How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
 library.define("count_steps(Tensor t, Tensor step_size) -> Tensor")
@@ -129,6 +130,7 @@ def _leave(
     states: list[torch.Tensor],
     nexts: list[torch.Tensor],
     collected: list[torch.Tensor],
+    search: torch.Tensor | None,
     outputs: int,
     every: int,
     method: str,
@@ -145,7 +147,8 @@ def _leave(
 def _leave_search(
     states: list[torch.Tensor],
     nexts: list[torch.Tensor],
-    errors: list[torch.Tensor],
+    collected: list[torch.Tensor],
+    errors: int,
     t: torch.Tensor,
     numbers: torch.Tensor,
     order: int,

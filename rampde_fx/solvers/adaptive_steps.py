@@ -14,7 +14,7 @@ import torch
 from rampde_fx.errors import OptionError, refuse
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
-from rampde_fx.runtime import operators, step_control
+from rampde_fx.runtime import kept_steps, operators, step_control
 from rampde_fx.solvers.fixed_steps import (
     FIXED_OPTIONS,
     CheckedVelocity,
@@ -113,11 +113,11 @@ def _adapt_later(
     raises: bool,
 ) -> _Solved:
     """Captured: a search, and a loop over what it found."""
-    found = _searched(tableau, velocity, y, ends, controller, first_size, policy)
+    interpolates = tableau.interpolates and t.shape[0] > 2
+    found, searched = _searched(tableau, velocity, y, ends, controller, first_size, policy, interpolates=interpolates)
     status, reached = found.status, found.reached
     # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
     count = operators.found(found.count, status, reached) if raises else found.count.clamp(min=1)
-    interpolates = tableau.interpolates and t.shape[0] > 2
     again = evaluations_collecting(tableau) if interpolates else evaluations_of(tableau)
     with dynamo.capturing_scalars():
         steps = int((count + interpolates).item())
@@ -126,15 +126,17 @@ def _adapt_later(
     each = (found.intervals, found.positions, found.fractions)
     intervals, positions, fractions = (values.narrow(0, 0, steps) for values in each)
     starts, sizes = step_control.place(ends, intervals, positions, fractions)
-    counted = statistics(t.device, found.count, found.tried - found.count, found.evaluations + steps * again)
+    of_loop = torch.zeros_like(found.tried) + steps * again
+    evaluations = kept_steps.evaluations(found.tried, searched, of_loop)
+    counted = statistics(t.device, found.count, found.tried - found.count, evaluations)
     if interpolates:
         # One more step, of size 0, has the velocity at the end.
         starts = torch.where(torch.arange(steps, device=t.device) == count, _end(t, status, reached), starts)
         method = f"{tableau.label}, found steps, between them an interpolant of order {tableau.interpolant_order}"
-        collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy, method)
+        collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy, method, found.tried)
         return _Solved(_between(tableau, t, count, _Steps(starts, sizes, *collected)), status, reached, counted)
     method = f"{tableau.label}, found steps{'' if tableau.interpolates else ', which end at the output times'}"
-    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method)
+    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method, found.tried)
     if t.shape[0] == 2:
         return _Solved([values[-1][None] for values in on_grid], status, reached, counted)
     order = torch.arange(t.shape[0] - 1, device=t.device)
@@ -143,7 +145,7 @@ def _adapt_later(
 
 
 class _Found(NamedTuple):
-    """What a captured search found: what operators.leave_search gives, and the evaluations that it took."""
+    """What a captured search found: what operators.leave_search gives."""
 
     intervals: torch.Tensor
     positions: torch.Tensor
@@ -152,7 +154,6 @@ class _Found(NamedTuple):
     tried: torch.Tensor
     status: torch.Tensor
     reached: torch.Tensor
-    evaluations: torch.Tensor
 
 
 @torch.no_grad()
@@ -164,28 +165,35 @@ def _searched(
     controller: step_control.Controller,
     first_size: float | None,
     policy: PrecisionPolicy | None,
-) -> _Found:
-    """The search, captured."""
+    *,
+    interpolates: bool,
+) -> tuple[_Found, torch.Tensor]:
+    """The search, captured, and its evaluations.
+
+    It carries the velocity where that is the next step's first one, or is read at the end.
+    """
     checked, problems = noting(velocity)
     marking.meet_loop(policy)
     start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(ends.device)
     rate = checked(times[0], start)
     size = _first_size(checked, start, rate, times, controller.with_numbers(numbers), first_size)
     numbers = torch.cat([size[None].to(numbers.dtype), numbers])
-    states = [*start, *rate] if tableau.fsal else start
+    carries_rate = tableau.fsal or interpolates
+    states = [*start, *rate] if carries_rate else start
     t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
-    first = entered[len(y) :] if tableau.fsal else None
+    first = entered[len(y) :] if carries_rate else None
     before = len(problems)
     nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
+    last = k[-1] if tableau.fsal or not interpolates else checked(t_i + dt, nexts)
+    collected = [*(leaf.clone() for leaf in k[0]), *quartic_term(tableau, k)] if interpolates else []
     marking.loop_ends(once=True)
     # A velocity may return what stands outside of the loop.
-    results = [*nexts, *(leaf.clone() for leaf in k[-1])] if tableau.fsal else nexts
+    results = [*nexts, *(leaf.clone() for leaf in last)] if carries_rate else nexts
     order, most, rtol, atol = *controller[:2], known_tolerance(controller.rtol), known_tolerance(controller.atol)
     method, each = f"{tableau.label}, adaptive steps of order {tableau.order}", len(problems) - before
-    found = operators.leave_search(
-        states, results, errors, times, numbers, order, most, rtol, atol, method, each, max(problems)
-    )
-    return _Found(*(*found, before + each * found[4]))
+    told = (len(errors), times, numbers, order, most, rtol, atol, method, each, max(problems))
+    found = _Found(*operators.leave_search(states, results, [*errors, *collected], *told))
+    return found, before + each * found.tried
 
 
 def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, steps: _Steps) -> list[torch.Tensor]:

@@ -91,8 +91,9 @@ def captured_once(
     every: int,
     policy: PrecisionPolicy | None,
     method: str,
+    search: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """One step between markers, which stands for all of them."""
+    """One step between markers, which stands for all of them; search is a result of what found the steps."""
     marking.meet_loop(policy)
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
@@ -101,7 +102,7 @@ def captured_once(
     operators.again(t)
     advance(tableau, checked, t, dt, nexts)
     marking.loop_ends(once=True)
-    return list(operators.leave(y, nexts, [], outputs, every, method, evaluations, max(problems)))
+    return list(operators.leave(y, nexts, [], search, outputs, every, method, evaluations, max(problems)))
 
 
 def captured_collecting(
@@ -113,6 +114,7 @@ def captured_collecting(
     steps: int,
     policy: PrecisionPolicy | None,
     method: str,
+    search: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
     marking.meet_loop(policy)
@@ -124,7 +126,8 @@ def captured_collecting(
     operators.again(t)
     advance_collecting(tableau, checked, t, dt, nexts)
     marking.loop_ends(once=True)
-    found = list(operators.leave(y, nexts, [*rates, *quartics], outputs, 1, method, evaluations, max(problems)))
+    collected = [*rates, *quartics]
+    found = list(operators.leave(y, nexts, collected, search, outputs, 1, method, evaluations, max(problems)))
     return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
 
 

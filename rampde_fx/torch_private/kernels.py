@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rampde_fx.torch_private.names import Names
 
@@ -18,6 +19,9 @@ _torch = Names(
     }
 )
 _cuda = Names({"torch._C": "_cuda_clearCublasWorkspaces"}, everywhere=False)
+
+
+__all__ = ["StorageWeakRef"]
 
 
 def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import Loop, LoopNode
-from rampde_fx.runtime import operators, step_control
+from rampde_fx.runtime import kept_steps, operators, step_control
 from rampde_fx.torch_private import fake_tensors, higher_order
 
 WIDE = {
@@ -202,6 +202,8 @@ class AsWritten(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in TRANSPARENT:
             return AsWritten(args[0]).run(*args[1:])
+        if target is kept_steps.evaluations:  # how often is no value of the model: a rewrite evaluates less
+            return torch.zeros_like(args[1])
         return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -225,7 +227,7 @@ class AsWritten(fx.Interpreter):
         starts, sizes, states, _ = self._values(loop[0].args)
         kept, collected = [states], []
         for i in range(starts.shape[0]):
-            _, states, found, _, every, *_ = self._step(loop, starts[i], sizes[i], states)
+            _, states, found, _, _, every, *_ = self._step(loop, starts[i], sizes[i], states)
             collected.append(found)
             if (i + 1) % every == 0:
                 kept.append(states)
@@ -234,12 +236,13 @@ class AsWritten(fx.Interpreter):
     def run_search(self, loop: list[fx.Node]) -> list[torch.Tensor]:
         """What leave_search gives."""
         t, first, states, _ = self._values(loop[0].args)
-        numbers, order, max_steps = self._values(loop[-1].args[4:7])
+        numbers, order, max_steps = self._values(loop[-1].args[5:8])
         controller = step_control.Controller(order, max_steps, 0.0, 0.0).with_numbers(numbers[1:])
         search = step_control.begin(t, first[0], controller.max_steps)
         while int(search.status) == step_control.RUNNING:
             trial = step_control.propose(t, search)
-            _, nexts, errors, *_ = self._step(loop, trial.t, trial.dt, states)
+            _, nexts, collected, count, *_ = self._step(loop, trial.t, trial.dt, states)
+            errors = collected[:count]
             norm = step_control.error_norm(errors, states[: len(errors)], nexts[: len(errors)], controller)
             counts, search = step_control.judge(t, search, trial, norm, controller)
             states = nexts if counts else states
