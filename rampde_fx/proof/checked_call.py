@@ -212,6 +212,19 @@ def tensor_attributes(function: Callable[..., Any]) -> dict[str, torch.Tensor]:
     return dict(_tensors_of(function))
 
 
+def mean_square(outputs: Any) -> torch.Tensor:
+    """The loss where none is given: the mean square of every floating or complex output, summed."""
+    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+    squares = [x.abs().square().mean() for x in tensors if graphs.has_derivatives(x.dtype)]
+    if not squares:
+        raise CheckError(
+            "the model returns no floating tensor",
+            required="outputs that a loss can be computed from",
+            fix="give loss=, a function of the outputs",
+        )
+    return torch.stack([square.to(torch.float64) for square in squares]).sum()
+
+
 def _no_loop() -> CheckError:
     return CheckError(
         "the model has no loop over rampde_fx.steps(t) and no rampde_fx.odeint",

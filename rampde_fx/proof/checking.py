@@ -26,7 +26,7 @@ from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.proof.check_graphs import Seeded, always, compile_alone, policies_of
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
 from rampde_fx.proof.check_timing import TrainingSteps, timed
-from rampde_fx.proof.checked_call import Call, Captured, tensor_attributes
+from rampde_fx.proof.checked_call import Call, Captured, mean_square, tensor_attributes
 from rampde_fx.proof.progress import Progress
 from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
@@ -107,19 +107,6 @@ def check(
         own, told = policies is None, Progress(progress)
         told.tell("capturing the model")
         return _Check(call, wanted, told, with_own=own, loss=loss or mean_square, compiler=compiler, time=time).result()
-
-
-def mean_square(outputs: Any) -> torch.Tensor:
-    """The loss where none is given: the mean square of every floating or complex output, summed."""
-    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-    squares = [x.abs().square().mean() for x in tensors if graphs.has_derivatives(x.dtype)]
-    if not squares:
-        raise CheckError(
-            "the model returns no floating tensor",
-            required="outputs that a loss can be computed from",
-            fix="give loss=, a function of the outputs",
-        )
-    return torch.stack([square.to(torch.float64) for square in squares]).sum()
 
 
 def _policies(policies: Sequence[PrecisionPolicy] | None, compiler: str) -> list[PrecisionPolicy]:
