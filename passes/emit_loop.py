@@ -150,7 +150,9 @@ class _Emission:
         per_step = list(given.per_step)
         if self.kept_steps is not None:
             finals, outputs, stored = self.kept_steps.read(further, per_step[0])
-            return self._results(finals, outputs, per_step), (*stored, *(operands[i] for i in self.kept))
+            # The note reads what was kept, which the forward has to take: a backward could not a second time.
+            results = self._results(finals, outputs, [*stored, *outputs, *per_step])
+            return results, (*stored, *(operands[i] for i in self.kept))
         starts, invariants = self.step.starts(given.carries), self.step.prepare(given.invariants)
         if self.segments is not None:
             finals, outputs, stored = self.segments.advance(self.step, self.recomputation, starts, per_step, invariants)
