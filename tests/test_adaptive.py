@@ -15,6 +15,7 @@ from rampde_fx import errors
 from rampde_fx.passes import emit_search
 from rampde_fx.runtime import step_control
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
+from tests import oscillators
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed
 from tests.models import Solved, Velocity
@@ -535,3 +536,24 @@ def test_by_option_a_failure_is_a_status(as_compiled):
         assert found == status
         torch.testing.assert_close(solution[:reached, 0], 1 / (1 - torch.tensor(t)[:reached]), rtol=1e-3, atol=0)
         assert solution[reached:].isnan().all()
+
+
+# Evaluations of torchdiffeq 0.2.5 by dopri5, at rtol 1e-3, 1e-6 and 1e-9 (python -m tests.benchmarks.evaluations).
+THEIRS = {
+    "van der Pol": (320, 902, 3074),
+    "Lotka-Volterra": (212, 620, 2066),
+    "stiff linear": (500, 614, 1442),
+    "spiral network": (32, 80, 218),
+}
+
+
+@pytest.mark.parametrize("outputs", [2, 101])
+@pytest.mark.parametrize("name", THEIRS)
+def test_adaptive_steps_evaluate_as_often_as_those_of_torchdiffeq(name, outputs):
+    velocity, y0, end = oscillators.problems()[name]
+    t = torch.linspace(0, end, outputs, dtype=torch.float64)
+    for rtol, theirs in zip((1e-3, 1e-6, 1e-9), THEIRS[name], strict=True):
+        options = {"stats": True}
+        with torch.no_grad():
+            _, counted = rampde_fx.odeint(velocity, y0, t, rtol=rtol, atol=rtol / 100, method="dopri5", options=options)
+        assert counted.evaluations <= 1.15 * theirs
