@@ -321,7 +321,7 @@ def scales_and_flags_are_read_on_the_host(patch):
     patch.setattr(scale_adjoint, "power_of_two_scale", lambda *args: scale(*args).to("cpu").to(args[1].device))
     patch.setattr(
         emit_loop,
-        "_finite",
+        "finite",
         lambda tensors: torch.stack([x.isfinite().all().to("cpu") for x in tensors]).all().to(tensors[0].device),
     )
 
@@ -424,8 +424,8 @@ def gradients_of_modules_alone(patch):
     """Of the tensors that all steps read, only a module's parameters have gradients."""
     make = roll_loop._loop
 
-    def broken(marked, captured, count):
-        loop = make(marked, captured, count)
+    def broken(marked, run, captured, count):
+        loop = make(marked, run, captured, count)
         sources = zip(loop.needs_grad, captured.inputs, strict=True)
         wanted = tuple(
             need and (not isinstance(source, InvariantSource) or "parameters" in source.values[0].name)
@@ -463,7 +463,7 @@ def check_second_derivative():
 
 def second_derivatives_are_not_refused(patch):
     """The backend returns the compiled function without the check of its backward."""
-    patch.setattr(backend, "_with_backward_alone", lambda compiled, loops: compiled)
+    patch.setattr(backend, "_guarded", lambda compiled, loops: compiled)
 
 
 # 10. Dropout masks are not replayed in the recomputation; BatchNorm's statistics are updated twice.
@@ -539,7 +539,7 @@ def check_interrupted_backward():
 
 def parameters_are_narrow_during_the_backward(patch):
     """Before the loop's backward param.data becomes float16, after it float32 again."""
-    refuse = backend._with_backward_alone
+    refuse = backend._guarded
 
     def broken(compiled, loops):
         def run(*args):
@@ -562,7 +562,7 @@ def parameters_are_narrow_during_the_backward(patch):
 
         return run
 
-    patch.setattr(backend, "_with_backward_alone", broken)
+    patch.setattr(backend, "_guarded", broken)
 
 
 def check_replicas_stay_equal():
