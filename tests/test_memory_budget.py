@@ -323,7 +323,7 @@ def test_a_policy_with_a_budget_may_be_made_in_compiled_code():
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_compiled_by_inductor():
-    wanted = found(RK4(), torch.float16, Y, T)
-    got = found(RK4(), torch.float16, Y, T, checkpoint=of(2 * 8 * EVALUATION), compiler="inductor")
+    wanted = found(model := RK4(), torch.float16, Y, T)
+    got = found(model, torch.float16, Y, T, checkpoint=of(2 * 8 * EVALUATION), compiler="inductor")
     errors_ = relative_errors(got, wanted)
     assert max(errors_[:2] + errors_[3:]) < BOUNDS[torch.float16] and errors_[2] < 8 * BOUNDS[torch.float16], errors_
