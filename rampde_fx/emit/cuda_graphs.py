@@ -257,7 +257,7 @@ def _only_launches(node: fx.Node) -> bool:
     target: Any = node.target
     name = target._schema.name
     if target.namespace == "rampde_fx":
-        return not name.startswith("rampde_fx::record")
+        return not name.startswith(("rampde_fx::record", "rampde_fx::keep"))
     if target is aten.index.Tensor:
         sized = any(source.meta["val"].dtype in (torch.bool, torch.uint8) for source in node.all_input_nodes[1:])
     else:  # a number is read from a tensor: that may be on the host
