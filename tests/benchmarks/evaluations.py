@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable
 
 import torch
-import torchdiffeq
 
 import rampde_fx
 from tests.benchmarks.tables import markdown
@@ -46,6 +45,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dopri5"], choices=["bosh3", "dopri5"])
     parser.add_argument("--outputs", type=int, nargs="+", default=[2, 101, 1001])
     options = parser.parse_args()
+    import torchdiffeq  # only where it is needed
+
     rows = []
     for (name, problem), method in itertools.product(problems().items(), options.methods):
         velocity, y0, end = problem
