@@ -16,7 +16,7 @@ from rampde_fx import errors
 from rampde_fx.passes import emit_search
 from rampde_fx.runtime import step_control
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
-from tests import oscillators
+from tests import counting, oscillators
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed
 from tests.models import Solved, Velocity
@@ -135,30 +135,19 @@ def test_a_method_that_does_not_interpolate_ends_steps_at_the_output_times(monke
     assert {0.5 * i for i in range(9)} <= {round(start, 12) for start, _ in steps} | {4.0}
 
 
-@torch.library.custom_op("rampde_fx_tests::evaluated", mutates_args=())
-def evaluated(x: torch.Tensor) -> torch.Tensor:
-    evaluations.append(1)
-    return x.clone()
-
-
-evaluations: list[int] = []
-evaluated.register_fake(torch.empty_like)
-evaluated.register_autograd(lambda ctx, gradient: gradient)
-
-
 @pytest.mark.parametrize(
     ("method", "as_compiled"), [*((method, False) for method in INTERPOLATING), ("bosh3", True), ("dopri5", True)]
 )
 def test_outputs_cost_no_evaluations(method, as_compiled):
     counts = []
     for points in (2, 1001):
-        model = Solved(lambda t, y: evaluated(decay(t, y)), method=method, rtol=1e-4, atol=1e-4)
+        model = Solved(lambda t, y: counting.counted(decay(t, y)), method=method, rtol=1e-4, atol=1e-4)
         run = compiled(model, compiler="eager") if as_compiled else model
         y0, t = torch.ones(2, requires_grad=True), torch.linspace(0, 4, points)
         run(y0, t)
-        evaluations.clear()
+        counting.calls.clear()
         run(y0, t)
-        counts.append(len(evaluations))
+        counts.append(len(counting.calls))
     assert counts[0] > 30
     assert counts[1] == counts[0]
 

@@ -8,6 +8,7 @@ from rampde_fx import SolveStatistics, errors, torchdiffeq
 from rampde_fx.runtime import step_control
 from rampde_fx.solvers.tableau import METHODS
 from rampde_fx.torchdiffeq.options import ADAMS, ADAPTIVE, FIXED, kind_of
+from tests.counting import calls, counted
 from tests.models import Solved
 from tests.test_odeint import compiled
 
@@ -28,17 +29,6 @@ class Counted:
     def __call__(self, t, y):
         self.nfe += 1
         return oscillation(t, y)
-
-
-@torch.library.custom_op("rampde_fx_tests::counted", mutates_args=())
-def counted(x: torch.Tensor) -> torch.Tensor:
-    calls.append(1)
-    return x.clone()
-
-
-calls: list[int] = []
-counted.register_fake(torch.empty_like)
-counted.register_autograd(lambda ctx, gradient: gradient)
 
 
 def numbers(statistics):

@@ -38,7 +38,8 @@ class Controller(NamedTuple):
         dfactor: The least that it may be of the one before.
 
     Source: K. Gustafsson, ACM Transactions on Mathematical Software 17, 1991, 533-554, doi 10.1145/210232.210242;
-        Hairer and Wanner, Solving Ordinary Differential Equations II, 1996, section IV.2, whose exponents these are.
+        Hairer and Wanner, Solving Ordinary Differential Equations II, 1996, section IV.2. The exponents are those of
+        their program DOPRI5, beta = 0.2 / q.
     """
 
     order: int

@@ -98,11 +98,8 @@ def capture_with_numbers(loop: CountedLoop, reason: str) -> NoReturn:
     Raises:
         TensorifyScalarRestartAnalysis: which Dynamo catches.
     """
-    log = capture_log()
-    vars(log).setdefault(READ, {})[loop.place] = reason
-    log.clear()  # the next attempt takes another way
-    end()
-    raise TensorifyScalarRestartAnalysis
+    vars(capture_log()).setdefault(READ, {})[loop.place] = reason
+    _capture_again()
 
 
 def _leave_plain_numbers() -> None:
@@ -111,7 +108,11 @@ def _leave_plain_numbers() -> None:
     if not hasattr(log, LEFT) or hasattr(log, PLAIN):
         return
     setattr(log, PLAIN, True)
-    log.clear()  # the next attempt takes another way
+    _capture_again()
+
+
+def _capture_again() -> NoReturn:
+    capture_log().clear()  # the next attempt takes another way
     end()
     raise TensorifyScalarRestartAnalysis
 
