@@ -127,6 +127,10 @@ class EventError(RampdeError):
     """An event that was not met, or is not told from its start."""
 
 
+class RecomputationError(RampdeError):
+    """A step of odeint_adjoint that is not computed once more as it was: what func reads has changed."""
+
+
 class UncompiledError(RampdeError):
     """What rampde_fx.torchdiffeq does uncompiled alone."""
 

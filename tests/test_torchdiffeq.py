@@ -259,12 +259,9 @@ def test_what_the_adjoint_warns_of_and_refuses():
     with pytest.raises(errors.MethodError, match="'rk5'"):
         odeint_adjoint(func, torch.ones(2), t, adjoint_method="rk5", adjoint_params=())
 
-    class Module(Counted):
-        callback_step_adjoint = None
-
-    module = Module(func)
+    module = Counted(func)
     module.inner = model
-    with pytest.warns(UserWarning, match=r"velocity|inner\.bias too"), pytest.warns(UserWarning, match="not called"):
+    with pytest.warns(UserWarning, match=r"inner\.bias too"):
         odeint_adjoint(module, torch.ones(2), t, adjoint_params=(model.weight,))
 
 

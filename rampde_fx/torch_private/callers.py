@@ -41,6 +41,11 @@ def is_compiled_autograd() -> bool:
     return "torch._dynamo.compiled_autograd" in sys.modules and _torch.in_compiled_autograd_region
 
 
+def bears_no_hooks(error: RuntimeError) -> bool:
+    """Whether it is that of a torch.func transform, which hooks on saved tensors keep from its work."""
+    return "saved tensor hooks" in str(error)
+
+
 def scope(name: str) -> contextlib.AbstractContextManager[Any]:
     """A range of this name in the profile that is being recorded; nothing where none is."""
     return torch.profiler.record_function(name) if _torch._profiler_enabled() else contextlib.nullcontext()

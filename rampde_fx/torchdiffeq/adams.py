@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,13 +75,81 @@ def nodes_of(start: float, end: float, past: Sequence[float], resolution: float)
     return tuple((Fraction(time) - Fraction(start)) / (Fraction(end) - Fraction(start)) for time in past)
 
 
+class Formula(NamedTuple):
+    """The formula of an Adams method, which knows the earlier velocities by what it is given.
+
+    Attributes:
+        clock: The problem.
+        tolerances: rtol and atol of each tensor of the state, for the corrector's iteration.
+        implicit: Whether a corrector follows the predictor: Moulton's methods, otherwise those of Bashforth.
+        iterations: The most that the corrector may take.
+        perturb: Whether velocities at the ends of a step are evaluated just inside of it.
+    """
+
+    clock: Clock
+    tolerances: tuple[list[Tolerance], list[Tolerance]]
+    implicit: bool
+    iterations: int
+    perturb: bool
+
+    def step(self, ends: State, y: State, earlier: State, *known: State) -> tuple[State, State, bool]:
+        """One step, from earlier times and the velocities then, the latest first.
+
+        It gives the next state, the velocity at the start, and whether the corrector's iteration has converged.
+        """
+        start, end = ends
+        rate = self.clock.velocity(self.clock.beside(start, AFTER) if self.perturb else start, y)
+        times, rates = [start, *earlier], [rate, *known]
+        values = [number(time) for time in times]
+        latest = max(map(abs, [*values, number(end)]))
+        nodes = nodes_of(values[0], number(end), values, torch.finfo(start.dtype).eps * latest)
+        dt = end - start
+        if self.implicit:
+            predicted = increment(y, dt, weights(nodes), rates)
+            with_end = (Fraction(1), *nodes)
+            nexts, last, converged = self._corrected(end, dt, y, predicted, with_end, rates)
+            return _with_derivative(nexts, dt, with_end, times, [last, *rates]), rate, converged
+        return _with_derivative(combine(y, dt, weights(nodes), rates), dt, nodes, times, rates), rate, True
+
+    def _corrected(
+        self,
+        end: torch.Tensor,
+        dt: torch.Tensor,
+        y: State,
+        change: State,
+        nodes: tuple[Fraction, ...],
+        rates: list[State],
+    ) -> tuple[State, State, bool]:
+        """The next state by Moulton's formula, by functional iteration from the predicted increment.
+
+        With it the velocity there, and whether the iteration has converged.
+        """
+        first, *others = weights(nodes)
+        given = increment(y, dt, others, rates)
+        time, converged = self.clock.beside(end, BEFORE) if self.perturb else end, False
+        for _ in range(self.iterations):
+            before = change
+            rate = self.clock.velocity(time, [value + step for value, step in zip(y, change, strict=True)])
+            change = combine(given, dt, [first], [rate])
+            if converged := self._converged(before, change):
+                break
+        return [value + step for value, step in zip(y, change, strict=True)], rate, converged
+
+    def _converged(self, before: State, after: State) -> bool:
+        """Whether the last iteration changed no entry of the increment by more than the tolerances."""
+        return all(
+            bool((((b - a).abs()) < _on(atol, a) + _on(rtol, a) * torch.maximum(a.abs(), b.abs())).all())
+            for a, b, rtol, atol in zip(before, after, *self.tolerances, strict=True)
+        )
+
+
 class Adams:
     """The scheme of an Adams method; it remembers velocities from step to step.
 
     Args:
         clock: The problem.
-        tolerances: rtol and atol of each tensor of the state, for the corrector's iteration.
-        implicit: Whether a corrector follows the predictor: Moulton's methods, otherwise those of Bashforth.
+        tolerances: rtol and atol of each tensor of the state.
+        implicit: Whether a corrector follows the predictor.
         options: max_iters, the most iterations of the corrector, max_order, and perturb.
     """
 
@@ -102,73 +170,43 @@ class Adams:
             )
         if order <= FEWEST:
             warn(f"max_order={order} is below {FEWEST + 1}: every step is one of the 3/8 rule, rk4")
-        self.clock, self.tolerances, self.implicit = clock, tolerances, implicit
-        self.iterations, self.perturb = options.get("max_iters", 4), bool(options.get("perturb"))
+        perturb = bool(options.get("perturb"))
+        self.formula = Formula(clock, tolerances, implicit, options.get("max_iters", 4), perturb)
         self.known: deque[tuple[torch.Tensor, State]] = deque(maxlen=int(order) - 1)
-        self.first_steps: Scheme = runge_kutta(tableau_of("rk4"), clock, perturb=self.perturb)
+        self.first_steps: Scheme = runge_kutta(tableau_of("rk4"), clock, perturb=perturb)
 
     def __call__(self, start: torch.Tensor, end: torch.Tensor, y: State) -> tuple[State, State]:
         """One step: the next state, and the velocity at the start."""
-        if len(self.known) + 1 < FEWEST or self.known.maxlen < FEWEST:  # type: ignore[operator]
+        most = self.known.maxlen or 0
+        if len(self.known) + 1 < FEWEST or most < FEWEST:
             nexts, rate = self.first_steps(start, end, y)
             self.known.appendleft((start, rate))
             return nexts, rate
-        rate = self.clock.velocity(self.clock.beside(start, AFTER) if self.perturb else start, y)
+        earlier = list(self.known)[: most - 1]
+        times, rates = [time for time, _ in earlier], [rate for _, rate in earlier]
+        nexts, rate, converged = self.formula.clock.step(self.formula.step, [start, end], y, times, *rates)
         self.known.appendleft((start, rate))
-        times = [number(time) for time, _ in self.known]
-        latest = max(map(abs, [*times, number(end)]))
-        nodes = nodes_of(times[0], number(end), times, torch.finfo(start.dtype).eps * latest)
-        dt = end - start
-        if self.implicit:
-            predicted = increment(y, dt, weights(nodes), self._rates())
-            return self._corrected(end, dt, y, predicted, (Fraction(1), *nodes)), rate
-        nexts = combine(y, dt, weights(nodes), self._rates())
-        return self._with_derivative(nexts, dt, nodes, self._rates()), rate
-
-    def _rates(self) -> list[State]:
-        return [rate for _, rate in self.known]
-
-    def _corrected(
-        self, end: torch.Tensor, dt: torch.Tensor, y: State, change: State, nodes: tuple[Fraction, ...]
-    ) -> State:
-        """The next state by Moulton's formula, by functional iteration from the predicted increment."""
-        first, *others = weights(nodes)
-        given, rates = increment(y, dt, others, self._rates()), self._rates()
-        time, converged = self.clock.beside(end, BEFORE) if self.perturb else end, False
-        for _ in range(self.iterations):
-            before = change
-            rate = self.clock.velocity(time, [value + step for value, step in zip(y, change, strict=True)])
-            change = combine(given, dt, [first], [rate])
-            if converged := self._converged(before, change):
-                break
         if not converged:
             warn("the corrector of an Adams method did not converge; take smaller steps, or more max_iters")
             self.known.pop()
-        nexts = [value + step for value, step in zip(y, change, strict=True)]
-        return self._with_derivative(nexts, dt, nodes, [rate, *rates])
+        return nexts, rate
 
-    def _with_derivative(
-        self, nexts: State, dt: torch.Tensor, nodes: tuple[Fraction, ...], rates: list[State]
-    ) -> State:
-        """The same state, with its derivative by the earlier times, on which the weights depend.
 
-        By a node the integral of the polynomial changes by its weight times the slope there, with a minus.
-        """
-        start = self.known[0][0]
-        detached = [[leaf.detach() for leaf in rate] for rate in rates]
-        ahead = len(nodes) - len(self.known)  # the end of a step stays at 1
-        for weight, slope, (time, _) in zip(weights(nodes)[ahead:], slopes(nodes)[ahead:], self.known, strict=False):
-            node = (time - start) / dt
-            if node.requires_grad and time is not start:
-                nexts = combine(nexts, -weight * dt.detach() * (node - node.detach()), slope, detached)
-        return nexts
+def _with_derivative(
+    nexts: State, dt: torch.Tensor, nodes: tuple[Fraction, ...], times: State, rates: list[State]
+) -> State:
+    """The same state, with its derivative by the earlier times, on which the weights depend.
 
-    def _converged(self, before: State, after: State) -> bool:
-        """Whether the last iteration changed no entry of the increment by more than the tolerances."""
-        return all(
-            bool((((b - a).abs()) < _on(atol, a) + _on(rtol, a) * torch.maximum(a.abs(), b.abs())).all())
-            for a, b, rtol, atol in zip(before, after, *self.tolerances, strict=True)
-        )
+    By a node the integral of the polynomial changes by its weight times the slope there, with a minus.
+    """
+    start, *_ = times
+    detached = [[leaf.detach() for leaf in rate] for rate in rates]
+    ahead = len(nodes) - len(times)  # the end of a step stays at 1
+    for weight, slope, time in zip(weights(nodes)[ahead:], slopes(nodes)[ahead:], times, strict=False):
+        node = (time - start) / dt
+        if node.requires_grad and time is not start:
+            nexts = combine(nexts, -weight * dt.detach() * (node - node.detach()), slope, detached)
+    return nexts
 
 
 def _on(tolerance: Tolerance, like: torch.Tensor) -> torch.Tensor:

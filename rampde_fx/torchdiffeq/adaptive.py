@@ -128,12 +128,13 @@ class Adaptive:
         self, tableau: ButcherTableau, clock: Clock, control: Control, stops: Stops, dtype: torch.dtype
     ) -> None:
         self.tableau, self.clock, self.control, self.stops, self.dtype = tableau, clock, control, stops, dtype
-        assert tableau.b_error is not None and tableau.order_error is not None, "adaptive methods only"
-        self.difference = [b - other for b, other in zip(tableau.b, tableau.b_error, strict=True)]
+        assert tableau.order_error is not None, "adaptive methods only"
+        self.difference = difference_of(tableau)
         self.order = min(tableau.order, tableau.order_error) + 1
+        self.step = step_of(tableau, clock)
         start = clock.t[0].to(dtype)
         y = clock.problem.y
-        rate = clock.velocity(start, y)
+        rate = clock.rate(start, y)
         self.values = clock.t.to(dtype).tolist()
         self.shares = tableau.fsal or tableau.name in PAIRS_OF_ORDER_2
         self.last = Step(start, start, (y, y), (rate, rate), [])
@@ -152,9 +153,10 @@ class Adaptive:
         end, stop = self._end(start, size)
         tried = end.detach() - start.detach()
         size = size if stop is None else number(tried)
-        nexts, k = self._stages(start, end, y, rate)
+        nexts, k = self.clock.step(self.step, [start, end], y, rate)
         errors = increment(_detached(y), tried, self.difference, [_detached(stage) for stage in k])
-        norm = self._norm(errors, [torch.maximum(a.abs(), b.abs()) for a, b in zip(y, nexts, strict=True)])
+        ends = zip(_detached(y), _detached(nexts), strict=True)
+        norm = self._norm(errors, [torch.maximum(a.abs(), b.abs()) for a, b in ends])
         counts = norm <= 1 or size <= float(control.min_step)
         self.tried += 1
         self.clock.call("callback_accept_step" if counts else "callback_reject_step", start, y, tried)
@@ -199,25 +201,13 @@ class Adaptive:
             end = end + (stop - end).detach()  # of numbers so close the difference has no rounding
         return end, stop
 
-    def _stages(self, start: torch.Tensor, end: torch.Tensor, y: State, rate: State) -> tuple[State, list[State]]:
-        """The next state, and the velocities of the stages; those at the end are evaluated just before it."""
-        weights = (self.tableau.b, self.difference, (self.tableau.interpolant or (0.0,))[:-1])
-        wanted = needed(self.tableau, *(row for row in weights if row))
-
-        def node_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
-            return self.clock.beside(end, BEFORE) if c == 1 else stage_time(t, dt, c)
-
-        dt = end - start
-        k = stages(self.tableau, self.clock.velocity, start, dt, y, wanted, rate, node_time)
-        return combine(y, dt, self.tableau.b, k), k
-
     def _take(
         self, start: torch.Tensor, end: torch.Tensor, y: State, nexts: State, k: list[State], *, jumps: bool
     ) -> None:
-        last = k[-1] if self.shares else self.clock.velocity(self.clock.beside(end, BEFORE), nexts)
+        last = k[-1] if self.shares else self.clock.rate(self.clock.beside(end, BEFORE), nexts)
         self.last = Step(start, end, (y, nexts), (k[0], last), quartic_term(self.tableau, k))
         self.count += 1
-        self.next_rate = self.clock.velocity(self.clock.beside(end, AFTER), nexts) if jumps else last
+        self.next_rate = self.clock.rate(self.clock.beside(end, AFTER), nexts) if jumps else last
 
     @torch.no_grad()
     def _norm(self, errors: State, heights: State) -> float:
@@ -254,6 +244,33 @@ class Adaptive:
         largest = max(slope, change)
         size = max(1e-6, trial * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / self.order)
         return min(100 * trial, size)
+
+
+def difference_of(tableau: ButcherTableau) -> list[float]:
+    """The weights of the method less those of its embedded one."""
+    assert tableau.b_error is not None, "adaptive methods only"
+    return [b - other for b, other in zip(tableau.b, tableau.b_error, strict=True)]
+
+
+def step_of(tableau: ButcherTableau, clock: Clock) -> Callable[[State, State, State], tuple[State, list[State]]]:
+    """One step, from its ends and the state and the velocity at its start.
+
+    It gives the next state and the velocities of the stages; those at the end are evaluated just before it.
+    """
+    weights = (tableau.b, difference_of(tableau), (tableau.interpolant or (0.0,))[:-1])
+    wanted = needed(tableau, *(row for row in weights if row))
+
+    def step(ends: State, y: State, rate: State) -> tuple[State, list[State]]:
+        start, end = ends
+
+        def node_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
+            return clock.beside(end, BEFORE) if c == 1 else stage_time(t, dt, c)
+
+        dt = end - start
+        k = stages(tableau, clock.velocity, start, dt, y, wanted, rate, node_time)
+        return combine(y, dt, tableau.b, k), k
+
+    return step
 
 
 def _largest_mean(ratios: State) -> torch.Tensor:

@@ -13,6 +13,7 @@ from rampde_fx.solvers.fixed_steps import raising
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.torchdiffeq.problem import Problem
+from rampde_fx.torchdiffeq.recomputation import Function, Recomputation
 
 BEFORE, AFTER = -1, 1
 Event = Callable[[torch.Tensor, State], torch.Tensor]
@@ -29,13 +30,15 @@ class Clock:
     Args:
         problem: In the user's direction of time.
         callbacks: The user's, by their names; they are given the user's times, and sizes that are positive.
+        adjoint: Those of the backward, which then computes each step once more; None where autograd keeps every step.
 
     Raises:
         TimeGridError: if the times are not finite and strictly monotone.
     """
 
-    def __init__(self, problem: Problem, callbacks: dict[str, Any]) -> None:
-        self.problem, self.callbacks = problem, callbacks
+    def __init__(self, problem: Problem, callbacks: dict[str, Any], adjoint: dict[str, Any] | None = None) -> None:
+        self.problem, self.callbacks, self.adjoint = problem, callbacks, adjoint or {}
+        self.recomputed = None if adjoint is None else Recomputation()
         times = problem.t.tolist()
         self.sign = -1 if len(times) > 1 and times[0] > times[1] else 1
         self.t = problem.t * self.sign if self.sign < 0 else problem.t
@@ -61,6 +64,29 @@ class Clock:
         rates = self.counted(self.users(t), y)
         return rates if self.sign > 0 else [-rate for rate in rates]
 
+    def rate(self, t: torch.Tensor, y: State) -> State:
+        """The velocity outside of a step."""
+        if self.recomputed is None:
+            return self.velocity(t, y)
+        return self.recomputed(lambda time, state: self.velocity(time[0], state), [t], y)
+
+    def step(self, function: Function, ends: State, y: State, *others: State) -> Any:
+        """One step: a function of its ends, the state there and others, whose result begins with the next state.
+
+        It must not hold a tensor that it has computed: what is computed once more is kept with what it computed first.
+        """
+        if self.recomputed is None:
+            return function(ends, y, *others)
+        return self.recomputed(function, ends, y, *others, then=self._taken_back if self.adjoint else None)
+
+    @torch.no_grad()
+    def _taken_back(self, states: list[State], found: Any) -> None:
+        """A step was taken back, from its end to its start; none is rejected."""
+        (start, end), (last, *_) = states[0], found
+        for name in ("callback_step_adjoint", "callback_accept_step_adjoint"):
+            if name in self.adjoint:
+                self._tell(self.adjoint[name], end.detach(), [leaf.detach() for leaf in last], (end - start).detach())
+
     def beside(self, t: torch.Tensor, side: int) -> torch.Tensor:
         """The number next to a time, before or after it, in the dtype in which func is given it."""
         time = t.to(self.problem.dtype)
@@ -73,7 +99,10 @@ class Clock:
     def call(self, name: str, t: torch.Tensor, y: State, dt: torch.Tensor) -> None:
         """A callback of the user's, if there is one."""
         if name in self.callbacks:
-            self.callbacks[name](self.users(t), self.problem.structured(y), dt)
+            self._tell(self.callbacks[name], t, y, dt)
+
+    def _tell(self, callback: Any, t: torch.Tensor, y: State, dt: torch.Tensor) -> None:
+        callback(self.users(t), self.problem.structured(y), dt)
 
 
 def _next(time: torch.Tensor, side: int) -> torch.Tensor:

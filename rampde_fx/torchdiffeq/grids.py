@@ -42,7 +42,9 @@ def runge_kutta(tableau: ButcherTableau, clock: Clock, *, perturb: bool) -> Sche
     """One step of a method; with perturb the stages at its ends are evaluated just inside of it."""
     wanted = needed(tableau, tableau.b)
 
-    def advance(start: torch.Tensor, end: torch.Tensor, y: State) -> tuple[State, State]:
+    def advance(ends: State, y: State) -> tuple[State, State]:
+        start, end = ends
+
         def node_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
             if c in (0, 1) and perturb:
                 return clock.beside(*((start, AFTER) if c == 0 else (end, BEFORE)))
@@ -52,7 +54,7 @@ def runge_kutta(tableau: ButcherTableau, clock: Clock, *, perturb: bool) -> Sche
         k = stages(tableau, clock.velocity, start, dt, y, wanted, node_time=node_time)
         return combine(y, dt, tableau.b, k), k[0]
 
-    return advance
+    return lambda start, end, y: clock.step(advance, [start, end], y)
 
 
 def grid_of(clock: Clock, options: dict[str, Any]) -> torch.Tensor:
@@ -134,7 +136,7 @@ def within(clock: Clock, step: Step, interp: str) -> Callable[[torch.Tensor], St
             f'options={{"interp": {interp!r}}}', required="one of linear, cubic", fix='write {"interp": "cubic"}'
         )
     size = step.end - step.start
-    last = clock.velocity(step.end, step.after) if interp == "cubic" else []
+    last = clock.rate(step.end, step.after) if interp == "cubic" else []
 
     def linear(t: torch.Tensor) -> State:
         rest = (step.end - t) / size  # from the end, so that the state there is met without rounding

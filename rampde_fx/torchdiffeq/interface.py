@@ -13,7 +13,15 @@ from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused
 from rampde_fx.solvers.statistics import SolveStatistics, statistics, taken_out
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.compiled import refuse_compiled, solution_later
-from rampde_fx.torchdiffeq.options import CALLBACKS, SCIPY, callbacks_of, kind_of, known_method, known_options
+from rampde_fx.torchdiffeq.options import (
+    ADJOINT,
+    CALLBACKS,
+    SCIPY,
+    callbacks_of,
+    kind_of,
+    known_method,
+    known_options,
+)
 from rampde_fx.torchdiffeq.problem import problem_of, tolerances, warn
 from rampde_fx.torchdiffeq.uncompiled import Call, dense_now, event_now, solution_now
 
@@ -77,7 +85,12 @@ def odeint(
     (torch.Size([11, 3]), True)
     """
     options, asks_stats = _without_stats(options, method)
-    call = _call(func, y0, t, rtol, atol, method, options)
+    return _solved(_call(func, y0, t, rtol, atol, method, options), event_fn, asks_stats=asks_stats)
+
+
+def _solved(call: Call, event_fn: Any, *, asks_stats: bool) -> Any:
+    """What odeint returns."""
+    t = call.problem.t
     if event_fn is not None:
         *found, counted = _until_event(call, event_fn)
         return (*found, counted) if asks_stats else tuple(found)
@@ -112,11 +125,14 @@ def odeint_adjoint(
 
     The backward is the discrete adjoint: the exact gradient of the steps that were taken, where torchdiffeq's solves
     another equation backward, to tolerances of its own. So adjoint_rtol, adjoint_atol, adjoint_method and
-    adjoint_options, with a norm of any kind, are taken and set nothing. Compiled, one state per step is stored, or
-    fewer by the policy's checkpoint; uncompiled autograd keeps every step.
+    adjoint_options, with a norm of any kind, are taken and set nothing. One state per step is kept, uncompiled with a
+    velocity where the next step needs it, and the backward computes each step once more: func is evaluated, with the
+    random numbers and under the autocast of the forward. Compiled, the policy's checkpoint keeps fewer.
 
     Args:
-        func: As in odeint; a Module where adjoint_params is None.
+        func: As in odeint; a Module where adjoint_params is None. Its attributes callback_step_adjoint(t0, y0, dt) and,
+            of adaptive steps, callback_accept_step_adjoint are called uncompiled at each step that is taken back, from
+            its end t0, where the solution is y0, by dt > 0; callback_reject_step_adjoint never is.
         y0: As in odeint, like t, rtol, atol, method, options and event_fn.
         adjoint_params: Parameters that have a gradient even where func does not read them: zero. Gradients reach what
             else func reads, too; of a Module's parameters that are left out it is warned. None for all that func has.
@@ -124,6 +140,7 @@ def odeint_adjoint(
     Raises:
         OptionError: if func is no Module and adjoint_params is None, or adjoint_options do not follow from options.
         MethodError: if method is scipy_solver, which has no gradient, and one is required.
+        RecomputationError: by the backward, if a step is not what it was: what func reads was changed in place, say.
     """
     if adjoint_params is None and not isinstance(func, nn.Module):
         refuse(
@@ -135,11 +152,13 @@ def odeint_adjoint(
     module: Any = func
     parameters = tuple(module.parameters() if adjoint_params is None else adjoint_params)
     _check_adjoint(func, parameters, method, options, adjoint_method, adjoint_options)
-    found = odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
+    options, asks_stats = _without_stats(options, method)
+    call = _call(func, y0, t, rtol, atol, method, options)
+    found = _solved(call._replace(adjoint=_callbacks_back(func, call.method)), event_fn, asks_stats=asks_stats)
     if is_captured() or not parameters:
         return found
     place = int(event_fn is not None)
-    if place == 0 and not _without_stats(options, method)[1]:
+    if place == 0 and not asks_stats:
         return _reaching(found, parameters)
     return *found[:place], _reaching(found[place], parameters), *found[place + 1 :]
 
@@ -168,9 +187,6 @@ def _check_adjoint(
             required="a method of this package, or odeint for a solution alone",
             fix='take "dopri5"',
         )
-    unused = [f"{callback}_adjoint" for callback in CALLBACKS if hasattr(func, f"{callback}_adjoint")]
-    if unused:
-        warn(f"{', '.join(unused)} is not called: the backward is the discrete adjoint, and solves nothing")
     if isinstance(func, nn.Module):
         known = {id(parameter) for parameter in parameters}
         others = [name for name, p in func.named_parameters() if p.requires_grad and id(p) not in known]
@@ -180,17 +196,27 @@ def _check_adjoint(
             )
 
 
+def _callbacks_back(func: Any, method: str) -> dict[str, Any] | None:
+    """The callbacks of the backward; None where it is compiled, which calls none."""
+    if not is_captured():
+        return callbacks_of(func, method, ADJOINT)
+    unused = [callback + ADJOINT for callback in CALLBACKS if hasattr(func, callback + ADJOINT)]
+    if unused:
+        warn(f"{', '.join(unused)} is not called: what is compiled calls nothing of Python in its backward")
+    return None
+
+
 class _Reaching(torch.autograd.Function):
     """A tensor as it is, with a gradient of zero for all parameters: an optimizer, or DDP, may ask for it."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*parameters)
+        ctx.like = [parameter.detach() for parameter in parameters]  # of which no value is needed
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+        return gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.like)
 
 
 def _reaching(solution: Any, parameters: tuple[torch.Tensor, ...]) -> Any:

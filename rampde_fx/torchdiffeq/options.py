@@ -98,10 +98,13 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
     return given
 
 
-def callbacks_of(func: Any, method: str) -> dict[str, Any]:
-    """The callbacks of func that the method calls; others are warned of."""
-    found = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
-    called = CALLED[kind_of(method)]
+ADJOINT = "_adjoint"  # the end of the names of callbacks of the backward
+
+
+def callbacks_of(func: Any, method: str, end: str = "") -> dict[str, Any]:
+    """The callbacks of func that the method calls, those whose names have this end; others are warned of."""
+    found = {name: getattr(func, name) for name in (callback + end for callback in CALLBACKS) if hasattr(func, name)}
+    called = [callback + end for callback in CALLED[kind_of(method)]]
     unused = [name for name in found if name not in called]
     if unused:
         warn(f"{method} does not call {', '.join(unused)}")

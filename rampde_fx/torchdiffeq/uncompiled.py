@@ -36,6 +36,7 @@ class Call(NamedTuple):
         callbacks: Those that it calls.
         rtol: Relative tolerances, one of each tensor of the state.
         atol: Absolute tolerances likewise.
+        adjoint: The callbacks of a backward that computes each step once more; None where autograd keeps every step.
     """
 
     problem: Problem
@@ -44,13 +45,14 @@ class Call(NamedTuple):
     callbacks: dict[str, Any]
     rtol: list[Tolerance]
     atol: list[Tolerance]
+    adjoint: dict[str, Any] | None = None
 
 
 @dynamo.never_compiled
 def solution_now(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
     """The states at the times, a tensor for each of the state's, and the statistics."""
     marking.meet_loop()
-    clock = Clock(call.problem, call.callbacks)
+    clock = Clock(call.problem, call.callbacks, call.adjoint)
     kind = kind_of(call.method)
     if kind == "adaptive":
         steps = _adaptive(call, clock, ends=True)
@@ -68,7 +70,7 @@ def solution_now(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
 def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tensor], SolveStatistics]:
     """The time of the event, without a gradient, the states at the first time and at that time, the statistics."""
     marking.meet_loop()
-    clock = Clock(call.problem, call.callbacks)
+    clock = Clock(call.problem, call.callbacks, call.adjoint)
     event = combined(clock.event(event_fn), clock.t[0], call.problem.y)
     kind = kind_of(call.method)
     if kind == "scipy":

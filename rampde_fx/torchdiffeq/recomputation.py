@@ -1,0 +1,231 @@
+"""Steps of which autograd keeps what they begin with: their backward computes them once more.
+
+As torch.utils.checkpoint does without reentrance, so that gradients reach whatever the velocity reads, and derivatives
+have derivatives. What differs: a velocity that differentiates, FFJORD's divergence for one, finds its own graph whole
+while the step runs, where a checkpoint would compute the step anew for each of its derivatives; and a parameter or a
+buffer that was changed in place before the backward is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from rampde_fx.errors import RecomputationError
+from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.torch_private import callers, dynamo
+from rampde_fx.torchdiffeq.problem import warn
+
+Function = Callable[..., Any]  # of states
+Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
+
+
+class Recomputation:
+    """How one solve calls its steps, if their backward is to compute them once more."""
+
+    def __init__(self) -> None:
+        self.keeps_all = False
+        self.random: Random | None = None
+
+    def __call__(self, function: Function, *states: State, then: Then | None = None) -> Any:
+        """The function of these states; it must not hold a tensor that it has computed itself.
+
+        A torch.func transform bears no hooks on saved tensors: of what is inside of one, or calls one, autograd keeps
+        every step.
+        """
+        if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed():
+            return function(*states)
+        surroundings = self._surroundings(states)
+        try:
+            return _Recomputed(function, states, surroundings, then).first(states)
+        except RuntimeError as error:
+            if not callers.bears_no_hooks(error):
+                raise
+        self.keeps_all = True
+        warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
+        surroundings.random.restore()
+        return function(*states)
+
+    def _surroundings(self, states: tuple[State, ...]) -> Surroundings:
+        random = random_of(states)
+        if self.random is None or not random.equals(self.random):
+            self.random = random
+        return Surroundings(self.random, autocasts_of(states))
+
+
+class Random(NamedTuple):
+    """The states of the generators of random numbers."""
+
+    device_type: str
+    devices: list[int]
+    states: list[torch.Tensor]
+
+    def equals(self, other: Random) -> bool:
+        """Whether nothing was drawn in between."""
+        return self[:2] == other[:2] and all(map(torch.equal, self.states, other.states))
+
+    def restore(self) -> None:
+        """Draw what was drawn from here on."""
+        torch.set_rng_state(self.states[0])
+        if self.devices:
+            set_device_states(self.devices, self.states[1:], device_type=self.device_type)
+
+
+def random_of(states: tuple[State, ...]) -> Random:
+    """Those of the host, and of the states' device."""
+    leaves = [leaf for state in states for leaf in state]
+    devices, found = get_device_states(*leaves)
+    return Random(leaves[0].device.type, list(devices), [torch.get_rng_state(), *found])
+
+
+def autocasts_of(states: tuple[State, ...]) -> list[dict[str, Any]]:
+    """The settings of autocast, of the host and of the states' device."""
+    types = {"cpu", *(leaf.device.type for state in states for leaf in state)}
+    return [
+        {
+            "device_type": name,
+            "enabled": torch.is_autocast_enabled(name),
+            "dtype": torch.get_autocast_dtype(name),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for name in sorted(types)
+        if torch.amp.is_autocast_available(name)
+    ]
+
+
+class Surroundings(NamedTuple):
+    """What a computation depends on beside its inputs."""
+
+    random: Random
+    autocasts: list[dict[str, Any]]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """As they were, with gradients."""
+        random = self.random
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(random.devices, device_type=random.device_type))
+            random.restore()
+            for settings in self.autocasts:
+                stack.enter_context(torch.autocast(**settings))
+            yield stack.enter_context(torch.enable_grad())
+
+
+class _Saved:
+    """In the place of a tensor that autograd saves: how it looked then, and its value while that is at hand."""
+
+    __slots__ = ("__weakref__", "look", "value", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.version, self.look = tensor._version, (tensor.shape, tensor.dtype, tensor.device)
+        self.value: torch.Tensor | None = tensor.detach()  # with the counter of changes of the tensor
+
+    def checked(self) -> torch.Tensor:
+        """The value, which nobody has changed since."""
+        assert self.value is not None, "there is a value at hand"
+        if self.value._version != self.version:
+            raise changed_in_place(self.value)
+        return self.value
+
+    def again(self, tensor: torch.Tensor, *, as_before: bool) -> None:
+        """The same tensor, computed once more; as_before says whether the counts of changes are comparable."""
+        if (tensor.shape, tensor.dtype, tensor.device) != self.look:
+            raise not_the_same(f"{tuple(self.look[0])} of {self.look[1]}", f"{tuple(tensor.shape)} of {tensor.dtype}")
+        if as_before and tensor._version != self.version:
+            raise changed_in_place(tensor)
+        self.value, self.version = tensor.detach(), tensor._version
+
+
+class _Inputs(torch.autograd.Function):
+    """Saves tensors as autograd does: hooks of the user's see them, and to change one in place is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise AssertionError("nothing depends on the anchor")
+
+
+class _Recomputed:
+    """One call of a function."""
+
+    def __init__(
+        self, function: Function, states: tuple[State, ...], surroundings: Surroundings, then: Then | None
+    ) -> None:
+        self.function, self.surroundings, self.then = function, surroundings, then
+        self.sizes = [len(state) for state in states]
+        leaves = [leaf for state in states for leaf in state]
+        self.versions = [leaf._version for leaf in leaves]
+        self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves).grad_fn
+        self.saved: list[weakref.ref[_Saved]] = []
+        self.is_first = True
+
+    def first(self, states: tuple[State, ...]) -> Any:
+        """The result; what the function has saved is let go."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            found = self.function(*states)
+        self.is_first = False
+        for reference in self.saved:
+            if (saved := reference()) is not None:
+                saved.value = None
+        return found
+
+    def _pack(self, tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        self.saved.append(weakref.ref(saved))
+        return saved
+
+    def _unpack(self, saved: _Saved) -> torch.Tensor:
+        if saved.value is None:
+            self._recompute()
+        value = saved.checked()
+        if not self.is_first:  # a second backward computes it anew
+            saved.value = None
+        return value
+
+    def _recompute(self) -> None:
+        given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.saved_tensors]
+        leaves, as_before = iter(given), [leaf._version for leaf in given] == self.versions
+        states = [[next(leaves) for _ in range(size)] for size in self.sizes]
+        count = 0
+
+        def pack(tensor: torch.Tensor) -> _Saved:
+            nonlocal count
+            count += 1
+            saved = self.saved[count - 1]() if count <= len(self.saved) else None
+            if saved is not None:
+                saved.again(tensor, as_before=as_before)
+            return _Saved(tensor)
+
+        with self.surroundings.again(), torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
+            found = self.function(*states)
+        if count != len(self.saved):
+            raise not_the_same(f"{len(self.saved)} tensors", f"{count}")
+        if self.then is not None:
+            self.then(states, found)
+
+
+def changed_in_place(tensor: torch.Tensor) -> RecomputationError:
+    """The error of a tensor whose value is no longer that of the forward."""
+    return RecomputationError(
+        f"a tensor of shape {tuple(tensor.shape)} that func reads was changed in place before the backward",
+        required="parameters, buffers and other tensors that stay as they are until the backward has run",
+        fix="change them after it: loss.backward() before optimizer.step()",
+    )
+
+
+def not_the_same(before: str, after: str) -> RecomputationError:
+    """The error of a velocity that depends on more than its inputs."""
+    return RecomputationError(
+        f"func saves {after} for its derivative in the backward, and {before} in the forward",
+        required="a func that computes the same from the same t and y",
+        fix="use odeint, of which autograd keeps every step, or take out of func what changes from call to call",
+    )
