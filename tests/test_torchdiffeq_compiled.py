@@ -159,3 +159,30 @@ def test_without_fullgraph_it_runs_uncompiled_and_is_warned_of(case):
     with pytest.warns(errors.FullPrecisionWarning):
         found = marked(model, torch.float16, "eager", fullgraph=False)(y, t)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("kind", ["alike", "broadcast", "another shape"])
+def test_sizes_may_change(method, kind):
+    """Numbers of rows and of times that are symbols in the second graph; velocities that are not of the state's shape."""
+    linear = nn.Linear(2, 2).double()
+    velocities = {
+        "alike": lambda t, y: torch.tanh(linear(y)),
+        "broadcast": lambda t, y: torch.tanh(linear(y)).mean(0, keepdim=True),
+        "another shape": lambda t, y: (torch.tanh(linear(y[0])).reshape(-1),),
+    }
+    func, is_tuple = velocities[kind], kind == "another shape"
+
+    def solve(y, t):
+        return odeint(func, (y,) if is_tuple else y, t, rtol=1e-5, atol=1e-6, method=method)
+
+    compiled = marked(solve)
+    for rows, points in ((4, 3), (6, 3), (5, 7)):
+        y, t = (
+            torch.linspace(-1, 1, 2 * rows, dtype=DOUBLE).reshape(rows, 2),
+            torch.linspace(0, 1, points, dtype=DOUBLE),
+        )
+        found, wanted = (run(y, t)[0] if is_tuple else run(y, t) for run in (compiled, solve))
+        torch.testing.assert_close(found, wanted, rtol=1e-12 if method == "rk4" else 1e-4, atol=1e-12)
+        gradients = [torch.autograd.grad(part.square().sum(), linear.weight)[0] for part in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-12 if method == "rk4" else 1e-3, atol=1e-12)

@@ -107,11 +107,15 @@ def _fits(rate: Any, leaf: torch.Tensor, *, reshaped: bool) -> bool:
     if reshaped:
         return rate.numel() == leaf.numel()
     behind = leaf.shape[leaf.ndim - rate.ndim :]
-    return rate.ndim <= leaf.ndim and all(m in (1, n) for m, n in zip(rate.shape, behind, strict=True))
+    if rate.ndim > leaf.ndim:
+        return False
+    # Two comparisons, for Dynamo answers "m in (1, n)" with no for sizes that it does not know.
+    return all(any(m == size for size in (1, n)) for m, n in zip(rate.shape, behind, strict=True))
 
 
 def _like(rate: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    shaped = rate.reshape(leaf.shape) if rate.numel() == leaf.numel() else rate.expand(leaf.shape)
+    # "As" the leaf: a shape whose sizes are symbols would be read anew in each step.
+    shaped = rate.reshape_as(leaf) if rate.numel() == leaf.numel() else rate.expand_as(leaf)
     return shaped.to(leaf.dtype)
 
 
