@@ -141,3 +141,22 @@ def test_the_suite_of_torchdiffeq_counts_subtests_and_reasons(tmp_path):
     ]
     assert "1 MethodError: method='rk5' is not known" in rows[0]
     assert "1 AssertionError: '0.2.5' != '0/1'" in rows[2]
+
+
+def test_an_example_of_torchdiffeqs_runs_with_its_lines_changed(tmp_path):
+    (tmp_path / "ode_demo.py").write_text(
+        "import argparse\nimport torch\nparser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--adjoint', action='store_true')\nargs = parser.parse_args()\nif args.adjoint:\n"
+        "    from torchdiffeq import odeint_adjoint as odeint\nelse:\n    from torchdiffeq import odeint\n"
+        "func = torch.nn.Linear(2, 2)\nfunc.forward = lambda t, y: y @ func.weight\n"
+        "for iteration in range(100):\n"
+        "    y = odeint(func, torch.ones(2), torch.tensor([0.0, 1.0]), method='euler')\n"
+        "    (0.0 * y.sum() + iteration).backward()\n"
+    )
+    command = [sys.executable, "-m", "tests.benchmarks.torchdiffeq_examples", str(tmp_path), "--only", "ode_demo"]
+    told = subprocess.run([*command, "--how", "uncompiled"], check=True, capture_output=True, text=True).stdout
+    for solver in ("odeint", "odeint_adjoint"):
+        assert f"| ode_demo | {solver} | rampde_fx.torchdiffeq | -2 +2 | 0 (1), 9 (10), 19 (20) |" in told
+    (tmp_path / "ode_demo.py").write_text("raise ValueError('no | example')")
+    told = subprocess.run([*command, "--how", "uncompiled"], check=True, capture_output=True, text=True).stdout
+    assert "| -0 +0 | ValueError: no / example |" in told

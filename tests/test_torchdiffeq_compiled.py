@@ -164,7 +164,7 @@ def test_without_fullgraph_it_runs_uncompiled_and_is_warned_of(case):
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("kind", ["alike", "broadcast", "another shape"])
 def test_sizes_may_change(method, kind):
-    """Numbers of rows and of times that are symbols in the second graph; velocities that are not of the state's shape."""
+    """Numbers of rows and of times that are symbols in the second graph; velocities not of the state's shape."""
     linear = nn.Linear(2, 2).double()
     velocities = {
         "alike": lambda t, y: torch.tanh(linear(y)),

@@ -175,7 +175,7 @@ def measured(folder: Path, name: str, how: str, *, adjoint: bool) -> tuple[list[
 
 def reason(text: str) -> str:
     """The last error that a program tells, in its first line."""
-    errors = re.findall(r"^(?:\S+\.)?(\w+(?:Error|Unsupported)): (.*)$", text, re.MULTILINE)
+    errors = re.findall(r"^(?:\S+\.)?(\w*(?:Error|Unsupported)): (.*)$", text, re.MULTILINE)
     return f"{errors[-1][0]}: {errors[-1][1]}"[:150] if errors else text.strip()[-150:]
 
 
