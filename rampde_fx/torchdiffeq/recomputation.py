@@ -164,7 +164,7 @@ class _Recomputed:
         self.sizes = [len(state) for state in states]
         leaves = [leaf for state in states for leaf in state]
         self.versions = [leaf._version for leaf in leaves]
-        self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves).grad_fn
+        self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves)  # its node lives as long
         self.saved: list[weakref.ref[_Saved]] = []
         self.is_first = True
 
@@ -192,7 +192,7 @@ class _Recomputed:
         return value
 
     def _recompute(self) -> None:
-        given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.saved_tensors]
+        given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.grad_fn.saved_tensors]
         leaves, as_before = iter(given), [leaf._version for leaf in given] == self.versions
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
         count = 0
