@@ -92,8 +92,8 @@ class _Search:
         assert loop.controller is not None, "a search has a controller"
         self.loop, self.controller, self.carries = loop, loop.controller, loop.carries
         self.evaluations, self.name = loop.evaluations_per_step, loop.name
-        self.states, self.kept, results = loop.estimates, kept, loop.results()  # one error estimate for each
-        results = results._replace(outputs=results.outputs[: self.states])
+        self.told, self.kept, results = loop.estimates, kept, loop.results()
+        results = results._replace(outputs=results.outputs[: self.told])
         self.body = Body(loop.step, loop.inputs(), results if kept is None else kept.results_of_search())
 
     def run(self, *operands: Any) -> tuple[torch.Tensor, ...]:
@@ -113,13 +113,12 @@ class _Search:
             search, carries = step_control.Search(*args[:FIELDS]), args[FIELDS : len(varying)]
             t, numbers, *rest = args[len(varying) :][: len(fixed)]
             controller = self.controller.with_numbers(numbers)
-            trial = step_control.propose(t, search)
+            trial = step_control.propose(t, search, controller)
             results = self.body(*carries, trial.t, trial.dt, *rest[len(token) :])
-            nexts, errors = results[: self.carries], results[self.carries :][: self.states]
-            norm = step_control.error_norm(errors, carries[: self.states], nexts[: self.states], controller)
-            counts, search = step_control.judge(t, search, trial, norm, controller)
+            nexts, told = results[: self.carries], results[self.carries :][: self.told]
+            counts, search = step_control.judged(t, search, trial, told, (carries, nexts), controller)
             if self.kept is not None and token:
-                further = results[self.carries + self.states :]
+                further = results[self.carries + self.told :]
                 search = search._replace(tried=search.tried + self.kept.keep(rest[0], carries, further, counts))
             lasting = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
             return *(value.clone() for value in search), *lasting

@@ -16,9 +16,9 @@ Only velocity is lowered. Where a next carry is linear in the carry along a path
 included: a propagator y @ R, a sum of [y, k] with the weights [1, dt]. Beside such a path a product that is scaled by
 the step size is an increment, and its velocity is low. A carry that follows from a state by anything but a product (a
 learned decay, a relu, a normalisation) is state all the way as well, and so is what a step gives beside the carries: a
-trajectory of |y|. What is left, a carry that follows from itself through a product and a nonlinearity alone (an RNN
-cell), is velocity: its state is rounded in each step, and a note says so. addmm(y, h, w) is taken apart, where y
-varies, to show the sum.
+trajectory of |y|. So is whatever nothing but the decisions of a search reads. What is left, a carry that follows from
+itself through a product and a nonlinearity alone (an RNN cell), is velocity: its state is rounded in each step, and a
+note says so. addmm(y, h, w) is taken apart, where y varies, to show the sum.
 
 Requires: a Loop whose step is functional, with invariants hoisted.
 Ensures:  every placeholder and call has a role; every velocity call has an evaluation.
@@ -77,12 +77,21 @@ def _roles(step: fx.GraphModule, loop: WidenedLoop, *, tells: bool) -> Roles:
     beside = [parent for node in linear for parent in node.all_input_nodes if not _is_increment(parent, roles)]
     promoted = find_promoted([*results, *beside], roles)
     outputs = [result for result in graphs.results(step)[loop.carries :] if isinstance(result, fx.Node)]
+    promoted |= _deciding(step, loop)
     if tells:
         promoted |= find_promoted(outputs, roles, velocity=graphs.ancestors(results) - promoted)
     if promoted:
         roles = find_roles(nodes, loop.carries, linear | promoted)
     _pull_increments(nodes, roles)
     return roles
+
+
+def _deciding(step: fx.GraphModule, loop: Loop) -> set[fx.Node]:
+    """What nothing but the decisions of a search reads: its event and its own norm of errors."""
+    results, end = graphs.results(step), loop.carries + loop.estimates
+    start = end - loop.controller.decisions if loop.controller is not None else end
+    others = graphs.ancestors([*results[:start], *results[end:]])
+    return {node for node in graphs.ancestors(results[start:end]) - others if node.op != "placeholder"}
 
 
 def _notes(nodes: list[fx.Node], results: list[fx.Node], roles: Roles) -> list[str]:

@@ -72,6 +72,7 @@ def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> L
     wanted = tuple(map(needs_grad, inputs))
     sources = [node for node, needed in zip(graphs.placeholders(step), wanted, strict=True) if needed]
     reached = graphs.depends_on(step.graph, sources, by_gradient=True)
+    controller = _controller(marked) if marked.searches else None
     return Loop(
         policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
@@ -85,11 +86,11 @@ def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> L
         differentiated=any(node in reached and graphs.is_differentiable(node) for node in graphs.results(step)),
         monitored=marked.monitored,
         autocast=marked.autocast,
-        controller=_controller(marked) if marked.searches else None,
+        controller=controller,
         evaluations=marked.end.args[-2] if marked.from_odeint else None,
         method=marked.end.args[-3] if marked.from_odeint else "",
         named=_named(marked, run, captured) if marked.from_odeint else (),
-        estimates=marked.end.args[3] if marked.searches else 0,
+        estimates=marked.end.args[3] + controller.decisions if controller else 0,
         notes=notes_on_dtypes(captured),
     )
 
@@ -105,8 +106,9 @@ def _named(marked: MarkedLoop, run: Run, captured: CapturedStep) -> tuple[int, .
 
 def _controller(marked: MarkedLoop) -> Controller:
     """The controller of a search. Tolerances are as they were at the capture; what they are now is an operand, too."""
-    *_, order, max_steps, rtol, atol, _, _, _ = fx.map_arg(marked.end.args, graphs.value)
-    return Controller(order, int(max_steps), shapes.hint_of(rtol), shapes.hint_of(atol))
+    *_, order, max_steps, rtol, atol, own_norm, until_event, _, _, _ = fx.map_arg(marked.end.args, graphs.value)
+    tolerances = shapes.hint_of(rtol), shapes.hint_of(atol)
+    return Controller(order, int(max_steps), *tolerances, own_norm=own_norm, until_event=until_event)
 
 
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:

@@ -131,6 +131,24 @@ class RecomputationError(RampdeError):
     """A step of odeint_adjoint that is not computed once more as it was: what func reads has changed."""
 
 
+def event_not_met(count: int, reached: float) -> EventError:
+    """For steps that led to no event up to the time that was reached."""
+    return EventError(
+        f"event_fn does not change its sign in {count} steps, up to t = {reached:g}",
+        required="an event that the steps lead to",
+        fix="take larger steps (adaptive ones: coarser tolerances), or look for a sign that event_fn does not change",
+    )
+
+
+def event_is_nan(count: int, reached: float) -> EventError:
+    """For an event function that is NaN at the time that was reached."""
+    return EventError(
+        f"event_fn is NaN at t = {reached:g}",
+        required="a number whose sign changes at the event",
+        fix="look for NaN in the state and in event_fn",
+    )
+
+
 class UncompiledError(RampdeError):
     """What rampde_fx.torchdiffeq does uncompiled alone."""
 

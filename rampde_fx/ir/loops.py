@@ -60,8 +60,8 @@ class Loop:
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
         named: Of an odeint which of the step's results is each of the next states, and each value that is collected, in
             the order in which the solver names them; -1 where the loop does not give it.
-        estimates: Of a search how many of its per-step outputs estimate errors; what the loop behind it collects comes
-            next.
+        estimates: Of a search how many of its per-step outputs its control reads: the errors, then its decisions, an
+            own norm of them and an event. What the loop behind it collects comes next.
         method: Which method an odeint is of, and what its steps are; empty of a loop over steps(t).
         captured: Of a loop over steps(t), how many iterations were captured, or why all of them.
         budget: How many bytes of activations it may keep, where its policy leaves that to a budget of memory.

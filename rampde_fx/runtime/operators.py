@@ -16,6 +16,8 @@ from rampde_fx.errors import (
     OptionError,
     TimeGridError,
     UnsupportedLoopError,
+    event_is_nan,
+    event_not_met,
     not_finite,
     step_too_small,
     too_many_steps,
@@ -45,11 +47,12 @@ library.define("needs_backend(Tensor x) -> Tensor")
 library.define("again(Tensor t) -> Tensor")
 # The same for a search for adaptive steps: leave_search gives intervals, positions and fractions of the steps that
 # count, their number, that of all that were tried, the status and the time that was reached. What is collected are so
-# many errors, and what the loop behind it collects of each step. The numbers are the first step's size and those of a
-# step_control.Controller, whose constants and tolerances are given beside them.
+# many errors, the decisions, and what the loop behind it collects of each step. The numbers are the first step's size
+# and those of a step_control.Controller, whose constants and tolerances are given beside them.
 library.define(
     "leave_search(Tensor[] states, Tensor[] nexts, Tensor[] collected, int errors, Tensor t, Tensor numbers,"
-    " int order, SymInt max_steps, Scalar rtol, Scalar atol, str method, int evaluations, str problem) -> Tensor[]"
+    " int order, SymInt max_steps, Scalar rtol, Scalar atol, bool own_norm, bool until_event, str method,"
+    " int evaluations, str problem) -> Tensor[]"
 )
 # How many steps of one size lead from the first time to the last, computed on the host, which asks for it.
 library.define("count_steps(Tensor t, Tensor step_size) -> Tensor")
@@ -91,6 +94,8 @@ FAILURES = {
     step_control.TOO_MANY_STEPS: too_many_steps,
     step_control.STEP_TOO_SMALL: step_too_small,
     step_control.NOT_FINITE: not_finite,
+    step_control.NOT_MET: event_not_met,
+    step_control.EVENT_IS_NAN: event_is_nan,
 }
 
 
@@ -155,6 +160,8 @@ def _leave_search(
     max_steps: int,
     rtol: float,
     atol: float,
+    own_norm: bool,
+    until_event: bool,
     method: str,
     evaluations: int,
     problem: str,

@@ -8,15 +8,21 @@ the derivative. So the times' gradients are those of the steps that were taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL, NOT_FINITE = range(5)
+RUNNING, DONE, TOO_MANY_STEPS, STEP_TOO_SMALL, NOT_FINITE, NOT_MET, EVENT_IS_NAN = range(7)
 # How far a step may be stretched so that no sliver is left before the end of an interval.
 STRETCH = 1.01
-OTHERS = 3  # numbers of a Controller behind its tolerances
+ROUNDED = 1 + 1e-9  # the same of a step that is as large as it may be: what rounding leaves over
+OTHERS = 5  # numbers of a Controller behind its tolerances
+
+
+# Of an error, relative to the states before and after the step.
+Norm = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
 
 
 class Controller(NamedTuple):
@@ -36,6 +42,10 @@ class Controller(NamedTuple):
         safety: Factor below 1.
         ifactor: The most that a step may be larger than the one before.
         dfactor: The least that it may be of the one before.
+        min_step: A step of this size or less counts, whatever its error; none is smaller but at the end of an interval.
+        max_step: No step is larger.
+        own_norm: Whether the step itself gives the norm of its error.
+        until_event: Whether the steps end where a number that the step gives is no longer positive, and not before.
 
     Source: K. Gustafsson, ACM Transactions on Mathematical Software 17, 1991, 533-554, doi 10.1145/210232.210242;
         Hairer and Wanner, Solving Ordinary Differential Equations II, 1996, section IV.2. The exponents are those of
@@ -49,11 +59,15 @@ class Controller(NamedTuple):
     safety: Any = 0.9
     ifactor: Any = 10.0
     dfactor: Any = 0.2
+    min_step: Any = 0.0
+    max_step: Any = math.inf
+    own_norm: bool = False
+    until_event: bool = False
 
     def numbers(self, device: torch.device) -> torch.Tensor:
-        """What may change from call to call, as one float64 tensor: all but order and max_steps."""
+        """What may change from call to call, as one float64 tensor: tolerances and those of a step."""
         tolerances = [*self.rtol, *self.atol] if isinstance(self.rtol, list) else [self.rtol, self.atol]
-        values = [*tolerances, self.safety, self.ifactor, self.dfactor]
+        values = [*tolerances, self.safety, self.ifactor, self.dfactor, self.min_step, self.max_step]
         return torch.stack([scalar(value, device) for value in values])
 
     def with_numbers(self, numbers: torch.Tensor) -> Controller:
@@ -62,7 +76,14 @@ class Controller(NamedTuple):
         count = (len(each) - OTHERS) // 2
         rtol, atol = each[:count], each[count : 2 * count]
         tolerances = (rtol[0], atol[0]) if count == 1 else (rtol, atol)
-        return Controller(self.order, self.max_steps, *tolerances, *each[2 * count :])
+        safety, ifactor, dfactor, min_step, max_step = each[2 * count :]
+        own = (safety, ifactor, dfactor, min_step, max_step, self.own_norm, self.until_event)
+        return Controller(self.order, self.max_steps, tolerances[0], tolerances[1], *own)
+
+    @property
+    def decisions(self) -> int:
+        """How many numbers a step gives, behind the estimates of its error, that nothing but the control reads."""
+        return self.own_norm + self.until_event
 
     def of_tensor(self, index: int) -> tuple[Any, Any]:
         """The tolerances of one of the state's tensors."""
@@ -113,6 +134,7 @@ class Trial(NamedTuple):
         fraction: Its size as a fraction of its interval.
         ends_interval: Whether it ends at the end of its interval.
         smallest: Whether t resolves no smaller one.
+        least: Whether it is no larger than min_step, and counts whatever its error.
     """
 
     t: torch.Tensor
@@ -120,10 +142,14 @@ class Trial(NamedTuple):
     fraction: torch.Tensor
     ends_interval: torch.Tensor
     smallest: torch.Tensor
+    least: torch.Tensor
 
 
 def begin(t: torch.Tensor, first_step: torch.Tensor, max_steps: int) -> Search:
-    """Before the first step; first_step is a positive size, or NaN where there is no finite velocity to start with."""
+    """Before the first step: first_step is its size, positive.
+
+    It is NaN where there is no finite velocity to start with, and negative where no step is asked for.
+    """
     usable = first_step.isfinite() & t.isfinite().all()
     index = torch.zeros((), dtype=torch.int64, device=t.device)
     number = torch.zeros((), dtype=t.dtype, device=t.device)
@@ -133,7 +159,7 @@ def begin(t: torch.Tensor, first_step: torch.Tensor, max_steps: int) -> Search:
         size=first_step.to(t.dtype).clone(),
         previous=torch.ones_like(number),
         rejected=torch.zeros_like(index, dtype=torch.bool),
-        status=torch.where(usable, RUNNING, torch.full_like(index, NOT_FINITE)),
+        status=torch.where(usable, torch.where(first_step < 0, DONE, RUNNING), torch.full_like(index, NOT_FINITE)),
         count=index.clone(),
         tried=index.clone(),
         intervals=torch.zeros(max_steps + 1, dtype=torch.int64, device=t.device),
@@ -158,16 +184,30 @@ def reached(t: torch.Tensor, search: Search) -> torch.Tensor:
     return end + passed
 
 
-def propose(t: torch.Tensor, search: Search) -> Trial:
-    """The next step to be tried: as large as proposed and as t resolves, or up to the end of the interval."""
+def propose(t: torch.Tensor, search: Search, controller: Controller) -> Trial:
+    """The next step to be tried: as large as proposed and as t resolves, or up to the end of the interval.
+
+    The last interval has no end where an event ends the steps.
+    """
     left, length = place(t, search.interval, torch.zeros_like(search.position), torch.ones_like(search.position))
     start, rest = left + search.position * length, 1 - search.position
     least = _resolution(start.detach(), search.position * length.detach())
-    fraction = torch.maximum(search.size, least) / length.detach().abs()
-    ends = fraction * STRETCH >= rest
+    span = length.detach().abs()
+    low, high = controller.min_step.to(t.dtype), controller.max_step.to(t.dtype)
+    size = torch.minimum(torch.maximum(search.size, low), high)
+    fraction = torch.maximum(size, least) / span
+    ends = (fraction * STRETCH >= rest) & (rest * span <= high * ROUNDED)
+    if controller.until_event:
+        ends = ends & ~_is_last(t, search.interval + 1)
+    size = torch.where(ends, rest * span, size)
     # As the positions are rounded, so that the steps add up to the interval.
     fraction = torch.where(ends, rest, (search.position + fraction) - search.position)
-    return Trial(start, fraction * length, fraction, ends, search.size <= least)
+    return Trial(start, fraction * length, fraction, ends, search.size <= least, size <= low)
+
+
+def _is_last(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Whether an entry of t is its last time, which may stand there several times."""
+    return t.index_select(0, index.reshape(1)).reshape(()) == t[-1]
 
 
 def _resolution(t: torch.Tensor, passed: torch.Tensor) -> torch.Tensor:
@@ -205,12 +245,35 @@ def _norm(error: torch.Tensor, height: torch.Tensor, rtol: torch.Tensor, atol: t
     return unit * (ratio / unit).square().mean().sqrt()
 
 
-def judge(
-    t: torch.Tensor, search: Search, trial: Trial, norm: torch.Tensor, controller: Controller
+def judged(
+    t: torch.Tensor,
+    search: Search,
+    trial: Trial,
+    told: Sequence[torch.Tensor],
+    states: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    controller: Controller,
 ) -> tuple[torch.Tensor, Search]:
-    """Whether a step that was tried counts (a 0-d bool), and what follows."""
+    """The same of what a step gives: the estimates of its error, then the controller's decisions.
+
+    It led from one of the states to the other.
+    """
+    errors, decisions = told[: len(told) - controller.decisions], told[len(told) - controller.decisions :]
+    before, after = (state[: len(errors)] for state in states)
+    norm = decisions[0] if controller.own_norm else error_norm(errors, before, after, controller)
+    return judge(t, search, trial, norm, controller, decisions[-1] if controller.until_event else None)
+
+
+def judge(
+    t: torch.Tensor,
+    search: Search,
+    trial: Trial,
+    norm: torch.Tensor,
+    controller: Controller,
+    event: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Search]:
+    """Whether a step that was tried counts (a 0-d bool), and what follows; event is positive before the event."""
     norm = torch.where(norm.isfinite(), norm, float("inf")).to(search.size.dtype)
-    counts = norm <= 1
+    counts = (norm <= 1) | trial.least
     # A step that is rounded up must not be proposed again when it does not count.
     used = torch.where(counts, trial.dt.abs(), torch.minimum(trial.dt.abs(), search.size))
     size = used * _factor(norm, search, controller)
@@ -222,9 +285,12 @@ def judge(
     tried = search.tried + 1
     too_small = ~counts & trial.smallest
     too_many = (count >= controller.max_steps) | (tried >= 4 * controller.max_steps)
-    status = torch.where(too_many, TOO_MANY_STEPS, search.status)
+    status = torch.where(too_many, TOO_MANY_STEPS if event is None else NOT_MET, search.status)
     status = torch.where(too_small, STEP_TOO_SMALL, status)
-    status = torch.where(interval == t.shape[0] - 1, DONE, status)
+    if event is None:
+        status = torch.where(_is_last(t, interval), DONE, status)
+    else:
+        status = torch.where(counts & ~(event > 0), torch.where(event.isnan(), EVENT_IS_NAN, DONE), status)
     position = torch.where(ended, 0.0, search.position + trial.fraction)
     return counts, Search(
         interval=interval,
@@ -256,21 +322,22 @@ def first_step(
     rate: Sequence[torch.Tensor],
     second: Sequence[torch.Tensor],
     trial: torch.Tensor,
-    controller: Controller,
+    norm: Norm,
+    order: int,
 ) -> torch.Tensor:
     """A size for the first step, from the velocities at the start and after an Euler step of the trial size.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.4.
     """
-    slope = error_norm(rate, start, start, controller)
-    change = error_norm([b - a for a, b in zip(rate, second, strict=True)], start, start, controller) / trial
+    slope = norm(rate, start, start)
+    change = norm([b - a for a, b in zip(rate, second, strict=True)], start, start) / trial
     largest = torch.maximum(slope, change)
-    size = torch.where(largest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / controller.order))
+    size = torch.where(largest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / order))
     # The Euler step may leave what the velocity is defined on, or be lost in the resolution of the state.
     return torch.where(change.isfinite(), torch.minimum(100 * trial, size), trial * 1e-3)
 
 
-def trial_size(start: Sequence[torch.Tensor], rate: Sequence[torch.Tensor], controller: Controller) -> torch.Tensor:
+def trial_size(start: Sequence[torch.Tensor], rate: Sequence[torch.Tensor], norm: Norm) -> torch.Tensor:
     """The size of the Euler step that first_step looks at."""
-    height, slope = (error_norm(values, start, start, controller) for values in (start, rate))
+    height, slope = (norm(values, start, start) for values in (start, rate))
     return torch.where((height < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * height / slope)

@@ -6,7 +6,8 @@ steps that count. It is plain torch code on what these steps collect, so that au
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,11 @@ from rampde_fx.runtime import kept_steps, operators, step_control
 from rampde_fx.solvers.fixed_steps import (
     FIXED_OPTIONS,
     CheckedVelocity,
+    Collected,
     captured_collecting,
     captured_once,
     is_captured,
     is_number,
-    noting,
     per_time,
     raising,
 )
@@ -30,12 +31,14 @@ from rampde_fx.solvers.runge_kutta import (
     State,
     Velocity,
     attempt,
-    combine,
     evaluations_collecting,
     evaluations_of,
     interpolate,
     quartic_term,
+    real_dtype,
+    stage_time,
 )
+from rampde_fx.solvers.search import Asked, ends_among, first_size_of, intervals_before, searched_steps
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import dynamo
@@ -50,16 +53,12 @@ class _Steps(NamedTuple):
     Attributes:
         starts: When each begins, and the last one ends; differentiable in the times like sizes.
         sizes: Their sizes, and one more entry.
-        states: At each of starts, for each tensor of the state.
-        rates: The velocities there.
-        quartics: The quartic term of each step, if the method has one.
+        collected: What the steps collect, one row more than steps count.
     """
 
     starts: torch.Tensor
     sizes: torch.Tensor
-    states: list[torch.Tensor]
-    rates: list[torch.Tensor]
-    quartics: list[torch.Tensor]
+    collected: Collected
 
 
 class _Solved(NamedTuple):
@@ -81,10 +80,12 @@ def adaptive_steps(
     policy: PrecisionPolicy | None,
     *,
     raises: bool,
+    asked: Asked = Asked(),  # noqa: B008
 ) -> tuple[list[torch.Tensor], torch.Tensor, SolveStatistics]:
     """The states at every t, the status of the search, its statistics; steps end where the method does not interpolate.
 
-    Where it does not raise, the states at times that were not reached are NaN.
+    Where it does not raise, the states at times that were not reached are NaN. What is asked besides is asked of what
+    is captured alone.
     """
     ends = torch.stack([t[0], t[-1]]) if tableau.interpolates else t
     if not is_captured():
@@ -93,7 +94,7 @@ def adaptive_steps(
         )
     else:
         found, status, reached, counted = _adapt_later(
-            tableau, velocity, y, t, ends, controller, first_size, policy, raises
+            tableau, velocity, y, t, ends, controller, first_size, policy, raises, asked
         )
     if not raises:
         late = (t[1:].detach() - reached) * torch.sign(t[-1] - t[0]).detach() > 0
@@ -111,14 +112,20 @@ def _adapt_later(
     first_size: float | None,
     policy: PrecisionPolicy | None,
     raises: bool,
+    asked: Asked,
 ) -> _Solved:
     """Captured: a search, and a loop over what it found."""
     interpolates = tableau.interpolates and t.shape[0] > 2
-    found, searched = _searched(tableau, velocity, y, ends, controller, first_size, policy, interpolates=interpolates)
+    ends = ends if asked.stops is None else ends_among(ends, asked.stops)
+    node_time = asked.node_time(ends, real_dtype(y[0].dtype))
+    found, searched = searched_steps(
+        tableau, velocity, y, ends, controller, first_size, policy, asked, interpolates=interpolates
+    )
     status, reached = found.status, found.reached
     # Where no step counts, one of size 0 is taken. What raises stands outside: a compiled no_grad would stay on.
     count = operators.found(found.count, status, reached) if raises else found.count.clamp(min=1)
-    again = evaluations_collecting(tableau) if interpolates else evaluations_of(tableau)
+    at_end = node_time is not None
+    again = evaluations_collecting(tableau, at_end=at_end) if interpolates else evaluations_of(tableau)
     with dynamo.capturing_scalars():
         steps = int((count + interpolates).item())
     torch._check(steps >= 1)
@@ -133,67 +140,19 @@ def _adapt_later(
         # One more step, of size 0, has the velocity at the end.
         starts = torch.where(torch.arange(steps, device=t.device) == count, _end(t, status, reached), starts)
         method = f"{tableau.label}, found steps, between them an interpolant of order {tableau.interpolant_order}"
-        collected = captured_collecting(tableau, velocity, y, starts, sizes, steps, policy, method, found.tried)
-        return _Solved(_between(tableau, t, count, _Steps(starts, sizes, *collected)), status, reached, counted)
+        collected = captured_collecting(
+            tableau, velocity, y, starts, sizes, steps, policy, method, found.tried, node_time
+        )
+        return _Solved(_between(tableau, t, count, _Steps(starts, sizes, collected)), status, reached, counted)
     method = f"{tableau.label}, found steps{'' if tableau.interpolates else ', which end at the output times'}"
-    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method, found.tried)
+    on_grid = captured_once(
+        tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method, found.tried, node_time or stage_time
+    )
     if t.shape[0] == 2:
         return _Solved([values[-1][None] for values in on_grid], status, reached, counted)
-    order = torch.arange(t.shape[0] - 1, device=t.device)
+    order = torch.arange(t.shape[0] - 1, device=t.device) if asked.stops is None else intervals_before(ends, t)
     last_steps = torch.searchsorted(intervals, order, right=True)
     return _Solved([values[last_steps] for values in on_grid], status, reached, counted)
-
-
-class _Found(NamedTuple):
-    """What a captured search found: what operators.leave_search gives."""
-
-    intervals: torch.Tensor
-    positions: torch.Tensor
-    fractions: torch.Tensor
-    count: torch.Tensor
-    tried: torch.Tensor
-    status: torch.Tensor
-    reached: torch.Tensor
-
-
-@torch.no_grad()
-def _searched(
-    tableau: ButcherTableau,
-    velocity: CheckedVelocity,
-    y: State,
-    ends: torch.Tensor,
-    controller: step_control.Controller,
-    first_size: float | None,
-    policy: PrecisionPolicy | None,
-    *,
-    interpolates: bool,
-) -> tuple[_Found, torch.Tensor]:
-    """The search, captured, and its evaluations.
-
-    It carries the velocity where that is the next step's first one, or is read at the end.
-    """
-    checked, problems = noting(velocity)
-    marking.meet_loop(policy)
-    start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(ends.device)
-    rate = checked(times[0], start)
-    size = _first_size(checked, start, rate, times, controller.with_numbers(numbers), first_size)
-    numbers = torch.cat([size[None].to(numbers.dtype), numbers])
-    carries_rate = tableau.fsal or interpolates
-    states = [*start, *rate] if carries_rate else start
-    t_i, dt, *entered = operators.enter(times, size[None], states, marking.policy_in_force(policy))
-    first = entered[len(y) :] if carries_rate else None
-    before = len(problems)
-    nexts, k, errors = attempt(tableau, checked, t_i, dt, entered[: len(y)], first)
-    last = k[-1] if tableau.fsal or not interpolates else checked(t_i + dt, nexts)
-    collected = [*(leaf.clone() for leaf in k[0]), *quartic_term(tableau, k)] if interpolates else []
-    marking.loop_ends(once=True)
-    # A velocity may return what stands outside of the loop.
-    results = [*nexts, *(leaf.clone() for leaf in last)] if carries_rate else nexts
-    order, most, rtol, atol = *controller[:2], known_tolerance(controller.rtol), known_tolerance(controller.atol)
-    method, each = f"{tableau.label}, adaptive steps of order {tableau.order}", len(problems) - before
-    told = (len(errors), times, numbers, order, most, rtol, atol, method, each, max(problems))
-    found = _Found(*operators.leave_search(states, results, [*errors, *collected], *told))
-    return found, before + each * found.tried
 
 
 def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, steps: _Steps) -> list[torch.Tensor]:
@@ -204,20 +163,22 @@ def _between(tableau: ButcherTableau, t: torch.Tensor, count: torch.Tensor, step
     size = steps.sizes[step]
     share = (inner - steps.starts[step]) / torch.where(size == 0, 1.0, size)  # of size 0 where no step counts
     share = torch.where(passed > count, 1.0, share)  # not reached, or just
+    found = steps.collected
 
     def states(leaf: int) -> torch.Tensor:
-        grid, rates = steps.states[leaf], steps.rates[leaf]
+        grid, rates = found.states[leaf], found.rates[leaf]
+        last_rates = found.end_rates[leaf][step] if found.end_rates else rates[step + 1]
         values = interpolate(
             tableau,
             per_time(share.to(grid.dtype), grid),
             per_time(size.to(grid.dtype), grid),
             (grid[step], grid[step + 1]),
-            (rates[step], rates[step + 1]),
-            steps.quartics[leaf][step] if steps.quartics else None,
+            (rates[step], last_rates),
+            found.quartics[leaf][step] if found.quartics else None,
         )
         return torch.cat([values, grid[count.reshape(1)]])
 
-    return [states(leaf) for leaf in range(len(steps.states))]
+    return [states(leaf) for leaf in range(len(found.states))]
 
 
 @dynamo.never_alone
@@ -237,15 +198,17 @@ def _adapt_now(
     controller = controller.with_numbers(controller.numbers(t.device))
     velocity = counter = Counter(velocity)
     times, taken, rate = ends.detach(), _Taken(tableau, t, ends), velocity(t[0], y)
-    size = _first_size(velocity, _detached(y), _detached(rate), times, controller, first_size).detach()
+    norm = partial(step_control.error_norm, controller=controller)
+    start = _detached(y), _detached(rate)
+    size = first_size_of(velocity, *start, times, norm, controller.order, first_size).detach()
     search = step_control.begin(times, size, controller.max_steps)
     first: State | None = rate
     while int(search.status) == step_control.RUNNING:
-        trial = step_control.propose(ends, search)
+        trial = step_control.propose(ends, search, controller)
         nexts, k, errors = attempt(tableau, velocity, trial.t, trial.dt, y, first)
-        norm = step_control.error_norm(_detached(errors), _detached(y), _detached(nexts), controller)
         tried = step_control.Trial(*(value.detach() for value in trial))
-        counts, search = step_control.judge(times, search, tried, norm, controller)
+        error = norm(_detached(errors), _detached(y), _detached(nexts))
+        counts, search = step_control.judge(times, search, tried, error, controller)
         first = k[0]
         if counts:
             taken.add(trial, y, k, nexts)
@@ -293,40 +256,19 @@ class _Taken:
         starts, sizes, states, rates, quartics = zip(
             *self.rows, (end, torch.zeros_like(end), y, rate, self.rows[-1][-1]), strict=True
         )
-        stacks = [[torch.stack(values) for values in zip(*rows, strict=True)] for rows in (states, rates, quartics)]
+        collected = Collected(_stacked(states), _stacked(rates), _stacked(quartics), [])
         count = torch.full((), len(self.rows), device=self.t.device)
-        return _between(self.tableau, self.t, count, _Steps(torch.stack(starts), torch.stack(sizes), *stacks))
+        steps = _Steps(torch.stack(starts), torch.stack(sizes), collected)
+        return _between(self.tableau, self.t, count, steps)
+
+
+def _stacked(states: Sequence[State]) -> list[torch.Tensor]:
+    return [torch.stack(values) for values in zip(*states, strict=True)]
 
 
 def _detached(state: State) -> State:
     """Without gradients, and without the tangents of forward mode, which no_grad lets through."""
     return [leaf.detach() for leaf in state]
-
-
-@torch.no_grad()
-def _first_size(
-    velocity: Velocity,
-    y: State,
-    rate: State,
-    t: torch.Tensor,
-    controller: step_control.Controller,
-    given: float | None,
-) -> torch.Tensor:
-    """The size of the first step, NaN if the state or its velocity is not finite."""
-    finite = torch.stack([leaf.isfinite().all() for leaf in (*y, *rate)]).all()
-    if given is not None:
-        return torch.where(finite, step_control.scalar(given, t.device).to(t.dtype), torch.nan)
-    trial = step_control.trial_size(y, rate, controller)
-    step = trial * torch.sign(t[-1] - t[0]).to(trial.dtype)
-    second = velocity(t[0] + step.to(t.dtype), combine(y, step, [1.0], [rate]))
-    size = step_control.first_step(y, rate, second, trial, controller).to(t.dtype)
-    return torch.where(finite, size, torch.nan)
-
-
-def known_tolerance(tolerance: Any) -> float:
-    """A tolerance as a number: the least of several, NaN where a tensor holds one, whose value nobody asks for."""
-    numbers = tolerance if isinstance(tolerance, list) else [tolerance]
-    return math.nan if any(isinstance(number, torch.Tensor) for number in numbers) else min(numbers)
 
 
 def controller_of(

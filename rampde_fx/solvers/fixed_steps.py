@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,13 +12,29 @@ from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import operators
 from rampde_fx.runtime.step_control import scalar
-from rampde_fx.solvers.runge_kutta import State, Velocity, advance, advance_collecting
+from rampde_fx.solvers.runge_kutta import NodeTime, State, Velocity, advance, advance_collecting, stage_time
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import dynamo
 
 # Gives a derivative, and what is wrong with it, or an empty string.
 CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]
 FIXED_OPTIONS = ("step_size", "num_steps")
+
+
+class Collected(NamedTuple):
+    """What steps collect, stacked, for each tensor of the state.
+
+    Attributes:
+        states: At the start of each step, and at the end of the last one.
+        rates: The velocities at the starts.
+        quartics: The quartic terms, if the method has any.
+        end_rates: The velocities at the ends of the steps, if they are others than at the next starts.
+    """
+
+    states: list[torch.Tensor]
+    rates: list[torch.Tensor]
+    quartics: list[torch.Tensor]
+    end_rates: list[torch.Tensor]
 
 
 def steps_between(
@@ -28,6 +44,7 @@ def steps_between(
     t: torch.Tensor,
     count: int,
     policy: PrecisionPolicy | None,
+    node_time: NodeTime = stage_time,
 ) -> list[torch.Tensor]:
     """The states at every t, by `count` equal steps from each time to the next."""
     starts, sizes = t[:-1], t[1:] - t[:-1]
@@ -36,7 +53,7 @@ def steps_between(
         offsets = torch.arange(count, dtype=t.dtype, device=t.device)
         starts = (starts[:, None] + sizes[:, None] * offsets).flatten()
         sizes = sizes[:, None].expand(-1, count).flatten()
-    return steps_from(tableau, velocity, y, starts, sizes, t.shape[0], count, policy)
+    return steps_from(tableau, velocity, y, starts, sizes, t.shape[0], count, policy, node_time)
 
 
 def steps_from(
@@ -48,15 +65,16 @@ def steps_from(
     outputs: int,
     every: int,
     policy: PrecisionPolicy | None,
+    node_time: NodeTime = stage_time,
 ) -> list[torch.Tensor]:
     """The initial states, and those after every few of the given steps: `outputs` of each."""
     if is_captured():
         method = f"{tableau.label}, fixed steps of order {tableau.order}"
-        return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy, method)
+        return captured_once(tableau, velocity, y, starts, sizes, outputs, every, policy, method, node_time=node_time)
     marking.meet_loop(policy)
     found, checked = [y], raising(velocity)
     for i in range(starts.shape[0]):
-        y = advance(tableau, checked, starts[i], sizes[i], y)
+        y = advance(tableau, checked, starts[i], sizes[i], y, node_time)
         if (i + 1) % every == 0:
             found.append(y)
     return [torch.stack(values) for values in zip(*found, strict=True)]
@@ -92,15 +110,16 @@ def captured_once(
     policy: PrecisionPolicy | None,
     method: str,
     search: torch.Tensor | None = None,
+    node_time: NodeTime = stage_time,
 ) -> list[torch.Tensor]:
     """One step between markers, which stands for all of them; search is a result of what found the steps."""
     marking.meet_loop(policy)
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
-    nexts = advance(tableau, checked, t, dt, entered)
+    nexts = advance(tableau, checked, t, dt, entered, node_time)
     evaluations = len(problems)
     operators.again(t)
-    advance(tableau, checked, t, dt, nexts)
+    advance(tableau, checked, t, dt, nexts, node_time)
     marking.loop_ends(once=True)
     return list(operators.leave(y, nexts, [], search, outputs, every, method, evaluations, max(problems)))
 
@@ -115,20 +134,22 @@ def captured_collecting(
     policy: PrecisionPolicy | None,
     method: str,
     search: torch.Tensor | None = None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """The same with every step's state, and what its interpolation asks for: its first velocity and quartic term."""
+    node_time: NodeTime | None = None,
+) -> Collected:
+    """The same with every step's state, and what its interpolation asks for."""
     marking.meet_loop(policy)
     outputs = steps + 1  # before the loop, whose step computes no numbers
     checked, problems = noting(velocity)
     t, dt, *entered = operators.enter(starts, sizes, y, marking.policy_in_force(policy))
-    nexts, rates, quartics = advance_collecting(tableau, checked, t, dt, entered)
+    nexts, rates, quartics, ends = advance_collecting(tableau, checked, t, dt, entered, node_time)
     evaluations = len(problems)
     operators.again(t)
-    advance_collecting(tableau, checked, t, dt, nexts)
+    advance_collecting(tableau, checked, t, dt, nexts, node_time)
     marking.loop_ends(once=True)
-    collected = [*rates, *quartics]
+    collected = [*rates, *quartics, *(rate.clone() for rate in ends)]
     found = list(operators.leave(y, nexts, collected, search, outputs, 1, method, evaluations, max(problems)))
-    return found[: len(y)], found[len(y) : 2 * len(y)], found[2 * len(y) :]
+    first, behind = 2 * len(y), 2 * len(y) + len(quartics)
+    return Collected(found[: len(y)], found[len(y) : first], found[first:behind], found[behind:])
 
 
 def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
@@ -178,12 +199,13 @@ def steps_along(
     count: int,
     policy: PrecisionPolicy | None,
     end: torch.Tensor | None = None,
+    node_time: NodeTime = stage_time,
 ) -> list[torch.Tensor]:
     """The states at every t, interpolated linearly between the given steps, which lead from the first to the last.
 
     They end at t[-1], or at what is equal and has another derivative.
     """
-    on_grid = steps_from(tableau, velocity, y, starts, sizes, count + 1, 1, policy)
+    on_grid = steps_from(tableau, velocity, y, starts, sizes, count + 1, 1, policy, node_time)
     if t.shape[0] == 2 and end is None:
         return [torch.stack([start, values[-1]]) for start, values in zip(y, on_grid, strict=True)]
     grid, last = passed_steps(t, starts, t[-1:] if end is None else end)

@@ -23,7 +23,38 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
 
 
-def advance(tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: torch.Tensor, y: State) -> State:
+def stage_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
+    """The time of a stage: t + c dt."""
+    if c == 0:
+        return t
+    return t + dt if c == 1 else t + c * dt
+
+
+def just_inside(grain: torch.Tensor, dtype: torch.dtype) -> NodeTime:
+    """Times of stages in the dtype in which the velocity is given them; of those at its ends just inside of the step.
+
+    By the grain they may miss the true ends, whose sums are rounded.
+    """
+
+    def node_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
+        time = stage_time(t, dt, c)
+        if c not in (0, 1):
+            return time.to(dtype)
+        inwards, number = torch.sign(dt) * (1 - 2 * c), torch.finfo(dtype)
+        time = (time + inwards * grain).to(dtype)
+        return time + inwards.to(dtype) * (number.eps * time.abs()).clamp(min=number.tiny)
+
+    return node_time
+
+
+def advance(
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    t: torch.Tensor,
+    dt: torch.Tensor,
+    y: State,
+    node_time: NodeTime = stage_time,
+) -> State:
     """The state after one step: y + dt * sum_i b_i k_i with k_i = f(t + c_i dt, y + dt * sum_j a_ij k_j).
 
     Stages that the result does not need, such as the last one of a method whose last stage is the first one of the
@@ -35,13 +66,15 @@ def advance(tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: to
         t: Start of the step, 0-d.
         dt: Step size, 0-d, of either sign, in t's dtype.
         y: The state.
+        node_time: The times of the stages.
 
     Returns:
         The next state.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.1.
     """
-    return combine(y, dt, tableau.b, stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b)))
+    wanted = needed(tableau, tableau.b)
+    return combine(y, dt, tableau.b, stages(tableau, velocity, t, dt, y, wanted, node_time=node_time))
 
 
 def attempt(
@@ -51,6 +84,7 @@ def attempt(
     dt: torch.Tensor,
     y: State,
     first: State | None,
+    node_time: NodeTime = stage_time,
 ) -> tuple[State, list[State], State]:
     """The state after one step of an adaptive method, the velocities of its stages, and the estimate of the error.
 
@@ -60,16 +94,27 @@ def attempt(
     """
     assert tableau.b_error is not None, "adaptive methods only"
     difference = [b - other for b, other in zip(tableau.b, tableau.b_error, strict=True)]
-    k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, difference), first)
+    k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, difference), first, node_time)
     return combine(y, dt, tableau.b, k), k, increment(y, dt, difference, k)
 
 
 def advance_collecting(
-    tableau: ButcherTableau, velocity: Velocity, t: torch.Tensor, dt: torch.Tensor, y: State
-) -> tuple[State, State, State]:
-    """The state after one step, and what interpolate asks for: the velocity at its start and the quartic term."""
-    k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, _quartic(tableau)))
-    return combine(y, dt, tableau.b, k), [rate.clone() for rate in k[0]], quartic_term(tableau, k)
+    tableau: ButcherTableau,
+    velocity: Velocity,
+    t: torch.Tensor,
+    dt: torch.Tensor,
+    y: State,
+    node_time: NodeTime | None = None,
+) -> tuple[State, State, State, State]:
+    """The state after one step, and what interpolate asks for: the velocity at its start and the quartic term.
+
+    With times of the stages the velocity at the end comes last: that at the start of the next step may be another one.
+    """
+    times = stage_time if node_time is None else node_time
+    k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, _quartic(tableau)), node_time=times)
+    nexts = combine(y, dt, tableau.b, k)
+    last = [] if node_time is None else velocity(node_time(t, dt, 1), nexts)
+    return nexts, [rate.clone() for rate in k[0]], quartic_term(tableau, k), last
 
 
 def evaluations_of(tableau: ButcherTableau) -> int:
@@ -77,9 +122,9 @@ def evaluations_of(tableau: ButcherTableau) -> int:
     return sum(needed(tableau, tableau.b))
 
 
-def evaluations_collecting(tableau: ButcherTableau) -> int:
-    """How often advance_collecting does."""
-    return sum(needed(tableau, tableau.b, _quartic(tableau)))
+def evaluations_collecting(tableau: ButcherTableau, *, at_end: bool = False) -> int:
+    """How often advance_collecting does; at the end too where that is asked for."""
+    return sum(needed(tableau, tableau.b, _quartic(tableau))) + at_end
 
 
 def _quartic(tableau: ButcherTableau) -> Sequence[float]:
@@ -129,13 +174,6 @@ def needed(tableau: ButcherTableau, *weights: Sequence[float]) -> list[bool]:
         for j in range(i):
             found[j] = found[j] or (found[i] and tableau.a[i][j] != 0)
     return found
-
-
-def stage_time(t: torch.Tensor, dt: torch.Tensor, c: float) -> torch.Tensor:
-    """The time of a stage: t + c dt."""
-    if c == 0:
-        return t
-    return t + dt if c == 1 else t + c * dt
 
 
 def stages(

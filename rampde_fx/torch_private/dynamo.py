@@ -29,6 +29,7 @@ _torch = Names(
         "torch._C._functorch": "peek_interpreter_stack",
         "torch._C._dynamo.eval_frame": "_FrameAction _FrameExecStrategy get_eval_frame_callback set_code_exec_strategy",
         "torch._dynamo": "patch_dynamo_config",
+        "torch._higher_order_ops": "while_loop",
         "torch._dynamo.backends.distributed": "DDPOptimizer",
         "torch._dynamo.config": ".",
         "torch._dynamo.eval_frame": ". _stance",
@@ -266,6 +267,12 @@ def is_users(file: str) -> bool:
 
 
 _TORCH, _PACKAGE = (f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent))
+
+
+@never_alone
+def while_loop(condition: Callable[..., Any], body: Callable[..., Any], carried: tuple[torch.Tensor, ...]) -> Any:
+    """What a loop in captured code carries in the end: one node of the graph."""
+    return torch._higher_order_ops.while_loop(condition, body, carried)  # by this name, for Dynamo captures it
 
 
 @contextlib.contextmanager

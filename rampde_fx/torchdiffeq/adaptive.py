@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, max_num_steps_used, not_finite, step_too_small
+from rampde_fx.errors import OptionError, max_num_steps_used, not_finite, refuse, step_too_small
 from rampde_fx.solvers.runge_kutta import (
     State,
     combine,
@@ -25,6 +25,7 @@ from rampde_fx.solvers.runge_kutta import (
     interpolate,
     needed,
     quartic_term,
+    real_dtype,
     stage_time,
     stages,
 )
@@ -32,6 +33,8 @@ from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
 from rampde_fx.torchdiffeq.problem import Tolerance
+
+STOPS = ("step_t", "jump_t")
 
 
 class Control(NamedTuple):
@@ -73,6 +76,18 @@ class Step(NamedTuple):
     quartic: State
 
 
+def stops_of(name: str, times: Any) -> torch.Tensor:
+    """The times of step_t or jump_t."""
+    if not isinstance(times, torch.Tensor):
+        refuse(
+            OptionError,
+            f"options={{{name!r}: {times!r}}}",
+            required="a tensor of times",
+            fix=f"write torch.tensor({times!r})",
+        )
+    return times.reshape(-1)
+
+
 class Stops:
     """Times at which a step ends, those of step_t, jump_t and the last one.
 
@@ -88,15 +103,9 @@ class Stops:
 
     def __init__(self, clock: Clock, options: dict[str, Any], last: float | None, dtype: torch.dtype) -> None:
         given = {}
-        for name in ("step_t", "jump_t"):
+        for name in STOPS:
             times = options.get(name)
-            if times is not None and not isinstance(times, torch.Tensor):
-                raise OptionError(
-                    f"options={{{name!r}: {times!r}}}",
-                    required="a tensor of times",
-                    fix=f"write torch.tensor({times!r})",
-                )
-            given[name] = [] if times is None else clock.users(times.to(dtype)).reshape(-1).tolist()
+            given[name] = [] if times is None else clock.users(stops_of(name, times).to(dtype)).tolist()
         every = [*given["step_t"], *given["jump_t"]]
         if len(set(every)) < len(every):
             raise OptionError(
@@ -212,13 +221,9 @@ class Adaptive:
     @torch.no_grad()
     def _norm(self, errors: State, heights: State) -> float:
         """Of the errors over atol + rtol height: NaN counts as infinite."""
-        ratios = []
-        for error, height, rtol, atol in zip(errors, heights, self.control.rtol, self.control.atol, strict=True):
-            wide = torch.promote_types(error.dtype, torch.float32)
-            weight = atol + rtol * height.detach().to(wide.to_real())
-            ratios.append(torch.where(error == 0, 0.0, error.to(wide) / weight))  # atol may be 0 and the state as well
+        ratios = ratios_of(errors, heights, self.control.rtol, self.control.atol)
         norm = self.control.norm
-        found = _largest_mean(ratios) if norm is None else norm(self.clock.problem.structured(ratios))
+        found = largest_mean(ratios) if norm is None else norm(self.clock.problem.structured(ratios))
         value = abs(float(torch.as_tensor(found).abs()))
         return math.inf if math.isnan(value) else value
 
@@ -273,7 +278,19 @@ def step_of(tableau: ButcherTableau, clock: Clock) -> Callable[[State, State, St
     return step
 
 
-def _largest_mean(ratios: State) -> torch.Tensor:
+def ratios_of(
+    errors: Sequence[torch.Tensor], heights: State, rtol: list[Tolerance], atol: list[Tolerance]
+) -> list[torch.Tensor]:
+    """The errors over atol + rtol height, in float32 at least."""
+    found = []
+    for error, height, relative, absolute in zip(errors, heights, rtol, atol, strict=True):
+        wide = torch.promote_types(error.dtype, torch.float32)
+        weight = absolute + relative * height.detach().to(real_dtype(wide))
+        found.append(torch.where(error == 0, 0.0, error.to(wide) / weight))  # atol may be 0 and the state as well
+    return found
+
+
+def largest_mean(ratios: State) -> torch.Tensor:
     """The largest root mean square; an empty tensor has none."""
     means = [ratio.abs().square().mean().sqrt() for ratio in ratios if ratio.numel()]
     return torch.stack([mean.to(means[0].dtype) for mean in means]).amax() if means else torch.zeros(())

@@ -14,7 +14,6 @@ import torch
 from rampde_fx.solvers.fixed_steps import is_captured
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torchdiffeq.compiled import refuse_compiled
 from rampde_fx.torchdiffeq.interface import odeint
 from rampde_fx.torchdiffeq.problem import Problem, problem_of
 from rampde_fx.torchdiffeq.sign_changes import combined
@@ -33,8 +32,8 @@ def odeint_event(
 ) -> tuple[Any, ...]:
     """Solve from t0 up to an event, as torchdiffeq.odeint_event does, with gradients of its time.
 
-    At the event g(t, y(t)) = 0, so that by a parameter dt = -(dg/dy dy) / (dg/dt + dg/dy f), dy at a fixed time and f
-    the velocity; the state at the event moves by f dt besides.
+    At the event g(t, y(t)) = 0, so that by a parameter dt = -(dg + dg/dy dy) / (dg/dt + dg/dy f), dg and dy at a fixed
+    time and f the velocity; the state at the event moves by f dt besides. So what event_fn reads has its gradient, too.
 
     Args:
         func: As in odeint, like y0.
@@ -63,8 +62,6 @@ def odeint_event(
     >>> round(t.item(), 4), round(height.grad.item(), 4)
     (1.0, 0.1)
     """
-    if is_captured():
-        refuse_compiled("odeint_event", "solve up to a known time")
     first = t0.reshape(-1)
     t = torch.cat([first, first.detach() + (-1.0 if reverse_time else 1.0)])
     time, solution, *counted = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
@@ -80,30 +77,30 @@ def odeint_event(
 def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tuple[torch.Tensor, State]:
     """The time and the state of an event, with their derivatives."""
 
-    def event(t: torch.Tensor, state: State) -> torch.Tensor:
+    def given_event(t: torch.Tensor, state: State) -> torch.Tensor:
         return event_fn(t, problem.structured(state))
 
+    event = combined(given_event, problem.t[0], problem.y)
     fixed = [leaf.detach() for leaf in y]
     with torch.no_grad():
         rates, _ = problem.checked(time, fixed)
-    by_time, by_state = _derivatives(combined(event, problem.t[0], problem.y), time, fixed)
-    slope = by_time + sum(_product(g, rate) for g, rate in zip(by_state, rates, strict=True))
-    moved = sum(_product(g, leaf - leaf.detach()) for g, leaf in zip(by_state, y, strict=True))
-    shift = -moved / slope
-    linked = time + shift.to(time.dtype)
-    change = linked - time
-    return linked, [leaf + rate * change.to(problem.dtype) for leaf, rate in zip(y, rates, strict=True)]
+
+    def along(passed: torch.Tensor) -> torch.Tensor:
+        """The event function along the solution, so much time behind the event."""
+        step = passed.to(problem.dtype)
+        return event(time + passed, [leaf + rate * step for leaf, rate in zip(fixed, rates, strict=True)])
+
+    value, slope = event(time, y), _slope(along, torch.zeros_like(time))
+    change = -(value - value.detach()) / slope
+    moved = [leaf + rate * change.to(problem.dtype) for leaf, rate in zip(y, rates, strict=True)]
+    return time + change.to(time.dtype), moved
 
 
-def _derivatives(event: Any, time: torch.Tensor, y: State) -> tuple[torch.Tensor, State]:
-    """Of an event function at a time and a state, zero where it does not depend on them."""
+def _slope(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """The derivative of a function at a number, zero where it does not depend on it."""
+    if is_captured():  # Dynamo captures no call of autograd
+        return torch.func.grad(function)(at).detach()
     with torch.enable_grad():
-        inputs = [value.clone().requires_grad_() for value in (time, *y)]
-        found = torch.autograd.grad(event(inputs[0], inputs[1:]), inputs, allow_unused=True)
-    by_time, *by_state = (torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
-    return by_time, by_state
-
-
-def _product(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """The change of the event function along a change of the state."""
-    return (gradient.conj() * change).sum().real
+        at = at.detach().requires_grad_()
+        (found,) = torch.autograd.grad(function(at), at, allow_unused=True)
+    return torch.zeros_like(at) if found is None else found

@@ -12,7 +12,7 @@ from rampde_fx.errors import MethodError, OptionError, TimeGridError, refuse
 from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused_later
 from rampde_fx.solvers.statistics import SolveStatistics, statistics, taken_out
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torchdiffeq.compiled import refuse_compiled, solution_later
+from rampde_fx.torchdiffeq.compiled import event_later, solution_later
 from rampde_fx.torchdiffeq.options import (
     ADJOINT,
     CALLBACKS,
@@ -298,7 +298,8 @@ def _until_event(call: Call, event_fn: Any) -> tuple[torch.Tensor, Any, SolveSta
             required="two points: the first time, and one that says the direction",
             fix="write torch.tensor([t0, t1])",
         )
-    if is_captured():
-        refuse_compiled("event_fn", "solve up to a known time")
-    time, solution, counted = event_now(call, event_fn)
+    if is_refused_later():
+        states = refused_later(call.problem.y, call.problem.t, None)
+        return call.problem.t[0], call.problem.structured(states), statistics(call.problem.t.device, 0, 0, 0)
+    time, solution, counted = event_later(call, event_fn) if is_captured() else event_now(call, event_fn)
     return time, call.problem.structured(solution), counted

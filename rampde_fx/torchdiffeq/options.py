@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from rampde_fx.errors import MethodError, OptionError, refuse
 from rampde_fx.solvers import tableau
+from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau, named_tableau
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.problem import warn
@@ -96,6 +99,21 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
             fix="leave one out",
         )
     return given
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse an option that is no number of at least 0; Dynamo knows no values of tensors."""
+    if isinstance(value, torch.Tensor):
+        right = torch.compiler.is_dynamo_compiling() or bool(value >= 0)
+    else:
+        right = value is None or (is_number(value) and value >= 0)
+    if not right:
+        refuse(
+            OptionError,
+            f"options={{{name!r}: {value!r}}}",
+            required="a number of at least 0",
+            fix=f"leave {name!r} out",
+        )
 
 
 ADJOINT = "_adjoint"  # the end of the names of callbacks of the backward

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rampde_fx.errors import EventError, max_num_steps_used
+from rampde_fx.errors import event_is_nan, event_not_met, max_num_steps_used
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torchdiffeq.adaptive import Adaptive
 from rampde_fx.torchdiffeq.clock import Clock, Event, number
@@ -62,11 +62,7 @@ def event_on_grid(
             return *_found(event, sign, (step.start, step.end), within(clock, step, interp), tolerance), count
         if count == MOST_STEPS:
             break
-    raise EventError(
-        f"event_fn does not change its sign in {MOST_STEPS} steps, up to t = {number(clock.users(step.end)):g}",
-        required="an event that the steps lead to",
-        fix="take larger steps, or look for a sign that event_fn does not change",
-    )
+    raise event_not_met(MOST_STEPS, number(clock.users(step.end)))
 
 
 def closest(tolerances: list[Tolerance]) -> float:
@@ -78,11 +74,7 @@ def closest(tolerances: list[Tolerance]) -> float:
 def _sign(event: Event, t: torch.Tensor, y: State) -> float:
     value = number(event(t, y))
     if math.isnan(value):
-        raise EventError(
-            f"event_fn is NaN at t = {number(t):g}",
-            required="a number whose sign changes at the event",
-            fix="look for NaN in the state and in event_fn",
-        )
+        raise event_is_nan(0, number(t))
     return float((value > 0) - (value < 0))
 
 

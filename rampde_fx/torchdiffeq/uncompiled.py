@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import EventError, OptionError, TimeGridError
+from rampde_fx.errors import EventError, OptionError, TimeGridError, refuse
 from rampde_fx.frontend import marking
-from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import dynamo
@@ -18,7 +17,7 @@ from rampde_fx.torchdiffeq.adams import Adams
 from rampde_fx.torchdiffeq.adaptive import Adaptive, Control, Step, Stops, solution_at
 from rampde_fx.torchdiffeq.clock import Clock, Event, number
 from rampde_fx.torchdiffeq.grids import Scheme, grid_of, runge_kutta, solution_on
-from rampde_fx.torchdiffeq.options import SCIPY, kind_of, tableau_of
+from rampde_fx.torchdiffeq.options import SCIPY, check_number, kind_of, tableau_of
 from rampde_fx.torchdiffeq.problem import Problem, Tolerance
 from rampde_fx.torchdiffeq.scipy_solver import solution_by_scipy
 from rampde_fx.torchdiffeq.sign_changes import closest, combined, event_by_adaptive, event_on_grid
@@ -87,26 +86,28 @@ def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tenso
     return clock.users(time.detach()).to(call.problem.t), [torch.stack(ends) for ends in both], counted
 
 
-def _event_on_grid(call: Call, clock: Clock, event: Event) -> tuple[torch.Tensor, State, int]:
+def size_of_event_steps(call: Call) -> Any:
+    """The size of the fixed steps that lead to an event."""
     size = call.options.get("step_size")
     if size is None:
-        raise OptionError(
+        refuse(
+            OptionError,
             f"event_fn beside {call.method} without a step_size",
             required="a size of the steps that lead to the event",
             fix='write options={"step_size": 0.01}',
         )
-    interp = call.options.get("interp", "linear")
+    return size
+
+
+def _event_on_grid(call: Call, clock: Clock, event: Event) -> tuple[torch.Tensor, State, int]:
+    size, interp = size_of_event_steps(call), call.options.get("interp", "linear")
     return event_on_grid(clock, _scheme(call, clock), size, interp, event, closest(call.atol))
 
 
 def _adaptive(call: Call, clock: Clock, *, ends: bool) -> Adaptive:
     dtype = torch.promote_types(call.options.get("dtype", torch.float64), call.problem.dtype)
     for name in NUMBERS:
-        value = call.options.get(name, 1.0)
-        if value is not None and not ((is_number(value) or isinstance(value, torch.Tensor)) and value >= 0):
-            raise OptionError(
-                f"options={{{name!r}: {value!r}}}", required="a number of at least 0", fix=f"leave {name!r} out"
-            )
+        check_number(name, call.options.get(name))
     names = [name for name in Control._fields if name in call.options]
     control = Control(call.rtol, call.atol, **{name: call.options[name] for name in names})
     stops = Stops(clock, call.options, clock.t[-1].to(dtype).item() if ends else None, dtype)

@@ -236,15 +236,16 @@ class AsWritten(fx.Interpreter):
     def run_search(self, loop: list[fx.Node]) -> list[torch.Tensor]:
         """What leave_search gives."""
         t, first, states, _ = self._values(loop[0].args)
-        numbers, order, max_steps = self._values(loop[-1].args[5:8])
-        controller = step_control.Controller(order, max_steps, 0.0, 0.0).with_numbers(numbers[1:])
+        numbers, order, max_steps, _, _, own_norm, until_event = self._values(loop[-1].args[5:12])
+        controller = step_control.Controller(
+            order, max_steps, 0.0, 0.0, own_norm=own_norm, until_event=until_event
+        ).with_numbers(numbers[1:])
         search = step_control.begin(t, first[0], controller.max_steps)
         while int(search.status) == step_control.RUNNING:
-            trial = step_control.propose(t, search)
-            _, nexts, collected, count, *_ = self._step(loop, trial.t, trial.dt, states)
-            errors = collected[:count]
-            norm = step_control.error_norm(errors, states[: len(errors)], nexts[: len(errors)], controller)
-            counts, search = step_control.judge(t, search, trial, norm, controller)
+            trial = step_control.propose(t, search, controller)
+            _, nexts, collected, errors, *_ = self._step(loop, trial.t, trial.dt, states)
+            told = collected[: errors + controller.decisions]
+            counts, search = step_control.judged(t, search, trial, told, (states, nexts), controller)
             states = nexts if counts else states
         found = [search.intervals, search.positions, search.fractions, search.count, search.tried, search.status]
         return [*found, step_control.reached(t, search)]
