@@ -8,7 +8,7 @@ from torch import nn
 
 import rampde_fx
 from rampde_fx import errors
-from rampde_fx.torchdiffeq import odeint, odeint_adjoint, odeint_event
+from rampde_fx.torchdiffeq import odeint, odeint_adjoint
 
 DOUBLE = torch.float64
 
@@ -113,29 +113,177 @@ def test_of_one_time_the_solution_is_the_state_compiled():
     assert torch.equal(first, y[0][None]) and torch.equal(second, y[1][None])
 
 
+class Jumping(nn.Module):
+    """A velocity that is another one before t = 0.5."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, t, y):
+        return torch.where(t < 0.5, torch.tanh(self.linear(y)), 0.3 * y.square() + torch.cos(5 * t))
+
+
+class Told(nn.Module):
+    """A solve whose options and tolerances hold tensors that the model is given."""
+
+    def __init__(self, velocity, make, **arguments):
+        super().__init__()
+        self.velocity, self.make, self.arguments = velocity, make, arguments
+
+    def forward(self, y, t, given):
+        made = self.make(given)
+        options = {**made.pop("options", {}), "stats": True}
+        return odeint(self.velocity, y, t, **{"rtol": 1e-6, "atol": 1e-7, **self.arguments, **made}, options=options)
+
+
+def told(run, model, t, given):
+    """The solution, the gradients by the state, the times and the weights, and the numbers of steps."""
+    y = torch.linspace(-1, 1, 6, dtype=DOUBLE).reshape(2, 3).requires_grad_()
+    t = t.clone().requires_grad_()
+    solution, counted = run(y, t, given)
+    gradients = torch.autograd.grad(solution[1:].square().sum(), (y, t, *model.parameters()))
+    return [solution, *gradients], (int(counted.accepted), int(counted.rejected), int(counted.evaluations))
+
+
+def jumps(given):
+    return {"options": {"jump_t": given}}
+
+
+UP, DOWN = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=DOUBLE), torch.tensor([1.0, 0.6, 0.2, 0.0], dtype=DOUBLE)
+AT_HALF, AMONG_OTHERS = torch.tensor([0.5], dtype=DOUBLE), torch.tensor([3.0, 0.5, -1.0, 0.8, 0.5, 0.0], dtype=DOUBLE)
+JUMPS = {
+    "dopri5": ({}, UP, AT_HALF),
+    "dopri5, backward, among others": ({}, DOWN, AMONG_OTHERS),
+    "bosh3, no time between": ({"method": "bosh3"}, UP[::3], AMONG_OTHERS),
+    "dopri8, whose steps end at the times": ({"method": "dopri8"}, DOWN, AMONG_OTHERS),
+    "adaptive_heun": ({"method": "adaptive_heun", "rtol": 1e-5}, UP, AT_HALF),
+    "tsit5, largest entry": ({"method": "tsit5"}, UP, AT_HALF),
+}
+
+
+@pytest.mark.parametrize("case", JUMPS)
+def test_steps_end_where_the_velocity_jumps(case):
+    """Few steps are rejected, and all gradients are right, that of the first time included."""
+    torch.manual_seed(0)
+    arguments, t, times = JUMPS[case]
+
+    def norm(errors):
+        return errors.abs().max()
+
+    def make(given):
+        return {"options": {"jump_t": given, **({"norm": norm} if "largest" in case else {})}}
+
+    velocity = Jumping().double()
+    exact, _ = told(Told(velocity, jumps, rtol=1e-11, atol=1e-13), velocity, t, torch.tensor([0.5], dtype=DOUBLE))
+    model = Told(velocity, make, **arguments)
+    _, wanted = told(model, model, t, AT_HALF)
+    found, counts = told(marked(model), model, t, times)
+    torch.testing.assert_close(found, exact, rtol=5e-5, atol=5e-5)
+    further = len(times.unique()) + 3 * len(t) + wanted[0] // 10
+    assert counts[0] <= wanted[0] + further and counts[1] <= wanted[1] + 2
+
+
+def test_without_the_time_of_the_jump_its_gradient_is_of_steps_across_it():
+    """The case that the one above must tell apart: many more steps, and the first time moves the jump."""
+    torch.manual_seed(0)
+    velocity = Jumping().double()
+    at, across = (
+        told(Told(velocity, make, rtol=1e-6, atol=1e-7), velocity, UP, AT_HALF) for make in (jumps, lambda given: {})
+    )
+    assert across[1][1] > at[1][1] + 3 and abs((at[0][2] - across[0][2])[0]) > 1
+
+
+STEPS = {
+    "step_t": lambda given: {"options": {"step_t": torch.stack([0.1 * given, 0.05 * given])}},
+    "bounds": lambda given: {"options": {"min_step": 0.02 * given, "max_step": 0.03 * given, "first_step": 0.02}},
+    "one size": lambda given: {"options": {"min_step": 0.04 * given, "max_step": 0.04 * given}},
+    "norm": lambda given: {"options": {"norm": lambda error: (given * error).abs().max()}},
+    "tolerances of entries": lambda given: {
+        "rtol": given * torch.linspace(1e-6, 1e-5, 3, dtype=DOUBLE),
+        "atol": given * torch.tensor([[1e-6], [1e-7]]),
+    },
+    "numbers": lambda given: {"options": {"first_step": 0.01 * given, "safety": 0.4 * given, "ifactor": 2 * given}},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_what_sets_the_steps_is_an_input(case):
+    """Of new values the same graph finds the steps that are found uncompiled, or as many but for the rules' difference;
+    the gradients are those of a close solution.
+    """
+    torch.manual_seed(0)
+    velocity = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model = Told(lambda t, y: velocity(y) * torch.cos(3 * t), STEPS[case])
+    model.layers = velocity
+    exact, _ = told(Told(model.velocity, lambda given: {}, rtol=1e-11, atol=1e-13), velocity, UP, None)
+    run, all_counts = marked(model), []
+    for first, value in enumerate((1.0, 2.0)):
+        given = torch.tensor(value, dtype=DOUBLE)
+        with torch._dynamo.config.patch(error_on_recompile=first > 0):
+            found, counts = told(run, model, UP, given)
+        _, wanted = told(model, model, UP, given)
+        torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-5)
+        assert abs(counts[0] - wanted[0]) <= 2 and abs(counts[1] - wanted[1]) <= 1, (counts, wanted)
+        all_counts.append(counts)
+    assert all_counts[0] != all_counts[1] or case == "step_t"
+
+
+def test_no_step_is_larger_than_max_step_nor_smaller_than_min_step():
+    """A step of min_step counts whatever its error: y' = 100 cos(100 t) in steps of a tenth."""
+    model = Told(
+        lambda t, y: 100 * torch.cos(100 * t) * torch.ones_like(y),
+        lambda given: {"options": {"min_step": given, "max_step": given}},
+    )
+    _, counted = marked(model, compiler="eager")(torch.zeros(2).double(), UP[::3], torch.tensor(0.1))
+    assert [int(value) for value in counted] == [10, 0, counted.evaluations] and counted.evaluations < 65
+
+
+PERTURBED = {
+    "rk4": {"method": "rk4", "options": {"step_size": 0.1, "perturb": True}},
+    "cubic": {"method": "heun3", "options": {"step_size": 0.1, "perturb": True, "interp": "cubic"}},
+    "between the times": {"method": "rk4", "options": {"perturb": True}},
+}
+
+
+@pytest.mark.parametrize("case", PERTURBED)
+def test_perturbed_stages_are_on_the_inner_side_of_a_jump(case):
+    torch.manual_seed(0)
+    t = torch.tensor([0.0, 0.5, 1.0]).double() if "between" in case else UP
+    model = Solved(odeint, PERTURBED[case], Jumping())
+    states = torch.linspace(-1, 1, 6).reshape(2, 3)
+
+    def solution(run):
+        y, times = states.clone().requires_grad_(), t.float().requires_grad_()
+        found = run(y, times)
+        return [found, *torch.autograd.grad(found.square().sum(), (y, times, *model.parameters()))]
+
+    torch.testing.assert_close(solution(marked(model, torch.float32)), solution(model), rtol=2e-4, atol=2e-5)
+
+
+REFUSED_OPTIONS = {
+    "min_step": ({"min_step": -1.0}, "'min_step': -1.0.* a number of at least 0"),
+    "jump_t": ({"jump_t": [0.5]}, "'jump_t': .*0.5.* a tensor of times"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OPTIONS)
+def test_what_means_nothing_is_refused_compiled(case):
+    options, message = REFUSED_OPTIONS[case]
+    with pytest.raises(Exception, match=f"OptionError: .*{message}"):
+        marked(Solved(odeint, {"options": options}, Jumping()), torch.float32, "eager")(torch.ones(2, 3), UP.float())
+
+
 def with_callback():
     velocity = Pair()
     velocity.callback_step = lambda t, y, dt: None
     return velocity
 
 
-def stopped(func, y, t, **arguments):
-    return odeint_event(func, y, t[0], event_fn=lambda t, y: y[1] - 0.9, **arguments)
-
-
 NOT_REWRITTEN = {
     "explicit_adams": (odeint, Pair, {"method": "explicit_adams"}),
     "implicit_adams": (odeint_adjoint, Pair, {"method": "implicit_adams"}),
     "scipy_solver": (odeint, Pair, {"method": "scipy_solver"}),
-    "perturb": (odeint, Pair, {"method": "rk4", "options": {"perturb": True}}),
-    "step_t": (odeint, Pair, {"options": {"step_t": torch.tensor([0.5])}}),
-    "jump_t": (odeint, Pair, {"options": {"jump_t": torch.tensor([0.5])}}),
-    "min_step": (odeint, Pair, {"options": {"min_step": 0.1}}),
-    "max_step": (odeint, Pair, {"options": {"max_step": 0.1}}),
-    "norm": (odeint, Pair, {"options": {"norm": lambda y: y[0].abs().max()}}),
-    "for each entry": (odeint, Pair, {"rtol": (torch.full((2, 3), 1e-3), 1e-3)}),
-    "event_fn": (odeint, Pair, {"event_fn": lambda t, y: y[1] - 0.9}),
-    "odeint_event": (stopped, Pair, {}),
     "callback_step": (odeint, with_callback, {}),
 }
 
@@ -149,7 +297,7 @@ def test_what_is_not_rewritten_is_refused_by_its_name(case):
         marked(model, torch.float16, "eager")(y, t)
 
 
-@pytest.mark.parametrize("case", ["implicit_adams", "jump_t", "odeint_event"])
+@pytest.mark.parametrize("case", ["implicit_adams", "callback_step"])
 def test_without_fullgraph_it_runs_uncompiled_and_is_warned_of(case):
     solve, velocity, arguments = NOT_REWRITTEN[case]
     torch.manual_seed(0)

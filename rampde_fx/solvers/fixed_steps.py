@@ -146,7 +146,7 @@ def captured_collecting(
     operators.again(t)
     advance_collecting(tableau, checked, t, dt, nexts, node_time)
     marking.loop_ends(once=True)
-    collected = [*rates, *quartics, *(rate.clone() for rate in ends)]
+    collected = [*rates, *quartics, *ends]
     found = list(operators.leave(y, nexts, collected, search, outputs, 1, method, evaluations, max(problems)))
     first, behind = 2 * len(y), 2 * len(y) + len(quartics)
     return Collected(found[: len(y)], found[len(y) : first], found[first:behind], found[behind:])

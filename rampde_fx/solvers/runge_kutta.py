@@ -113,7 +113,7 @@ def advance_collecting(
     times = stage_time if node_time is None else node_time
     k = stages(tableau, velocity, t, dt, y, needed(tableau, tableau.b, _quartic(tableau)), node_time=times)
     nexts = combine(y, dt, tableau.b, k)
-    last = [] if node_time is None else velocity(node_time(t, dt, 1), nexts)
+    last = [] if node_time is None else [rate.clone() for rate in velocity(node_time(t, dt, 1), nexts)]
     return nexts, [rate.clone() for rate in k[0]], quartic_term(tableau, k), last
 
 

@@ -205,10 +205,8 @@ class Adaptive:
         if not number(end) > number(start):
             raise step_too_small(self.count, number(self.clock.users(start)))
         stop = self.stops.before(number(start), number(end))
-        if stop is not None:
-            end = start + self._time(stop - number(start))
-            end = end + (stop - end).detach()  # of numbers so close the difference has no rounding
-        return end, stop
+        # A stop stays where it is when the first time moves, and with it a jump of the velocity.
+        return (end, None) if stop is None else (self._time(stop), stop)
 
     def _take(
         self, start: torch.Tensor, end: torch.Tensor, y: State, nexts: State, k: list[State], *, jumps: bool

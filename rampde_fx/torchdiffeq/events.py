@@ -49,7 +49,7 @@ def odeint_event(
 
     Raises:
         EventError: if the event is not met.
-        UncompiledError: in what is compiled with fullgraph=True.
+        UncompiledError: in what is compiled with fullgraph=True, if the backend does not rewrite the method.
 
     >>> height = torch.tensor(5.0, requires_grad=True)  # of a stone that falls for sqrt(2 h / g) seconds
     >>> t, _ = odeint_event(
