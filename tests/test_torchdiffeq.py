@@ -328,6 +328,20 @@ def test_jumps_cost_little_where_they_are_known(method, end):
     assert y[-1].item() == pytest.approx(math.exp(0.25 if end else -0.25), abs=FACTORS.get(method, 20) * 1e-5)
 
 
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("end", [1.0, 0.0])
+def test_a_jump_stays_where_it_is_when_the_first_time_moves(method, end):
+    """y' = 1 before t = 0.5, y from there on: y(1) = (y0 + 0.5 - t0) exp(0.5); backward y0 exp(0.5 - t0) - 0.5."""
+    t = double(1 - end, 0.25 if end else 0.75, end).requires_grad_()
+    options = {"jump_t": double(0.5), "step_t": double(0.3)}
+    y = odeint(
+        lambda t, y: torch.where(t < 0.5, 1.0, y), double(1), t, rtol=1e-6, atol=1e-6, method=method, options=options
+    )
+    by_first, _, by_last = torch.autograd.grad(y[-1].sum(), t)[0].tolist()
+    wanted = (-math.exp(0.5), 1.5 * math.exp(0.5)) if end else (-math.exp(-0.5), 1.0)
+    assert (by_first, by_last) == pytest.approx(wanted, abs=FACTORS.get(method, 20) * 1e-5)
+
+
 def test_norms_see_the_state_as_the_user_has_it():
     seen = []
 
@@ -595,7 +609,7 @@ def test_a_bouncing_ball_in_closed_form(solve, count):
     ids=["dopri5", "bosh3", "rk4"],
 )
 def test_an_event_and_its_state_have_their_derivatives(given, reverse):
-    """y = y0 exp(-a t) meets c at t = log(y0 / c) / a; the state there, y^2 among it, does not move with y0 or a."""
+    """y = y0 exp(-a t) meets c at t = log(y0 / c) / a; the state there does not move with y0 or a, but with c."""
     a, y0, level = (double(x)[0].requires_grad_() for x in (0.5, 3.0, 1.2))
     sign, start = (-1 if reverse else 1), double(0.25)[0].requires_grad_()
 
@@ -609,6 +623,8 @@ def test_an_event_and_its_state_have_their_derivatives(given, reverse):
     assert by_a.item() == pytest.approx(-sign * math.log(2.5) / 0.25, abs=1e-4)
     assert by_y0.item() == pytest.approx(sign / (3 * 0.5), abs=1e-4)
     assert by_start.item() == pytest.approx(1, abs=1e-4)
+    by_level = [torch.autograd.grad(value, level, retain_graph=True)[0].item() for value in (t, y[-1])]
+    assert by_level == pytest.approx([-sign / (0.5 * 1.2), 1], abs=1e-4)
     for moved in torch.autograd.grad(y[-1], (a, y0, start)):
         assert moved.item() == pytest.approx(0, abs=1e-4)
 
