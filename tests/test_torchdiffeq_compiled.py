@@ -223,7 +223,9 @@ def test_what_sets_the_steps_is_an_input(case):
         with torch._dynamo.config.patch(error_on_recompile=first > 0):
             found, counts = told(run, model, UP, given)
         _, wanted = told(model, model, UP, given)
-        torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-5)
+        by_time, exactly = found.pop(2), exact[2]  # the slope of the quartic between the ends, one order less accurate
+        torch.testing.assert_close(found, [*exact[:2], *exact[3:]], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(by_time, exactly, rtol=2e-4, atol=2e-4)
         assert abs(counts[0] - wanted[0]) <= 2 and abs(counts[1] - wanted[1]) <= 1, (counts, wanted)
         all_counts.append(counts)
     assert all_counts[0] != all_counts[1] or case == "step_t"
@@ -249,12 +251,14 @@ PERTURBED = {
 @pytest.mark.parametrize("case", PERTURBED)
 def test_perturbed_stages_are_on_the_inner_side_of_a_jump(case):
     torch.manual_seed(0)
-    t = torch.tensor([0.0, 0.5, 1.0]).double() if "between" in case else UP
+    # Without a size the steps end at the times; otherwise no time is the end of one, where the linear solution has two
+    # slopes.
+    t = torch.tensor([0.0, 0.5, 1.0] if "between" in case else [0.0, 0.33, 0.72, 1.0])
     model = Solved(odeint, PERTURBED[case], Jumping())
     states = torch.linspace(-1, 1, 6).reshape(2, 3)
 
     def solution(run):
-        y, times = states.clone().requires_grad_(), t.float().requires_grad_()
+        y, times = states.clone().requires_grad_(), t.clone().requires_grad_()
         found = run(y, times)
         return [found, *torch.autograd.grad(found.square().sum(), (y, times, *model.parameters()))]
 

@@ -172,6 +172,8 @@ def _tolerances(loop: CompensatedLoop) -> str:
     """What the steps of a search are chosen by; numbers that were tensors, or changed, are known at run time alone."""
     if loop.controller is None:
         return ""
+    if loop.controller.own_norm:
+        return f"a norm that the step gives; at most {loop.controller.max_steps:,} steps"
     pairs = (("rtol", loop.controller.rtol), ("atol", loop.controller.atol))
     late = [name for name, value in pairs if value is None or math.isnan(value)]
     found = ", ".join(f"{name} {'known at run time' if name in late else format(value, 'g')}" for name, value in pairs)

@@ -41,7 +41,7 @@ class Asked(NamedTuple):
         norm: Of errors, where the controller has none; it is evaluated wide.
         stops: Times at which steps end, in any order; those that are not between the first and the last one say
             nothing.
-        jumps: Whether the velocity may jump at the stops: then it is evaluated on the step's side of them.
+        jumps: Whether the velocity may jump at the ends of steps: then it is evaluated just inside of each step.
         event: What ends the steps where it is no longer positive; it is evaluated wide, too.
     """
 
@@ -141,7 +141,9 @@ def searched_steps(
     # A velocity may return what stands outside of the loop.
     results = [*nexts, *(leaf.clone() for leaf in last)] if carries_rate else nexts
     order, most, rtol, atol = *controller[:2], known_tolerance(controller.rtol), known_tolerance(controller.atol)
-    method, each = f"{tableau.label}, adaptive steps of order {tableau.order}", len(problems) - before
+    kind = f"adaptive steps of order {tableau.order}" if tableau.adaptive else "equal steps"
+    method = f"{tableau.label}, {kind}{'' if asked.event is None else ' up to an event'}"
+    each = len(problems) - before
     told = (len(errors), times, numbers, order, most, rtol, atol, asked.norm is not None, asked.event is not None)
     collected = [*errors, *decisions, *collected]
     found = Found(*operators.leave_search(states, results, collected, *told, method, each, max(problems)))
@@ -183,11 +185,12 @@ def first_size_of(
     order: int,
     given: Any,
 ) -> torch.Tensor:
-    """The size of the first step, NaN if the state or its velocity is not finite."""
+    """The size of the first step, NaN if the state or its velocity is not finite, or the size that is given is none."""
     with torch.no_grad():
         finite = torch.stack([leaf.isfinite().all() for leaf in (*y, *rate)]).all()
         if given is not None:
-            return torch.where(finite, step_control.scalar(given, t.device).to(t.dtype), torch.nan)
+            number = step_control.scalar(given, t.device).to(t.dtype)
+            return torch.where(finite & (number > 0), number, torch.nan)
         trial = step_control.trial_size(y, rate, norm)
         step = trial * torch.sign(t[-1] - t[0]).to(trial.dtype)
         second = velocity(t[0] + step.to(t.dtype), combine(y, step, [1.0], [rate]))

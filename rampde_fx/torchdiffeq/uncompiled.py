@@ -10,6 +10,7 @@ import torch
 
 from rampde_fx.errors import EventError, OptionError, TimeGridError, refuse
 from rampde_fx.frontend import marking
+from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import dynamo
@@ -89,7 +90,8 @@ def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tenso
 def size_of_event_steps(call: Call) -> Any:
     """The size of the fixed steps that lead to an event."""
     size = call.options.get("step_size")
-    if size is None:
+    check_number("step_size", size)
+    if size is None or (is_number(size) and size == 0):
         refuse(
             OptionError,
             f"event_fn beside {call.method} without a step_size",
