@@ -145,9 +145,8 @@ def _adapt_later(
         )
         return _Solved(_between(tableau, t, count, _Steps(starts, sizes, collected)), status, reached, counted)
     method = f"{tableau.label}, found steps{'' if tableau.interpolates else ', which end at the output times'}"
-    on_grid = captured_once(
-        tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method, found.tried, node_time or stage_time
-    )
+    times = stage_time if node_time is None else node_time
+    on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, policy, method, found.tried, times)
     if t.shape[0] == 2:
         return _Solved([values[-1][None] for values in on_grid], status, reached, counted)
     order = torch.arange(t.shape[0] - 1, device=t.device) if asked.stops is None else intervals_before(ends, t)

@@ -96,7 +96,7 @@ def _last_step(
     node_time = asked.node_time(starts, dtype)
     method = f"{tableau.label}, {'found' if tableau.adaptive else 'equal'} steps up to an event"
     if linear:
-        times = node_time or stage_time
+        times = stage_time if node_time is None else node_time
         on_grid = captured_once(tableau, velocity, y, starts, sizes, steps + 1, 1, None, method, search, times)
         pairs = [(_row(values, first), _row(values, first + 1)) for values in on_grid]
         return lambda share, size: [a + share.to(dtype) * (b - a) for a, b in pairs], evaluations_of(tableau)

@@ -119,8 +119,10 @@ def searched_steps(
     marking.meet_loop(policy)
     start, times, numbers = [leaf.detach() for leaf in y], ends.detach(), controller.numbers(ends.device)
     jumping = asked.node_time(times, real_dtype(y[0].dtype))
-    node_time = jumping or stage_time
-    norm = asked.norm or partial(step_control.error_norm, controller=controller.with_numbers(numbers))
+    node_time = stage_time if jumping is None else jumping
+    norm = asked.norm
+    if norm is None:
+        norm = partial(step_control.error_norm, controller=controller.with_numbers(numbers))
     rate = checked(node_time(times[0], times[1] - times[0], 0), start)
     size = first_size_of(checked, start, rate, times, norm, controller.order, first_size)
     if asked.event is not None:  # there may be no way to go

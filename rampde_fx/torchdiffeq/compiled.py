@@ -147,7 +147,9 @@ def _control(call: Call, intervals: int) -> tuple[Controller, Any, Asked]:
     tensors = {name: value.reshape(()) for name, value in given.items() if isinstance(value, torch.Tensor)}
     most = call.options.get("max_num_steps")
     numbers = {name: value for name, value in given.items() if name not in tensors}
-    numbers["max_steps"] = MAX_STEPS if most is None else min(int(most) * intervals, MOST_STEPS)
+    # A pair of order 2 takes many steps at torchdiffeq's tolerances.
+    usual = MOST_STEPS if tableau_of(call.method).order <= 2 else MAX_STEPS
+    numbers["max_steps"] = usual if most is None else min(int(most) * intervals, MOST_STEPS)
     rtol, atol = _of_tensors(call.rtol, call.atol)
     norm = _norm(call)
     # A norm of the step's own reads the tolerances itself.
@@ -203,7 +205,7 @@ def _fixed(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
     perturbed = bool(call.options.get("perturb"))
     t = t.to(torch.float64) if perturbed else t  # so that it tells a time from those beside it
     times = Asked(jumps=perturbed).node_time(t, problem.dtype)
-    node_time = times or stage_time
+    node_time = stage_time if times is None else times
     if size is None and constructor is None:
         states = steps_between(tableau, problem.checked, problem.y, _checked(t), 1, None, node_time)
         return states, _counted(call, t.shape[0] - 1)

@@ -13,6 +13,7 @@ import torch
 
 from rampde_fx.solvers.fixed_steps import is_captured
 from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.interface import odeint
 from rampde_fx.torchdiffeq.problem import Problem, problem_of
@@ -70,7 +71,7 @@ def odeint_event(
     time, state = _linked(problem, event_fn, time.detach(), [values[-1] for values in stacks])
     ends = [torch.cat([values[:-1], last[None]]) for values, last in zip(stacks, state, strict=True)]
     # The derivative of the time takes the velocity once more.
-    more = [found._replace(evaluations=found.evaluations + 1) for found in counted]
+    more = [SolveStatistics(found.accepted, found.rejected, found.evaluations + 1) for found in counted]
     return time, problem.structured(ends), *more
 
 
