@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from rampde_fx.emit import cpu_products, cuda_graphs
+from rampde_fx.emit import cuda_graphs, native_calls
+from rampde_fx.emit.cpu_passes import cpu_passes
 from rampde_fx.emit.kept_steps import KeptSteps, evaluated_once, search_of, why_twice
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, raising
 from rampde_fx.frontend import unrewritten
@@ -296,9 +297,11 @@ def rampde_fx(
             unrewritten.loop_stays_wide(loop.where, loop.policy.dtype)
     if not loops:  # as torch compiles it: our settings are for our loops
         return inductor.compile_plainly(compiler, graph_module, example_inputs, options, mode)
+    if compiler == "inductor":
+        options = native_calls.with_native_calls(graph_module, options, mode)
     with inductor.compile_settings(), phase_log.compiling([loop.name for loop in loops], compiler):
         compiled = inductor.compile_graph(
-            compiler, graph_module, example_inputs, options, mode, cpu_products.replace_products(), replayable
+            compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable
         )
     compiled = _guarded(compiled, emitted)
     return compiled if verification is None else on_first_call(compiled, verification)

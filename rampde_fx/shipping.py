@@ -17,7 +17,7 @@ from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs
 from rampde_fx.passes.check_repetition import first_iterations
 from rampde_fx.passes.find_loops import has_loop, repeats
-from rampde_fx.runtime import operators
+from rampde_fx.runtime import operators, ordered_times
 from rampde_fx.torch_private import capturing, repetition, shapes
 
 RECORDS = {torch.ops.rampde_fx.record_forward, torch.ops.rampde_fx.record_forward.default}
@@ -173,7 +173,7 @@ def _without_records(graph_module: fx.GraphModule) -> None:
     """Take out what counts runs, which adds zeros, and let operators of ours be plain ones."""
     for node in list(graph_module.graph.nodes):
         if node.target is operators.monotone:
-            node.target = operators.zero_if_ordered
+            node.target = ordered_times.zero_if_ordered
         for user in list(node.users) if node.target in RECORDS else ():
             user.replace_all_uses_with(next(operand for operand in user.all_input_nodes if operand is not node))
     graph_module.graph.eliminate_dead_code()

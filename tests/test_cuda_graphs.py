@@ -296,14 +296,14 @@ class TestLaunchesAlone:
 
 
 def test_caches_tell_replayed_code_from_other_code():
-    keys = {inductor._Lowering(lambda graph: None, None, replayed).uuid() for replayed in (False, True)}
+    keys = {inductor._Lowering([lambda graph: None], None, replayed).uuid() for replayed in (False, True)}
     assert keys == {None}  # a pass without a key is not cached
 
     class Keyed:
         def uuid(self):
             return "key"
 
-    keys = {inductor._Lowering(Keyed(), None, replayed).uuid() for replayed in (False, True)}
+    keys = {inductor._Lowering([Keyed()], None, replayed).uuid() for replayed in (False, True)}
     assert len(keys) == 2
 
 

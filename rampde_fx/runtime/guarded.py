@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rampde_fx.errors import RampdeError, SecondDerivativeError, TransformError
+from rampde_fx.runtime.raised import as_raised
 from rampde_fx.torch_private import callers, fake_tensors
 
 FORWARD, BACKWARD = "rampde_fx forward", "rampde_fx backward"  # what ranges of a profile begin with
@@ -52,7 +53,7 @@ def guarded(
     def run(*args: Any) -> Any:
         if callers.has_forward_derivative(args):
             raise _forward_derivative(where)
-        with callers.scope(forward):
+        with callers.scope(forward), as_raised():
             outputs = compiled(*args)
         if has_backward:
             for node in {out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None}:

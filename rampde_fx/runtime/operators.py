@@ -14,7 +14,6 @@ import torch
 
 from rampde_fx.errors import (
     OptionError,
-    TimeGridError,
     UnsupportedLoopError,
     event_is_nan,
     event_not_met,
@@ -22,7 +21,8 @@ from rampde_fx.errors import (
     step_too_small,
     too_many_steps,
 )
-from rampde_fx.runtime import counts, monitoring, step_control
+from rampde_fx.runtime import counts, monitoring, ordered_times, step_control
+from rampde_fx.runtime.raised import noted
 from rampde_fx.torch_private import kernels
 
 _Function = Callable[..., torch.Tensor]
@@ -175,17 +175,19 @@ def _count_steps(t: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     ends, step_size = t[[0, -1]].cpu(), float(size)
     least = torch.finfo(t.dtype).eps * float(ends.abs().amax())
     if step_size < least:
-        raise OptionError(
-            f'options={{"step_size": {step_size!r}}} with times up to {float(ends.abs().amax()):g} in {t.dtype}',
-            required=f"steps that these times resolve, of {least:.2g} or more",
-            fix="take larger steps, or give t in float64",
+        raise noted(
+            OptionError(
+                f'options={{"step_size": {step_size!r}}} with times up to {float(ends.abs().amax()):g} in {t.dtype}',
+                required=f"steps that these times resolve, of {least:.2g} or more",
+                fix="take larger steps, or give t in float64",
+            )
         )
     return (torch.ceil((ends[1] - ends[0]).abs() / step_size + 1) - 1).to(torch.int64)
 
 
 def _found(count: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
     if (outcome := int(status)) in FAILURES:
-        raise FAILURES[outcome](int(count), float(reached))
+        raise noted(FAILURES[outcome](int(count), float(reached)))
     return count.clone()
 
 
@@ -195,31 +197,6 @@ def _needs_backend(x: torch.Tensor) -> torch.Tensor:
         required="the backend that the model was captured for",
         fix='compile by torch.compile(model, backend="rampde_fx")',
     )
-
-
-def zero_if_ordered(t: torch.Tensor) -> torch.Tensor:
-    """A zero, NaN where the times are not finite and strictly monotone; without waiting for the device."""
-    return torch.where(_are_ordered(t), torch.zeros_like(t[0]), math.nan)
-
-
-def _are_ordered(t: torch.Tensor) -> torch.Tensor:
-    sizes = t[1:] - t[:-1]
-    return t.isfinite().all() & ((sizes > 0).all() | (sizes < 0).all())
-
-
-def _monotone(t: torch.Tensor) -> torch.Tensor:
-    if t.device.type == "cpu" and not _are_ordered(t):
-        raise TimeGridError(
-            f"t = {_shortened(t)} is {'not strictly monotone' if t.isfinite().all() else 'not finite'}",
-            required="finite times that rise, or fall, from each to the next",
-            fix="sort t and drop repeated times: torch.unique(t)",
-        )
-    return zero_if_ordered(t)
-
-
-def _shortened(t: torch.Tensor) -> str:
-    numbers = [f"{number:g}" for number in t.tolist()]
-    return f"[{', '.join(numbers if len(numbers) <= 6 else [*numbers[:5], '...'])}]"
 
 
 def _narrow(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
@@ -330,7 +307,7 @@ library.impl("needs_backend", _needs_backend, "CompositeExplicitAutograd")
 library.impl("leave_search", _leave_search, "CompositeImplicitAutograd")
 library.impl("count_steps", _count_steps, "CompositeExplicitAutograd")
 library.impl("found", _found, "CompositeExplicitAutograd")
-library.impl("monotone", _monotone, "CompositeExplicitAutograd")
+library.impl("monotone", ordered_times.monotone, "CompositeExplicitAutograd")
 torch.library.register_autograd("rampde_fx::needs_backend", lambda ctx, gradient: gradient, lib=library)
 library.impl("stop_gradient", torch.clone, "CompositeExplicitAutograd")
 library.impl("stop_gradient", kernels.below_autograd(torch.ops.rampde_fx.stop_gradient), "Autograd")

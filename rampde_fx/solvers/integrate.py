@@ -13,7 +13,7 @@ from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError
 from rampde_fx.frontend import marking
 from rampde_fx.frontend.marking import is_real, is_time_grid
 from rampde_fx.policy import MONITORED, PrecisionPolicy
-from rampde_fx.runtime import operators
+from rampde_fx.runtime import operators, ordered_times
 from rampde_fx.solvers.adaptive_steps import adaptive_steps, controller_of
 from rampde_fx.solvers.fixed_steps import (
     CheckedVelocity,
@@ -345,4 +345,4 @@ def _times(t: torch.Tensor, y: State) -> torch.Tensor:
 
 def _checked(t: torch.Tensor) -> torch.Tensor:
     """The times, NaN or refused where they are not in order. What is exported holds no operators of ours."""
-    return t + (operators.zero_if_ordered if dynamo.is_exporting() else operators.monotone)(t.detach())
+    return t + (ordered_times.zero_if_ordered if dynamo.is_exporting() else operators.monotone)(t.detach())

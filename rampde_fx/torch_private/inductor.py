@@ -8,6 +8,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,21 @@ _torch = Names(
 _functorch = Names({"torch._functorch.config": "."})
 lookup_backend = _torch.lookup_backend
 CACHEABLE = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
+
+
+@dataclass(frozen=True)
+class LoweringPasses:
+    """Passes over each graph that Inductor lowers, which change it in place; each has a uuid for Inductor's caches.
+
+    Attributes:
+        before: Before Inductor's own passes.
+        behind: Behind them.
+    """
+
+    before: Sequence[Any]
+    behind: Sequence[Any]
+
+
 # Whether a loop with these condition and body may be replayed.
 Replayable = Callable[[fx.GraphModule, fx.GraphModule], bool]
 
@@ -74,10 +90,10 @@ def compile_graph(
     example_inputs: Sequence[Any],
     options: dict[str, Any],
     mode: str | None,
-    lower: Any,
+    passes: LoweringPasses,
     replayable: Replayable | None,
 ) -> Callable[..., Any]:
-    """Compile a graph with rewritten loops by one of torch's backends; Inductor applies lower, which has a uuid.
+    """Compile a graph with rewritten loops by one of torch's backends; Inductor applies passes of ours while it lowers.
 
     Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If loops are to be
     replayed, those that are replayable become CUDA graphs instead, and nothing else.
@@ -89,12 +105,12 @@ def compile_graph(
     _torch.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
-    name = "post_grad_custom_pre_pass"
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **_options(options, mode),
-        name: _Lowering(lower, options.get(name, getattr(_torch.config, name)), replayable is not None),
     }
+    for name, ours in (("post_grad_custom_pre_pass", passes.before), ("post_grad_custom_post_pass", passes.behind)):
+        patches[name] = _Lowering(ours, options.get(name, getattr(_torch.config, name)), replayable is not None)
     if replayable is None:
         return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
     patches["triton.cudagraphs"] = False
@@ -166,11 +182,11 @@ CustomGraphPass: Any = _torch.CustomGraphPass
 
 
 class _Lowering(CustomGraphPass):
-    """A pass of ours over each graph that Inductor lowers, behind the user's own: None, one or, as of 2.13, several."""
+    """Passes of ours over each graph that Inductor lowers, behind the user's: None, one or, as of 2.13, several."""
 
-    def __init__(self, ours: Any, users: Any, replayed: bool) -> None:
+    def __init__(self, ours: Sequence[Any], users: Any, replayed: bool) -> None:
         self.replayed = replayed  # what is generated from a graph depends on it
-        self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), ours]
+        self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), *ours]
 
     def __call__(self, graph: fx.Graph) -> None:
         for graph_pass in self.passes:

@@ -1,0 +1,162 @@
+"""What Inductor is given for a CPU: tanh written out, biases beside their products, and calls of kernels in C++."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import rampde_fx
+from rampde_fx.emit import cpu_functions, native_calls
+from rampde_fx.emit.cpu_biases import SplitBiases
+from rampde_fx.emit.cpu_functions import ReplaceTanh
+from rampde_fx.errors import StepSizeError, TimeGridError
+from rampde_fx.torch_private import inductor
+from tests.benchmarks.tanh import fit
+from tests.counting import counted
+from tests.models import Euler
+
+aten = torch.ops.aten
+LAST_PLACE = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def lowered(function, *args, by):
+    graph = make_fx(function, tracing_mode="fake")(*args)
+    by(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def targets(graph):
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def arguments(dtype):
+    """Of both signs, from the smallest normal numbers of float16 to beyond what float16 holds."""
+    sizes = torch.logspace(-4.2, 4.5, 40_001, dtype=torch.float64)
+    return torch.cat([sizes, -sizes]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", LAST_PLACE, ids=str)
+def test_tanh_is_accurate_everywhere(dtype):
+    x = arguments(dtype)
+    graph = lowered(torch.tanh, x, by=ReplaceTanh())
+    assert aten.tanh.default not in targets(graph)
+    got, wanted = graph(x), torch.tanh(x.double())
+    assert got.dtype is dtype
+    places = 12 if dtype is torch.float32 else 1.01  # of half a unit
+    assert ((got.double() - wanted).abs() <= places * LAST_PLACE[dtype] * wanted.abs()).all()
+
+
+def test_tanh_of_what_is_special():
+    x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-38, -1e-40, 9.0, 20.0, 3e38])
+    got = lowered(torch.tanh, x, by=ReplaceTanh())(x)
+    torch.testing.assert_close(got, torch.tanh(x), rtol=4e-7, atol=1e-45, equal_nan=True)
+    assert torch.signbit(got[1]) and not torch.signbit(got[0])
+
+
+def test_tanh_is_never_beyond_one():
+    """1 - tanh^2 is a derivative, and of densities a logarithm is taken of it."""
+    x = torch.linspace(3, 12, 200_001)
+    got = lowered(torch.tanh, x, by=ReplaceTanh())(x)
+    assert got.max() == 1 and (got[x > 9.02] == 1).all() and (1 - got * got >= 0).all()
+
+
+def test_the_coefficients_are_those_of_the_fit():
+    found, numerator, denominator = fit()
+    assert found < 2.2e-8
+    for ours, fitted in ((cpu_functions.NUMERATOR, numerator), (cpu_functions.DENOMINATOR, denominator)):
+        assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(ours, fitted, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("float64", "cpu"), ("float32", "meta"), ("complex64", "cpu")])
+def test_other_tanh_stays(dtype, device):
+    with FakeTensorMode():
+        x = torch.empty(3, dtype=getattr(torch, dtype), device=device)
+    assert targets(lowered(torch.tanh, x, by=ReplaceTanh())) == [aten.tanh.default]
+
+
+BIAS, X, W = torch.randn(7), torch.randn(3, 5), torch.randn(5, 7)
+
+
+def test_a_bias_that_elementwise_operations_read_is_taken_out():
+    graph = lowered(lambda b, x, w: torch.sin(torch.addmm(b, x, w)), BIAS, X, W, by=SplitBiases())
+    assert targets(graph) == [aten.mm.default, aten.add.Tensor, aten.sin.default]
+    torch.testing.assert_close(graph(BIAS, X, W), torch.sin(torch.addmm(BIAS, X, W)))
+
+
+def scaled(b, x, w):
+    return torch.sin(torch.addmm(b, x, w, beta=0.5))
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        (torch.addmm, torch.float32),
+        (lambda b, x, w: torch.addmm(b, x, w).sum(0), torch.float32),
+        (lambda b, x, w: torch.sin(torch.addmm(b, x, w)), torch.bfloat16),
+        (scaled, torch.float32),
+    ],
+    ids=["an output", "a sum", "low", "scaled"],
+)
+def test_other_biases_stay(function, dtype):
+    graph = lowered(function, *(x.to(dtype) for x in (BIAS, X, W)), by=SplitBiases())
+    assert aten.addmm.default in targets(graph) and aten.mm.default not in targets(graph)
+
+
+def options_of(model, given, mode=None, *, device="cpu"):
+    """The options that Inductor is given for a model."""
+    found = []
+
+    def backend(graph_module, inputs):
+        found.append(native_calls.with_native_calls(graph_module, given, mode))
+        return graph_module
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(torch.randn(3, 5, device=device), torch.linspace(0, 1, 4))
+    return found[0]
+
+
+needs_native_loops = pytest.mark.skipif(
+    not inductor.cpp_wrapper_calls_loops(), reason="this torch does not write loops in C++"
+)
+
+
+@needs_native_loops
+def test_kernels_are_called_from_cpp_where_nobody_chose():
+    assert options_of(Euler(), {}) == {"cpp_wrapper": True}
+    assert options_of(Euler(), {"cpp_wrapper": False}) == {"cpp_wrapper": False}
+    assert options_of(Euler(), {}, "max-autotune-no-cudagraphs") == {}
+    assert options_of(Euler(), {"triton.cudagraphs": True}) == {"triton.cudagraphs": True}
+    assert options_of(lambda y, t: y.to("meta") * 2, {}) == {}
+
+
+@needs_native_loops
+def test_kernels_of_others_are_called_from_python():
+    """An error that one raises would lose its type and its text in C++."""
+    assert options_of(lambda y, t: counted(y) + t[0], {}) == {}
+
+
+def test_an_older_torch_calls_them_from_python(monkeypatch):
+    monkeypatch.setattr(inductor, "cpp_wrapper_calls_loops", lambda: False)
+    assert options_of(Euler(), {}) == {}
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_errors_of_ours_keep_their_types_in_cpp():
+    velocity = torch.nn.Linear(3, 3)
+
+    @rampde_fx.mixed_precision(dtype=torch.float32)
+    def solve(y, t):
+        options = {"max_steps": 3}
+        return rampde_fx.odeint(lambda _, y: 50 * velocity(y), y, t, method="bosh3", rtol=1e-6, options=options)
+
+    compiled = torch.compile(solve, backend="rampde_fx", fullgraph=True)
+    y = torch.randn(4, 3)
+    with pytest.raises(StepSizeError, match="with 3 steps"):
+        compiled(y, torch.tensor([0.0, 0.5, 1.0]))
+    with pytest.raises(TimeGridError, match=r"t = \[0, 2, 1\] is not strictly monotone"):
+        compiled(y, torch.tensor([0.0, 2.0, 1.0]))
