@@ -256,3 +256,20 @@ def test_heads_without_a_kernel_in_half_precision_are_wide(size, wide):
     (attention,) = [n for n in make_fx(lowering.evaluate)(*heads).graph.nodes if n.target is attend.default]
     assert [n.meta["val"].dtype for n in attention.args[:3]] == [torch.float32 if wide else torch.float16] * 3
     assert sum(lowering.wide.values()) == wide
+
+
+@pytest.mark.parametrize("normalise", [torch.softmax, torch.log_softmax], ids=["softmax", "log_softmax"])
+def test_a_derivative_that_is_told_the_dtype_of_its_operands(normalise):
+    """The derivative of softmax has the state's dtype as an argument, and operands in float32."""
+    weight = torch.nn.Parameter(torch.randn(6, 6, dtype=torch.float64) / 3)
+
+    def model(y, t):
+        for _, dt in rampde_fx.steps(t):
+            gated, vjp = torch.func.vjp(lambda z: normalise(F.glu(torch.cat([z @ weight, z], -1)), -1), y)
+            y = y + dt * (gated + vjp(torch.cos(gated))[0])
+        return y
+
+    y, t = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 3, dtype=torch.float64)
+    wanted = torch.autograd.grad(model(y, t).square().sum(), [y, weight])
+    got = torch.autograd.grad(compiled(model, torch.float16)(y, t).square().sum(), [y, weight])
+    assert max(relative_errors(got, wanted)) < 5e-3

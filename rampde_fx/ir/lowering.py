@@ -147,8 +147,8 @@ class Lowering(fx.Interpreter):
         def enter(value: Any) -> Any:
             return value if not is_float(value) or (keep_scalars and value.ndim == 0) else self._cast(value, to)
 
-        kept = _statistics(target)
-        args = tuple(a if i in kept else tree_map(enter, a) for i, a in enumerate(args))
+        kept, told = _statistics(target), _told_dtypes(target)
+        args = tuple(to if i in told else a if i in kept else tree_map(enter, a) for i, a in enumerate(args))
         return args, tree_map(enter, kwargs), back
 
     def _without_overflow(self, target: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -329,6 +329,12 @@ def _rounds_first(args: Any, tensors: list[torch.Tensor]) -> bool:
     others = {tensor.dtype for tensor in tensors if tensor.ndim > 0}
     first = args[0] if args and is_float(args[0]) and args[0].ndim == 0 else None
     return first is not None and first.dtype not in HALF and len(others) == 1 and others <= set(HALF)
+
+
+def _told_dtypes(target: Any) -> set[int]:
+    """The places of arguments that tell the dtype of the operands, which a derivative of softmax asks for."""
+    arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+    return {i for i, argument in enumerate(arguments) if argument.name == "input_dtype"}
 
 
 def _statistics(target: Any) -> set[int]:
