@@ -146,6 +146,25 @@ def test_an_older_torch_calls_them_from_python(monkeypatch):
 
 @pytest.mark.inductor
 @pytest.mark.slow
+def test_inductor_compiles_tanh_as_it_is_written_out():
+    """In the dtypes of velocities, with what is special; a plain cast stands beside it."""
+
+    @rampde_fx.mixed_precision(dtype=torch.bfloat16)
+    def step(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(y)
+        return y
+
+    y = torch.tensor([0.0, 1e-3, -2.0, math.inf, -math.inf, math.nan, 50.0], requires_grad=True)
+    t = torch.tensor([0.0, 0.5])
+    got = torch.compile(step, backend="rampde_fx", fullgraph=True)(y, t)
+    torch.testing.assert_close(got, step(y, t), rtol=4e-3, atol=0, equal_nan=True)
+    slope = torch.autograd.grad(got[:3].sum(), y)[0][:3]
+    torch.testing.assert_close(slope, 1 + 0.5 * (1 - torch.tanh(y.detach()[:3]) ** 2), rtol=4e-3, atol=0)
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
 def test_errors_of_ours_keep_their_types_in_cpp():
     velocity = torch.nn.Linear(3, 3)
 

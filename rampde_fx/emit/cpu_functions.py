@@ -61,10 +61,13 @@ def _written_out(graph: fx.Graph, x: fx.Node) -> fx.Node:
             found = call(aten.mul.Tensor, call(aten.add.Tensor, found, coefficient), z)
         return call(aten.add.Tensor, found, coefficients[0])
 
+    def within(value: fx.Node, bound: float) -> fx.Node:
+        return call(aten.clamp_max.default, call(aten.clamp_min.default, value, -bound), bound)
+
     dtype = graphs.value(x).dtype
     wide = x if dtype is torch.float32 else call(_CONVERT, x, torch.float32)
-    y = call(aten.clamp.default, wide, -LARGEST, LARGEST)
+    y = within(wide, LARGEST)
     z = call(aten.mul.Tensor, y, y)
     above = call(aten.mul.Tensor, y, polynomial(z, NUMERATOR))
-    tanh = call(aten.clamp.default, call(aten.div.Tensor, above, polynomial(z, DENOMINATOR)), -1.0, 1.0)
+    tanh = within(call(aten.div.Tensor, above, polynomial(z, DENOMINATOR)), 1.0)
     return tanh if dtype is torch.float32 else call(_CONVERT, tanh, dtype)
