@@ -77,7 +77,7 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
         elif open_loop is None:
             gradients = node.args[0] if node.target is torch._C._set_grad_enabled else gradients
             regions += _autocast_regions(node)
-            transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
+            transforms += _transforms(node) + _opens(node, "_enter_dual_level") - _opens(node, "_exit_dual_level")
     if open_loop is not None:
         raise _left_early(open_loop)
     return loops
@@ -113,6 +113,11 @@ def _body_with_loop(node: fx.Node) -> fx.GraphModule | None:
 
 def _opens(node: fx.Node, suffix: str) -> int:
     return int(node.op == "call_function" and getattr(node.target, "__name__", "").endswith(suffix))
+
+
+def _transforms(node: fx.Node) -> int:
+    """How many transforms of torch.func begin with a node, or minus how many end."""
+    return _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
 
 
 def _autocast_regions(node: fx.Node) -> int:
@@ -162,7 +167,7 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
         _refuse(marker, found, fix)
     if transforms:
         raise TransformError(
-            "a marked loop runs inside a torch.func transform",
+            "a marked loop runs inside a torch.func transform, or a level of torch.autograd.forward_ad",
             required="a marked loop of plain operations that stands by itself",
             fix="call the model outside of vjp, grad, vmap and the like, and differentiate with backward()",
             where=user_line(marker),
@@ -177,7 +182,7 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
     transforms, gradients = 0, differentiated
     for node in with_bodies(nodes):
         _check_operands(node)
-        transforms += _opens(node, "_increment_nesting") - _opens(node, "_decrement_nesting")
+        transforms += _transforms(node)
         gradients = node.args[0] if node in modes else gradients
         if transforms and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
             _refuse(

@@ -81,6 +81,49 @@ def test_a_transform_round_a_loop(model_class, transform):
         rampde_fx.explain(function, Y, T)
 
 
+ROUND_VIEWS = {
+    "the state": lambda model: lambda y, t: jvp(lambda y: model(y, t), (y[::2],), (torch.ones(2, 5),)),
+    "the times": lambda model: lambda y, t: jvp(lambda t: model(y, t), (y[0],), (torch.ones(5),)),
+}
+IN_VIEWS = [(Solved, "the state"), (Adaptive, "the state"), (OfOneSize, "the state"), (Torchdiffeq, "the state")]
+
+
+@pytest.mark.parametrize(("model_class", "of"), [*IN_VIEWS, (Solved, "the times"), (Euler, "the times")])
+def test_a_tangent_that_is_no_view_of_a_view(model_class, of):
+    """Torch cannot view such a primal; what stands in place of a refused loop does not."""
+    function = ROUND_VIEWS[of](rampde_fx.mixed_precision(model_class(), dtype=torch.float16))
+    with pytest.raises(errors.TransformError, match=r"torch\.func"):
+        torch.compile(function, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)(Y, T)
+
+
+def opened_inside(model):
+    def function(y, t):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(model(forward_ad.make_dual(y[::2], torch.ones(2, 5)), t)).tangent
+
+    return function
+
+
+@pytest.mark.parametrize("model_class", [Euler, Solved, Adaptive])
+def test_a_forward_level_inside_of_what_is_compiled(model_class):
+    """Its tangents would end at the loop."""
+    function = opened_inside(rampde_fx.mixed_precision(model_class(), dtype=torch.float16))
+    with pytest.raises(errors.TransformError, match="forward_ad"):
+        torch.compile(function, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)(Y.clone(), T)
+
+
+def test_a_forward_level_that_ends_before_a_loop():
+    model = Solved()
+
+    def function(y, t):
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(forward_ad.make_dual(y, torch.ones(4, 5)).sin()).tangent
+        return model(tangent, t)
+
+    found = compiled(function, torch.float32)(Y, T)
+    assert torch.allclose(found, model(Y.cos(), T), atol=1e-6)
+
+
 def test_a_transform_round_a_compiled_model():
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.func\.vmap\(compiled_fn\)"):
         vmap(compiled(Solved(), torch.bfloat16), (0, None))(ROWS, T)

@@ -79,6 +79,8 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i in range(t.shape[0] - 1):
             yield t[i], t[i + 1] - t[i]
         return
+    if dynamo.is_transformed():
+        t = t.clone()  # torch takes no view of a view with a tangent of another layout
     policy = policy_in_force()
     if policy and refuses_shards():
         mark_refused(t, policy)
@@ -99,6 +101,7 @@ def steps(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 def mark_refused(t: torch.Tensor, policy: str) -> None:
     """Leave the marks of a loop without a step, in place of one that is refused once the graph is captured."""
+    t = t.clone()  # torch takes no view of a view with a tangent of another layout
     operators.step(t, 0, policy)
     operators.end(t)
     loop_ends(once=False)

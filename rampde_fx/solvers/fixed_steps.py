@@ -96,7 +96,8 @@ def refused_later(y: State, t: torch.Tensor, policy: PrecisionPolicy | None) -> 
     """A marked loop to be refused with the user's line, and states of the shape of a solution."""
     marking.meet_loop(policy)
     marking.mark_refused(t, marking.policy_in_force(policy))
-    return [value.expand(t.shape[0], *value.shape) for value in y]
+    # No views of the states: torch takes none of a state that is a view with a tangent of another layout.
+    return [value.new_zeros(t.shape[0], *value.shape) + value for value in y]
 
 
 def captured_once(

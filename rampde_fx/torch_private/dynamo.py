@@ -143,8 +143,22 @@ def rewritten_later() -> bool:
 
 @constant
 def is_transformed() -> bool:
-    """Whether the code that Dynamo traces, or that runs, is inside of a torch.func transform."""
-    return _torch.peek_interpreter_stack() is not None
+    """Whether the code that Dynamo traces, or that runs, is inside of a torch.func transform.
+
+    A level of torch.autograd.forward_ad that the traced code opens counts as one.
+    """
+    return _torch.peek_interpreter_stack() is not None or _opens_dual_level()
+
+
+def _opens_dual_level() -> bool:
+    output = getattr(getattr(_torch.tls, "current_tx", None), "output", None)
+    tracer = getattr(output, "current_tracer", None)
+    levels = 0
+    while tracer is not None:
+        names = [getattr(node.target, "__name__", "") for node in tracer.graph.nodes if node.op == "call_function"]
+        levels += names.count("_enter_dual_level") - names.count("_exit_dual_level")
+        tracer = tracer.parent
+    return levels > 0
 
 
 @constant
