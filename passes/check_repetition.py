@@ -27,9 +27,22 @@ from rampde_fx.runtime import operators
 def check_repetition(graph_module: fx.GraphModule) -> None:
     """Check every odeint of a graph, and of those inside it, in place."""
     for module in [m for m in graph_module.modules() if isinstance(m, fx.GraphModule)]:
+        if _is_nested(module):
+            continue  # find_loops refuses it
         for again in module.graph.find_nodes(op="call_function", target=operators.again):
             _check(list(module.graph.nodes), again)
         module.recompile()
+
+
+def _is_nested(module: fx.GraphModule) -> bool:
+    """Whether an odeint of a graph is called in the velocity of another one."""
+    under_way = False
+    for node in module.graph.nodes:
+        if node.target is operators.enter and under_way:
+            return True
+        if node.target in (operators.enter, operators.leave, operators.leave_search):
+            under_way = node.target is operators.enter
+    return False
 
 
 def _check(nodes: list[fx.Node], again: fx.Node) -> None:

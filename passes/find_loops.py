@@ -159,12 +159,8 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
 def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int) -> None:
     if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:
         raise _left_early(open_loop)
-    found, fix = "", ""
     if open_loop is not None:
-        found = "a loop over steps(t) begins before the one around it has ended (a nested loop, or a break)"
-        fix = FIX_EARLY_EXIT + "; of two nested loops leave the inner one unmarked: write range(len(t) - 1)"
-    if found:
-        _refuse(marker, found, fix)
+        _refuse_nested(marker, open_loop)
     if transforms:
         raise TransformError(
             "a marked loop runs inside a torch.func transform, or a level of torch.autograd.forward_ad",
@@ -172,6 +168,20 @@ def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transform
             fix="call the model outside of vjp, grad, vmap and the like, and differentiate with backward()",
             where=user_line(marker),
         )
+
+
+def _refuse_nested(marker: fx.Node, outer: MarkedLoop) -> None:
+    loop, odeint = "a loop over steps(t)", "an odeint"
+    inner_is_odeint = marker.target is operators.enter
+    fix = f"{FIX_EARLY_EXIT}; of two nested loops leave the inner one unmarked: write range(len(t) - 1)"
+    if outer.from_odeint:
+        fix = "in a velocity integrate by a loop that is not marked, over range(len(t) - 1)"
+    elif inner_is_odeint:
+        unmarked = "for i in range(t.shape[0] - 1): y = odeint(v, y, t[i:i + 2], ...)[-1]"
+        fix = f"{FIX_EARLY_EXIT}; leave a loop round an odeint unmarked: write {unmarked}"
+    inner, around = (odeint if inner_is_odeint else loop), (odeint if outer.from_odeint else loop)
+    how = "a nested loop" if outer.from_odeint else "a nested loop, or a break"
+    _refuse(marker, f"{inner} begins before {around} around it has ended ({how})", fix)
 
 
 def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:

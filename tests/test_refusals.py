@@ -136,6 +136,54 @@ def test_nested_loops():
     refused(Nested(), errors.UnsupportedLoopError, line="in rampde_fx.steps(t)")
 
 
+def integrated(velocity, y, t, method):
+    return rampde_fx.odeint(velocity, y, t, method=method)[-1]
+
+
+def round_an_odeint(y, t, method):
+    for t_i, dt in rampde_fx.steps(t):
+        y = integrated(lambda s, y: -y, y, torch.stack([t_i, t_i + dt]), method)
+    return y
+
+
+def in_an_odeint(y, t, method):
+    return integrated(lambda s, y: integrated(lambda r, z: -z, y, t, method), y, t, method)
+
+
+@pytest.mark.parametrize("method", ["rk4", "bosh3"])
+@pytest.mark.parametrize(
+    ("nested", "fix"), [(round_an_odeint, "range(t.shape[0] - 1): y = odeint"), (in_an_odeint, "is not marked")]
+)
+def test_an_odeint_inside_of_another_loop(nested, fix, method):
+    function = compiled(lambda y, t: nested(y, t, method), torch.float32)
+    with pytest.raises(errors.UnsupportedLoopError, match="an odeint begins before") as caught:
+        function(Y, T)
+    assert fix in caught.value.fix
+    assert "test_refusals.py" in caught.value.where
+
+
+@pytest.mark.parametrize("method", ["rk4", "bosh3"])
+def test_the_unmarked_loop_round_an_odeint_that_is_advised(method):
+    def advised(y, t):
+        for i in range(t.shape[0] - 1):
+            y = integrated(lambda s, y: -y, y, t[i : i + 2], method)
+        return y
+
+    assert torch.allclose(compiled(advised, torch.float32)(Y, T), advised(Y, T), rtol=1e-5)
+
+
+def test_the_unmarked_loop_in_a_velocity_that_is_advised():
+    def advised(y, t):
+        def velocity(s, y):
+            for i in range(len(t) - 1):
+                y = y - (t[i + 1] - t[i]) * y
+            return y
+
+        return integrated(velocity, y, t, "rk4")
+
+    assert torch.allclose(compiled(advised, torch.float32)(Y, T), advised(Y, T), rtol=1e-5)
+
+
 def test_nested_loops_of_which_one_is_checkpointed():
     class Checkpointed(Flow):
         def inner(self, y, t):
