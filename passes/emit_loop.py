@@ -32,7 +32,7 @@ from rampde_fx.emit.autocast import without_autocast
 from rampde_fx.emit.gradients import Found, finite, smallest, usable, zeros_among
 from rampde_fx.emit.kept_steps import KeptSteps
 from rampde_fx.emit.lasting import emit_call, lasts, make_again
-from rampde_fx.emit.recurrence import Body, at, emit_preamble, iterate, repeat
+from rampde_fx.emit.recurrence import Body, at, emit_preamble, iterate, repeat_while
 from rampde_fx.emit.segments import Recomputation, Segments
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.ends import (
@@ -106,8 +106,8 @@ class _Emission:
         self.step = Body(loop.step, loop.inputs(), results, loop.corrections)
         inputs = loop.adjoint.inputs if loop.adjoint is not None else ()
         read = (entry.operand for entry in inputs if isinstance(entry, Operand))
-        self.kept = list(dict.fromkeys([*read, *recomputed]))  # operands of the loop that the backward reads
-        self.saved = len(self.stored) + len(self.kept)
+        self.reread = list(dict.fromkeys([*read, *recomputed]))  # operands of the loop that the backward reads
+        self.saved = len(self.stored) + len(self.reread)
         with_gradient = {entry.result for entry in inputs if isinstance(entry, Cotangent)}
         count = loop.carries + len(self.outputs)
         self.constant_results = [j for j in range(count) if j not in with_gradient]
@@ -120,8 +120,8 @@ class _Emission:
         """Have the backward make again what follows from invariants alone that live on, operands of the loop."""
         inputs = graphs.placeholders(self.forward)
         make_again(self.forward, [inputs[i] for i in lasting])
-        kept = zip(reversed(self.kept), reversed(graphs.placeholders(self.backward)), strict=False)
-        make_again(self.backward, [node for i, node in kept if i in lasting])
+        reread = zip(reversed(self.reread), reversed(graphs.placeholders(self.backward)), strict=False)
+        make_again(self.backward, [node for i, node in reread if i in lasting])
 
     def _trace(self, function: Callable[..., Any], values: list[Any], names: list[str]) -> fx.GraphModule:
         traced = graphs.named(tracing.trace(function, values, gradients=False), names)
@@ -152,14 +152,14 @@ class _Emission:
             finals, outputs, stored = self.kept_steps.read(further, per_step[0])
             # The note reads what was kept, which the forward has to take: a backward could not a second time.
             results = self._results(finals, outputs, [*stored, *outputs, *per_step])
-            return results, (*stored, *(operands[i] for i in self.kept))
+            return results, (*stored, *(operands[i] for i in self.reread))
         starts, invariants = self.step.starts(given.carries), self.step.prepare(given.invariants)
         if self.segments is not None:
             finals, outputs, stored = self.segments.advance(self.step, self.recomputation, starts, per_step, invariants)
         else:
             finals, stacks = self.iterate(self.step, starts, per_step, invariants)
             outputs, stored = stacks[: len(self.outputs)], stacks[len(self.outputs) :]
-        return self._results(finals, outputs, per_step), (*stored, *(operands[i] for i in self.kept))
+        return self._results(finals, outputs, per_step), (*stored, *(operands[i] for i in self.reread))
 
     def _results(self, finals: list[Any], outputs: list[Any], stacks: list[Any]) -> tuple[Any, ...]:
         """The results, the smallest of those that are read behind a note of the run: a zero that is added."""
@@ -189,10 +189,10 @@ class _Emission:
         names = [f"adjoint_{node.name}" for node in self.inputs[: loop.carries]]
         names += [f"cotangent_{j}" for j in range(len(self.outputs))]
         names += [f"stored_{self.inputs[s.carry].name}" if isinstance(s, StateSlot) else "kept" for s in self.slots]
-        names += [self.inputs[i].name for i in self.kept]
+        names += [self.inputs[i].name for i in self.reread]
         count = loop.steps if self.segments is None else self.segments.count()
         stored = [self._stacked(node, count) for node in self.stored]
-        values = [*results, *stored, *(operands[i] for i in self.kept)]
+        values = [*results, *stored, *(operands[i] for i in self.reread)]
         return self._trace(_Backward(self, adjoint).run, values, names)
 
 
@@ -243,7 +243,7 @@ class _Backward:
         """One gradient, or None, for each operand of the loop."""
         emission = self.emission
         entries: list[AdjointInput] = [Cotangent(j) for j in range(self.loop.carries + len(emission.outputs))]
-        entries += [*places(self.loop.slots), *map(Operand, emission.kept)]
+        entries += [*places(self.loop.slots), *map(Operand, emission.reread)]
         given: Given = dict(zip(entries, args, strict=True))
         scaling = self.loop.policy.adjoint_scaling if Target() in self.adjoint.inputs else None
         # Cotangents may share memory (slices of a cat, one tensor for a sum). Neither a scan nor the while loop of the
@@ -253,7 +253,7 @@ class _Backward:
             cotangents = [] if self.loop.unrolled else [e for e in cotangents if e in self.inputs.per_step]
         given.update({entry: given[entry].clone() for entry in cotangents[1:]})
         fits = self._stored_states_fit([given[place] for place in places(self.loop.slots)])
-        gradients = self._once(given) if scaling is None else self._repeat(given, scaling, fits)
+        gradients = self._once(given) if scaling is None else self._retry(given, scaling, fits)
         gradients = self._noted(usable(gradients, fits), given)
         return (*(gradients.get(Gradient(i)) for i in range(len(emission.inputs))), *[None] * emission.further)
 
@@ -352,7 +352,7 @@ class _Backward:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
         return torch.zeros([*steps, *value.shape], dtype=value.dtype, device=value.device)
 
-    def _repeat(self, given: Given, scaling: AdjointScaling, fits: torch.Tensor | None) -> Found:
+    def _retry(self, given: Given, scaling: AdjointScaling, fits: torch.Tensor | None) -> Found:
         """Sweep at a falling target until the gradients are finite."""
         entries, tensors, order = list(given), list(given.values()), self.gradients
         incoming = [given[entry] for entry in self.adjoint.inputs if isinstance(entry, Cotangent)]
@@ -370,8 +370,8 @@ class _Backward:
             before, operands = rest[: len(order)], rest[len(order) : len(order) + len(entries)]
             usable = rest[len(order) + len(entries)]
             result = self._sweep({**dict(zip(entries, operands, strict=True)), Target(): target.clone()})
-            # A choice between two tensors has the strides of the first: those of what is carried, though Inductor
-            # may lay the cotangents of a convolution's output out anew.
+            # No target is below 0, and the result is always chosen. But a choice between two tensors has the strides of
+            # the first: those of what is carried, though Inductor may lay a convolution's cotangents out anew.
             found = [torch.where(target < 0, old, result[entry]) for old, entry in zip(before, order, strict=True)]
             vanished = result[Vanished()].sum() if Vanished() in result else torch.zeros_like(target)
             told = [usable & ~finite(found), vanished, zeros_among(found)]
@@ -380,6 +380,6 @@ class _Backward:
             (overflow,) = self._recorded([overflow], result.get(Statistics()), attempt)
             return attempt + 1, overflow, target * RETRY, *found
 
-        results = repeat(again, sweep, start, [*tensors, usable])
+        results = repeat_while(again, sweep, start, [*tensors, usable])
         self.runs = results[0]
         return dict(zip(order, results[3:], strict=True))

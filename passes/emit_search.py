@@ -26,7 +26,7 @@ from torch import fx
 from rampde_fx.emit.autocast import without_autocast
 from rampde_fx.emit.kept_steps import KeptSteps
 from rampde_fx.emit.lasting import emit_call
-from rampde_fx.emit.recurrence import Body, emit_preamble, repeat
+from rampde_fx.emit.recurrence import Body, emit_preamble, repeat_while
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.runtime import step_control
@@ -123,7 +123,7 @@ class _Search:
             lasting = (torch.where(counts, new, old) for old, new in zip(carries, nexts, strict=True))
             return *(value.clone() for value in search), *lasting
 
-        results = repeat(running, try_step, varying, fixed)
+        results = repeat_while(running, try_step, varying, fixed)
         search = step_control.Search(*results[:FIELDS])
         record = torch.ops.rampde_fx.record_search
         count = search.count + record(search.tried, search.count, self.evaluations, self.name)

@@ -8,7 +8,7 @@ After:   the graph is unchanged; a MarkedLoop lists markers and iterations.
 These operators, the markers, are defined in rampde_fx/runtime/operators.py. A loop inside a checkpointed function
 stands in the body of a tag_activation_checkpoint node, a graph of its own.
 
-Requires: a graph captured by Dynamo, in which rampde_fx.steps left its markers.
+Requires: a graph captured by Dynamo, in which rampde_fx.steps and odeint left their markers.
 Ensures:  loops in graph order, those of checkpointed bodies included; iteration k holds the nodes between marker k
           and the next one.
 Raises:   TransformError for a loop inside a torch.func transform; UnsupportedLoopError for a loop that was left early,
@@ -124,11 +124,12 @@ def _autocast_regions(node: fx.Node) -> int:
     """How many regions in which autocast is on begin with a node, or minus how many end."""
     begins, ends = _opens(node, "_enter_autocast"), _opens(node, "_exit_autocast")
     enter = node.args[0] if ends else node
-    return (begins - ends) * bool(enter.args[2]) if begins or ends else 0
+    enabled = bool(enter.args[2]) if begins or ends else False  # (device type, dtype, enabled, cache)
+    return (begins - ends) * enabled
 
 
 def _opened(marker: fx.Node, gradients: bool) -> MarkedLoop:
-    told = str(marker.args[-1])
+    told = str(marker.args[-1])  # the policy as text, behind MONITORED where a monitor is open
     if not told.removeprefix(MONITORED):
         raise UnsupportedLoopError(
             "a loop over rampde_fx.steps(t), or an odeint without a policy, runs outside of any mixed_precision target",
@@ -157,7 +158,7 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
 
 
 def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int) -> None:
-    if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:
+    if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:  # a break, and the loop once more
         raise _left_early(open_loop)
     if open_loop is not None:
         _refuse_nested(marker, open_loop)

@@ -8,7 +8,7 @@ For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a
 steps gave. Every node is transposed by torch's own derivative of that one operation; every velocity evaluation is one
 VJP, with a pullback submodule that takes and returns the accumulation dtype.
 
-Requires: a lowered Loop.
+Requires: a Loop behind count_underflow.
 Ensures:  the adjoint's carries come first: cotangents of carried states, then the totals of the invariants; results
           only for what a gradient is wanted of; no state, time or gradient node below the accumulation dtype outside
           of the velocity submodules.
@@ -39,7 +39,7 @@ Output = tuple[fx.Node, int]  # a node of the step, and which of its outputs
 
 
 @dataclass(frozen=True)
-class Pullback:
+class SplitVelocity:
     """A velocity split in two: forward(inputs) -> outputs, residuals; pullback(residuals, cotangents) -> gradients.
 
     Attributes:
@@ -96,8 +96,8 @@ class _Transposition:
         self.residuals: dict[fx.Node, list[fx.Node]] = {}
         self.cotangents: dict[Output, fx.Node | None] = {}
         self.incoming: dict[int, fx.Node | None] = {}
-        self.pullbacks: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Pullback] = {}
-        self.used: dict[fx.Node, Pullback] = {}
+        self.splits: dict[tuple[str, tuple[int, ...], tuple[int, ...]], SplitVelocity] = {}
+        self.used: dict[fx.Node, SplitVelocity] = {}
         self.evaluations: dict[fx.Node, Evaluation] = {}
 
     def run(self) -> Adjoint:
@@ -181,28 +181,28 @@ class _Transposition:
         wanted = tuple(i for i, arg in enumerate(node.args) if arg in self.active)
         outputs = tuple(sorted(user.args[1] for user in node.users if user in self.active))
         args = tuple(self.env[arg] for arg in node.args)
-        pullback = self._pullback(str(node.target), wanted, outputs)
-        call = self.graph.call_module(pullback.forward, args)
+        split = self._split(str(node.target), wanted, outputs)
+        call = self.graph.call_module(split.forward, args)
         self.evaluations[node] = Evaluation(node.name, call.name, None)
         self.env[node] = call
-        computed, saved = itertools.count(pullback.outputs), f"saved_{len(self.evaluations)}"
-        names = [entry.name for entry in graphs.placeholders(self.adjoint.get_submodule(pullback.pullback))]
+        computed, saved = itertools.count(split.outputs), f"saved_{len(self.evaluations)}"
+        names = [entry.name for entry in graphs.placeholders(self.adjoint.get_submodule(split.pullback))]
         self.residuals[node] = [
             args[i] if i is not None else graphs.item(self.graph, f"{saved}_{name}", call, next(computed))
-            for i, name in zip(pullback.residuals, names, strict=False)
+            for i, name in zip(split.residuals, names, strict=False)
         ]
-        self.used[node] = pullback
+        self.used[node] = split
 
-    def _pullback(self, name: str, wanted: tuple[int, ...], outputs: tuple[int, ...]) -> Pullback:
+    def _split(self, name: str, wanted: tuple[int, ...], outputs: tuple[int, ...]) -> SplitVelocity:
         key = (name, wanted, outputs)
-        if key not in self.pullbacks:
-            same = sum(known[0] == name for known in self.pullbacks)
+        if key not in self.splits:
+            same = sum(known[0] == name for known in self.splits)
             prefix = f"{name}_{same}" if same else name
             velocity = self.loop.step.get_submodule(name)
-            self.pullbacks[key], forward, backward = split_pullback(velocity, wanted, outputs, prefix)
+            self.splits[key], forward, backward = split_pullback(velocity, wanted, outputs, prefix)
             self.adjoint.add_submodule(f"{prefix}_forward", forward)
             self.adjoint.add_submodule(f"{prefix}_pullback", backward)
-        return self.pullbacks[key]
+        return self.splits[key]
 
     def _transpose(self, node: fx.Node) -> None:
         given = {index: ct for (owner, index), ct in self.cotangents.items() if owner is node}
@@ -214,17 +214,17 @@ class _Transposition:
             self._add(self._output(operand), gradient)
 
     def _call_pullback(self, node: fx.Node, given: dict[int, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-        pullback = self.used[node]
+        split = self.used[node]
         values = {user.args[1]: self.env[user] for user in node.users}
         cotangents = [
             given[i] if i in given else self.graph.call_function(aten.zeros_like.default, (values[i],))
-            for i in pullback.cotangents
+            for i in split.cotangents
         ]
-        call = self.graph.call_module(pullback.pullback, (*self.residuals[node], *cotangents))
+        call = self.graph.call_module(split.pullback, (*self.residuals[node], *cotangents))
         self.evaluations[node] = replace(self.evaluations[node], pullback=call.name, cotangents=len(cotangents))
         return [
             (node.args[i], graphs.item(self.graph, f"grad_{node.args[i].name}", call, j))
-            for j, i in enumerate(pullback.gradients)
+            for j, i in enumerate(split.gradients)
         ]
 
     def _inline_vjp(self, node: fx.Node, given: dict[int, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
@@ -316,13 +316,13 @@ def _traced(derivative: Callable[..., Any], values: list[Any], of: str, node: fx
 
 def split_pullback(
     velocity: fx.GraphModule, wanted: tuple[int, ...], outputs: tuple[int, ...], prefix: str
-) -> tuple[Pullback, fx.GraphModule, fx.GraphModule]:
+) -> tuple[SplitVelocity, fx.GraphModule, fx.GraphModule]:
     """Differentiate a velocity, and split the joint graph into a forward with residuals and a pullback."""
     inputs = graphs.placeholders(velocity)
     values = [graphs.value(node) for node in inputs]
     results = graphs.results(velocity)
     tangents = [fake_tensors.detached(graphs.value(results[i])) for i in outputs]
-    present: list[int] = []
+    present: list[int] = []  # of the wanted inputs those that have a gradient: filled in while joint is traced
 
     def joint(*args: Any) -> list[Any]:
         given = dict(zip(outputs, args[len(values) :], strict=True))
@@ -330,7 +330,8 @@ def split_pullback(
         present[:] = [i for i, gradient in zip(wanted, gradients, strict=True) if gradient is not None]
         return [*flat, *(gradient for gradient in gradients if gradient is not None)]
 
-    last = max(reversed(graphs.body(velocity)), key=lambda node: bool(graphs.user_line(node)))
+    nodes = graphs.body(velocity)[::-1]
+    last = next(filter(graphs.user_line, nodes), nodes[0])  # that has a line of the user's
     traced = _traced(joint, [*values, *tangents], "a velocity evaluation", last)
     names = [node.name for node in inputs] + [f"cotangent_{i}" for i in range(len(outputs))]
     traced = graphs.named(traced, names)
@@ -345,7 +346,7 @@ def split_pullback(
     forward = graphs.extract(traced, ahead, primals, [*found[: len(results)], *computed])
     behind = [node for node in graphs.body(traced) if node in backward]
     pullback = graphs.extract(traced, behind, [*residuals, *cotangents], gradients)
-    plan = Pullback(
+    plan = SplitVelocity(
         forward=f"{prefix}_forward",
         pullback=f"{prefix}_pullback",
         outputs=len(results),

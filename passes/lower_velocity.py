@@ -40,9 +40,9 @@ def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
     names, fallbacks, low = [], Counter(_wide_roles(step)), 0
     known: dict[str, str] = {}
     for nodes in find_components(step):
-        own = find_taken_inside(nodes)
-        inputs, outputs = _boundary(nodes, own)
-        velocity = graphs.extract(step, [*own, *nodes], inputs, outputs)
+        taken_inside = find_taken_inside(nodes)
+        inputs, outputs = _boundary(nodes, taken_inside)
+        velocity = graphs.extract(step, [*taken_inside, *nodes], inputs, outputs)
         lowering = Lowering(velocity, loop.policy.dtype, [node.meta["role"] != "time" for node in inputs])
         lowered = _lower(lowering, inputs)
         fallbacks.update(lowering.wide)
@@ -63,7 +63,7 @@ def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
 
 
 def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
-    """The evaluations: velocity nodes of one number that are connected through each other, in graph order."""
+    """The evaluations: velocity nodes of one rank that are connected through each other, in graph order."""
     velocity = [node for node in step.graph.nodes if node.meta.get("role") == "velocity"]
     leader: dict[fx.Node, fx.Node] = {}
 
@@ -75,12 +75,12 @@ def find_components(step: fx.GraphModule) -> list[list[fx.Node]]:
     for node in velocity:
         leader[node] = node
         for parent in node.all_input_nodes:
-            if parent in leader and parent.meta["evaluation"] == node.meta["evaluation"]:
+            if parent in leader and parent.meta["rank"] == node.meta["rank"]:
                 leader[find(parent)] = find(node)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in velocity:
         groups.setdefault(find(node), []).append(node)
-    return sorted(groups.values(), key=lambda nodes: nodes[0].meta["evaluation"])
+    return sorted(groups.values(), key=lambda nodes: nodes[0].meta["rank"])
 
 
 def find_taken_inside(nodes: list[fx.Node]) -> list[fx.Node]:

@@ -9,7 +9,7 @@ state:    the carries; a state plus an increment (a velocity scaled by time or b
           f(dt * k) the product is velocity.
 time:     what follows from t, dt and invariants alone: it has no batch and costs nothing, and low precision cannot
           tell close times apart.
-velocity: all the rest. meta["evaluation"] is its rank: what reads a state that was built from a velocity of rank n has
+velocity: all the rest. meta["rank"] is its rank: what reads a state that was built from a velocity of rank n has
           rank n + 1. Velocities of one rank that do not read each other become evaluations of their own.
 
 Only velocity is lowered. Where a next carry is linear in the carry along a path, all of the path is state, products
@@ -21,7 +21,8 @@ itself through a product and a nonlinearity alone (an RNN cell), is velocity: it
 note says so. addmm(y, h, w) is taken apart, where y varies, to show the sum.
 
 Requires: a Loop whose step is functional, with invariants hoisted.
-Ensures:  every placeholder and call has a role; every velocity call has an evaluation.
+Ensures:  every placeholder and call has a role; every velocity call has a rank; meta["outside"] says of each
+          placeholder whether it is a parameter, a context or a control.
 """
 
 from __future__ import annotations
@@ -44,25 +45,25 @@ Roles = dict[fx.Node, str]
 
 
 def partition_velocity(loop: WidenedLoop) -> PartitionedLoop:
-    """Write a role into every node of the step, and its evaluation into every velocity node."""
+    """Write a role into every node of the step, and its rank into every velocity node."""
     step = _with_sums_apart(loop)
-    if _take_outputs_apart(step, loop.carries, _roles(step, loop, tells=False)):
+    if _take_outputs_apart(step, loop.carries, _roles(step, loop, promote_outputs=False)):
         step = graphs.refresh(step)
-    roles = _roles(step, loop, tells=True)
+    roles = _roles(step, loop, promote_outputs=True)
     nodes, results = list(roles), graphs.results(step)[: loop.carries]
-    evaluations = find_evaluations(nodes, roles)
+    ranks = find_ranks(nodes, roles)
     for node in nodes:
         node.meta["role"] = roles[node]
         if roles[node] == "velocity":
-            node.meta["evaluation"] = evaluations[node]
+            node.meta["rank"] = ranks[node]
     return loop.then(PartitionedLoop, step=step, notes=(*loop.notes, *_notes(nodes, results, roles)))
 
 
-def _roles(step: fx.GraphModule, loop: WidenedLoop, *, tells: bool) -> Roles:
+def _roles(step: fx.GraphModule, loop: WidenedLoop, *, promote_outputs: bool) -> Roles:
     """The roles of all nodes of a step, in order.
 
-    tells says whether its outputs beside the carries make states of what leads to them. Not before these are taken
-    apart: what an output shares with a velocity would become state in both.
+    promote_outputs says whether its outputs beside the carries make states of what leads to them. Not before these
+    are taken apart: what an output shares with a velocity would become state in both.
     """
     nodes = [node for node in step.graph.nodes if node.op != "output"]
     results = graphs.results(step)[: loop.carries]
@@ -74,11 +75,11 @@ def _roles(step: fx.GraphModule, loop: WidenedLoop, *, tells: bool) -> Roles:
     if not all(roles[node] == "state" for node in linear):
         roles = find_roles(nodes, loop.carries, linear)
     # Terms without a step size that a linear path adds, as relu(y) in y @ R + relu(y).
-    beside = [parent for node in linear for parent in node.all_input_nodes if not _is_increment(parent, roles)]
+    beside = [parent for node in linear for parent in node.all_input_nodes if not _can_be_added(parent, roles)]
     promoted = find_promoted([*results, *beside], roles)
     outputs = [result for result in graphs.results(step)[loop.carries :] if isinstance(result, fx.Node)]
     promoted |= _deciding(step, loop)
-    if tells:
+    if promote_outputs:
         promoted |= find_promoted(outputs, roles, velocity=graphs.ancestors(results) - promoted)
     if promoted:
         roles = find_roles(nodes, loop.carries, linear | promoted)
@@ -291,20 +292,20 @@ def _promote(node: fx.Node, roles: Roles, promoted: set[fx.Node], velocity: Set[
     if operator_table.is_product(node) or node in velocity:
         return False
     varying = _varying(node, roles)
-    follow = [v for v in varying if roles[v] == "state" or not _is_increment(v, roles)] or varying
+    follow = [v for v in varying if roles[v] == "state" or not _can_be_added(v, roles)] or varying
     found = [_promote(v, roles, promoted, velocity) for v in follow]
     if any(found):
         promoted.add(node)
     return any(found)
 
 
-def find_evaluations(nodes: list[fx.Node], roles: Roles) -> dict[fx.Node, int]:
-    """Number the evaluations: a state built from evaluation n is read by evaluation n + 1."""
-    numbers: dict[fx.Node, int] = {}
+def find_ranks(nodes: list[fx.Node], roles: Roles) -> dict[fx.Node, int]:
+    """The ranks: what reads a state that was built from a velocity of rank n has rank n + 1."""
+    ranks: dict[fx.Node, int] = {}
     for node in nodes:
-        after = (numbers[p] + (roles[node] == "state" and roles[p] == "velocity") for p in node.all_input_nodes)
-        numbers[node] = max(after, default=0)
-    return numbers
+        after = (ranks[p] + (roles[node] == "state" and roles[p] == "velocity") for p in node.all_input_nodes)
+        ranks[node] = max(after, default=0)
+    return ranks
 
 
 def _varying(node: fx.Node, roles: Roles) -> list[fx.Node]:
@@ -333,17 +334,17 @@ def _scaled_by_time(node: fx.Node, roles: Roles) -> fx.Node | None:
     return None if operand is None or any(map(_reads_outside, factors)) else operand
 
 
-def _is_increment(node: fx.Node, roles: Roles) -> bool:
-    """Whether a velocity value is a velocity times a step size, or a sum of such."""
+def _can_be_added(node: fx.Node, roles: Roles) -> bool:
+    """Whether a value may be added to a state: no velocity, or a velocity times a step size, or a sum of such."""
     if roles[node] != "velocity":
         return True
     if properties(node.target).update == "add":
-        return all(_is_increment(parent, roles) for parent in node.all_input_nodes)
+        return all(_can_be_added(parent, roles) for parent in node.all_input_nodes)
     if operator_table.is_matrix_product(node):
         return _is_weighted_sum(node, roles)
     if _scaled_by_time(node, roles) is not None:
         return True
-    return _moves(node) and all(_is_increment(p, roles) for p in node.all_input_nodes)
+    return _moves(node) and all(_can_be_added(p, roles) for p in node.all_input_nodes)
 
 
 def _moves(node: fx.Node) -> bool:
@@ -364,7 +365,7 @@ def _keeps_state(node: fx.Node, roles: Roles) -> bool:
     update = properties(node.target).update
     if update == "add":
         scaled = node.kwargs.get("alpha", 1) != 1
-        return all(_is_increment(p, roles) or (scaled and p is node.args[1]) for p in parents)
+        return all(_can_be_added(p, roles) or (scaled and p is node.args[1]) for p in parents)
     if update == "scale":
         return _scaled_by_time(node, roles) is not None
     if update == "write":
@@ -377,19 +378,19 @@ def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:
 
     And of what joins several velocities to one: each is then an output by itself, with a scale of its own.
     """
-    numbers = find_evaluations(nodes, roles)
+    ranks = find_ranks(nodes, roles)
     for node in reversed(nodes):
         if roles[node] != "velocity" or not all(u.op == "output" or roles[u] == "state" for u in node.users):
             continue
         # 1 - dt * z, by which a state is multiplied: rounded low, it would lose dt * z.
-        summed = properties(node.target).update == "add" and _is_increment(node, roles)
+        summed = properties(node.target).update == "add" and _can_be_added(node, roles)
         scaled = summed or _scaled_by_time(node, roles) is not None or _is_weighted_sum(node, roles)
         joined = graphs.is_float(node) and properties(graphs.base_of_view(node).target).update == "join"
-        if scaled or joined or _sums_evaluations(node, roles, numbers):
+        if scaled or joined or _sums_evaluations(node, roles, ranks):
             roles[node] = "state"
 
 
-def _sums_evaluations(node: fx.Node, roles: Roles, numbers: dict[fx.Node, int]) -> bool:
+def _sums_evaluations(node: fx.Node, roles: Roles, ranks: dict[fx.Node, int]) -> bool:
     varying = _varying(node, roles)
-    several = len({numbers[parent] for parent in varying}) > 1 or any(roles[p] == "state" for p in varying)
+    several = len({ranks[parent] for parent in varying}) > 1 or any(roles[p] == "state" for p in varying)
     return properties(node.target).update == "add" and len(varying) == 2 and several

@@ -25,7 +25,7 @@ from rampde_fx.emit.lasting import lasts
 from rampde_fx.errors import MutationError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, owner_of, reads_end
-from rampde_fx.ir.dtypes_of_layers import in_own_dtypes, notes_on_dtypes, widened
+from rampde_fx.ir.dtypes_of_layers import in_dtypes_of_step, in_own_dtypes, notes_on_dtypes
 from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.loops import Loop, LoopNode
 from rampde_fx.ir.repeats import RepeatedResults
@@ -136,7 +136,7 @@ def _replace(
     graph_module.add_submodule(name, LoopNode(loop))
     with graph.inserting_before(following):
         operands = [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs]
-        operands = widened(graph, captured, operands)
+        operands = in_dtypes_of_step(graph, captured, operands)
         operands = _own_memory(graph, operands, _written_behind(following) if loop.differentiated else set())
         # Torch would derive a scan that no gradient comes back to.
         if marked.differentiated and not loop.differentiated:

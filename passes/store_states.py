@@ -81,7 +81,7 @@ class _Storing:
         self.inputs = dict(zip(graphs.placeholders(self.adjoint), adjoint.inputs, strict=True))
         self.slots = list(loop.slots)
         self.values: list[fx.Node] = []
-        self.low: list[fx.Node] = []  # the carries that are stored in float16 without a scale
+        self.unscaled: list[fx.Node] = []  # the carries that are stored in float16 without a scale
 
     def store(self, carry: int) -> None:
         """Give a carry a slot, from which the adjoint reads it if it does."""
@@ -93,7 +93,7 @@ class _Storing:
             stored, load = self._scaled(state, dtype)
         else:
             narrows = dtype is torch.float16  # what overflows is NaN: an infinity of the user's is one in float16, too
-            self.low += [state] if narrows else []
+            self.unscaled += [state] if narrows else []
             stored = [self._at_end(f"{state.name}_stored", NARROW if narrows else CAST, (state,), {"dtype": dtype})]
             stored[0].meta["val"] = value.to(dtype)
             load = _load(lambda x: [x.to(value.dtype)], stored)
@@ -164,7 +164,7 @@ class _Storing:
         """The loop that stores."""
         output = self.step.graph.output_node()
         outputs = list(output.args[0])
-        uncounted = [state for state in self.low if not _is_counted(state)]
+        uncounted = [state for state in self.unscaled if not _is_counted(state)]
         if uncounted:  # read by wide operations alone, and yet rounded for the backward
             place = len(outputs) - self.loop.tail()[0]
             more = self._at_end("underflow", COUNT, (uncounted,))

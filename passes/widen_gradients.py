@@ -51,7 +51,7 @@ def widen_gradients(loop: DifferentiatedLoop) -> SummedLoop:
             adjoint.add_submodule(name, module)
         found = find_sums(module)
         if found:
-            adjoint.add_submodule(name, widened(module, found))
+            adjoint.add_submodule(name, with_wide_sums(module, found))
     return loop.then(SummedLoop, adjoint=replace(loop.adjoint, module=graphs.refresh(adjoint)))
 
 
@@ -134,7 +134,7 @@ def _is_narrow_sum(node: fx.Node) -> bool:
     return properties(node.target).rounded_once or (operator_table.is_matrix_product(node) and not fits)
 
 
-def widened(module: fx.GraphModule, found: dict[str, list[str]]) -> fx.GraphModule:
+def with_wide_sums(module: fx.GraphModule, found: dict[str, list[str]]) -> fx.GraphModule:
     """A copy of a pullback with the found sums formed in float32."""
     module = graphs.copied(module)
     nodes = {node.name: node for node in module.graph.nodes}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import torch
 
 from rampde_fx.errors import PolicyError, refuse
+from rampde_fx.policy_text import changed, number_of, text_of, word_of, words_of
 from rampde_fx.schedules import SHARE, Checkpoint, MemoryBudget, Schedule, schedule_of
 from rampde_fx.torch_private import dynamo, kernels
 
@@ -56,10 +56,10 @@ class AdjointScaling:
     max_attempts: int = 3
 
     def __post_init__(self) -> None:
-        _refuse(_wrong_scaling(self.target, self.max_attempts))
+        _refuse(_wrong_scaling(*_in_parts(self, AdjointScaling)))
 
     def __str__(self) -> str:
-        return f"AdjointScaling({', '.join(_changed(fields(self), (self.target, self.max_attempts)))})"
+        return text_of(self)
 
 
 _NESTED: dict[str, type[Any]] = {
@@ -101,6 +101,13 @@ class _Encoded:
     encoded: str
 
 
+def _in_parts(value: Any, kind: type[Any] | None) -> Any:
+    """A value with fields of its own as the tuple of these, which is a constant to Dynamo; others as they are."""
+    if kind is not None and isinstance(value, kind):
+        return tuple([getattr(value, field.name) for field in fields(value)])  # of the class Dynamo gives none
+    return str(value) if isinstance(value, tuple) else value  # a tuple of the user's stands for nothing
+
+
 @dataclass(frozen=True)
 class PrecisionPolicy(_Encoded):
     """How a marked loop is rewritten. The accumulation dtype is always the dtype of the user's state.
@@ -136,8 +143,8 @@ class PrecisionPolicy(_Encoded):
 
     Source: arXiv 2510.23498.
 
-    >>> PrecisionPolicy(torch.float16).adjoint_scaling
-    AdjointScaling(target=None, max_attempts=3)
+    >>> PrecisionPolicy(torch.float16).adjoint_scaling == AdjointScaling()
+    True
     >>> PrecisionPolicy(torch.bfloat16).adjoint_scaling is None
     True
     >>> print(PrecisionPolicy(checkpoint="none"), "|", PrecisionPolicy().chosen_for("cuda"))
@@ -158,25 +165,7 @@ class PrecisionPolicy(_Encoded):
     checkpoint: Checkpoint | int | MemoryBudget = "step"
 
     def __post_init__(self) -> None:
-        scaling: Any = self.scaling
-        if isinstance(scaling, AdjointScaling):
-            scaling = (scaling.target, scaling.max_attempts)
-        elif isinstance(scaling, tuple):  # which stands for an AdjointScaling below
-            scaling = str(scaling)
-        checkpoint: Any = self.checkpoint
-        if isinstance(checkpoint, MemoryBudget):
-            checkpoint = (checkpoint.max_bytes, checkpoint.share)
-        elif isinstance(checkpoint, tuple):
-            checkpoint = str(checkpoint)
-        in_order = (
-            self.velocity,
-            self.storage,
-            self.storage_scaling,
-            scaling,
-            self.accumulation,
-            self.loop,
-            checkpoint,
-        )
+        in_order = [_in_parts(getattr(self, field.name), _NESTED.get(field.name)) for field in fields(self)]
         _refuse(_wrong_policy(*in_order))
         object.__setattr__(self, "encoded", _encode(*in_order))
 
@@ -277,11 +266,11 @@ class PrecisionPolicy(_Encoded):
 
         >>> PrecisionPolicy.parse("float16, storage=float8_e4m3fn, checkpoint=sqrt").storage
         torch.float8_e4m3fn
-        >>> PrecisionPolicy.parse("bfloat16, scaling=AdjointScaling(target=0.5), checkpoint=8").scaling
-        AdjointScaling(target=0.5, max_attempts=3)
+        >>> PrecisionPolicy.parse("bfloat16, scaling=AdjointScaling(target=0.5), checkpoint=8").scaling.target
+        0.5
         """
         first, *others = re.split(r",(?![^(]*\))", text)  # at commas outside of parentheses
-        words = _words(cls, [first if "=" in first else f"velocity={first}", *others])
+        words = words_of(cls, [first if "=" in first else f"velocity={first}", *others])
         return cls(**{name: _value(name, word) for name, word in words.items()})
 
 
@@ -310,7 +299,7 @@ def _wrong_policy(
     if storage in ALWAYS_SCALED and storage_scaling == "none":
         return (
             f'PrecisionPolicy(storage={storage}, storage_scaling="none")',
-            f"scaling: the range of {_word(storage)} is small",
+            f"scaling: {word_of(storage)} is never stored without",
             "leave storage_scaling out",
         )
     is_length = type(checkpoint) is int and checkpoint >= 1
@@ -336,37 +325,7 @@ def _encode(*in_order: Any) -> str:
     """The fields of a policy as text; AdjointScaling and MemoryBudget come as the tuples of their fields."""
     named = zip(fields(PrecisionPolicy), in_order, strict=True)
     velocity, *others = (_NESTED[f.name](*value) if isinstance(value, tuple) else value for f, value in named)
-    return ", ".join([_word(velocity), *_changed(fields(PrecisionPolicy)[1:], others)])
-
-
-def _changed(in_order: Iterable[Field[Any]], values: Iterable[object]) -> list[str]:
-    """Those of the fields that are not as they are by default, as name=value."""
-    pairs = zip(in_order, values, strict=True)
-    return [f"{field.name}={_word(value)}" for field, value in pairs if value != field.default]
-
-
-def _word(value: object) -> str:
-    return str(value).removeprefix("torch.")
-
-
-def _words(kind: type[Any], items: Iterable[str]) -> dict[str, str]:
-    """The values by the fields of a kind, from items that are written name=value."""
-    names = [f.name for f in fields(kind)]
-    required = f"FIELD=VALUE, with one of the fields {', '.join(names)}"
-    found: dict[str, str] = {}
-    for item in items:
-        name, equals, word = (part.strip() for part in item.partition("="))
-        leave_out = f"leave {item.strip()!r} out"
-        if not equals:
-            raise PolicyError(f"{name!r} names no field of {kind.__name__}", required=required, fix=leave_out)
-        if name not in names:
-            nearest = get_close_matches(name, names, n=1)
-            fix = f"write {nearest[0]}={word}" if nearest else leave_out
-            raise PolicyError(f"{kind.__name__} has no field {name!r}", required=required, fix=fix)
-        if name in found:
-            raise PolicyError(f"{kind.__name__} is given {name} twice", required="each field once", fix=leave_out)
-        found[name] = word
-    return found
+    return ", ".join([word_of(velocity), *changed(fields(PrecisionPolicy)[1:], others)])
 
 
 def _value(name: str, word: str) -> Any:
@@ -380,16 +339,6 @@ def _value(name: str, word: str) -> Any:
         return dtypes[word]
     kind = _NESTED.get(name)
     if kind is not None and (given := re.fullmatch(rf"{kind.__name__}\((.*)\)", word)):
-        words = _words(kind, given[1].split(",") if given[1].strip() else ())
-        return kind(**{field: _number(text) for field, text in words.items()})
-    return _number(word)
-
-
-def _number(word: str) -> Any:
-    """An int or a float, or the word itself where it is none."""
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
+        words = words_of(kind, given[1].split(",") if given[1].strip() else ())
+        return kind(**{field: number_of(text) for field, text in words.items()})
+    return number_of(word)

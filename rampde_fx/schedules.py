@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
 from rampde_fx.errors import PolicyError, refuse
+from rampde_fx.policy_text import text_of
 from rampde_fx.torch_private import dynamo
 
 SHARE = 0.5  # of the memory that is free, where a budget says nothing
@@ -47,8 +48,7 @@ class MemoryBudget:
             refuse(PolicyError, problem[0], required=problem[1], fix=problem[2])
 
     def __str__(self) -> str:
-        given = (("max_bytes", self.max_bytes), ("share", self.share))
-        return f"MemoryBudget({', '.join(f'{name}={value}' for name, value in given if value is not None)})"
+        return text_of(self)
 
     @property
     def share_in_force(self) -> float:
@@ -74,7 +74,7 @@ def _wrong_budget(max_bytes: Any, share: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Segments:
+class EveryKthState:
     """Every K-th state is stored; the states between two of them are recomputed."""
 
     length: int
@@ -86,14 +86,14 @@ class SqrtSegments:
 
 
 Checkpoint = Literal["step", "sqrt", "none", "auto"]
-Schedule = EveryStep | Activations | MemoryBudget | Segments | SqrtSegments
+Schedule = EveryStep | Activations | MemoryBudget | EveryKthState | SqrtSegments
 
 
 def schedule_of(checkpoint: Checkpoint | int | MemoryBudget) -> Schedule:
     """The schedule that PrecisionPolicy.checkpoint names."""
     match checkpoint:
         case int():
-            return Segments(checkpoint)
+            return EveryKthState(checkpoint)
         case MemoryBudget():
             return checkpoint
         case "step":

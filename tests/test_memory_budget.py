@@ -3,6 +3,7 @@
 import copy
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import rampde_fx
 from rampde_fx import MemoryBudget, PrecisionPolicy, backend, errors
 from rampde_fx.ir import budgets, pass_log
 from rampde_fx.proof import checking
+from rampde_fx.schedules import Checkpoint
 from rampde_fx.validation import verification
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import RK4, AdamsBashforth, Euler, LogDensity, Midpoint, Solved, Trajectory
@@ -251,7 +253,7 @@ def test_verify_checks_what_was_chosen(kept, monkeypatch):
 
 
 def test_check_measures_it():
-    assert {policy.checkpoint for policy in checking.POLICIES} == {"step", "sqrt", "none", "auto"}
+    assert {policy.checkpoint for policy in checking.POLICIES} == set(get_args(Checkpoint))
     policies = [PrecisionPolicy(torch.float16, checkpoint=value) for value in ("step", of(1000), "auto", "none")]
     result = rampde_fx.check(Midpoint(), Y, T, policies=policies, compiler="eager")
     names = ["checkpoint=MemoryBudget(max_bytes=1000)", "checkpoint=auto", "checkpoint=none"]

@@ -23,7 +23,7 @@ from rampde_fx.passes.replay_random import replay_random
 from rampde_fx.passes.roll_loop import roll_loop
 from rampde_fx.passes.scale_adjoint import scale_adjoint
 from rampde_fx.passes.watch_adjoint import watch_adjoint
-from rampde_fx.passes.widen_gradients import find_sums, widen_gradients, widened
+from rampde_fx.passes.widen_gradients import find_sums, widen_gradients, with_wide_sums
 from rampde_fx.torch_private import fake_tensors
 from tests.golden import printed, without_captured_inputs
 
@@ -389,7 +389,7 @@ class GraphModule(torch.nn.Module):
                 return [weight.float(), (y @ c + y.sum(1)).float(), torch.relu(y.t() @ b).float()]
 
             module = tracing.trace(pullback, factors)
-            return printed(widened(module, find_sums(module)))
+            return printed(with_wide_sums(module, find_sums(module)))
 
         self.assertExpectedInline(
             through(traced),
@@ -427,7 +427,7 @@ class GraphModule(torch.nn.Module):
                 with fake_tensors.fake_mode():
                     factors = [torch.empty(shape, dtype=dtype, device=device) for shape in ((3, 7), (3, 5))]
                 module = tracing.trace(lambda y, b: [(y.t() @ b).t().float(), b.sum(0).float()], factors)
-                return printed(widened(module, find_sums(module))).replace(
+                return printed(with_wide_sums(module, find_sums(module))).replace(
                     ", device = device(type='cuda', index=0)", ""
                 )
 

@@ -10,7 +10,7 @@ from tests.sources import FILES, ROOT
 
 # From the top to the bottom: a file imports from its own part and from those below it.
 ORDER = """__main__ proof report shipping backend validation passes emit ir torchdiffeq solvers frontend runtime policy
-    schedules torch_private indices errors""".split()
+    schedules policy_text torch_private indices errors""".split()
 DATA = {"rampde_fx.solvers.tableau", "rampde_fx.ir.operator_table"}
 
 
@@ -98,7 +98,7 @@ def test_files_and_functions_stay_short(name):
 
 def test_no_meta_key_says_what_a_type_could_say():
     """Nodes carry the metadata of torch, the roles that partition_velocity writes, and nothing else of ours."""
-    ours = {"role", "evaluation", "outside", "user_name", "recompute"}
+    ours = {"role", "rank", "outside", "user_name", "recompute"}
     torchs = {"val", "example_value", "stack_trace", "grapharg", "tensor_meta", "nn_module_stack"}
     found = set()
     for path in FILES.values():

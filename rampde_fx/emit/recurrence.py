@@ -160,7 +160,7 @@ def _scan(
     return whole[:first], whole[first:]
 
 
-def repeat(
+def repeat_while(
     condition: Callable[..., torch.Tensor],
     body: Callable[..., Sequence[Any]],
     carried: Sequence[Any],

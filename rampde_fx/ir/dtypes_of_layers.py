@@ -24,7 +24,7 @@ def _arrives_narrow(source: Source, taken: fx.Node) -> bool:
     return bool(own) and isinstance(wide, torch.Tensor) and own[0].dtype != wide.dtype
 
 
-def widened(graph: fx.Graph, captured: CapturedStep, operands: list[fx.Node]) -> list[fx.Node]:
+def in_dtypes_of_step(graph: fx.Graph, captured: CapturedStep, operands: list[fx.Node]) -> list[fx.Node]:
     """The operands in the dtypes that the step takes: it is wider than what a layer under autocast made."""
     made = []
     for node, source, taken in zip(operands, captured.inputs, graphs.placeholders(captured.step), strict=True):

@@ -17,7 +17,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Adjoint, Inputs, Results, Slot, StateSlot
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime.step_control import Controller
-from rampde_fx.schedules import Activations, EveryStep, MemoryBudget, Segments, SqrtSegments
+from rampde_fx.schedules import Activations, EveryKthState, EveryStep, MemoryBudget, SqrtSegments
 from rampde_fx.torch_private import shapes
 
 T = TypeVar("T")
@@ -132,11 +132,11 @@ class Loop:
         return 0, 0
 
     def segment(self) -> int | torch.SymInt:
-        """K, the number of steps from one stored state to the next."""
+        """K, the number of steps from one stored state to the next: from 1 to N."""
         match self.policy.schedule:
             case EveryStep() | Activations() | MemoryBudget():
                 return 1
-            case Segments(length):
+            case EveryKthState(length):
                 return min(length, self.steps) if isinstance(self.steps, int) else length
             case SqrtSegments():
                 if shapes.is_data_dependent(self.steps):

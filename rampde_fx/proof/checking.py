@@ -11,7 +11,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx
@@ -32,6 +32,7 @@ from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
 from rampde_fx.runtime import counts, random_state
 from rampde_fx.runtime.monitoring import monitor
+from rampde_fx.schedules import Checkpoint
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import capturing
 from rampde_fx.validation import verification
@@ -50,7 +51,7 @@ from rampde_fx.validation.widening import AsWritten, Twins, default_dtype
 
 POLICIES = tuple(
     PrecisionPolicy(dtype, checkpoint=checkpoint)
-    for checkpoint in ("step", "sqrt", "none", "auto")
+    for checkpoint in get_args(Checkpoint)
     for dtype in (torch.float16, torch.bfloat16)
 )
 # Up to how many steps the structure is checked step by step as well as as a scan.

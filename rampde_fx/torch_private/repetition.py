@@ -27,7 +27,7 @@ from rampde_fx.torch_private.interpreter_state import Picture
 from rampde_fx.torch_private.names import Names
 from rampde_fx.torch_private.shapes import TensorifyScalarRestartAnalysis, size_hint
 from rampde_fx.torch_private.state_parts import Irregular, Item, Number
-from rampde_fx.torch_private.step_numbers import CountedLoop
+from rampde_fx.torch_private.step_numbers import NumberedLoop
 
 _torch = Names(
     {
@@ -101,7 +101,7 @@ def _watch_all_locals() -> None:
 def ahead(i: int) -> Ahead:
     """What follows in a loop whose iterations are compared: step i, the end, or what repeats up to the end."""
     frames = _frames()
-    counted: CountedLoop | None = vars(frames[0]).get(COUNTED)
+    counted: NumberedLoop | None = vars(frames[0]).get(COUNTED)
     if counted is not None:
         counted.iteration = i
     if not i < _steps_of(frames[0]):
@@ -230,7 +230,7 @@ def _are_counted(heads: list[Picture]) -> bool:
 
 def _count(steps: Any, head: Picture, before: Picture, i: int) -> bool:
     """Have the numbers that moved on stand for what they are in each iteration to come, if that is to be tried."""
-    loop = CountedLoop(captured_line(), _grid(steps), i)
+    loop = NumberedLoop(captured_line(), _grid(steps), i)
     if hasattr(capture_log(), step_numbers.READ) and loop.place in getattr(capture_log(), step_numbers.READ):
         return False
     if not size_hint(_steps_of(steps)) > i + 1 or vars(steps).get(COUNTED) is not None:

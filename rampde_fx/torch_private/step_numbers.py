@@ -48,7 +48,7 @@ Moved = Callable[[int, int], int]
 
 
 @dataclass
-class CountedLoop:
+class NumberedLoop:
     """A marked loop that is traced with step numbers.
 
     Attributes:
@@ -72,7 +72,7 @@ def reason_of(place: tuple[str, int]) -> str:
     return reasons.get(place, "")
 
 
-def begin(loop: CountedLoop) -> None:
+def begin(loop: NumberedLoop) -> None:
     """From here on a loop is traced with step numbers."""
     _teach_dynamo()
     setattr(capture_log(), ALIVE, loop)
@@ -92,7 +92,7 @@ def leave(steps: Any) -> Any:
     return steps
 
 
-def capture_with_numbers(loop: CountedLoop, reason: str) -> NoReturn:
+def capture_with_numbers(loop: NumberedLoop, reason: str) -> NoReturn:
     """Have Dynamo capture the model again, the loop with plain numbers.
 
     Raises:
@@ -123,11 +123,11 @@ def _hold_symbolic(operands: list[Any]) -> bool:
     return any(isinstance(entry, _torch.SymNodeVariable) for entry in (*operands, *tuples))
 
 
-def _is_read(loop: CountedLoop) -> NoReturn:
+def _is_read(loop: NumberedLoop) -> NoReturn:
     capture_with_numbers(loop, "and is read in {}:{}".format(*captured_line()))
 
 
-def step_number(value: int, slope: int, loop: CountedLoop) -> Any:
+def step_number(value: int, slope: int, loop: NumberedLoop) -> Any:
     """What Dynamo is to track instead of a number that every iteration moves on by a slope."""
     return _tracker()(value, slope, loop)
 
@@ -142,7 +142,7 @@ def is_step_number(tracked: Any) -> bool:
     return type(tracked) is _tracker()
 
 
-def parts_of(tracked: Any) -> tuple[int, int, CountedLoop]:
+def parts_of(tracked: Any) -> tuple[int, int, NumberedLoop]:
     """Value, slope and loop of a step number."""
     own = object.__getattribute__(tracked, "__dict__")
     return own["number"], own["slope"], own["loop"]
@@ -161,7 +161,7 @@ def _tracker() -> Any:
     class StepNumberVariable(_torch.VariableTracker):  # type: ignore[name-defined]
         """A step number, as Dynamo tracks it: whatever asks for more than what all values have reads it."""
 
-        def __init__(self, number: int, slope: int, loop: CountedLoop, **rest: Any) -> None:
+        def __init__(self, number: int, slope: int, loop: NumberedLoop, **rest: Any) -> None:
             super().__init__(**rest)
             own = object.__getattribute__(self, "__dict__")
             own.update(number=number, slope=slope, loop=loop)
@@ -207,7 +207,7 @@ def _teach_dynamo() -> None:
         try:
             return take_step(self)
         except (_torch.Unsupported, _torch.SpeculationRestartAnalysis):
-            loop: CountedLoop | None = getattr(capture_log(), ALIVE, None)
+            loop: NumberedLoop | None = getattr(capture_log(), ALIVE, None)
             if loop is not None:  # with plain numbers there may be a way
                 _is_read(loop)
             if self.one_graph or self.error_on_graph_break or _hold_symbolic(operands):
@@ -270,7 +270,7 @@ def _number_and_slope(tracked: Any) -> Pair | None:
     return (tracked.value, 0) if plain else None
 
 
-def _decided(function: Callable[..., Any], loop: CountedLoop, a: Pair, b: Pair) -> bool:
+def _decided(function: Callable[..., Any], loop: NumberedLoop, a: Pair, b: Pair) -> bool:
     """What a comparison gives in all iterations from the one under way on: their difference runs one way."""
     now, slope = a[0] - b[0], a[1] - b[1]
     last = loop.last(now, slope)
@@ -287,21 +287,21 @@ def _decided(function: Callable[..., Any], loop: CountedLoop, a: Pair, b: Pair) 
     return bool(function(0, 0))
 
 
-def _plus(loop: CountedLoop, a: Pair, b: Pair) -> Pair:
+def _plus(loop: NumberedLoop, a: Pair, b: Pair) -> Pair:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _minus(loop: CountedLoop, a: Pair, b: Pair) -> Pair:
+def _minus(loop: NumberedLoop, a: Pair, b: Pair) -> Pair:
     return a[0] - b[0], a[1] - b[1]
 
 
-def _times(loop: CountedLoop, a: Pair, b: Pair) -> Pair:
+def _times(loop: NumberedLoop, a: Pair, b: Pair) -> Pair:
     if a[1] and b[1]:
         _is_read(loop)
     return a[0] * b[0], a[0] * b[1] + a[1] * b[0]
 
 
-def _same(loop: CountedLoop, a: Pair) -> Pair:
+def _same(loop: NumberedLoop, a: Pair) -> Pair:
     return a
 
 
