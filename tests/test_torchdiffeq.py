@@ -523,6 +523,16 @@ WRONG = {
         [torch.ones(1), torch.tensor([0.0, 1.0])],
         {"method": "explicit_adams", "options": {"max_order": 13}},
     ),
+    "no iteration": (
+        errors.OptionError,
+        [torch.ones(1), torch.tensor([0.0, 1.0])],
+        {"method": "implicit_adams", "options": {"max_iters": 0}},
+    ),
+    "no whole number of iterations": (
+        errors.OptionError,
+        [torch.ones(1), torch.tensor([0.0, 1.0])],
+        {"method": "fixed_adams", "options": {"max_iters": 2.5}},
+    ),
     "no number": (
         errors.OptionError,
         [torch.ones(1), torch.tensor([0.0, 1.0])],

@@ -168,10 +168,17 @@ class Adams:
                 required=f"an int from 2 to {MOST}",
                 fix="leave max_order out",
             )
+        iterations = options.get("max_iters", 4)
+        if implicit and (not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1):
+            raise OptionError(
+                f'options={{"max_iters": {iterations!r}}}',
+                required="an int of 1 or more: the corrector's iterations",
+                fix="leave max_iters out, or take explicit_adams, which has no corrector",
+            )
         if order <= FEWEST:
             warn(f"max_order={order} is below {FEWEST + 1}: every step is one of the 3/8 rule, rk4")
         perturb = bool(options.get("perturb"))
-        self.formula = Formula(clock, tolerances, implicit, options.get("max_iters", 4), perturb)
+        self.formula = Formula(clock, tolerances, implicit, iterations, perturb)
         self.known: deque[tuple[torch.Tensor, State]] = deque(maxlen=int(order) - 1)
         self.first_steps: Scheme = runge_kutta(tableau_of("rk4"), clock, perturb=perturb)
 

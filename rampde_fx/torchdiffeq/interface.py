@@ -155,7 +155,7 @@ def odeint_adjoint(
     options, asks_stats = _without_stats(options, method)
     call = _call(func, y0, t, rtol, atol, method, options)
     found = _solved(call._replace(adjoint=_callbacks_back(func, call.method)), event_fn, asks_stats=asks_stats)
-    if is_captured() or not parameters:
+    if not parameters:
         return found
     place = int(event_fn is not None)
     if place == 0 and not asks_stats:
@@ -222,7 +222,16 @@ class _Reaching(torch.autograd.Function):
 def _reaching(solution: Any, parameters: tuple[torch.Tensor, ...]) -> Any:
     if isinstance(solution, tuple):
         return _reaching(solution[0], parameters), *solution[1:]
+    if is_captured():  # sums of no entries, for Dynamo captures them in a graph of any kind
+        reached = [_nothing_of(parameter, solution) for parameter in parameters if parameter.requires_grad]
+        return solution + sum(reached) if reached else solution
     return _Reaching.apply(solution, *parameters)
+
+
+def _nothing_of(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Zero, as the sum of none of a parameter's entries: its gradient is zero, whatever it holds."""
+    none = parameter.reshape(-1)[:0].sum()
+    return (none.real if none.is_complex() and not like.is_complex() else none).to(like)
 
 
 @dynamo.never_compiled
