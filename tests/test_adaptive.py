@@ -438,6 +438,16 @@ def test_a_start_that_is_not_finite_is_no_search(case, monkeypatch):
     assert status == step_control.NOT_FINITE and solution[1:].isnan().all()
 
 
+@pytest.mark.parametrize("points", [2, 4])
+def test_a_start_that_is_not_finite_has_a_derivative_that_is_none(points):
+    """With a status, backward() runs: NaN, compiled or not, where no step counts."""
+    weight = torch.ones(1, requires_grad=True)
+    model = Solved(lambda t, y: weight * y, method="bosh3", options={"status": True})
+    y, t = torch.full((1,), math.nan), torch.linspace(0, 1, points)
+    for run in (model, compiled(model, compiler="eager")):
+        assert torch.autograd.grad(run(y, t)[0].sum(), weight)[0].isnan().all()
+
+
 @pytest.mark.parametrize("options", [{}, {"status": True}], ids=str)
 def test_compiled_a_start_that_is_not_finite_is_no_search(options):
     run = compiled(Solved(lambda t, y: y * math.nan, method="bosh3", options=options), compiler="eager")

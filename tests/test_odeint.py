@@ -293,6 +293,7 @@ BAD = {
     "a list of times": (errors.TimeGridError, "t is a list", dict(t=[0.0, 1.0])),
     "times not monotone": (errors.TimeGridError, "not strictly monotone", dict(t=torch.tensor([0.0, 1.0, 0.5]))),
     "repeated times": (errors.TimeGridError, "not strictly monotone", dict(t=torch.tensor([0.0, 0.0, 0.5]))),
+    "a distance beyond float32": (errors.TimeGridError, "longer than its dtype", dict(t=torch.tensor([-2e38, 2e38]))),
     "an infinite time": (errors.TimeGridError, "inf. is not finite", dict(t=torch.tensor([0.0, math.inf]))),
     "no such method": (errors.MethodError, "dopri8", dict(method="rk5")),
     "no such option": (errors.OptionError, "stepsize", dict(options={"stepsize": 0.1})),

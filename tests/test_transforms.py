@@ -234,3 +234,23 @@ def test_the_compiler_eager_under_a_checkpoint():
     torch._dynamo.reset()
     wanted = gradients(compiled(model, torch.float16), model, Y, T)
     assert max(relative_errors(found, wanted)) < 1e-6
+
+
+@pytest.mark.parametrize("odeint", [rampde_fx.odeint, rampde_fx.torchdiffeq.odeint], ids=["odeint", "torchdiffeq"])
+def test_a_batch_has_one_sequence_of_steps(odeint):
+    """Adaptive steps, uncompiled: what maps them is refused, and other transforms give their derivatives."""
+    weight, y = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    def solve(y, t=t, matrix=weight):
+        return odeint(lambda _, y: torch.tanh(y @ matrix), y, t, method="dopri5", rtol=1e-5, atol=1e-7)[-1]
+
+    for mapped in (
+        lambda: torch.func.vmap(solve)(y),
+        lambda: torch.func.vmap(lambda m: solve(y[0], matrix=m))(weight.expand(2, 3, 3)),
+        lambda: torch.func.vmap(torch.func.grad(lambda y: solve(y).sum()))(y),
+    ):
+        with pytest.raises(errors.TransformError, match="vmap"):
+            mapped()
+    wanted = torch.autograd.functional.jacobian(solve, y[0])
+    torch.testing.assert_close(torch.func.jacrev(solve)(y[0]), wanted)

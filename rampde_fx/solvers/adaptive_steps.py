@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, refuse
+from rampde_fx.errors import OptionError, TransformError, refuse
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import kept_steps, operators, step_control
@@ -41,7 +41,7 @@ from rampde_fx.solvers.runge_kutta import (
 from rampde_fx.solvers.search import Asked, ends_among, first_size_of, intervals_before, searched_steps
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.solvers.tableau import ButcherTableau
-from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private import callers, dynamo
 
 ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor", "status")
 MAX_STEPS = 4096
@@ -197,6 +197,7 @@ def _adapt_now(
     controller = controller.with_numbers(controller.numbers(t.device))
     velocity = counter = Counter(velocity)
     times, taken, rate = ends.detach(), _Taken(tableau, t, ends), velocity(t[0], y)
+    refuse_mapped([ends, *y, *rate])
     norm = partial(step_control.error_norm, controller=controller)
     start = _detached(y), _detached(rate)
     size = first_size_of(velocity, *start, times, norm, controller.order, first_size).detach()
@@ -218,6 +219,21 @@ def _adapt_now(
     found = taken.solution(velocity, _end(t, search.status, reached), y, first)
     counted = statistics(t.device, search.count, search.tried - search.count, counter.count)
     return _Solved(found, search.status, reached, counted)
+
+
+def refuse_mapped(values: Sequence[torch.Tensor]) -> None:
+    """Refuse what a search of steps cannot look at.
+
+    Raises:
+        TransformError: if a value is that of each entry of a batch (torch.func.vmap).
+    """
+    if any(map(callers.is_mapped, values)):
+        refuse(
+            TransformError,
+            "the adaptive steps of an odeint run inside of torch.func.vmap",
+            required="one sequence of steps for all of a batch",
+            fix='take fixed steps (method="rk4"), or give odeint the batch as one state',
+        )
 
 
 def _end(t: torch.Tensor, status: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
@@ -248,6 +264,8 @@ class _Taken:
 
         They mean nothing at times that were not reached.
         """
+        if not self.rows and not self.at_ends and rate is not None:  # no step counts: one of size 0, as compiled
+            y = [leaf + 0 * value for leaf, value in zip(y, rate, strict=True)]
         if not self.rows:
             found = self.at_ends + [y] * (len(self.t) - 1 - len(self.at_ends))
             return [torch.stack(values) for values in zip(*found, strict=True)]

@@ -13,7 +13,7 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
-        "torch._C._functorch": "is_functorch_wrapped_tensor is_legacy_batchedtensor",
+        "torch._C._functorch": "get_unwrapped is_batchedtensor is_functorch_wrapped_tensor is_legacy_batchedtensor",
         "torch._dynamo.compiled_autograd": "_disable in_compiled_autograd_region",
         "torch.autograd": "_profiler_enabled",
         "torch.autograd.forward_ad": "_current_level",
@@ -34,6 +34,15 @@ def is_batched(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     return _torch.is_functorch_wrapped_tensor(value) or _torch.is_legacy_batchedtensor(value)
+
+
+def is_mapped(value: torch.Tensor) -> bool:
+    """Whether it has a value for each entry of a batch of torch.func.vmap."""
+    while _torch.is_functorch_wrapped_tensor(value):
+        if _torch.is_batchedtensor(value):
+            return True
+        value = _torch.get_unwrapped(value)
+    return False
 
 
 def is_compiled_autograd() -> bool:

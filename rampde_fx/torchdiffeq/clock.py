@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-from rampde_fx.errors import TimeGridError
+from rampde_fx.runtime import ordered_times
+from rampde_fx.solvers.adaptive_steps import refuse_mapped
 from rampde_fx.solvers.fixed_steps import raising
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
@@ -39,17 +39,13 @@ class Clock:
     def __init__(self, problem: Problem, callbacks: dict[str, Any], adjoint: dict[str, Any] | None = None) -> None:
         self.problem, self.callbacks, self.adjoint = problem, callbacks, adjoint or {}
         self.recomputed = None if adjoint is None else Recomputation()
+        refuse_mapped([problem.t])
+        ordered_times.monotone(problem.t.detach().cpu())
         times = problem.t.tolist()
         self.sign = -1 if len(times) > 1 and times[0] > times[1] else 1
         self.t = problem.t * self.sign if self.sign < 0 else problem.t
         self.values = [self.sign * time for time in times]
         self.counted = Counter(raising(problem.checked))
-        if not all(a < b for a, b in pairwise(self.values)) or not problem.t.isfinite().all():
-            raise TimeGridError(
-                f"t = {times if len(times) < 7 else [*times[:5], '...']} is not finite and strictly monotone",
-                required="finite times that rise, or fall, from each to the next",
-                fix="sort t and drop repeated times: torch.unique(t)",
-            )
 
     def statistics(self, accepted: int, rejected: int) -> SolveStatistics:
         """Those of a solve with so many steps, with the evaluations so far."""
