@@ -53,7 +53,7 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
 def _torch_step(
     graph_module: fx.GraphModule, marked: MarkedLoop, run: Run
 ) -> tuple[list[Source], fx.GraphModule, list[Any]]:
-    """One iteration as a module: its inputs (carries first), and after the next carries the keys of its outputs."""
+    """One iteration: its inputs, carries first; the module; the keys of the results behind the next carries."""
     inputs = _ordered_inputs(run)
     graph = fx.Graph()
     names = graphs.distinct(_name(source, marked, run) for source in inputs)
@@ -65,6 +65,7 @@ def _torch_step(
         place[position] = graph.create_node(node.op, node.target, args, kwargs, node.name)
         place[position].meta = dict(node.meta)
     outputs = run.stacked()
+    # What lags by d > 1 steps becomes what lags by d - 1: so a multistep method's values grow older.
     nexts = [place[source.key if source.is_latest else source.younger()] for source in carries_among(inputs)]
     graph.output((*nexts, *(place[key] for key in outputs)))
     return inputs, fx.GraphModule(graph_module, graph), outputs
@@ -96,7 +97,8 @@ def _name(source: Source, marked: MarkedLoop, run: Run) -> str:
 
 def _name_in_odeint(i: int, marked: MarkedLoop) -> str:
     """What the user calls a state of odeint that is computed before: its node has a name out of the solver."""
-    count = len(marked.end.args[2]) if marked.searches else len(marked.end.args[0])
+    left = marked.left()
+    count = len(left.collected if marked.searches else left.states)
     if i >= count:
         return "rate"
     return "y0" if count == 1 else f"y0_{i}"
@@ -111,8 +113,8 @@ def _fake(source: Source, marked: MarkedLoop, written: set[int]) -> Any:
     if isinstance(source, TimeSource):
         return fake_tensors.detached(graphs.value(marked.markers[0].args[0])[0])
     values = [graphs.value(node) for node in source.values]
-    weighs = not isinstance(source, CarrySource) and any(getattr(value, "requires_grad", False) for value in values)
-    fake = fake_tensors.differentiable(values[0]) if weighs else fake_tensors.detached(values[0])
+    needs_grad = not isinstance(source, CarrySource) and any(getattr(value, "requires_grad", False) for value in values)
+    fake = fake_tensors.differentiable(values[0]) if needs_grad else fake_tensors.detached(values[0])
     widens = marked.autocast and getattr(fake, "dtype", None) in HALF
     return fake.float() if widens and written.isdisjoint(map(fake_tensors.storage_of, values)) else fake
 

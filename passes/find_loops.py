@@ -58,8 +58,8 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             open_loop.iterations.append([])
         elif ends_loop(node) and open_loop is not None:
             loops.append(replace(open_loop, end=node))
-            if open_loop.from_odeint and node.args[-1]:
-                raise velocity_error(str(node.args[-1]), user_line(open_loop.markers[0]))
+            if open_loop.from_odeint and (problem := loops[-1].left().problem):
+                raise velocity_error(problem, user_line(open_loop.markers[0]))
             for nodes in open_loop.iterations:
                 _check_iteration(nodes, open_loop.differentiated)
             open_loop = None

@@ -1,4 +1,6 @@
-"""Compare the iterations of a marked loop and divide them into runs of equal ones.
+"""Compare the iterations of a marked loop, and find the run of equal ones with which it begins.
+
+The backend rolls that run up and asks again, until nothing is left.
 
 Before:  iteration 0: mul(dt_0, k_0), add(y_init, mul);   iteration 1: mul_1(dt_1, k_1), add_1(add, mul_1);   ...
 After:   one Run with the carry y: y_init at first, then the value at the position of add in the iteration before.
@@ -18,7 +20,7 @@ from sizes outside, move before the loop; what reads a number for logging (y.nor
 behind it.
 
 Requires: a MarkedLoop.
-Ensures:  every iteration belongs to one run; iterations that differ from their neighbours are runs of one.
+Ensures:  the run is as long as can be; an iteration that differs from the next one is a run of one.
 Raises:   RewriteError where the iterations of a loop that was captured until it repeats differ; UnsupportedLoopError
           for a step that computes with a number that it reads, or has sizes that depend on data, and for a value of a
           step of odeint that is read outside of it.
@@ -114,13 +116,12 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
 
 def _one_step_of_odeint(marked: MarkedLoop) -> Run:
     """The one iteration that stands for all: enter names its states, leave what they become."""
-    (enter,), leave = marked.markers, marked.end
-    states, nexts, collected = leave.args[:3]
+    (enter,), left = marked.markers, marked.left()
     nodes = [n for n in marked.iterations[0] if not (n.target is operator.getitem and n.args[0] is enter)]
     position = {node: i for i, node in enumerate(nodes)}
-    keys, further = ([position[node] for node in results] for results in (nexts, collected))
+    keys, further = ([position[node] for node in results] for results in (left.nexts, left.collected))
     entered: list[Source] = [TimeSource("t"), TimeSource("dt")]
-    entered += [CarrySource((state,), key) for state, key in zip(states, keys, strict=True)]
+    entered += [CarrySource((state,), key) for state, key in zip(left.states, keys, strict=True)]
 
     def source(operand: fx.Node) -> Source | Key:
         if operand in position:
@@ -129,7 +130,7 @@ def _one_step_of_odeint(marked: MarkedLoop) -> Run:
         return entered[operand.args[1]] if inside else InvariantSource(operand)
 
     for node in nodes:
-        if any(user not in position and user is not leave for user in node.users):
+        if any(user not in position and user is not marked.end for user in node.users):
             raise UnsupportedLoopError(
                 "a value of a step of odeint is read outside of it",
                 required="a velocity that returns what it computes, and keeps nothing",
@@ -184,7 +185,7 @@ def _hoist_varying(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[
         return iterations
     modes = [gradient_modes(nodes, outer=marked.differentiated) for nodes in iterations]
     columns = list(zip(*iterations, strict=True))
-    movable = [
+    movable = [  # () where the iterations compute under different modes: nothing of it is moved
         column if len(set(mode)) == 1 else () for column, mode in zip(columns, zip(*modes, strict=True), strict=True)
     ]
     moved = _varying(movable, _computed_outside(marked, iterations, movable))
@@ -276,8 +277,10 @@ def _place(k: int, operand: fx.Node, owner: Owner) -> Place:
 
 def _continues(old: Place, new: Place, k: int) -> bool:
     """Whether iteration k may read from the new place where iteration k - 1 read from the old one."""
-    first_from_inside = old is None and new is not None and new[0] == k > 0
-    return old == new or first_from_inside
+    if old is None and new is not None:  # a carry: up to here from outside, and from the first iteration now
+        lag, _ = new
+        return lag == k
+    return old == new
 
 
 def _outside_pairs(

@@ -24,7 +24,7 @@ from torch import fx
 from rampde_fx.emit.lasting import lasts
 from rampde_fx.errors import MutationError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run, owner_of, reads_end
+from rampde_fx.ir.captured import CapturedStep, LeaveSearch, MarkedLoop, Run, owner_of, reads_end
 from rampde_fx.ir.dtypes_of_layers import in_dtypes_of_step, in_own_dtypes, notes_on_dtypes
 from rampde_fx.ir.effects import Observer
 from rampde_fx.ir.loops import Loop, LoopNode
@@ -73,8 +73,11 @@ def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> L
     sources = [node for node, needed in zip(graphs.placeholders(step), wanted, strict=True) if needed]
     reached = graphs.depends_on(step.graph, sources, by_gradient=True)
     controller = _controller(marked) if marked.searches else None
+    policy, left = marked.policy, marked.left() if marked.from_odeint else None
+    if marked.searches:  # nothing is differentiated, nor summed over the steps: there is one, tried again and again
+        policy = replace(policy, accumulation="plain", checkpoint="step")
     return Loop(
-        policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
+        policy=policy,
         steps=steps,
         where=graphs.user_line(marked.markers[0]),
         step=step,
@@ -87,18 +90,18 @@ def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> L
         monitored=marked.monitored,
         autocast=marked.autocast,
         controller=controller,
-        evaluations=marked.end.args[-2] if marked.from_odeint else None,
-        method=marked.end.args[-3] if marked.from_odeint else "",
+        evaluations=None if left is None else left.evaluations,
+        method="" if left is None else left.method,
         named=_named(marked, run, captured) if marked.from_odeint else (),
-        estimates=marked.end.args[3] + controller.decisions if controller else 0,
+        estimates=marked.leave_search().errors + controller.decisions if controller else 0,
         notes=notes_on_dtypes(captured),
     )
 
 
 def _named(marked: MarkedLoop, run: Run, captured: CapturedStep) -> tuple[int, ...]:
     """The number of the step's result that is each of the next states, and of what is collected."""
-    nexts, collected = marked.end.args[1:3]
-    keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]
+    left = marked.left()
+    keys = [run.iterations[0].index(node) for node in (*left.nexts, *left.collected)]
     carried = {source.key: i for i, source in enumerate(carries_among(captured.inputs))} if marked.searches else {}
     stacked = {key: captured.carries() + i for i, key in enumerate(captured.outputs)}
     return tuple(stacked.get(key, carried.get(key, -1)) for key in keys)
@@ -106,9 +109,10 @@ def _named(marked: MarkedLoop, run: Run, captured: CapturedStep) -> tuple[int, .
 
 def _controller(marked: MarkedLoop) -> Controller:
     """The controller of a search. Tolerances are as they were at the capture; what they are now is an operand, too."""
-    *_, order, max_steps, rtol, atol, own_norm, until_event, _, _, _ = fx.map_arg(marked.end.args, graphs.value)
-    tolerances = shapes.hint_of(rtol), shapes.hint_of(atol)
-    return Controller(order, int(max_steps), *tolerances, own_norm=own_norm, until_event=until_event)
+    left = LeaveSearch(*fx.map_arg(marked.end.args, graphs.value))
+    tolerances = shapes.hint_of(left.rtol), shapes.hint_of(left.atol)
+    own = {"own_norm": left.own_norm, "until_event": left.until_event}
+    return Controller(left.order, int(left.max_steps), *tolerances, **own)
 
 
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:
@@ -117,8 +121,9 @@ def _times(marked: MarkedLoop, key: Any) -> fx.Node:
     Of a search it is the ends of its intervals, or the numbers of its control.
     """
     if marked.searches:
-        return marked.end.args[5 if key == "dt" else 4]
-    return marked.markers[0].args[marked.from_odeint and key == "dt"]
+        return marked.leave_search().numbers if key == "dt" else marked.leave_search().t
+    grid, second, *_ = marked.markers[0].args  # step(t, i, ...) or enter(t, dt, ...)
+    return second if marked.from_odeint and key == "dt" else grid
 
 
 def _replace(
@@ -138,10 +143,10 @@ def _replace(
         operands = [_operand(graph, s, marked, loop.steps, run.extended) for s in inputs]
         operands = in_dtypes_of_step(graph, captured, operands)
         operands = _own_memory(graph, operands, _written_behind(following) if loop.differentiated else set())
-        # Torch would derive a scan that no gradient comes back to.
+        # Torch would differentiate a scan that no gradient comes back to.
         if marked.differentiated and not loop.differentiated:
             operands = [_without_gradient(graph, node) for node in operands]
-        search = {} if marked.searches or not run.from_odeint else {"search": marked.end.args[3]}
+        search = {} if marked.searches or not run.from_odeint else {"search": marked.leave().search}
         call = graph.call_module(name, tuple(operands), search)
         found = [_getitem(graph, call, i) for i in range(loop.carries + len(outputs))]
         results = in_own_dtypes(graph, run, captured, found)
@@ -326,34 +331,34 @@ def _replace_trajectories(
     graph: fx.Graph, marked: MarkedLoop, run: Run, captured: CapturedStep, results: list[fx.Node]
 ) -> None:
     """Let the readers of leave read the loop's results."""
-    leave, (states, nexts, collected, _, _, every, *_) = marked.end, marked.end.args
+    end, left = marked.end, marked.leave()
     carries = captured.carries()
     stacked = dict(zip(captured.outputs, results[carries:], strict=True))
-    keys = [run.iterations[0].index(node) for node in (*nexts, *collected)]
+    keys = [run.iterations[0].index(node) for node in (*left.nexts, *left.collected)]
     finals = {(s.values, s.key): results[i] for i, s in enumerate(carries_among(captured.inputs))}
-    for trajectory in list(leave.users):
+    for trajectory in list(end.users):
         j = trajectory.args[1]
-        if j >= len(states):
+        if j >= len(left.states):
             trajectory.replace_all_uses_with(stacked[keys[j]])
             graph.erase_node(trajectory)
             continue
         for user in [user for user in trajectory.users if reads_end(user)]:
             index = user.args[1]
-            last = finals[(states[j],), keys[j]]
+            last = finals[(left.states[j],), keys[j]]
             last = _getitem(graph, last, index[1:]) if isinstance(index, tuple) else last
             last.meta.setdefault("example_value", graphs.value(user))
             user.replace_all_uses_with(last)
             graph.erase_node(user)
         if trajectory.users:
             afterwards = stacked[keys[j]]
-            if every != 1:
-                afterwards = _getitem(graph, afterwards, slice(every - 1, None, every))
-            start = graph.call_method("unsqueeze", (states[j], 0))
+            if left.every != 1:
+                afterwards = _getitem(graph, afterwards, slice(left.every - 1, None, left.every))
+            start = graph.call_method("unsqueeze", (left.states[j], 0))
             whole = graph.call_function(torch.cat, ([start, afterwards],))
             whole.meta = dict(trajectory.meta)
             trajectory.replace_all_uses_with(whole)
         graph.erase_node(trajectory)
-    leave.args = ()  # what it reads goes away with the iteration
+    end.args = ()  # what it reads goes away with the iteration
 
 
 def _value_of(run: Run, marked: MarkedLoop, k: int, key: Any) -> fx.Node | None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import errors
+from rampde_fx.ir import captured
 
 steps = rampde_fx.steps
 BOUND = 2e-5  # 20 operations of float32 one after another, and a sum over 12 entries: 300 unit roundoffs of 2^-24
@@ -565,3 +566,9 @@ def test_errors_use_the_users_names(how):
     with pytest.raises(errors.StateChangeError, match="the state 'position'") as raised:
         compiled(torch.ones(3).half(), t=torch.linspace(0, 1, 3))
     assert "args" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("marker", "reader"), [("leave", captured.Leave), ("leave_search", captured.LeaveSearch)])
+def test_the_arguments_of_an_end_have_the_names_of_its_operator(marker, reader):
+    schema = getattr(torch.ops.rampde_fx, marker).default._schema
+    assert [argument.name for argument in schema.arguments] == list(reader._fields)

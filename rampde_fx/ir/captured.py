@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -26,6 +27,40 @@ END = {
 
 
 Owner = dict[fx.Node, tuple[int, Key]]  # of a value in a loop: its iteration, and its key there
+
+
+class Leave(NamedTuple):
+    """The arguments of leave, which ends an odeint."""
+
+    states: list[fx.Node]
+    nexts: list[fx.Node]
+    collected: list[fx.Node]
+    search: fx.Node | None
+    outputs: Any
+    every: Any
+    method: str
+    evaluations: int
+    problem: str
+
+
+class LeaveSearch(NamedTuple):
+    """The arguments of leave_search, which ends a search for adaptive steps."""
+
+    states: list[fx.Node]
+    nexts: list[fx.Node]
+    collected: list[fx.Node]
+    errors: int
+    t: fx.Node
+    numbers: fx.Node
+    order: Any
+    max_steps: Any
+    rtol: Any
+    atol: Any
+    own_norm: bool
+    until_event: bool
+    method: str
+    evaluations: int
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +101,18 @@ class MarkedLoop:
     def repeats(self) -> bool:
         """Whether all iterations after the captured ones repeat these."""
         return self.end.target is operators.repeat
+
+    def leave(self) -> Leave:
+        """What the end of an odeint that is no search tells."""
+        return Leave(*self.end.args)
+
+    def leave_search(self) -> LeaveSearch:
+        """What the end of a search tells."""
+        return LeaveSearch(*self.end.args)
+
+    def left(self) -> Leave | LeaveSearch:
+        """What the end of an odeint tells, be it a search or not."""
+        return self.leave_search() if self.searches else self.leave()
 
     def holder(self) -> fx.GraphModule:
         """The module in whose graph the loop stands: the captured one, or a checkpointed body inside it."""
