@@ -73,11 +73,10 @@ def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> L
     sources = [node for node, needed in zip(graphs.placeholders(step), wanted, strict=True) if needed]
     reached = graphs.depends_on(step.graph, sources, by_gradient=True)
     controller = _controller(marked) if marked.searches else None
-    policy, left = marked.policy, marked.left() if marked.from_odeint else None
-    if marked.searches:  # nothing is differentiated, nor summed over the steps: there is one, tried again and again
-        policy = replace(policy, accumulation="plain", checkpoint="step")
+    left = marked.left() if marked.from_odeint else None
+    # Of a search nothing is differentiated, nor summed: it is one step, tried again and again.
     return Loop(
-        policy=policy,
+        policy=replace(marked.policy, accumulation="plain", checkpoint="step") if marked.searches else marked.policy,
         steps=steps,
         where=graphs.user_line(marked.markers[0]),
         step=step,
@@ -110,16 +109,12 @@ def _named(marked: MarkedLoop, run: Run, captured: CapturedStep) -> tuple[int, .
 def _controller(marked: MarkedLoop) -> Controller:
     """The controller of a search. Tolerances are as they were at the capture; what they are now is an operand, too."""
     left = LeaveSearch(*fx.map_arg(marked.end.args, graphs.value))
-    tolerances = shapes.hint_of(left.rtol), shapes.hint_of(left.atol)
-    own = {"own_norm": left.own_norm, "until_event": left.until_event}
-    return Controller(left.order, int(left.max_steps), *tolerances, **own)
+    numbers = left.order, int(left.max_steps), shapes.hint_of(left.rtol), shapes.hint_of(left.atol)
+    return Controller(*numbers, own_norm=left.own_norm, until_event=left.until_event)
 
 
 def _times(marked: MarkedLoop, key: Any) -> fx.Node:
-    """The tensor of times: the grid t; of an odeint, the starts of its steps or their sizes.
-
-    Of a search it is the ends of its intervals, or the numbers of its control.
-    """
+    """The grid t; of an odeint the starts or the sizes of its steps; of a search its intervals, or its numbers."""
     if marked.searches:
         return marked.leave_search().numbers if key == "dt" else marked.leave_search().t
     grid, second, *_ = marked.markers[0].args  # step(t, i, ...) or enter(t, dt, ...)

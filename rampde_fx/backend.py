@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from rampde_fx.emit import cuda_graphs, native_calls
+from rampde_fx.emit import cuda_graphs
 from rampde_fx.emit.cpu_passes import cpu_passes
 from rampde_fx.emit.kept_steps import KeptSteps, evaluated_once, search_of, why_twice
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, raising
@@ -285,6 +285,8 @@ def rampde_fx(
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite, loops)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
+        if compiler == "inductor" and any(loop.monitored for loop in loops):
+            _check_monitored(options, mode)
         replayed = has_host_loop and compiler == "inductor" and _replays_loops(options, mode)
         replayable = cuda_graphs.launches_alone if replayed else None
     except RampdeError as error:
@@ -297,8 +299,6 @@ def rampde_fx(
             unrewritten.loop_stays_wide(loop.where, loop.policy.dtype)
     if not loops:  # as torch compiles it: our settings are for our loops
         return inductor.compile_plainly(compiler, graph_module, example_inputs, options, mode)
-    if compiler == "inductor":
-        options = native_calls.with_native_calls(graph_module, options, mode)
     with inductor.compile_settings(), phase_log.compiling([loop.name for loop in loops], compiler):
         compiled = inductor.compile_graph(
             compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable
@@ -329,6 +329,16 @@ def _guarded(compiled: Callable[..., Any], loops: Sequence[CompensatedLoop]) -> 
     differentiated = [loop for loop in loops if loop.adjoint is not None]
     where = [*differentiated, *loops][0].where
     return guarded(compiled, [loop.name for loop in loops], where, has_backward=bool(differentiated))
+
+
+def _check_monitored(options: dict[str, Any], mode: str | None) -> None:
+    """Code in C++ loses what it hands to a monitor: the process would end."""
+    if inductor.asks_for("cpp_wrapper", options, mode):
+        raise PolicyError(
+            "cpp_wrapper was asked for where a monitor is open",
+            required="code in Python, which can hand over what a monitor records",
+            fix='leave "cpp_wrapper" out, or compile outside of the monitor',
+        )
 
 
 def _replays_loops(options: dict[str, Any], mode: str | None) -> bool:

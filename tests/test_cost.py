@@ -34,9 +34,7 @@ def prepared(name, dtype, compiler="aot_eager", **policy):
     """Loss, model and data of a case, compiled."""
     model, x, t = CASES[name].build(solve_by_odeint, CPU)
     marked = rampde_fx.mixed_precision(model, policy=PrecisionPolicy(velocity=dtype, **policy))
-    written = {"cpp_wrapper": False} if compiler == "inductor" else {}  # kernels_of reads code in Python
-    options = {"compiler": compiler, **written}
-    return torch.compile(marked, backend="rampde_fx", options=options, fullgraph=True), model, x, t
+    return torch.compile(marked, backend="rampde_fx", options={"compiler": compiler}, fullgraph=True), model, x, t
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What Inductor is given for a CPU: tanh written out, biases beside their products, and calls of kernels in C++."""
+"""What Inductor is given for a CPU: tanh written out, biases beside their products; errors in C++."""
 
 import math
 
@@ -8,14 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rampde_fx
-from rampde_fx.emit import cpu_functions, native_calls
+from rampde_fx.emit import cpu_functions
 from rampde_fx.emit.cpu_biases import SplitBiases
 from rampde_fx.emit.cpu_functions import ReplaceTanh
 from rampde_fx.errors import StepSizeError, TimeGridError
 from rampde_fx.torch_private import inductor
 from tests.benchmarks.tanh import fit
-from tests.counting import counted
-from tests.models import Euler
 
 aten = torch.ops.aten
 LAST_PLACE = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -106,44 +104,6 @@ def test_other_biases_stay(function, dtype):
     assert aten.addmm.default in targets(graph) and aten.mm.default not in targets(graph)
 
 
-def options_of(model, given, mode=None, *, device="cpu"):
-    """The options that Inductor is given for a model."""
-    found = []
-
-    def backend(graph_module, inputs):
-        found.append(native_calls.with_native_calls(graph_module, given, mode))
-        return graph_module
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend)(torch.randn(3, 5, device=device), torch.linspace(0, 1, 4))
-    return found[0]
-
-
-needs_native_loops = pytest.mark.skipif(
-    not inductor.cpp_wrapper_calls_loops(), reason="this torch does not write loops in C++"
-)
-
-
-@needs_native_loops
-def test_kernels_are_called_from_cpp_where_nobody_chose():
-    assert options_of(Euler(), {}) == {"cpp_wrapper": True}
-    assert options_of(Euler(), {"cpp_wrapper": False}) == {"cpp_wrapper": False}
-    assert options_of(Euler(), {}, "max-autotune-no-cudagraphs") == {}
-    assert options_of(Euler(), {"triton.cudagraphs": True}) == {"triton.cudagraphs": True}
-    assert options_of(lambda y, t: y.to("meta") * 2, {}) == {}
-
-
-@needs_native_loops
-def test_kernels_of_others_are_called_from_python():
-    """An error that one raises would lose its type and its text in C++."""
-    assert options_of(lambda y, t: counted(y) + t[0], {}) == {}
-
-
-def test_an_older_torch_calls_them_from_python(monkeypatch):
-    monkeypatch.setattr(inductor, "cpp_wrapper_calls_loops", lambda: False)
-    assert options_of(Euler(), {}) == {}
-
-
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_inductor_compiles_tanh_as_it_is_written_out():
@@ -165,6 +125,7 @@ def test_inductor_compiles_tanh_as_it_is_written_out():
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.skipif(not inductor.cpp_wrapper_calls_loops(), reason="this torch does not write loops in C++")
 def test_errors_of_ours_keep_their_types_in_cpp():
     velocity = torch.nn.Linear(3, 3)
 
@@ -173,7 +134,7 @@ def test_errors_of_ours_keep_their_types_in_cpp():
         options = {"max_steps": 3}
         return rampde_fx.odeint(lambda _, y: 50 * velocity(y), y, t, method="bosh3", rtol=1e-6, options=options)
 
-    compiled = torch.compile(solve, backend="rampde_fx", fullgraph=True)
+    compiled = torch.compile(solve, backend="rampde_fx", options={"cpp_wrapper": True}, fullgraph=True)
     y = torch.randn(4, 3)
     with pytest.raises(StepSizeError, match="with 3 steps"):
         compiled(y, torch.tensor([0.0, 0.5, 1.0]))

@@ -119,7 +119,7 @@ def increments_are_velocity(patch):
         loop = partition(loop)
         for node in graphs.body(loop.step):
             if node.meta["role"] == "state":
-                node.meta.update(role="velocity", evaluation=0)
+                node.meta.update(role="velocity", rank=0)
         return loop
 
     replace_pass(patch, partition, broken)

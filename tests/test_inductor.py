@@ -179,8 +179,16 @@ def test_the_cpp_wrapper_calls_the_same_kernels(make, policy):
     got = gradients(wrapped, other, y, t)
     torch._dynamo.reset()
     marked = rampde_fx.mixed_precision(model, policy=policy)
-    plain = torch.compile(marked, backend="rampde_fx", options={"cpp_wrapper": False}, fullgraph=True)
+    plain = torch.compile(marked, backend="rampde_fx", fullgraph=True)
     assert max(relative_errors(got, gradients(plain, model, y, t))) < 1e-6
+
+
+def test_the_cpp_wrapper_has_no_monitor():
+    function = torch.compile(
+        rampde_fx.mixed_precision(Euler()), backend="rampde_fx", options={"cpp_wrapper": True}, fullgraph=True
+    )
+    with rampde_fx.monitor(), pytest.raises(PolicyError, match="cpp_wrapper was asked for"):
+        function(torch.randn(16, 5), torch.linspace(0, 1, 6))
 
 
 def test_compensation_survives_the_optimiser():

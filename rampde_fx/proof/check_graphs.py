@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx.emit import native_calls
 from rampde_fx.emit.cpu_passes import cpu_passes
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import begins_iteration
@@ -42,6 +41,5 @@ def policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
 
 def compile_alone(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A rewritten graph, compiled by one of the backend's compilers."""
-    options = native_calls.with_native_calls(graph_module, {}, None) if compiler == "inductor" else {}
     with inductor.compile_settings():
-        return inductor.compile_graph(compiler, graph_module, example_inputs, options, None, cpu_passes(), None)
+        return inductor.compile_graph(compiler, graph_module, example_inputs, {}, None, cpu_passes(), None)

@@ -64,7 +64,7 @@ class Contender:
         autocast: The dtype of an autocast region round the model, None without.
         package: What must be importable.
         unrolled: Whether the time to compile grows with the number of steps.
-        cpp_wrapper: Whether Inductor writes what calls its kernels in C++ or in Python; None for the default.
+        cpp_wrapper: Whether Inductor writes what calls its kernels in C++ instead of Python.
         mode: Of torch.compile.
     """
 
@@ -75,7 +75,7 @@ class Contender:
     autocast: torch.dtype | None = None
     package: str = "torch"
     unrolled: bool = False
-    cpp_wrapper: bool | None = None
+    cpp_wrapper: bool = False
     mode: str | None = None
 
     def absent(self, case: Case, device: str, longest_unrolled: int) -> str:
@@ -98,8 +98,7 @@ class Contender:
         if self.policy is not None:
             function = rampde_fx.mixed_precision(model, policy=self.policy)
         if self.backend is not None:
-            options = {} if self.cpp_wrapper is None else {"options": {"cpp_wrapper": self.cpp_wrapper}}
-            how = {"mode": self.mode} if self.mode else options
+            how = {"mode": self.mode} if self.mode else {"options": {"cpp_wrapper": True}} if self.cpp_wrapper else {}
             function = torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, **how)
 
         def loss() -> torch.Tensor:
@@ -135,7 +134,7 @@ ALL = (
     *(_kept(dtype) for dtype in (torch.float32, *LOW)),
     *(_rampde_fx(dtype, "unroll") for dtype in (torch.float32, *LOW)),
     *(_replayed(_rampde_fx(dtype, "scan")) for dtype in (torch.float32, *LOW)),
-    replace(_rampde_fx(torch.float32, "scan"), name=f"{BASELINE}, called from Python", cpp_wrapper=False),
+    replace(_rampde_fx(torch.float32, "scan"), name=f"{BASELINE}, cpp_wrapper", cpp_wrapper=True),
     Contender("eager float32", solve_by_loop),
     *(Contender(f"eager autocast {SHORT[d]}", solve_by_loop, autocast=d) for d in LOW),
     Contender("torch.compile float32", solve_by_loop, "inductor", unrolled=True),
