@@ -407,7 +407,8 @@ def test_convergence_of_an_interpolant(name, order, share):
             return [nonlinear(t.item(), y[0])]
 
         y = [solution(0.3)]
-        nexts, rates, quartics = advance_collecting(tableau, velocity, t, dt, y)
+        nexts, rates, quartics, at_end = advance_collecting(tableau, velocity, t, dt, y)
+        assert at_end == []
         ends = (y[0], nexts[0]), (rates[0], velocity(t + dt, nexts)[0])
         between = interpolate(
             tableau, torch.tensor(share, dtype=torch.float64), dt, *ends, quartics[0] if quartics else None
