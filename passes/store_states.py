@@ -10,6 +10,9 @@ policy asks for segments and their recomputation reads it. Integers and states t
 are stored as they are. Where the policy says so, each step's state has a power-of-two scale of its own, which brings
 its largest entry to the upper end of the storage dtype's range.
 
+Beside activations that are kept, states are stored no more coarsely than the velocity reads them. A pullback that reads
+both would otherwise differentiate at two points at once, and terms that cancel in exact arithmetic would not.
+
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
 passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
 
@@ -71,11 +74,17 @@ def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
     return wanted if value.is_floating_point() and wanted.itemsize < value.dtype.itemsize else value.dtype
 
 
+def beside_activations(loop: KeptLoop) -> torch.dtype:
+    """The storage dtype of the policy, or that of the velocity where it is finer and the loop keeps activations."""
+    stored, read = loop.policy.storage_dtype, loop.policy.dtype
+    return read if loop.kept and torch.finfo(read).eps < torch.finfo(stored).eps else stored
+
+
 class _Storing:
     """The step and the adjoint while slots are added to both."""
 
     def __init__(self, loop: KeptLoop, adjoint: Adjoint) -> None:
-        self.loop, self.before = loop, adjoint
+        self.loop, self.before, self.wanted = loop, adjoint, beside_activations(loop)
         self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(adjoint.module)
         self.states = graphs.placeholders(self.step)
         self.inputs = dict(zip(graphs.placeholders(self.adjoint), adjoint.inputs, strict=True))
@@ -86,7 +95,7 @@ class _Storing:
     def store(self, carry: int) -> None:
         """Give a carry a slot, from which the adjoint reads it if it does."""
         state, value = self.states[carry], graphs.value(self.states[carry])
-        dtype = storage_dtype(value, self.loop.policy.storage_dtype)
+        dtype = storage_dtype(value, self.wanted)
         if dtype == value.dtype or value.numel() == 0:
             stored, load = [state], _load(lambda x: [x], [state])
         elif self.loop.policy.scales_storage and dtype in TARGETS:
@@ -186,7 +195,19 @@ class _Storing:
             adjoint=adjoint,
             slots=tuple(self.slots),
             counted=self.loop.counted or bool(uncounted),
+            notes=(*self.loop.notes, *self._told()),
         )
+
+    def _told(self) -> list[str]:
+        """A note on states that are not stored as the policy says."""
+        values = [graphs.value(self.states[slot.carry]) for slot in self.slots if isinstance(slot, StateSlot)]
+        policy, read = self.loop.policy.storage_dtype, self.wanted
+        if all(storage_dtype(value, policy) == storage_dtype(value, read) for value in values):
+            return []
+        return [
+            f"states are stored in {read}, which the velocity reads, not in {policy}: beside "
+            "activations that are kept, a rounded state would be another point"
+        ]
 
 
 def _load(function: Callable[..., list[torch.Tensor]], stored: list[fx.Node]) -> fx.GraphModule:

@@ -61,9 +61,11 @@ class Disagreement(AssertionError):
 class Perturbation(TorchDispatchMode):
     """Gives the result of every operation a relative error of random sign, larger inside of the velocity."""
 
-    def __init__(self, problem: Problem, seed: int, *, nearest: bool = False) -> None:
+    def __init__(self, problem: Problem, seed: int, *, nearest: bool = False, smaller: bool = False) -> None:
         super().__init__()
         policy = problem.policy()
+        # Smaller roundings than the largest ones, too: where a sine turns between them, both may change it less.
+        self.smaller = smaller
         # To the nearest number: what lies close together becomes equal, as random roundings never make it.
         self.nearest = policy.velocity if nearest else None
         self.state = UNIT[DTYPES[problem.state_dtype]]
@@ -104,6 +106,8 @@ class Perturbation(TorchDispatchMode):
         return x * (1 + self.storage * self._signs(x)) + smallest * self._signs(x)
 
     def _signs(self, x: torch.Tensor) -> torch.Tensor:
+        if self.smaller:
+            return torch.rand(x.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
         return torch.randint(0, 2, x.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
 
 
@@ -213,7 +217,7 @@ def deviations(
     largest = [0.0] * len(exact.values())
     stored = problem.policy().storage_dtype is not torch.float64
     for draw in range(2 * draws if stored else draws):
-        mode = Perturbation(problem, draw, nearest=draw < 2)
+        mode = Perturbation(problem, draw, nearest=draw < 2, smaller=draw % 4 >= 2)
         wide = copy.deepcopy(model).double()
         perturbed = Perturbed(wide, mode, stored=bool(draw % 2 and stored))
         with mode:

@@ -164,3 +164,49 @@ def test_a_state_beyond_float16_is_loud_where_the_velocity_would_hide_it(compile
     assert relative_errors([compiled(inside, torch.float16, compiler=compiler)(y, t)], [inside(y, t)])[0] < 1e-6
     torch._dynamo.reset()
     assert compiled(SaturatingLater(), torch.float16, compiler=compiler)(y, t).isnan().all()
+
+
+class Radial(torch.nn.Module):
+    """A velocity of constant length away from the origin: the derivative has terms that cancel along the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(3, 3, bias=False)
+        torch.nn.init.eye_(self.mix.weight)
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            x = y * self.mix(torch.ones_like(y))
+            y = y + dt * x / x.norm(dim=-1, keepdim=True)
+        return y
+
+
+@pytest.mark.parametrize(
+    "velocity, storage, bound",
+    [
+        (torch.float32, torch.float16, 1e-6),
+        (torch.float32, torch.float8_e4m3fn, 1e-6),
+        (torch.float16, torch.float8_e4m3fn, 1e-3),
+        (torch.float16, torch.bfloat16, 1e-3),
+    ],
+    ids=str,
+)
+def test_states_beside_kept_activations_are_those_that_the_velocity_read(velocity, storage, bound):
+    """Else a pullback reads norms of the state and the rounded state, whose difference stands where 0 should."""
+    torch.manual_seed(0)
+    y, t = torch.randn(16, 3, requires_grad=True), torch.linspace(0, 1, 5)
+    policy = rampde_fx.PrecisionPolicy(velocity, storage=storage, checkpoint="none")
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Radial(), policy=policy), y, t).loops
+    assert f"y: {str(velocity).removeprefix('torch.')}[16, 3]" in loop.stored
+    assert any(f"states are stored in {velocity}, which the velocity reads, not in {storage}" in n for n in loop.notes)
+    model = compiled(Radial(), velocity, storage=storage, checkpoint="none")
+    model(y, t).norm(dim=-1).sum().backward()
+    assert (y.grad - y.detach() / y.detach().norm(dim=-1, keepdim=True)).abs().max() < bound
+
+
+@pytest.mark.parametrize("checkpoint", ["step", rampde_fx.MemoryBudget(max_bytes=0)], ids=str)
+def test_states_are_stored_as_the_policy_says_where_no_activations_are(checkpoint):
+    policy = rampde_fx.PrecisionPolicy(torch.float32, storage=torch.float16, checkpoint=checkpoint)
+    model = rampde_fx.mixed_precision(Radial(), policy=policy)
+    (loop,) = rampde_fx.explain(model, torch.randn(16, 3, requires_grad=True), torch.linspace(0, 1, 5)).loops
+    assert loop.stored == ("y: float16[16, 3]",) and not any("states are stored" in note for note in loop.notes)
