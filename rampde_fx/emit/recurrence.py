@@ -11,11 +11,11 @@ from torch import fx
 
 from rampde_fx.emit import lasting
 from rampde_fx.emit.autocast import without_autocast
-from rampde_fx.ir import graphs, tracing
+from rampde_fx.emit.flat import flat
+from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Inputs, Results
 from rampde_fx.ir.loops import HoistedLoop
-from rampde_fx.runtime import operators
-from rampde_fx.torch_private import fake_tensors, higher_order, shapes
+from rampde_fx.torch_private import higher_order, shapes
 from rampde_fx.torch_private.higher_order import scan_op, while_loop_op
 
 aten = torch.ops.aten
@@ -45,10 +45,10 @@ class Body:
             [*varying, *inputs.invariants],
             [*results.carries, *results.corrections, *results.outputs, *results.stored],
         )
-        flat = _flat(graph_module)
-        split = graphs.split_invariants(flat, len(varying))
+        whole = flat(graph_module)
+        split = graphs.split_invariants(whole, len(varying))
         self.preamble: fx.GraphModule | None = split[0] if split else None
-        self.body = split[1] if split else flat
+        self.body = split[1] if split else whole
 
     def prepare(self, invariants: Sequence[Any]) -> list[Any]:
         """What the body reads of the invariants, computed once."""
@@ -62,35 +62,6 @@ class Body:
     def __call__(self, *args: Any) -> list[Any]:
         """Next carries, next corrections, per-step outputs, stored values; none aliases an argument."""
         return list(map(owned, fx.Interpreter(self.body).run(*args)))
-
-
-def _flat(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """One graph without submodules, with equal nodes merged and needless casts folded."""
-    nodes = graphs.placeholders(graph_module)
-    values = [graphs.value(node) for node in nodes]
-    flat = tracing.trace(
-        fx.Interpreter(graph_module).run, values, gradients=False, decompositions=operators.DECOMPOSITIONS
-    )
-    for node in flat.graph.nodes:
-        if graphs.stops_gradient(node):
-            node.replace_all_uses_with(node.args[0])
-    flat = graphs.named(fake_tensors.deduplicated(flat), [node.name for node in nodes])
-    _fold_casts(flat)
-    return flat
-
-
-def _fold_casts(body: fx.GraphModule) -> None:
-    """A cast up and back down again is nothing."""
-    cast = aten._to_copy.default
-    for node in list(body.graph.nodes):
-        wide = node.args[0] if node.target is cast and list(node.kwargs) == ["dtype"] else None
-        if isinstance(wide, fx.Node) and wide.target is cast and list(wide.kwargs) == ["dtype"]:
-            narrow = wide.args[0]
-            low, high = graphs.value(narrow).dtype, graphs.value(wide).dtype
-            if graphs.value(node).dtype == low and torch.promote_types(low, high) == high:
-                node.replace_all_uses_with(narrow)
-    body.graph.eliminate_dead_code()
-    body.recompile()
 
 
 def emit_preamble(graph_module: fx.GraphModule, call: fx.Node, loop: HoistedLoop) -> list[Any]:

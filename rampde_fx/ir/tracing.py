@@ -45,13 +45,13 @@ def trace(
         if node.op == "get_attr" and isinstance(constant := getattr(graph_module, node.target, None), torch.Tensor):
             _spell_out(node, constant)
         assert not _writes(node), f"{node.target} writes to a tensor: what reads it would not depend on what is written"
-    _spell_sizes(graph_module.graph)
+    spell_sizes(graph_module.graph)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
 
 
-def _spell_sizes(graph: fx.Graph) -> None:
+def spell_sizes(graph: fx.Graph) -> None:
     """Compute the sizes of tensors on the way from the inputs' own.
 
     Else a number would follow from the tensor whose size it is: from a velocity, where it is none.
