@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx import backend, check, errors
+from rampde_fx import backend, check, errors, torchdiffeq
 from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Total
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.torch_private import repetition
+from rampde_fx.torchdiffeq import compared
 from tests import test_semantics
 from tests.models import FORMS, Euler, Flow, LogDensity, MutatedArgument, Solved, Symplectic, Trajectory, TwoLoops
 from tests.test_faults import replace_pass
@@ -631,3 +632,35 @@ def test_progress_has_a_line_for_each_policy(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     rampde_fx.check(Euler(), *inputs, policies=policies[:1])
     assert "measuring 2 of 2: float16" in capsys.readouterr().err
+
+
+class AsTorchdiffeq(Flow):
+    """An adaptive solve that is far from the solution, so that its steps show."""
+
+    def __init__(self, **options):
+        super().__init__(dim=3)
+        self.options = options
+
+    def forward(self, y, t):
+        def velocity(t, y):
+            return 3 * self.velocity(t, y * torch.cos(3 * t))
+
+        return torchdiffeq.odeint(velocity, y, t, rtol=1e-3, atol=1e-4, **self.options)
+
+
+def test_an_adaptive_solve_takes_the_captured_steps_uncompiled():
+    """torchdiffeq's rule for the size of a step is another one: where it shows, it is no fault of the rewrite."""
+    inputs, model = (torch.randn(8, 3), torch.linspace(0, 2, 3)), AsTorchdiffeq()
+    result = rampde_fx.check(model, *inputs, policies=[PrecisionPolicy(torch.bfloat16)])
+    assert not any("steps uncompiled" in note for note in result.notes)
+    with compared.comparing() as others:
+        as_captured = model(*inputs)
+    assert not others and not torch.equal(as_captured, model(*inputs))
+
+
+def test_what_takes_other_steps_uncompiled_is_told():
+    """The user's norm is asked of captured steps by one rule, of uncompiled ones by another."""
+    model = AsTorchdiffeq(options={"norm": lambda error: error.abs().max()})
+    inputs = torch.randn(8, 3), torch.linspace(0, 2, 3)
+    result = rampde_fx.check(model, *inputs, policies=[PrecisionPolicy(torch.bfloat16)])
+    assert any("takes other steps uncompiled" in note for note in result.notes)

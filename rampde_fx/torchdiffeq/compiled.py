@@ -29,6 +29,7 @@ from rampde_fx.solvers.runge_kutta import NodeTime, State, evaluations_of, inter
 from rampde_fx.solvers.search import Asked
 from rampde_fx.solvers.statistics import SolveStatistics, statistics
 from rampde_fx.torchdiffeq.adaptive import STOPS, largest_mean, ratios_of, stops_of
+from rampde_fx.torchdiffeq.compared import is_compared, note_other
 from rampde_fx.torchdiffeq.grids import INTERPOLATIONS
 from rampde_fx.torchdiffeq.options import check_number, kind_of, tableau_of
 from rampde_fx.torchdiffeq.problem import Tolerance
@@ -50,6 +51,17 @@ def solution_later(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
     """
     _check_rewritten(call)
     return _adaptive(call) if kind_of(call.method) == "adaptive" else _fixed(call)
+
+
+def follows_capture(call: Call) -> bool:
+    """Whether an uncompiled solve is to take, and can, the steps of the captured one, with which it is compared."""
+    if not is_compared() or kind_of(call.method) != "adaptive":
+        return False
+    *_, asked = _control(call, call.problem.t.shape[0] - 1)
+    if asked == Asked():
+        return True
+    note_other("an adaptive solve with norm, step_t, jump_t or tolerances of entries")
+    return False
 
 
 def event_later(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tensor], SolveStatistics]:

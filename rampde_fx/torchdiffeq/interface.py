@@ -12,7 +12,8 @@ from rampde_fx.errors import MethodError, OptionError, TimeGridError, refuse
 from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused_later
 from rampde_fx.solvers.statistics import SolveStatistics, statistics, taken_out
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torchdiffeq.compiled import event_later, solution_later
+from rampde_fx.torchdiffeq.compared import note_other
+from rampde_fx.torchdiffeq.compiled import event_later, follows_capture, solution_later
 from rampde_fx.torchdiffeq.options import (
     ADJOINT,
     CALLBACKS,
@@ -99,7 +100,8 @@ def _solved(call: Call, event_fn: Any, *, asks_stats: bool) -> Any:
     elif is_refused_later():
         states, counted = refused_later(call.problem.y, call.problem.t, None), statistics(t.device, 0, 0, 0)
     else:
-        states, counted = solution_later(call) if is_captured() else solution_now(call)
+        as_captured = is_captured() or follows_capture(call)
+        states, counted = solution_later(call) if as_captured else solution_now(call)
     solution = call.problem.structured(states)
     return (solution, counted) if asks_stats else solution
 
@@ -310,5 +312,7 @@ def _until_event(call: Call, event_fn: Any) -> tuple[torch.Tensor, Any, SolveSta
     if is_refused_later():
         states = refused_later(call.problem.y, call.problem.t, None)
         return call.problem.t[0], call.problem.structured(states), statistics(call.problem.t.device, 0, 0, 0)
+    if not is_captured():
+        note_other("a solve that ends at an event")
     time, solution, counted = event_later(call, event_fn) if is_captured() else event_now(call, event_fn)
     return time, call.problem.structured(solution), counted
