@@ -661,3 +661,30 @@ def test_events_that_are_not_met():
         odeint(lambda t, y: -y, y0, t, method="scipy_solver", event_fn=lambda t, y: y)
     with pytest.raises(errors.TimeGridError, match="3 points beside event_fn"):
         odeint(lambda t, y: -y, y0, double(0, 1, 2), event_fn=lambda t, y: y)
+
+
+def test_an_event_at_the_start_is_where_the_solution_begins():
+    """A body on the ground that is thrown up: the product with the sign at the start has no slope."""
+    y = torch.tensor([0.0, 1.0], requires_grad=True)
+    time, states = odeint_event(
+        lambda t, y: torch.stack([y[1], -torch.ones(())]), y, torch.tensor(0.0), event_fn=lambda t, y: y[0]
+    )
+    assert time == 0 and torch.equal(states, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    assert torch.equal(torch.autograd.grad(time, y)[0], torch.tensor([-1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [torch.sign, lambda y: torch.where(y > 0, 1.0, -1.0), lambda y: torch.sign(y).long()],
+    ids=["sign", "where", "integer"],
+)
+def test_an_event_function_of_steps_has_its_time_and_state(event):
+    y = torch.ones(2, requires_grad=True)
+    time, states = odeint_event(lambda t, y: -y, y, torch.tensor(0.0), event_fn=lambda t, y: event(y[0] - 0.5))
+    assert abs(time.item() - math.log(2)) < 1e-4 and (states[-1] - 0.5).abs().max() < 1e-4
+
+
+def test_an_event_in_inference_mode():
+    with torch.inference_mode():
+        time, _ = odeint_event(lambda t, y: -y, torch.ones(2), torch.tensor(0.0), event_fn=lambda t, y: y[0] - 0.5)
+    assert abs(time.item() - math.log(2)) < 1e-4

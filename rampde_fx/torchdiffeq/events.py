@@ -81,7 +81,7 @@ def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tu
     def given_event(t: torch.Tensor, state: State) -> torch.Tensor:
         return event_fn(t, problem.structured(state))
 
-    event = combined(given_event, problem.t[0], problem.y)
+    event = combined(given_event, problem.t[0], problem.y, of_zero=1.0)  # an event at the start has a slope, too
     fixed = [leaf.detach() for leaf in y]
     with torch.no_grad():
         rates, _ = problem.checked(time, fixed)
@@ -92,9 +92,16 @@ def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tu
         return event(time + passed, [leaf + rate * step for leaf, rate in zip(fixed, rates, strict=True)])
 
     value, slope = event(time, y), _slope(along, torch.zeros_like(time))
-    change = -(value - value.detach()) / slope
+    change = _over(value.detach() - value, slope)
     moved = [leaf + rate * change.to(problem.dtype) for leaf, rate in zip(y, rates, strict=True)]
     return time + change.to(time.dtype), moved
+
+
+def _over(nothing: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Zero, with the derivative of a zero over the slope; with NaN for it where the slope is zero, and says nothing."""
+    is_flat = slope == 0
+    flat = torch.where(is_flat, nothing, 1.0).abs().sqrt()  # its derivative at 0 is NaN, its value is 0
+    return torch.where(is_flat, flat, nothing / torch.where(is_flat, 1.0, slope))
 
 
 def _slope(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
@@ -103,5 +110,6 @@ def _slope(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -
         return torch.func.grad(function)(at).detach()
     with torch.enable_grad():
         at = at.detach().requires_grad_()
-        (found,) = torch.autograd.grad(function(at), at, allow_unused=True)
+        value = function(at)
+        found = torch.autograd.grad(value, at, allow_unused=True)[0] if value.requires_grad else None
     return torch.zeros_like(at) if found is None else found

@@ -20,9 +20,13 @@ Within = Callable[[torch.Tensor], State]
 
 
 @torch.no_grad()
-def combined(event: Event, t: torch.Tensor, y: State) -> Event:
-    """The least of an event function's entries, each times its sign at the start: the first of them that changes it."""
+def combined(event: Event, t: torch.Tensor, y: State, *, of_zero: float = 0.0) -> Event:
+    """The least of an event function's entries, each times its sign at the start: the first of them that changes it.
+
+    An entry that is zero there counts as met at once; `of_zero` is the sign that it has instead.
+    """
     signs = torch.sign(event(t, y))
+    signs = torch.where(signs == 0, of_zero, signs)
     return lambda t, y: (event(t, y) * signs).min()
 
 
