@@ -563,3 +563,23 @@ def test_events(given):
     assert time.item() == pytest.approx(torch.log(double(2)).item() / 0.7, abs=1e-5)
     assert by_a.item() == pytest.approx(-torch.log(double(2)).item() / 0.49, abs=1e-3)
     assert by_y0.item() == pytest.approx(1 / (0.7 * 2), abs=1e-3)
+
+
+def test_a_module_is_solved_inside_of_transforms():
+    """Its parameters are reached there, too: by sums, which torch.func differentiates and batches."""
+    torch.manual_seed(0)
+    layer, y, t = torch.nn.Linear(2, 2), torch.randn(3, 2), torch.linspace(0, 1, 3)
+
+    class Velocity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, t, y):
+            return torch.tanh(self.layer(y))
+
+    found = [
+        torch.func.vmap(torch.func.grad(lambda y, solve=solve: solve(Velocity(), y, t, method="rk4").sum()))(y)
+        for solve in (odeint, odeint_adjoint)
+    ]
+    assert torch.equal(*found) and found[0].count_nonzero() == 6

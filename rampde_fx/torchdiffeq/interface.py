@@ -208,26 +208,15 @@ def _callbacks_back(func: Any, method: str) -> dict[str, Any] | None:
     return None
 
 
-class _Reaching(torch.autograd.Function):
-    """A tensor as it is, with a gradient of zero for all parameters: an optimizer, or DDP, may ask for it."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.like = [parameter.detach() for parameter in parameters]  # of which no value is needed
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.like)
-
-
 def _reaching(solution: Any, parameters: tuple[torch.Tensor, ...]) -> Any:
+    """A solution with a gradient of zero for all parameters: an optimizer, or DDP, may ask for it.
+
+    As sums of no entries, which every transform of torch.func and Dynamo take.
+    """
     if isinstance(solution, tuple):
         return _reaching(solution[0], parameters), *solution[1:]
-    if is_captured():  # sums of no entries, for Dynamo captures them in a graph of any kind
-        reached = [_nothing_of(parameter, solution) for parameter in parameters if parameter.requires_grad]
-        return solution + sum(reached) if reached else solution
-    return _Reaching.apply(solution, *parameters)
+    reached = [_nothing_of(parameter, solution) for parameter in parameters if parameter.requires_grad]
+    return solution + sum(reached) if reached else solution
 
 
 def _nothing_of(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
