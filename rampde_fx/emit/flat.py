@@ -19,7 +19,7 @@ def flat(graph_module: fx.GraphModule) -> fx.GraphModule:
     """One graph without submodules, with equal nodes merged and needless casts folded.
 
     Nothing is traced but the operators that are spelt out, each once for operands of one kind: a trace of the whole
-    takes a hundred times as long as a copy.
+    takes more than twice as long.
     """
     flattening, nodes = _Flattening(), graphs.placeholders(graph_module)
     inputs = [graphs.placeholder(flattening.graph, node.name) for node in nodes]

@@ -24,10 +24,14 @@ def comparing() -> Iterator[list[str]]:
 
 def is_compared() -> bool:
     """Whether an uncompiled solve is compared with a captured one."""
-    return not torch.compiler.is_dynamo_compiling() and _others.get() is not None
+    return _noted() is not None
 
 
 def note_other(what: str) -> None:
     """Note that a solve takes other steps than the captured one, if they are compared."""
-    if not torch.compiler.is_dynamo_compiling() and (others := _others.get()) is not None:
+    if (others := _noted()) is not None:
         others.append(what)
+
+
+def _noted() -> list[str] | None:
+    return None if torch.compiler.is_dynamo_compiling() else _others.get()

@@ -98,7 +98,7 @@ def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tu
 
 
 def _over(nothing: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Zero, with the derivative of a zero over the slope; with NaN for it where the slope is zero, and says nothing."""
+    """What is zero over a slope: zero, with its derivative, which is NaN where the slope is zero."""
     is_flat = slope == 0
     flat = torch.where(is_flat, nothing, 1.0).abs().sqrt()  # its derivative at 0 is NaN, its value is 0
     return torch.where(is_flat, flat, nothing / torch.where(is_flat, 1.0, slope))

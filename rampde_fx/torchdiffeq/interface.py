@@ -301,7 +301,6 @@ def _until_event(call: Call, event_fn: Any) -> tuple[torch.Tensor, Any, SolveSta
     if is_refused_later():
         states = refused_later(call.problem.y, call.problem.t, None)
         return call.problem.t[0], call.problem.structured(states), statistics(call.problem.t.device, 0, 0, 0)
-    if not is_captured():
-        note_other("a solve that ends at an event")
+    note_other("a solve that ends at an event")
     time, solution, counted = event_later(call, event_fn) if is_captured() else event_now(call, event_fn)
     return time, call.problem.structured(solution), counted
