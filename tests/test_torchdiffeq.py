@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -217,6 +218,41 @@ def test_gradcheck(method):
     assert torch.autograd.gradcheck(
         lambda y, t: odeint(decay, y, t, rtol=1e-9, atol=1e-9, method=method, **options), (y0, t), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("solve", [odeint, partial(odeint_adjoint, adjoint_params=())], ids=["odeint", "adjoint"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("explicit_adams", {}),
+        ("explicit_adams", {"max_order": 5}),
+        ("fixed_adams", {}),
+        ("fixed_adams", {"implicit": 0}),
+    ]
+    + [("implicit_adams", {"max_iters": n}) for n in (1, 4)],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:the corrector")
+def test_weights_of_adams_methods_follow_uneven_times(solve, method, options):
+    """First and second derivatives by the times, through the corrector too, and tangents."""
+
+    def func(t, y):
+        return rate * y * torch.cos(3 * t)
+
+    def last(rate_, t):
+        nonlocal rate
+        rate = rate_
+        return solve(func, double(1), t, rtol=1e-14, atol=1e-14, method=method, options=options)[-2:]
+
+    rate, t = double(-2), double(0, 0.1, 0.17, 0.3, 0.38, 0.5).requires_grad_()
+    inputs = (double(-2).requires_grad_(), t)
+    assert torch.autograd.gradcheck(last, inputs, atol=1e-8)
+    assert torch.autograd.gradgradcheck(last, inputs, atol=1e-7)
+    if solve is odeint:
+        direction = torch.linspace(-1, 1, len(t), dtype=DOUBLE)
+        jacobian = torch.autograd.functional.jacobian(partial(last, double(-2)), t)
+        _, tangent = torch.func.jvp(partial(last, double(-2)), (t.detach(),), (direction,))
+        torch.testing.assert_close(tangent, jacobian @ direction)
 
 
 def test_gradients_of_the_adjoint_are_those_of_the_steps():

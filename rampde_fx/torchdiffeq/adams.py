@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from rampde_fx.errors import OptionError
 from rampde_fx.runtime.step_control import scalar
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import State, combine, increment
+from rampde_fx.torch_private import callers
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
 from rampde_fx.torchdiffeq.grids import Scheme, runge_kutta
 from rampde_fx.torchdiffeq.options import tableau_of
@@ -50,21 +50,23 @@ def weights(nodes: tuple[Fraction, ...]) -> tuple[float, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=256)
-def slopes(nodes: tuple[Fraction, ...]) -> tuple[tuple[float, ...], ...]:
-    """The slope at each node of the polynomial through values at the nodes: its weights of the values.
+def differentiable(exact: Sequence[float], nodes: torch.Tensor) -> list[torch.Tensor]:
+    """These weights as functions of their nodes, for derivatives by the times.
 
-    >>> slopes((Fraction(0), Fraction(-1)))
-    ((1.0, -1.0), (1.0, -1.0))
+    >>> nodes = torch.tensor([0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    >>> torch.autograd.grad(differentiable(weights((Fraction(0), Fraction(-1))), nodes)[0], nodes)[0].tolist()
+    [-0.5, -0.5]
     """
-    scales = [prod((x - other for other in nodes if other != x), start=Fraction(1)) for x in nodes]
-
-    def weight(i: int, j: int) -> Fraction:
-        if i == j:
-            return sum((1 / (nodes[i] - other) for other in nodes if other != nodes[i]), start=Fraction(0))
-        return scales[i] / scales[j] / (nodes[i] - nodes[j])
-
-    return tuple(tuple(float(weight(i, j)) for j in range(len(nodes))) for i in range(len(nodes)))
+    count = len(exact)
+    itself = torch.eye(count, dtype=torch.bool, device=nodes.device)
+    polynomials = torch.zeros(count, count + 1, dtype=nodes.dtype, device=nodes.device)  # a row each, by powers of x
+    polynomials[:, 0] = 1
+    for other, is_node in zip(nodes, itself, strict=True):
+        longer = polynomials.roll(1, 1) - other * polynomials  # the last coefficient is zero
+        polynomials = torch.where(is_node[:, None], polynomials, longer)
+    scales = torch.where(itself, 1, nodes[:, None] - nodes).prod(1)
+    found = (polynomials / torch.arange(1, count + 2, device=nodes.device)).sum(1) / scales
+    return list(found.new_tensor(exact) + (found - found.detach()))
 
 
 def nodes_of(start: float, end: float, past: Sequence[float], resolution: float) -> tuple[Fraction, ...]:
@@ -105,11 +107,20 @@ class Formula(NamedTuple):
         nodes = nodes_of(values[0], number(end), values, torch.finfo(start.dtype).eps * latest)
         dt = end - start
         if self.implicit:
-            predicted = increment(y, dt, weights(nodes), rates)
-            with_end = (Fraction(1), *nodes)
-            nexts, last, converged = self._corrected(end, dt, y, predicted, with_end, rates)
-            return _with_derivative(nexts, dt, with_end, times, [last, *rates]), rate, converged
-        return _with_derivative(combine(y, dt, weights(nodes), rates), dt, nodes, times, rates), rate, True
+            predicted = increment(y, dt, self._weights(nodes, times, dt), rates)
+            corrector = self._weights((Fraction(1), *nodes), times, dt)
+            nexts, converged = self._corrected(end, dt, y, predicted, corrector, rates)
+            return nexts, rate, converged
+        return combine(y, dt, self._weights(nodes, times, dt), rates), rate, True
+
+    def _weights(self, nodes: tuple[Fraction, ...], times: State, dt: torch.Tensor) -> Sequence[Any]:
+        """Those of nodes, the last of them of these times: where the times are differentiated, as functions of them."""
+        exact = weights(nodes)
+        if not (callers.has_forward_derivative([*times, dt]) or any(time.requires_grad for time in [*times, dt])):
+            return exact
+        positions = (torch.stack(times) - times[0]).double() / dt.double()
+        constant = positions.new_tensor([float(node) for node in nodes[: len(nodes) - len(times)]])
+        return differentiable(exact, torch.cat([constant, positions]))
 
     def _corrected(
         self,
@@ -117,14 +128,14 @@ class Formula(NamedTuple):
         dt: torch.Tensor,
         y: State,
         change: State,
-        nodes: tuple[Fraction, ...],
+        corrector: Sequence[Any],
         rates: list[State],
-    ) -> tuple[State, State, bool]:
+    ) -> tuple[State, bool]:
         """The next state by Moulton's formula, by functional iteration from the predicted increment.
 
-        With it the velocity there, and whether the iteration has converged.
+        With it, whether the iteration has converged.
         """
-        first, *others = weights(nodes)
+        first, *others = corrector
         given = increment(y, dt, others, rates)
         time, converged = self.clock.beside(end, BEFORE) if self.perturb else end, False
         for _ in range(self.iterations):
@@ -133,7 +144,7 @@ class Formula(NamedTuple):
             change = combine(given, dt, [first], [rate])
             if converged := self._converged(before, change):
                 break
-        return [value + step for value, step in zip(y, change, strict=True)], rate, converged
+        return [value + step for value, step in zip(y, change, strict=True)], converged
 
     def _converged(self, before: State, after: State) -> bool:
         """Whether the last iteration changed no entry of the increment by more than the tolerances."""
@@ -197,23 +208,6 @@ class Adams:
             warn("the corrector of an Adams method did not converge; take smaller steps, or more max_iters")
             self.known.pop()
         return nexts, rate
-
-
-def _with_derivative(
-    nexts: State, dt: torch.Tensor, nodes: tuple[Fraction, ...], times: State, rates: list[State]
-) -> State:
-    """The same state, with its derivative by the earlier times, on which the weights depend.
-
-    By a node the integral of the polynomial changes by its weight times the slope there, with a minus.
-    """
-    start, *_ = times
-    detached = [[leaf.detach() for leaf in rate] for rate in rates]
-    ahead = len(nodes) - len(times)  # the end of a step stays at 1
-    for weight, slope, time in zip(weights(nodes)[ahead:], slopes(nodes)[ahead:], times, strict=False):
-        node = (time - start) / dt
-        if node.requires_grad and time is not start:
-            nexts = combine(nexts, -weight * dt.detach() * (node - node.detach()), slope, detached)
-    return nexts
 
 
 def _on(tolerance: Tolerance, like: torch.Tensor) -> torch.Tensor:
