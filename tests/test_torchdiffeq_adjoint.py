@@ -288,6 +288,40 @@ class InParts(Net):
         return rate
 
 
+class Lipschitz(Net):
+    """A power iteration, one step for each evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        nn.utils.spectral_norm(self.first)
+
+
+class Phased(Net):
+    """A buffer that is another one after each evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("phase", double(0)[0])
+
+    def forward(self, t, y):
+        self.phase = self.phase + 0.1
+        return super().forward(t, y) * torch.cos(self.phase)
+
+
+@pytest.mark.parametrize("kind", [Normed, Lipschitz, Phased])
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
+def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind, method):
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        torch.manual_seed(0)
+        model = kind()
+        y = solve(model, double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), **options_of(method))
+        y.square().sum().backward()
+        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("kind", [Lazy, Normed, Checkpointed, InParts])
 def test_velocities_of_other_kinds(kind):
     y0 = double(0.3, -0.7, 0.2, 0.9).reshape(2, 2)
@@ -375,6 +409,100 @@ def test_a_velocity_that_changes_from_call_to_call_is_an_error(kind, told):
     y = odeint_adjoint(kind(), double(0.3, -0.7), times(), method="rk4")
     with pytest.raises(errors.RecomputationError, match=told):
         y.sum().backward()
+
+
+def of_own_generator(model):
+    draws = torch.Generator().manual_seed(0)
+    model.register_forward_hook(lambda module, given, output: output[..., torch.randperm(2, generator=draws)])
+
+
+def counted(model):
+    model.register_forward_hook(lambda module, given, output: output * (1 + 1e-3 * module.nfe))
+
+
+OTHERS = {  # what is done to a velocity before the solve, and between the forward and the backward
+    "attribute": (lambda model: None, lambda model: setattr(model, "context", 1.001)),
+    "buffer": (lambda model: None, lambda model: setattr(model, "context", 1.001 * model.context)),
+    "data": (lambda model: None, lambda model: setattr(model.last.bias, "data", model.last.bias + 1e-3)),
+    "counter": (counted, lambda model: None),
+    "generator": (of_own_generator, lambda model: None),
+}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler", "explicit_adams"])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_step_with_another_result_is_an_error(method, dtype, other):
+    """Nothing else tells it: shapes and dtypes are the same, and no count of changes says it."""
+    model, (before, between) = Net(dtype=dtype), OTHERS[other]
+    model.register_buffer("context", torch.ones((), dtype=dtype))
+    if other == "attribute":
+        del model.context
+        model.context = 1.0
+    model.register_forward_hook(lambda module, given, output: output * module.context)
+    before(model)
+    y = odeint_adjoint(model, torch.tensor([0.3, -0.7], dtype=dtype), times().to(dtype), **options_of(method))
+    between(model)
+    with pytest.raises(
+        errors.RecomputationError, match=r"gives another result .* of their size, in the backward.*\n.*"
+    ):
+        y.square().sum().backward()
+
+
+def test_a_result_within_rounding_is_no_other():
+    """As where sums are taken in any order, in a low dtype too."""
+    generator, model = torch.Generator().manual_seed(0), Net(dtype=torch.float32)
+
+    def roughly(module, given, output):
+        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        return output * (1 + 2 * signs * torch.finfo(output.dtype).eps)
+
+    model.first.register_forward_hook(roughly)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = odeint_adjoint(model, torch.tensor([0.3, -0.7]), times().float(), method="rk4")
+        y.sum().backward()
+        assert model.first.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["another object", "functional_call", "assign"])
+def test_another_parameter_is_an_error_that_names_it(name):
+    model, y0 = Net(), double(0.3, -0.7)
+    parameters = {key: value.detach().clone().requires_grad_() for key, value in model.state_dict().items()}
+    if name == "functional_call":
+
+        class Solved(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = model
+
+            def forward(self):
+                return odeint_adjoint(self.net, y0, times(), method="rk4")
+
+        y = torch.func.functional_call(Solved(), {f"net.{key}": value for key, value in parameters.items()}, ())
+    else:
+        y = odeint_adjoint(model, y0, times(), method="rk4")
+        if name == "assign":
+            model.load_state_dict(parameters, assign=True)
+        else:
+            model.first.weight = nn.Parameter(parameters["first.weight"])
+    with pytest.raises(errors.RecomputationError, match=r"another tensor of shape \(\d, \d\) that requires gradients"):
+        y.sum().backward()
+
+
+def test_tangents_of_forward_mode_are_those_of_odeint():
+    """Of a dual level outside of torch.func, by the state and by the times; and gradients inside of it."""
+    model = Net()
+    for given in (options_of("dopri5"), options_of("rk4"), options_of("explicit_adams")):
+        found = []
+        for solve in (odeint, odeint_adjoint):
+            with torch.autograd.forward_ad.dual_level():
+                y0 = torch.autograd.forward_ad.make_dual(double(0.3, -0.7), double(1, 2))
+                t = torch.autograd.forward_ad.make_dual(times(), times().square())
+                y = solve(model, y0, t, **given)
+                gradient = torch.autograd.grad(y.sum(), model.first.weight)[0]
+                found.append([*torch.autograd.forward_ad.unpack_dual(y), gradient])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-13)
 
 
 def test_a_velocity_that_spoils_its_own_tensors_is_an_error():

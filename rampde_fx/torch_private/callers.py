@@ -21,9 +21,14 @@ _torch = Names(
 )
 
 
+def in_dual_level() -> bool:
+    """Whether forward-mode differentiation is on."""
+    return bool(_torch._current_level >= 0)
+
+
 def has_forward_derivative(args: Sequence[Any]) -> bool:
     """Whether an argument has a tangent of forward-mode differentiation."""
-    if _torch._current_level < 0:
+    if not in_dual_level():
         return False
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

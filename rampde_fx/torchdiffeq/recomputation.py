@@ -2,8 +2,9 @@
 
 As torch.utils.checkpoint does without reentrance, so that gradients reach whatever the velocity reads, and derivatives
 have derivatives. What differs: a velocity that differentiates, FFJORD's divergence for one, finds its own graph whole
-while the step runs, where a checkpoint would compute the step anew for each of its derivatives; and a parameter or a
-buffer that was changed in place before the backward is an error.
+while the step runs, where a checkpoint would compute the step anew for each of its derivatives; and what is not the
+same in the backward is an error: a parameter or a buffer that was changed in place or is another one, a step whose
+result is another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rampde_fx.errors import RecomputationError
@@ -21,41 +23,109 @@ from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.problem import warn
 
+# By how much of its size a result may differ when it is computed once more, in units of the coarsest dtype: where sums
+# are taken in any order, as on GPUs.
+ROUNDINGS = 64
+
+Place = tuple[dict[str, Any], str]  # of a buffer: those of its module, and its name
 Function = Callable[..., Any]  # of states
 Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
 
 
 class Recomputation:
-    """How one solve calls its steps, if their backward is to compute them once more."""
+    """How one solve calls its steps, if their backward is to compute them once more.
 
-    def __init__(self) -> None:
+    Args:
+        func: The user's velocity.
+    """
+
+    def __init__(self, func: Any) -> None:
+        modules = func.modules() if isinstance(func, torch.nn.Module) else ()
+        self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
+        self.finds_changes = True
         self.keeps_all = False
         self.random: Random | None = None
+        self.directions: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
 
     def __call__(self, function: Function, *states: State, then: Then | None = None) -> Any:
         """The function of these states; it must not hold a tensor that it has computed itself.
 
         A torch.func transform bears no hooks on saved tensors: of what is inside of one, or calls one, autograd keeps
-        every step.
+        every step. So it does of forward-mode differentiation.
         """
-        if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed():
+        if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed() or callers.in_dual_level():
             return function(*states)
         surroundings = self._surroundings(states)
         try:
-            return _Recomputed(function, states, surroundings, then).first(states)
+            found = _Recomputed(function, states, surroundings, self.fingerprint, then).first(states)
         except RuntimeError as error:
             if not callers.bears_no_hooks(error):
                 raise
+        else:
+            if self.finds_changes:
+                surroundings.buffers[:] = [buffer for buffer in surroundings.buffers if buffer.is_changed()]
+                self.places, self.finds_changes = [buffer.place for buffer in surroundings.buffers], False
+            return found
         self.keeps_all = True
         warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
         surroundings.random.restore()
         return function(*states)
 
+    @torch.no_grad()
+    def fingerprint(self, found: Any) -> torch.Tensor | None:
+        """Of each tensor of a result: its projection on a fixed direction, and its norm; None of other classes."""
+        leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        if any(type(leaf) is not torch.Tensor for leaf in leaves):
+            return None
+        rows = []
+        for leaf in leaves:
+            if leaf.is_floating_point() or leaf.is_complex():
+                flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(-1)
+                flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+                rows += [torch.dot(flat, self._direction(flat)), torch.linalg.vector_norm(flat)]
+        return torch.stack([row.double() for row in rows]).view(-1, 2)
+
+    def _direction(self, like: torch.Tensor) -> torch.Tensor:
+        key = (len(like), like.dtype, like.device)
+        if key not in self.directions:
+            self.directions[key] = torch.arange(len(like), dtype=like.dtype, device=like.device).sin()
+        return self.directions[key]
+
     def _surroundings(self, states: tuple[State, ...]) -> Surroundings:
         random = random_of(states)
         if self.random is None or not random.equals(self.random):
             self.random = random
-        return Surroundings(self.random, autocasts_of(states))
+        present = [place for place in self.places if _at(place) is not None]
+        return Surroundings(self.random, autocasts_of(states), [Buffer.kept(place) for place in present])
+
+
+class Buffer(NamedTuple):
+    """A buffer before a computation, which may change it.
+
+    Attributes:
+        place: Where it stands.
+        tensor: Itself.
+        value: A copy.
+    """
+
+    place: Place
+    tensor: torch.Tensor
+    value: torch.Tensor
+
+    @staticmethod
+    def kept(place: Place) -> Buffer:
+        """The one that stands there."""
+        tensor = _at(place)
+        return Buffer(place, tensor, tensor.detach().clone())
+
+    def is_changed(self) -> bool:
+        """Whether it is, or is another one: BatchNorm's kernels count no change in place."""
+        return _at(self.place) is not self.tensor or not torch.equal(self.tensor, self.value)
+
+
+def _at(place: Place) -> Any:
+    buffers, name = place
+    return buffers.get(name)
 
 
 class Random(NamedTuple):
@@ -103,26 +173,36 @@ class Surroundings(NamedTuple):
 
     random: Random
     autocasts: list[dict[str, Any]]
+    buffers: list[Buffer]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """As they were, with gradients."""
-        random = self.random
+    def again(self) -> Iterator[list[torch.Tensor]]:
+        """As they were, with gradients; the buffers are copies, these."""
+        random, copies = self.random, [value.clone() for _, _, value in self.buffers]
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(random.devices, device_type=random.device_type))
             random.restore()
             for settings in self.autocasts:
                 stack.enter_context(torch.autocast(**settings))
-            yield stack.enter_context(torch.enable_grad())
+            for ((buffers, name), _, _), copy in zip(self.buffers, copies, strict=True):
+                stack.callback(buffers.__setitem__, name, buffers[name])
+                buffers[name] = copy
+            stack.enter_context(torch.enable_grad())
+            yield copies
 
 
 class _Saved:
-    """In the place of a tensor that autograd saves: how it looked then, and its value while that is at hand."""
+    """In the place of a tensor that autograd saves: how it looked then, and its value while that is at hand.
 
-    __slots__ = ("__weakref__", "look", "value", "version")
+    Args:
+        tensor: The tensor.
+        leaf: Which leaf of autograd it is, or is a view of; None of what was computed, and of inputs.
+    """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.version, self.look = tensor._version, (tensor.shape, tensor.dtype, tensor.device)
+    __slots__ = ("__weakref__", "leaf", "look", "value", "version")
+
+    def __init__(self, tensor: torch.Tensor, leaf: int | None = None) -> None:
+        self.version, self.look, self.leaf = tensor._version, (tensor.shape, tensor.dtype, tensor.device), leaf
         self.value: torch.Tensor | None = tensor.detach()  # with the counter of changes of the tensor
 
     def checked(self) -> torch.Tensor:
@@ -132,10 +212,13 @@ class _Saved:
             raise changed_in_place(self.value)
         return self.value
 
-    def again(self, tensor: torch.Tensor, *, as_before: bool) -> None:
+    def again(self, tensor: torch.Tensor, leaf: int | None, *, as_before: bool) -> None:
         """The same tensor, computed once more; as_before says whether the counts of changes are comparable."""
+        if None not in (leaf, self.leaf) and leaf != self.leaf:
+            raise not_the_same(f"reads another tensor of shape {tuple(tensor.shape)} that requires gradients")
         if (tensor.shape, tensor.dtype, tensor.device) != self.look:
-            raise not_the_same(f"{tuple(self.look[0])} of {self.look[1]}", f"{tuple(tensor.shape)} of {tensor.dtype}")
+            saved, before = f"{tuple(tensor.shape)} of {tensor.dtype}", f"{tuple(self.look[0])} of {self.look[1]}"
+            raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
         if as_before and tensor._version != self.version:
             raise changed_in_place(tensor)
         self.value, self.version = tensor.detach(), tensor._version
@@ -158,12 +241,19 @@ class _Recomputed:
     """One call of a function."""
 
     def __init__(
-        self, function: Function, states: tuple[State, ...], surroundings: Surroundings, then: Then | None
+        self,
+        function: Function,
+        states: tuple[State, ...],
+        surroundings: Surroundings,
+        fingerprint: Callable[[Any], torch.Tensor | None],
+        then: Then | None,
     ) -> None:
-        self.function, self.surroundings, self.then = function, surroundings, then
+        self.function, self.surroundings, self.fingerprint, self.then = function, surroundings, fingerprint, then
         self.sizes = [len(state) for state in states]
         leaves = [leaf for state in states for leaf in state]
         self.versions = [leaf._version for leaf in leaves]
+        self.known = {_leaf_of(leaf) for leaf in leaves}
+        self.unit = 0.0  # of the coarsest dtype that a result depends on
         self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves)  # its node lives as long
         self.saved: list[weakref.ref[_Saved]] = []
         self.is_first = True
@@ -172,15 +262,18 @@ class _Recomputed:
         """The result; what the function has saved is let go."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             found = self.function(*states)
-        self.is_first = False
+        self.is_first, self.result = False, self.fingerprint(found)
         for reference in self.saved:
             if (saved := reference()) is not None:
                 saved.value = None
         return found
 
     def _pack(self, tensor: torch.Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        leaf = _leaf_of(tensor)
+        saved = _Saved(tensor, None if leaf in self.known else leaf)
         self.saved.append(weakref.ref(saved))
+        if tensor.is_floating_point() or tensor.is_complex():
+            self.unit = max(self.unit, torch.finfo(tensor.dtype).eps)
         return saved
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
@@ -195,22 +288,42 @@ class _Recomputed:
         given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.grad_fn.saved_tensors]
         leaves, as_before = iter(given), [leaf._version for leaf in given] == self.versions
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
-        count = 0
+        count, known = 0, {_leaf_of(leaf) for leaf in given}
 
         def pack(tensor: torch.Tensor) -> _Saved:
             nonlocal count
             count += 1
             saved = self.saved[count - 1]() if count <= len(self.saved) else None
             if saved is not None:
-                saved.again(tensor, as_before=as_before)
+                leaf, is_copy = _leaf_of(tensor), any(tensor is copy for copy in copies)
+                saved.again(tensor, None if leaf in known else leaf, as_before=as_before and not is_copy)
             return _Saved(tensor)
 
-        with self.surroundings.again(), torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
+        with self.surroundings.again() as copies, torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
             found = self.function(*states)
         if count != len(self.saved):
-            raise not_the_same(f"{len(self.saved)} tensors", f"{count}")
+            raise not_the_same(
+                f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
+            )
+        self._compare(self.fingerprint(found))
         if self.then is not None:
             self.then(states, found)
+
+    def _compare(self, found: torch.Tensor | None) -> None:
+        """Raise if the result is not that of the forward."""
+        if self.result is None or found is None:
+            return
+        difference, sizes = (found - self.result).abs(), self.result[:, 1:].expand_as(found)
+        differs = (difference > ROUNDINGS * self.unit * sizes) | (found.isnan() != self.result.isnan())
+        if differs.any():
+            share = (difference / sizes)[differs].amax()
+            raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
+
+
+def _leaf_of(tensor: torch.Tensor) -> int | None:
+    """The identity of the leaf of autograd that it is, or is a view of."""
+    base = tensor if tensor._base is None else tensor._base
+    return id(base) if base.is_leaf and base.requires_grad else None
 
 
 def changed_in_place(tensor: torch.Tensor) -> RecomputationError:
@@ -222,10 +335,11 @@ def changed_in_place(tensor: torch.Tensor) -> RecomputationError:
     )
 
 
-def not_the_same(before: str, after: str) -> RecomputationError:
+def not_the_same(told: str) -> RecomputationError:
     """The error of a velocity that depends on more than its inputs."""
     return RecomputationError(
-        f"func saves {after} for its derivative in the backward, and {before} in the forward",
-        required="a func that computes the same from the same t and y",
-        fix="use odeint, of which autograd keeps every step, or take out of func what changes from call to call",
+        f"func {told}, in the backward",
+        required="a func that computes the same from the same t and y until the backward has run: what it reads of "
+        "attributes, contexts and generators of random numbers stays as it is, torch.func.functional_call included",
+        fix="use odeint, of which autograd keeps every step, or change what func reads after loss.backward()",
     )
