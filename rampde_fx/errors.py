@@ -91,8 +91,8 @@ def too_many_steps(count: int, reached: float) -> StepSizeError:
     """For adaptive steps that were used up at the time that was reached."""
     return StepSizeError(
         f"the adaptive steps of odeint ended at t = {reached:g} with {count} steps, or four times max_steps tried",
-        required="a problem that max_steps steps solve to rtol and atol",
-        fix='raise rtol and atol, above all in a low-precision velocity, or options={"max_steps": ...}',
+        required="a problem that max_steps steps (torchdiffeq's max_num_steps) solve to rtol and atol",
+        fix="raise rtol and atol, above all in a low-precision velocity, or the option max_steps (max_num_steps)",
     )
 
 
@@ -117,14 +117,14 @@ def max_num_steps_used(most: int, reached: float) -> StepSizeError:
 def not_finite(count: int, reached: float) -> StepSizeError:
     """For a start from which no step can be tried."""
     return StepSizeError(
-        f"y0, or the velocity at it, is not finite at t = {reached:g}, where the adaptive steps of odeint begin",
-        required="a finite state with a finite velocity",
+        f"y0, the velocity at it or first_step is not finite at t = {reached:g}, where adaptive steps begin",
+        required="a finite state with a finite velocity, and a first_step above 0 if one is given",
         fix="look for NaN and inf in y0, and for a singularity of the velocity",
     )
 
 
-class EventError(RampdeError):
-    """An event that was not met, or is not told from its start."""
+class EventError(RampdeError, AssertionError):
+    """An event that was not met, or is NaN; an AssertionError as well, as in torchdiffeq."""
 
 
 class RecomputationError(RampdeError):
@@ -136,7 +136,8 @@ def event_not_met(count: int, reached: float) -> EventError:
     return EventError(
         f"event_fn does not change its sign in {count} steps, up to t = {reached:g}",
         required="an event that the steps lead to",
-        fix="take larger steps (adaptive ones: coarser tolerances), or look for a sign that event_fn does not change",
+        fix="take larger steps (adaptive ones: coarser tolerances, or a larger max_num_steps), or look for a sign that "
+        "event_fn does not change",
     )
 
 

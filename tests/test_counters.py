@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx.errors import CounterError
+from rampde_fx.errors import CounterError, UnsupportedLoopError
 from tests.comparison import relative_errors
 
 Y, T = torch.linspace(-1, 1, 12).view(4, 3), torch.linspace(0, 1, 4)
@@ -182,3 +182,8 @@ def test_what_is_no_counter(form):
         got, wanted = function(Y, T), plain(Y, T)
         assert 1e-6 < relative_errors([got], [wanted])[0] < 2.5e-3, calls
     assert [model.nfe, model.plain.nfe, model.rows] == [plain.nfe, plain.plain.nfe, plain.rows]
+
+
+def test_a_loop_without_a_policy_is_told_that_first():
+    with pytest.raises(UnsupportedLoopError, match="outside of any mixed_precision target"):
+        torch.compile(Attribute(), **OURS)(Y, T)

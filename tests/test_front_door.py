@@ -53,7 +53,8 @@ def test_a_policy_made_in_the_compiled_function_is_the_one_made_outside(make, fu
     got = torch.compile(lambda y, t: solve(y, t, policy=make()), fullgraph=fullgraph, **OURS)(Y, T)
     assert not counters["graph_break"]
     assert torch.equal(got, torch.compile(lambda y, t: solve(y, t, policy=outside), fullgraph=True, **OURS)(Y, T))
-    assert relative_errors([got], [solve(Y, T)])[0] > 1e-6
+    is_low = outside.chosen_for("cpu").velocity != torch.float32
+    assert (relative_errors([got], [solve(Y, T)])[0] > 1e-6) == is_low
 
 
 @pytest.mark.parametrize(

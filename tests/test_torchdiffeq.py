@@ -333,18 +333,21 @@ def test_sizes_of_steps():
     tried, counted = steps_of(first_step=3.0, dfactor=0.5)
     assert tried[1] == (0, pytest.approx(1.5)) and counted[0][1] < 3
     assert len(steps_of(safety=0.5)[1]) > len(steps_of()[1])
+    names = "first_step min_step max_step safety ifactor dfactor max_num_steps step_t jump_t norm"
+    assert steps_of(**dict.fromkeys(names.split())) == steps_of()
 
 
 def test_steps_end_where_they_must():
     starts = {t for t, _ in steps_of(step_t=double(0.3, 1.7))[1]}
     assert {0.3, 1.7} <= starts
+    assert {t for t, _ in steps_of(step_t=[0.3, 1.7])[1]} == starts
     backward = Counted()
     odeint(backward, double(1), double(4, 0), options={"step_t": double(1.7, 0.3, 9.0)})
     assert any(abs(t - 1.7) < 1e-12 for t in backward.times)
     with pytest.raises(errors.OptionError, match="a time twice"):
         steps_of(step_t=double(0.3), jump_t=double(0.3))
     with pytest.raises(errors.OptionError, match="a tensor of times"):
-        steps_of(jump_t=[0.3])
+        steps_of(jump_t=["0.3"])
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -685,7 +688,7 @@ def test_odeint_gives_the_time_of_an_event_without_a_gradient():
 
 def test_events_that_are_not_met():
     y0, t = double(1)[0], double(0, 1)
-    with pytest.raises(errors.StepSizeError, match="500 steps"):
+    with pytest.raises(errors.EventError, match="does not change its sign in 500 steps"):
         odeint(lambda t, y: -y, y0, t, event_fn=lambda t, y: y + 1, options={"max_num_steps": 500})
     with pytest.raises(errors.EventError, match="does not change its sign in 20000 steps"):
         odeint(lambda t, y: -y, y0, t, method="euler", event_fn=lambda t, y: y + 1, options={"step_size": 0.1})
@@ -718,6 +721,15 @@ def test_an_event_function_of_steps_has_its_time_and_state(event):
     y = torch.ones(2, requires_grad=True)
     time, states = odeint_event(lambda t, y: -y, y, torch.tensor(0.0), event_fn=lambda t, y: event(y[0] - 0.5))
     assert abs(time.item() - math.log(2)) < 1e-4 and (states[-1] - 0.5).abs().max() < 1e-4
+
+
+def test_the_time_of_an_event_without_a_slope_has_the_derivative_nan():
+    floor = torch.tensor(0.5, requires_grad=True)
+    time, _ = odeint_event(
+        lambda t, y: -y, torch.ones(2), torch.tensor(0.0),
+        event_fn=lambda t, y: torch.sign(y[0] - 0.5) + floor - floor.detach(),
+    )  # fmt: skip
+    assert abs(time.item() - math.log(2)) < 1e-4 and torch.autograd.grad(time, floor)[0].isnan()
 
 
 def test_an_event_in_inference_mode():

@@ -133,6 +133,36 @@ def test_an_event_at_the_start_takes_no_step():
     assert time == 2 and torch.equal(states, torch.tensor([[0.0, 1.0], [0.0, 1.0]])) and counted.accepted == 0
 
 
+def test_an_event_at_the_start_has_derivatives():
+    """As y' = -y leaves the floor: where the start is higher by dy the time is later by dy."""
+    model = Stopped(lambda t, y: -y)
+    with torch.no_grad():
+        model.floor.fill_(1.0)
+    y, t = torch.ones(2, dtype=DOUBLE, requires_grad=True), torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
+    time, states = compiled(model)(y, t)
+    torch.testing.assert_close(time, t)
+    assert torch.equal(states, torch.ones(2, 2, dtype=DOUBLE))
+    found = torch.autograd.grad(time, (y, t, model.floor))
+    torch.testing.assert_close(
+        torch.cat([leaf.reshape(-1) for leaf in found]), torch.tensor([1.0, 0, 1, -1], dtype=DOUBLE)
+    )
+
+
+def test_an_event_function_that_counts_is_refused_by_its_name():
+    class Counting(Stopped):
+        nfe = 0
+
+        def forward(self, y, t):
+            def event_fn(t, y):
+                self.nfe += 1
+                return y[0] - self.floor
+
+            return odeint_event(self.velocity, y, t, event_fn=event_fn)
+
+    with pytest.raises(errors.CounterError, match="changes the number 'nfe' in Python"):
+        compiled(Counting(lambda t, y: -y))(torch.ones(2, dtype=DOUBLE), torch.zeros((), dtype=DOUBLE))
+
+
 NOT_MET = {
     "never": (lambda t, y: y[0] + 1, {"options": {"max_num_steps": 20}}, "does not change its sign in 20 steps"),
     "never, fixed": (lambda t, y: y[0] + 1, {"method": "euler", "options": {"step_size": 0.1}}, "20000 steps"),

@@ -185,7 +185,7 @@ def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, 
     taken = graph_module.meta.get(BACKEND)
     if refused := notes.get("refused"):
         return raising(refused[0])
-    if taken and notes.get("counters"):
+    if taken and notes.get("counters") and "loops" in notes:  # the backend refuses a loop that has no policy
         return raising(_counts(notes["counters"][0], notes["loops"][-1]))
     if not taken and _stands_for_steps(graph_module):
         dynamo.capture_plainly()

@@ -143,7 +143,7 @@ class Loop:
                     raise UnsupportedLoopError(
                         'checkpoint="sqrt" with a number of steps that is computed from the times',
                         required="a number of steps that the shape of the times tells",
-                        fix='use an int instead of "sqrt", or options={"num_steps": n} instead of a step size',
+                        fix='use an int instead of "sqrt", or rampde_fx.odeint with options={"num_steps": n}',
                         where=self.where,
                     )
                 return graphs.ceil_sqrt(self.steps)
@@ -157,7 +157,7 @@ class Loop:
             raise UnsupportedLoopError(
                 'loop="unroll" with a number of steps that is computed from the times',
                 required="a number of steps that the shape of the times tells",
-                fix='leave loop out, or use options={"num_steps": n} instead of a step size or adaptive steps',
+                fix='leave loop out, or use rampde_fx.odeint with options={"num_steps": n}',
                 where=self.where,
             )
         return self.policy.unrolls(self.steps)

@@ -46,6 +46,8 @@ def monotone(t: torch.Tensor) -> torch.Tensor:
 
 def _wrong(times: list[float], largest: float) -> tuple[str, str] | None:
     """What is wrong with the times, and how to mend it."""
+    if all(map(math.isnan, times)):
+        return "is NaN", "look for NaN in t[0] and t[-1], with which a grid_constructor has to begin and end"
     if not all(map(math.isfinite, times)):
         return "is not finite", "look for NaN and infinities in what t is made of"
     if not any(all(follows(a, b) for a, b in pairwise(times)) for follows in (operator.lt, operator.gt)):

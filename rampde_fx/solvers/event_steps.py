@@ -14,6 +14,7 @@ from rampde_fx.runtime import kept_steps, operators, step_control
 from rampde_fx.solvers.fixed_steps import CheckedVelocity, captured_collecting, captured_once
 from rampde_fx.solvers.runge_kutta import (
     State,
+    combine,
     evaluations_collecting,
     evaluations_of,
     interpolate,
@@ -75,7 +76,12 @@ def until_event(
 
     assert asked.event is not None, "it ends at one"
     time = _located(asked.event, (start.detach(), (start + size).detach()), at, tolerance)
-    return time, at(time), statistics(t.device, found.count, found.tried - found.count, evaluations)
+    state = at(time)
+    if t.requires_grad:  # of a solution that ends where it begins, a later start is one from a state that is further on
+        rates, _ = velocity(t[0], y)
+        state = combine(state, torch.where(found.count == 0, time - start, 0.0), [1.0], [rates])
+        evaluations = evaluations + 1
+    return time, state, statistics(t.device, found.count, found.tried - found.count, evaluations)
 
 
 def _last_step(

@@ -19,6 +19,7 @@ import torch
 
 from rampde_fx.errors import OptionError, max_num_steps_used, not_finite, refuse, step_too_small
 from rampde_fx.solvers.adaptive_steps import refuse_mapped
+from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import (
     State,
     combine,
@@ -77,14 +78,16 @@ class Step(NamedTuple):
     quartic: State
 
 
-def stops_of(name: str, times: Any) -> torch.Tensor:
+def stops_of(name: str, times: Any, device: torch.device) -> torch.Tensor:
     """The times of step_t or jump_t."""
+    if isinstance(times, (list, tuple)) and all(is_number(time) for time in times):
+        return torch.tensor(times, dtype=torch.float64, device=device)
     if not isinstance(times, torch.Tensor):
         refuse(
             OptionError,
             f"options={{{name!r}: {times!r}}}",
-            required="a tensor of times",
-            fix=f"write torch.tensor({times!r})",
+            required="a tensor of times, or a list of numbers",
+            fix="write torch.tensor([0.5]), say",
         )
     return times.reshape(-1)
 
@@ -106,7 +109,7 @@ class Stops:
         given = {}
         for name in STOPS:
             times = options.get(name)
-            given[name] = [] if times is None else clock.users(stops_of(name, times).to(dtype)).tolist()
+            given[name] = [] if times is None else clock.users(stops_of(name, times, clock.t.device).to(dtype)).tolist()
         every = [*given["step_t"], *given["jump_t"]]
         if len(set(every)) < len(every):
             raise OptionError(

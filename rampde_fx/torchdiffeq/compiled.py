@@ -155,7 +155,7 @@ def _control(call: Call, intervals: int) -> tuple[Controller, Any, Asked]:
 
     Numbers that are tensors are inputs of the graph, of which Dynamo knows no values.
     """
-    given = {name: call.options[name] for name in NUMBERS if call.options.get(name) is not None}
+    given = {name: call.options[name] for name in NUMBERS if name in call.options}
     tensors = {name: value.reshape(()) for name, value in given.items() if isinstance(value, torch.Tensor)}
     most = call.options.get("max_num_steps")
     numbers = {name: value for name, value in given.items() if name not in tensors}
@@ -168,9 +168,10 @@ def _control(call: Call, intervals: int) -> tuple[Controller, Any, Asked]:
     told = (rtol, atol) if norm is None else (math.nan, math.nan)
     controller, first_size = controller_of(numbers, tableau_of(call.method), *told)
     first_size = tensors.pop("first_step", first_size)
-    bounds = {name: _bound(name, call.options[name]) for name in BOUNDS if call.options.get(name) is not None}
-    stops = [stops_of(name, call.options[name]) for name in STOPS if call.options.get(name) is not None]
-    asked = Asked(norm, torch.cat(stops) if stops else None, jumps=call.options.get("jump_t") is not None)
+    bounds = {name: _bound(name, call.options[name]) for name in BOUNDS if name in call.options}
+    device = call.problem.t.device
+    stops = [stops_of(name, call.options[name], device) for name in STOPS if name in call.options]
+    asked = Asked(norm, torch.cat(stops) if stops else None, jumps="jump_t" in call.options)
     return controller._replace(**tensors, **bounds), first_size, asked
 
 

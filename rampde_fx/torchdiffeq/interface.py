@@ -55,10 +55,10 @@ def odeint(
         method: Adaptive steps by adaptive_heun, fehlberg2, bosh3, dopri5 (where None), tsit5, dopri8; fixed ones by
             euler, midpoint, heun2, heun3, rk4 (the 3/8 rule), explicit_adams, implicit_adams (or fixed_adams); SciPy's
             without gradients by scipy_solver.
-        options: Of adaptive steps first_step, min_step, max_step, step_t and jump_t (tensors of times at which steps
-            end; velocities jump at the latter), safety, ifactor, dfactor, max_num_steps (between two output times),
-            norm, dtype (of times, float64). Of fixed ones step_size or grid_constructor(func, y0, t), without either
-            the steps lead from each time to the next; interp ("linear" or "cubic") and perturb; of Adams methods
+        options: Of adaptive steps first_step, min_step, max_step, step_t and jump_t (times at which steps end, a tensor
+            or a list; velocities jump at the latter), safety, ifactor, dfactor, max_num_steps (between two output
+            times), norm, dtype (of times, float64). Of fixed ones step_size or grid_constructor(func, y0, t), without
+            either the steps lead from each time to the next; interp ("linear" or "cubic") and perturb; of Adams methods
             max_order, max_iters and implicit. Of scipy_solver solver, min_step and max_step. Others are warned of. Of
             all but scipy_solver also stats, which torchdiffeq does not have.
         event_fn: A function of t and y that ends the solution where an entry of it first changes its sign.

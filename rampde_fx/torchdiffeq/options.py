@@ -71,7 +71,7 @@ def tableau_of(method: str) -> ButcherTableau:
 
 
 def known_options(method: str, options: Any) -> dict[str, Any]:
-    """The options that the method takes; others are warned of, and left out.
+    """The options that the method takes; others are warned of, and left out, and so is what is None.
 
     Raises:
         OptionError: if options is no dict, or has both a step_size and a grid_constructor.
@@ -90,8 +90,8 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
     unknown = [str(name) for name in options if name not in taken]
     if unknown:
         warn(f"{method} does not know the options {', '.join(unknown)}, which are left out")
-    given = {name: value for name, value in options.items() if name in taken}
-    if given.get("step_size") is not None and given.get("grid_constructor") is not None:
+    given = {name: value for name, value in options.items() if name in taken and value is not None}
+    if "step_size" in given and "grid_constructor" in given:
         refuse(
             OptionError,
             "options with both a step_size and a grid_constructor",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from rampde_fx.errors import event_is_nan, event_not_met, max_num_steps_used
-from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.errors import event_is_nan, event_not_met
+from rampde_fx.solvers.runge_kutta import State, combine
 from rampde_fx.torchdiffeq.adaptive import Adaptive
 from rampde_fx.torchdiffeq.clock import Clock, Event, number
 from rampde_fx.torchdiffeq.grids import Scheme, equal_steps, within
@@ -34,16 +34,16 @@ def event_by_adaptive(steps: Adaptive, event: Event, tolerance: float) -> tuple[
     """The time of the event, and the state then.
 
     Raises:
-        StepSizeError: if max_num_steps steps do not lead to it.
+        EventError: if max_num_steps steps do not lead to it.
     """
     start, y = steps.last.start, steps.clock.problem.y
     sign = _sign(event, start, y)
     if sign == 0:
-        return start, y
+        return start, _at_once(start, y, steps.next_rate)
     tried = 0
     while _sign(event, steps.last.end, steps.last.states[1]) == sign:
         if tried >= int(steps.control.max_num_steps):
-            raise max_num_steps_used(tried, number(steps.clock.users(steps.last.end)))
+            raise event_not_met(tried, number(steps.clock.users(steps.last.end)))
         steps.advance()
         tried += 1
     return _found(event, sign, (steps.last.start, steps.last.end), steps.at, tolerance)
@@ -60,13 +60,18 @@ def event_on_grid(
     start, y = clock.t[0].to(clock.problem.dtype), clock.problem.y
     sign = _sign(event, start, y)
     if sign == 0:
-        return start, y, 0
+        return start, _at_once(start, y, clock.rate(start, y)) if start.requires_grad else y, 0
     for count, step in enumerate(equal_steps(clock, scheme, size), 1):
         if _sign(event, step.end, step.after) != sign:
             return *_found(event, sign, (step.start, step.end), within(clock, step, interp), tolerance), count
         if count == MOST_STEPS:
             break
     raise event_not_met(MOST_STEPS, number(clock.users(step.end)))
+
+
+def _at_once(start: torch.Tensor, y: State, rate: State) -> State:
+    """The state where a solution begins, at that time: a later start is one from a state that is further on."""
+    return combine(y, start.detach() - start, [1.0], [rate])
 
 
 def closest(tolerances: list[Tolerance]) -> float:
