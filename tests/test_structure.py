@@ -109,15 +109,16 @@ def test_no_meta_key_says_what_a_type_could_say():
     assert "val" in found and found <= ours | torchs
 
 
-def test_of_each_test_a_case_is_always_run():
+def test_the_fastest_case_of_a_test_has_a_larger_limit():
     seconds = {
-        "a.py::alone": 60.0,
-        "a.py::two[x]": 9.0,
-        "a.py::two[y[0]]": 8.0,
-        "a.py::fast[x]": 1.0,
-        "a.py::fast[y]": 2.0,
+        "a.py::alone": durations.MOST + 1,
+        "a.py::other": durations.MOST,
+        "a.py::two[x]": durations.LIMIT + 2,
+        "a.py::two[y[0]]": durations.LIMIT + 1,
+        "a.py::fast[x]": durations.LIMIT / 2,
+        "a.py::fast[y]": durations.LIMIT,
     }
-    assert durations.long_cases(seconds) == {"a.py::two[x]"}
+    assert durations.long_cases(seconds) == {"a.py::alone", "a.py::two[x]"}
 
 
 def test_long_cases_are_cases_of_tests_that_are():
