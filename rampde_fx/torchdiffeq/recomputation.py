@@ -15,19 +15,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
+from rampde_fx.torchdiffeq.fingerprints import Fingerprints
+from rampde_fx.torchdiffeq.kept_buffers import Buffer, Buffers, brought_back, version_of
 from rampde_fx.torchdiffeq.problem import warn
 
-# By how much of its size a result may differ when it is computed once more, in units of the coarsest dtype: where sums
-# are taken in any order, as on GPUs.
-ROUNDINGS = 64
-
-Place = tuple[dict[str, Any], str]  # of a buffer: those of its module, and its name
 Function = Callable[..., Any]  # of states
 Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
 
@@ -40,12 +37,9 @@ class Recomputation:
     """
 
     def __init__(self, func: Any) -> None:
-        modules = func.modules() if isinstance(func, torch.nn.Module) else ()
-        self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
-        self.finds_changes = True
-        self.keeps_all = False
+        self.buffers, self.fingerprints = Buffers(func), Fingerprints()
+        self.keeps_all = self.is_noisy = False
         self.random: Random | None = None
-        self.directions: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
 
     def __call__(self, function: Function, *states: State, then: Then | None = None) -> Any:
         """The function of these states; it must not hold a tensor that it has computed itself.
@@ -55,77 +49,26 @@ class Recomputation:
         """
         if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed() or callers.in_dual_level():
             return function(*states)
+        states = tuple([leaf.clone() if leaf.is_inference() else leaf for leaf in state] for state in states)
         surroundings = self._surroundings(states)
         try:
-            found = _Recomputed(function, states, surroundings, self.fingerprint, then).first(states)
+            found = _Recomputed(self, function, states, surroundings, then).first(states)
         except RuntimeError as error:
             if not callers.bears_no_hooks(error):
                 raise
         else:
-            if self.finds_changes:
-                surroundings.buffers[:] = [buffer for buffer in surroundings.buffers if buffer.is_changed()]
-                self.places, self.finds_changes = [buffer.place for buffer in surroundings.buffers], False
+            surroundings.buffers[:] = self.buffers.after(surroundings.buffers)
             return found
         self.keeps_all = True
         warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
         surroundings.random.restore()
         return function(*states)
 
-    @torch.no_grad()
-    def fingerprint(self, found: Any) -> torch.Tensor | None:
-        """Of each tensor of a result: its projection on a fixed direction, and its norm; None of other classes."""
-        leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-        if any(type(leaf) is not torch.Tensor for leaf in leaves):
-            return None
-        rows = []
-        for leaf in leaves:
-            if leaf.is_floating_point() or leaf.is_complex():
-                flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(-1)
-                flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-                rows += [torch.dot(flat, self._direction(flat)), torch.linalg.vector_norm(flat)]
-        return torch.stack([row.double() for row in rows]).view(-1, 2)
-
-    def _direction(self, like: torch.Tensor) -> torch.Tensor:
-        key = (len(like), like.dtype, like.device)
-        if key not in self.directions:
-            self.directions[key] = torch.arange(len(like), dtype=like.dtype, device=like.device).sin()
-        return self.directions[key]
-
     def _surroundings(self, states: tuple[State, ...]) -> Surroundings:
         random = random_of(states)
         if self.random is None or not random.equals(self.random):
             self.random = random
-        present = [place for place in self.places if _at(place) is not None]
-        return Surroundings(self.random, autocasts_of(states), [Buffer.kept(place) for place in present])
-
-
-class Buffer(NamedTuple):
-    """A buffer before a computation, which may change it.
-
-    Attributes:
-        place: Where it stands.
-        tensor: Itself.
-        value: A copy.
-    """
-
-    place: Place
-    tensor: torch.Tensor
-    value: torch.Tensor
-
-    @staticmethod
-    def kept(place: Place) -> Buffer:
-        """The one that stands there."""
-        tensor = _at(place)
-        return Buffer(place, tensor, tensor.detach().clone())
-
-    def is_changed(self) -> bool:
-        """Whether it is, or is another one: BatchNorm's kernels count no change in place."""
-        return _at(self.place) is not self.tensor or not torch.equal(self.tensor, self.value)
-
-
-def _at(place: Place) -> Any:
-    buffers, name = place
-    return buffers.get(name)
+        return Surroundings(self.random, autocasts_of(states), self.buffers.before())
 
 
 class Random(NamedTuple):
@@ -176,19 +119,16 @@ class Surroundings(NamedTuple):
     buffers: list[Buffer]
 
     @contextmanager
-    def again(self) -> Iterator[list[torch.Tensor]]:
-        """As they were, with gradients; the buffers are copies, these."""
-        random, copies = self.random, [value.clone() for _, _, value in self.buffers]
+    def again(self) -> Iterator[None]:
+        """As they were, with gradients."""
+        random = self.random
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(random.devices, device_type=random.device_type))
             random.restore()
             for settings in self.autocasts:
                 stack.enter_context(torch.autocast(**settings))
-            for ((buffers, name), _, _), copy in zip(self.buffers, copies, strict=True):
-                stack.callback(buffers.__setitem__, name, buffers[name])
-                buffers[name] = copy
-            stack.enter_context(torch.enable_grad())
-            yield copies
+            stack.enter_context(brought_back(self.buffers))
+            yield stack.enter_context(torch.enable_grad())
 
 
 class _Saved:
@@ -196,32 +136,32 @@ class _Saved:
 
     Args:
         tensor: The tensor.
-        leaf: Which leaf of autograd it is, or is a view of; None of what was computed, and of inputs.
+        leaf: The leaf of autograd that it is, or is a view of; None of what was computed, and of inputs.
     """
 
     __slots__ = ("__weakref__", "leaf", "look", "value", "version")
 
-    def __init__(self, tensor: torch.Tensor, leaf: int | None = None) -> None:
-        self.version, self.look, self.leaf = tensor._version, (tensor.shape, tensor.dtype, tensor.device), leaf
+    def __init__(self, tensor: torch.Tensor, leaf: Leaf | None = None) -> None:
+        self.version, self.look, self.leaf = version_of(tensor), (tensor.shape, tensor.dtype, tensor.device), leaf
         self.value: torch.Tensor | None = tensor.detach()  # with the counter of changes of the tensor
 
     def checked(self) -> torch.Tensor:
         """The value, which nobody has changed since."""
         assert self.value is not None, "there is a value at hand"
-        if self.value._version != self.version:
+        if version_of(self.value) != self.version:
             raise changed_in_place(self.value)
         return self.value
 
-    def again(self, tensor: torch.Tensor, leaf: int | None, *, as_before: bool) -> None:
+    def again(self, tensor: torch.Tensor, leaf: Leaf | None, *, as_before: bool) -> None:
         """The same tensor, computed once more; as_before says whether the counts of changes are comparable."""
-        if None not in (leaf, self.leaf) and leaf != self.leaf:
+        if leaf and self.leaf and leaf != self.leaf and (leaf.is_parameter or self.leaf.is_parameter):
             raise not_the_same(f"reads another tensor of shape {tuple(tensor.shape)} that requires gradients")
         if (tensor.shape, tensor.dtype, tensor.device) != self.look:
             saved, before = f"{tuple(tensor.shape)} of {tensor.dtype}", f"{tuple(self.look[0])} of {self.look[1]}"
             raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
-        if as_before and tensor._version != self.version:
+        if as_before and version_of(tensor) != self.version:
             raise changed_in_place(tensor)
-        self.value, self.version = tensor.detach(), tensor._version
+        self.value, self.version = tensor.detach(), version_of(tensor)
 
 
 class _Inputs(torch.autograd.Function):
@@ -242,16 +182,16 @@ class _Recomputed:
 
     def __init__(
         self,
+        recomputation: Recomputation,
         function: Function,
         states: tuple[State, ...],
         surroundings: Surroundings,
-        fingerprint: Callable[[Any], torch.Tensor | None],
         then: Then | None,
     ) -> None:
-        self.function, self.surroundings, self.fingerprint, self.then = function, surroundings, fingerprint, then
+        self.recomputation, self.function, self.surroundings, self.then = recomputation, function, surroundings, then
         self.sizes = [len(state) for state in states]
         leaves = [leaf for state in states for leaf in state]
-        self.versions = [leaf._version for leaf in leaves]
+        self.versions = [version_of(leaf) for leaf in leaves]
         self.known = {_leaf_of(leaf) for leaf in leaves}
         self.unit = 0.0  # of the coarsest dtype that a result depends on
         self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves)  # its node lives as long
@@ -262,7 +202,7 @@ class _Recomputed:
         """The result; what the function has saved is let go."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             found = self.function(*states)
-        self.is_first, self.result = False, self.fingerprint(found)
+        self.is_first, self.result = False, self.recomputation.fingerprints.of(found)
         for reference in self.saved:
             if (saved := reference()) is not None:
                 saved.value = None
@@ -286,7 +226,7 @@ class _Recomputed:
 
     def _recompute(self) -> None:
         given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.grad_fn.saved_tensors]
-        leaves, as_before = iter(given), [leaf._version for leaf in given] == self.versions
+        leaves, as_before = iter(given), [version_of(leaf) for leaf in given] == self.versions
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
         count, known = 0, {_leaf_of(leaf) for leaf in given}
 
@@ -295,35 +235,52 @@ class _Recomputed:
             count += 1
             saved = self.saved[count - 1]() if count <= len(self.saved) else None
             if saved is not None:
-                leaf, is_copy = _leaf_of(tensor), any(tensor is copy for copy in copies)
-                saved.again(tensor, None if leaf in known else leaf, as_before=as_before and not is_copy)
+                leaf = _leaf_of(tensor)
+                saved.again(tensor, None if leaf in known else leaf, as_before=as_before)
             return _Saved(tensor)
 
-        with self.surroundings.again() as copies, torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
+        with self.surroundings.again(), torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
             found = self.function(*states)
         if count != len(self.saved):
             raise not_the_same(
                 f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
             )
-        self._compare(self.fingerprint(found))
+        self._compare(states, found)
         if self.then is not None:
             self.then(states, found)
 
-    def _compare(self, found: torch.Tensor | None) -> None:
+    def _compare(self, states: list[State], found: Any) -> None:
         """Raise if the result is not that of the forward."""
-        if self.result is None or found is None:
+        prints = self.recomputation.fingerprints
+        before, now = self.result, prints.of(found)
+        if before is None or now is None or before.is_near(now):
             return
-        difference, sizes = (found - self.result).abs(), self.result[:, 1:].expand_as(found)
-        differs = (difference > ROUNDINGS * self.unit * sizes) | (found.isnan() != self.result.isnan())
-        if differs.any():
-            share = (difference / sizes)[differs].amax()
+        is_another = before.is_another(now, self.unit)
+        if not is_another and not self.recomputation.is_noisy:
+            with self.surroundings.again():
+                once_more = prints.of(self.function(*states))
+            self.recomputation.is_noisy = once_more is not None and not once_more.equals(now)
+            is_another = not self.recomputation.is_noisy
+        if is_another:
+            share = before.difference(now)
             raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
 
 
-def _leaf_of(tensor: torch.Tensor) -> int | None:
-    """The identity of the leaf of autograd that it is, or is a view of."""
+class Leaf(NamedTuple):
+    """A leaf of autograd, by its identity."""
+
+    identity: int
+    is_parameter: bool
+
+
+def _leaf_of(tensor: torch.Tensor) -> Leaf | None:
+    """The leaf of autograd that it is, or is a view of."""
     base = tensor if tensor._base is None else tensor._base
-    return id(base) if base.is_leaf and base.requires_grad else None
+    if not (base.is_leaf and base.requires_grad):
+        return None
+    if not isinstance(base, torch.nn.Parameter):  # what is unpacked for a derivative inside of func is another object
+        base = get_gradient_edge(base).node.variable
+    return Leaf(id(base), isinstance(base, torch.nn.Parameter))
 
 
 def changed_in_place(tensor: torch.Tensor) -> RecomputationError:

@@ -1,0 +1,147 @@
+"""Buffers that a velocity changes as it is evaluated: BatchNorm's statistics, the vectors of a spectral norm.
+
+Where the backward evaluates it once more, they have the values of the forward, and afterwards those that they had.
+Integers keep the ones they have: a flag says that something was made at the first evaluation, and is not made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+Place = tuple[dict[str, Any], str]  # of a buffer: those of its module, and its name
+
+
+class Buffer(NamedTuple):
+    """A buffer before an evaluation.
+
+    Attributes:
+        place: Where it stands.
+        tensor: Itself, None if there was none.
+        version: Its count of changes in place.
+        value: A copy.
+    """
+
+    place: Place
+    tensor: torch.Tensor | None
+    version: int
+    value: torch.Tensor | None
+
+    @staticmethod
+    def at(place: Place) -> Buffer:
+        """The one that stands there."""
+        owner, name = place
+        tensor = owner.get(name)
+        if tensor is None:
+            return Buffer(place, None, 0, None)
+        return Buffer(place, tensor, version_of(tensor), tensor.detach().clone())
+
+    def is_changed(self) -> bool:
+        """Whether it is another one, or counts a change in place."""
+        owner, name = self.place
+        tensor = owner.get(name)
+        return tensor is not self.tensor or (tensor is not None and version_of(tensor) != self.version)
+
+    def is_changed_uncounted(self) -> bool:
+        """Whether its values are others: BatchNorm's kernels count no change in place."""
+        tensor = self.tensor
+        if tensor is None or tensor.layout is not torch.strided or not tensor.dtype.is_floating_point or tensor.is_meta:
+            return False
+        return tensor.dtype.itemsize > 1 and not torch.equal(tensor, self.value)
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """With its value then; at the end it has the one that it has now."""
+        owner, name = self.place
+        now, tensor = owner.get(name), self.tensor
+        current = None if tensor is None else tensor.detach().clone()
+        try:
+            owner[name] = tensor
+            if tensor is not None and tensor.dtype.is_floating_point:
+                tensor.data.copy_(self.value)  # .data: no count of changes, which autograd would take for an error
+            yield
+        finally:
+            if tensor is not None:
+                tensor.data.copy_(current)
+            owner[name] = now
+
+
+class Buffers:
+    """Those of the modules that a function is, is a method of, or holds.
+
+    Args:
+        func: The user's velocity.
+    """
+
+    def __init__(self, func: Any) -> None:
+        modules = dict.fromkeys(module for root in _modules_of(func) for module in root.modules())
+        self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
+        self.unchanged: list[Buffer] | None = None  # so far, as they were at first
+        self.changing: list[Place] = []
+
+    def before(self) -> list[Buffer]:
+        """What the evaluation that follows changes, as far as it is known."""
+        if self.unchanged is None:
+            return [Buffer.at(place) for place in self.places]
+        return [Buffer.at(place) for place in self.changing]
+
+    def after(self, before: list[Buffer]) -> list[Buffer]:
+        """What the evaluation has changed, as it was before."""
+        if self.unchanged is None:
+            candidates, before = before, list[Buffer]()
+            found = [buffer for buffer in candidates if buffer.is_changed() or buffer.is_changed_uncounted()]
+        else:
+            candidates = self.unchanged
+            found = [buffer for buffer in candidates if buffer.is_changed()]
+        if found or self.unchanged is None:
+            self.unchanged = [buffer for buffer in candidates if not any(buffer is other for other in found)]
+            self.changing += [buffer.place for buffer in found]
+        return [*before, *found]
+
+
+@contextmanager
+def brought_back(buffers: list[Buffer]) -> Iterator[None]:
+    """With the values that these had."""
+    with ExitStack() as stack:
+        for buffer in buffers:
+            stack.enter_context(buffer.back())
+        yield
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Its count of changes in place; tensors of inference mode have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _modules_of(func: Any) -> Iterator[nn.Module]:
+    """The modules that a function is, is a method of, or holds in its closure or its arguments."""
+    pending, seen = [func], set[int]()
+    while pending:
+        found = pending.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, nn.Module):
+            yield found
+        elif isinstance(found, partial):
+            pending += [found.func, *found.args, *found.keywords.values()]
+        elif isinstance(found, (list, tuple)):
+            pending += found
+        elif callable(found):
+            cells = getattr(found, "__closure__", None) or ()
+            pending += [cell.cell_contents for cell in cells if _is_filled(cell)]
+            pending += [
+                held for name in ("__self__", "__wrapped__") if (held := getattr(found, name, None)) is not None
+            ]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not assigned yet
+        return False
