@@ -217,7 +217,7 @@ class CounterError(UnsupportedVelocityError):
 
 
 class SecondDerivativeError(RampdeError):
-    """A second derivative asked for through a rewritten loop."""
+    """A second derivative asked for through a rewritten loop, or of the time of an event."""
 
 
 class ExportError(RampdeError):

@@ -255,6 +255,20 @@ def test_weights_of_adams_methods_follow_uneven_times(solve, method, options):
         torch.testing.assert_close(tangent, jacobian @ direction)
 
 
+@pytest.mark.parametrize("method", ADAMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_state_without_dimensions_keeps_its_dtype(method, dtype):
+    t = torch.linspace(0, 1, 6, requires_grad=True)
+    seen = set()
+
+    def func(t, y):
+        seen.add((t.dtype, y.dtype))
+        return -y
+
+    assert odeint(func, torch.ones((), dtype=dtype), t, method=method).dtype is dtype
+    assert seen == {(torch.float32, dtype)}
+
+
 def test_gradients_of_the_adjoint_are_those_of_the_steps():
     """Whatever the tolerances of a backward solve; of what is not read they are zero."""
 
@@ -333,7 +347,7 @@ def test_sizes_of_steps():
     tried, counted = steps_of(first_step=3.0, dfactor=0.5)
     assert tried[1] == (0, pytest.approx(1.5)) and counted[0][1] < 3
     assert len(steps_of(safety=0.5)[1]) > len(steps_of()[1])
-    names = "first_step min_step max_step safety ifactor dfactor max_num_steps step_t jump_t norm"
+    names = "first_step min_step max_step safety ifactor dfactor max_num_steps step_t jump_t norm dtype stats"
     assert steps_of(**dict.fromkeys(names.split())) == steps_of()
 
 
@@ -580,6 +594,23 @@ WRONG = {
 }
 
 
+WRONG |= {
+    f"{name}={value}": (
+        errors.OptionError,
+        [torch.ones(1), torch.tensor([0.0, 1.0])],
+        given | {"options": {name: value}},
+    )
+    for given, name, value in [
+        *(({}, "first_step", value) for value in (torch.ones(2), -1.0, True, 1j)),
+        *(({}, "dtype", value) for value in ("float64", torch.complex64, torch.int32, float)),
+        ({}, "norm", 3),
+        *(({"method": "rk4"}, "step_size", value) for value in (torch.ones(2), "a", 1j, True, 0)),
+        ({"method": "rk4"}, "grid_constructor", 3),
+        ({"method": "explicit_adams"}, "max_order", 2.5),
+    ]
+}
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_means_nothing_is_refused(case):
     kind, arguments, given = WRONG[case]
@@ -730,6 +761,29 @@ def test_the_time_of_an_event_without_a_slope_has_the_derivative_nan():
         event_fn=lambda t, y: torch.sign(y[0] - 0.5) + floor - floor.detach(),
     )  # fmt: skip
     assert abs(time.item() - math.log(2)) < 1e-4 and torch.autograd.grad(time, floor)[0].isnan()
+
+
+def grown(rate, y0):
+    return odeint_event(lambda t, y: rate * y, y0, double(0), event_fn=lambda t, y: y[0] - 1)[0]
+
+
+def test_derivatives_of_an_event_time_in_transforms():
+    """log(1 / y0) / rate."""
+    rate, y0 = double(0.7)[0], double(0.5)
+    for derivative in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        assert derivative(grown)(rate, y0).item() == pytest.approx(-math.log(2) / 0.7**2, rel=1e-5)
+    assert torch.func.jacrev(grown, 1)(rate, y0).item() == pytest.approx(-1 / (0.7 * 0.5), rel=1e-5)
+
+
+def test_second_derivatives_of_an_event_time_are_refused():
+    rate, y0 = double(0.7)[0].requires_grad_(), double(0.5)
+    with pytest.raises(errors.SecondDerivativeError, match="create_graph=True"):
+        torch.autograd.grad(grown(rate, y0), rate, create_graph=True)
+    for outer in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(errors.SecondDerivativeError, match="each differentiate"):
+            outer(torch.func.grad(grown))(rate.detach(), y0)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(errors.SecondDerivativeError, match="forward_ad"):
+        torch.autograd.grad(grown(rate, torch.autograd.forward_ad.make_dual(y0, y0)), rate)
 
 
 def test_an_event_in_inference_mode():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -308,7 +309,41 @@ class Phased(Net):
         return super().forward(t, y) * torch.cos(self.phase)
 
 
-@pytest.mark.parametrize("kind", [Normed, Lipschitz, Phased])
+class Seldom(Net):
+    """Buffers that change at some evaluations alone: one that is None at first, one that another is a view of."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("late", None)
+        self.register_buffer("means", torch.zeros(3, dtype=DOUBLE))
+        self.register_buffer("part", self.means[:2])
+
+    def forward(self, t, y):
+        rate = super().forward(t, y)
+        with torch.no_grad():
+            if t.abs() > 0.5:
+                self.late = y.mean(0)
+                self.means[:2].mul_(0.9).add_(y.mean(0))
+        return rate + self.part.clone()
+
+
+class Initialised(Net):
+    """What the first evaluation sets: a parameter, and a flag for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, dtype=DOUBLE))
+        self.register_buffer("done", torch.tensor(0))
+
+    def forward(self, t, y):
+        if self.done == 0:
+            with torch.no_grad():
+                self.scale.copy_(1 / (1 + y.std(0)))
+                self.done.fill_(1)
+        return super().forward(t, y) * self.scale
+
+
+@pytest.mark.parametrize("kind", [Normed, Lipschitz, Phased, Seldom, Initialised])
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
 def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind, method):
     found = []
@@ -320,6 +355,67 @@ def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind
         found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda model: lambda t, y: 1.0 * model(t, y), lambda model: partial(model.forward)]
+)
+def test_buffers_of_what_a_function_holds_are_changed_once(wrapped):
+    found = []
+    for solve in (odeint, adjoint):
+        model = Normed()
+        solve(wrapped(model), double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), method="rk4").sum().backward()
+        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+class Energy(Net):
+    """The derivative of a number by the state, which keeps its graph, with a parameter as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 4, dtype=DOUBLE).reshape(2, 2))
+
+    def forward(self, t, y):
+        with torch.enable_grad():
+            y = y if y.requires_grad else y.requires_grad_()
+            return -torch.autograd.grad(torch.sin(y @ self.weight).sum(), y, create_graph=True)[0]
+
+
+class OfALeaf(Energy):
+    """A leaf of each evaluation's own."""
+
+    def forward(self, t, y):
+        with torch.enable_grad():
+            x = y.detach().requires_grad_()
+            rate = torch.autograd.grad(torch.sin(x @ self.weight).sum(), x, create_graph=True)[0]
+        return rate - y
+
+
+class OnAGraph(Net):
+    """A sparse buffer, which has no equality."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("adjacent", torch.eye(2, dtype=DOUBLE).to_sparse())
+
+    def forward(self, t, y):
+        return self.adjacent @ super().forward(t, y)
+
+
+@pytest.mark.parametrize("kind", [Energy, OfALeaf, OnAGraph])
+@pytest.mark.parametrize("inference", [False, True])
+def test_velocities_that_are_the_same_in_the_backward_pass(kind, inference):
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        model = kind()
+        with torch.inference_mode(inference):
+            y0 = double(0.3, -0.7, 0.2, 0.9).reshape(2, 2)
+        solve(model, y0.clone() if solve is odeint else y0, times(), method="rk4").square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append([gradient for gradient in gradients if gradient is not None and gradient.any()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", [Lazy, Normed, Checkpointed, InParts])
@@ -447,6 +543,43 @@ def test_a_step_with_another_result_is_an_error(method, dtype, other):
         errors.RecomputationError, match=r"gives another result .* of their size, in the backward.*\n.*"
     ):
         y.square().sum().backward()
+
+
+EXTREME = {  # a state, a factor of its rate in the forward, and in the backward
+    "NaN": (double(1, float("nan"), 0.5), 1.0, 1.5),
+    "inf": (double(1, float("inf"), 0.5), 1.0, 1.5),
+    "1e200": (double(1e200, 1e199), 1.0, 1.5),
+    "1e30, float32": (double(1e30, 1e29).float(), 1.0, 1.5),
+    "1e-30, float32": (double(1e-30, 1e-29).float(), 1.0, 1.5),
+    "bfloat16": (double(1, 0.5).bfloat16(), 1.0, 1.3),
+    "float16": (double(1, 0.5).half(), 1.0, 1.05),
+    "a sign, one entry": (double(0), 1.0, -1.0),
+    "a sign, the first entry": (double(0, 1, 1), double(1, 1, 1), double(-1, 1, 1)),
+    "a small entry": (double(1e4, 1).float(), double(1, 1).float(), double(1, 1.5).float()),
+}
+
+
+# Adaptive steps begin with a finite state.
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [(case, method) for case in EXTREME for method in ("euler", "rk4", "dopri5") if (case, method)
+     not in (("NaN", "dopri5"), ("inf", "dopri5"))],
+)  # fmt: skip
+def test_another_result_is_seen_whatever_its_size(case, method):
+    y0, before, after = EXTREME[case]
+    weight, factor = torch.ones(len(y0), dtype=y0.dtype, requires_grad=True), before
+    start = (y0 == 0).to(y0)
+
+    def func(t, y):
+        return factor * weight * (y + start)
+
+    t = torch.tensor([0.0, 0.5, 1.0])
+    y = adjoint(
+        func, y0, t, method=method, rtol=1e-3, atol=1e-3 * y0.nan_to_num(1, 1).abs().amax().clamp(min=1e-30).item()
+    )
+    factor = after
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.sum().backward()
 
 
 def test_a_result_within_rounding_is_no_other():

@@ -13,7 +13,8 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
-        "torch._C._functorch": "get_unwrapped is_batchedtensor is_functorch_wrapped_tensor is_legacy_batchedtensor",
+        "torch._C._functorch": "get_interpreter_stack get_unwrapped is_batchedtensor is_functorch_wrapped_tensor"
+        " is_legacy_batchedtensor TransformType",
         "torch._dynamo.compiled_autograd": "_disable in_compiled_autograd_region",
         "torch.autograd": "_profiler_enabled",
         "torch.autograd.forward_ad": "_current_level",
@@ -32,6 +33,12 @@ def has_forward_derivative(args: Sequence[Any]) -> bool:
         return False
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def takes_second_derivatives() -> bool:
+    """Whether transforms of torch.func are nested that each differentiate."""
+    kinds = [level.key() for level in _torch.get_interpreter_stack() or ()]
+    return sum(kind in (_torch.TransformType.Grad, _torch.TransformType.Jvp) for kind in kinds) > 1
 
 
 def is_batched(value: Any) -> bool:

@@ -19,7 +19,6 @@ import torch
 
 from rampde_fx.errors import OptionError
 from rampde_fx.runtime.step_control import scalar
-from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import State, combine, increment
 from rampde_fx.torch_private import callers
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
@@ -120,7 +119,8 @@ class Formula(NamedTuple):
             return exact
         positions = (torch.stack(times) - times[0]).double() / dt.double()
         constant = positions.new_tensor([float(node) for node in nodes[: len(nodes) - len(times)]])
-        return differentiable(exact, torch.cat([constant, positions]))
+        found = differentiable(exact, torch.cat([constant, positions]))
+        return [weight.to(self.clock.problem.dtype) for weight in found]  # a state of no dimension would follow float64
 
     def _corrected(
         self,
@@ -173,7 +173,7 @@ class Adams:
         options: dict[str, Any],
     ) -> None:
         order = options.get("max_order", MOST)
-        if not is_number(order) or not 1 < order <= MOST:
+        if not isinstance(order, int) or not 1 < order <= MOST:
             raise OptionError(
                 f'options={{"max_order": {order!r}}}',
                 required=f"an int from 2 to {MOST}",

@@ -244,6 +244,8 @@ class Adaptive:
         heights = [leaf.abs() for leaf in y]
         height, slope = self._norm(y, heights), self._norm(rate, heights)
         trial = 1e-6 if height < 1e-5 or slope < 1e-5 else 0.01 * height / slope
+        if trial == 0:  # the slope is beyond the tolerances' numbers
+            return trial
         dt = self._time(trial)
         second = self.clock.velocity(start + dt, combine(y, dt, [1.0], [rate]))
         change = self._norm([b - a for a, b in zip(rate, second, strict=True)], heights) / trial

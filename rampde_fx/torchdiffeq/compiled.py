@@ -31,7 +31,7 @@ from rampde_fx.solvers.statistics import SolveStatistics, statistics
 from rampde_fx.torchdiffeq.adaptive import STOPS, largest_mean, ratios_of, stops_of
 from rampde_fx.torchdiffeq.compared import is_compared, note_other
 from rampde_fx.torchdiffeq.grids import INTERPOLATIONS
-from rampde_fx.torchdiffeq.options import check_number, kind_of, tableau_of
+from rampde_fx.torchdiffeq.options import kind_of, tableau_of
 from rampde_fx.torchdiffeq.problem import Tolerance
 from rampde_fx.torchdiffeq.sign_changes import MOST_STEPS as MOST_STEPS_TO_EVENT
 from rampde_fx.torchdiffeq.sign_changes import combined
@@ -168,15 +168,14 @@ def _control(call: Call, intervals: int) -> tuple[Controller, Any, Asked]:
     told = (rtol, atol) if norm is None else (math.nan, math.nan)
     controller, first_size = controller_of(numbers, tableau_of(call.method), *told)
     first_size = tensors.pop("first_step", first_size)
-    bounds = {name: _bound(name, call.options[name]) for name in BOUNDS if name in call.options}
+    bounds = {name: _bound(call.options[name]) for name in BOUNDS if name in call.options}
     device = call.problem.t.device
     stops = [stops_of(name, call.options[name], device) for name in STOPS if name in call.options]
     asked = Asked(norm, torch.cat(stops) if stops else None, jumps="jump_t" in call.options)
     return controller._replace(**tensors, **bounds), first_size, asked
 
 
-def _bound(name: str, value: Any) -> Any:
-    check_number(name, value)
+def _bound(value: Any) -> Any:
     return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from rampde_fx.errors import SecondDerivativeError
 from rampde_fx.solvers.fixed_steps import is_captured
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import SolveStatistics
-from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.interface import odeint
 from rampde_fx.torchdiffeq.problem import Problem, problem_of
 from rampde_fx.torchdiffeq.sign_changes import combined
@@ -50,6 +51,7 @@ def odeint_event(
 
     Raises:
         EventError: if the event is not met.
+        SecondDerivativeError: by a backward that is to be differentiated.
         UncompiledError: in what is compiled with fullgraph=True, if the backend does not rewrite the method.
 
     >>> height = torch.tensor(5.0, requires_grad=True)  # of a stone that falls for sqrt(2 h / g) seconds
@@ -93,8 +95,29 @@ def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tu
 
     value, slope = event(time, y), _slope(along, torch.zeros_like(time))
     change = _over(value.detach() - value, slope)
+    if not is_captured():
+        if callers.takes_second_derivatives():
+            raise _second_derivative("transforms of torch.func that each differentiate run")
+        if change.requires_grad and not dynamo.is_transformed():
+            change.register_hook(_refuse_second_derivative)
     moved = [leaf + rate * change.to(problem.dtype) for leaf, rate in zip(y, rates, strict=True)]
     return time + change.to(time.dtype), moved
+
+
+def _refuse_second_derivative(gradient: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise _second_derivative("a backward with create_graph=True runs")
+    if callers.in_dual_level():
+        raise _second_derivative("a backward in a level of torch.autograd.forward_ad runs")
+
+
+def _second_derivative(found: str) -> SecondDerivativeError:
+    """The slope and the velocity at the event, by which the time's derivative is found, are numbers."""
+    return SecondDerivativeError(
+        f"{found} through the time of an event",
+        required="first derivatives of odeint_event",
+        fix="leave create_graph and the outer derivative out",
+    )
 
 
 def _over(nothing: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
@@ -106,7 +129,7 @@ def _over(nothing: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
 
 def _slope(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
     """The derivative of a function at a number, zero where it does not depend on it."""
-    if is_captured():  # Dynamo captures no call of autograd
+    if is_captured() or dynamo.is_transformed():  # Dynamo captures no call of autograd, a transform bears none
         return torch.func.grad(function)(at).detach()
     with torch.enable_grad():
         at = at.detach().requires_grad_()

@@ -279,6 +279,8 @@ def _without_stats(options: Any, method: Any) -> tuple[Any, bool]:
     if not isinstance(options, Mapping) or "stats" not in options:
         return options, False
     given = dict(options)
+    if given["stats"] is None:
+        given["stats"] = False
     asked = taken_out(given, "stats", "a SolveStatistics")
     if asked and method == SCIPY:
         refuse(

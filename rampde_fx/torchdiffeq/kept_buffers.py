@@ -82,35 +82,34 @@ class Buffers:
         modules = dict.fromkeys(module for root in _modules_of(func) for module in root.modules())
         self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
-        self.changing: list[Place] = []
+        self.changed: list[Buffer] = []  # the others, as they were at first
 
     def before(self) -> list[Buffer]:
         """What the evaluation that follows changes, as far as it is known."""
         if self.unchanged is None:
             return [Buffer.at(place) for place in self.places]
-        return [Buffer.at(place) for place in self.changing]
+        return [Buffer.at(buffer.place) for buffer in self.changed]
 
     def after(self, before: list[Buffer]) -> list[Buffer]:
-        """What the evaluation has changed, as it was before."""
+        """What it has changed, as it was before; what it has changed first is kept by itself."""
         if self.unchanged is None:
-            candidates, before = before, list[Buffer]()
-            found = [buffer for buffer in candidates if buffer.is_changed() or buffer.is_changed_uncounted()]
+            self.unchanged, before = list(before), list[Buffer]()
+            found = [buffer for buffer in self.unchanged if buffer.is_changed() or buffer.is_changed_uncounted()]
         else:
-            candidates = self.unchanged
-            found = [buffer for buffer in candidates if buffer.is_changed()]
-        if found or self.unchanged is None:
-            self.unchanged = [buffer for buffer in candidates if not any(buffer is other for other in found)]
-            self.changing += [buffer.place for buffer in found]
-        return [*before, *found]
+            found = [buffer for buffer in self.unchanged if buffer.is_changed()]
+        if found:
+            self.unchanged = [buffer for buffer in self.unchanged if not any(buffer is other for other in found)]
+            self.changed += found
+        return before
 
-
-@contextmanager
-def brought_back(buffers: list[Buffer]) -> Iterator[None]:
-    """With the values that these had."""
-    with ExitStack() as stack:
-        for buffer in buffers:
-            stack.enter_context(buffer.back())
-        yield
+    @contextmanager
+    def brought_back(self, before: list[Buffer]) -> Iterator[None]:
+        """With the values of an evaluation: these, and of what changed later alone those at first."""
+        later = self.changed[len(before) :]
+        with ExitStack() as stack:
+            for buffer in (*before, *later):
+                stack.enter_context(buffer.back())
+            yield
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -74,7 +74,7 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
     """The options that the method takes; others are warned of, and left out, and so is what is None.
 
     Raises:
-        OptionError: if options is no dict, or has both a step_size and a grid_constructor.
+        OptionError: if options is no dict, a value means nothing, or there are both a step_size and a grid_constructor.
     """
     if options is None:
         return {}
@@ -98,22 +98,33 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
             required="one of the two",
             fix="leave one out",
         )
+    for name, value in given.items():
+        _check(name, value)
     return given
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuse an option that is no number of at least 0; Dynamo knows no values of tensors."""
-    if isinstance(value, torch.Tensor):
-        right = torch.compiler.is_dynamo_compiling() or bool(value >= 0)
-    else:
-        right = value is None or (is_number(value) and value >= 0)
-    if not right:
-        refuse(
-            OptionError,
-            f"options={{{name!r}: {value!r}}}",
-            required="a number of at least 0",
-            fix=f"leave {name!r} out",
-        )
+NUMBERS = (*("first_step", "min_step", "max_step", "max_num_steps", "safety", "ifactor", "dfactor"), "step_size")
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse a value of an option that means nothing; Dynamo knows no values of tensors."""
+    required = ""
+    if name in NUMBERS and not _is_size(value):
+        required = "a number of at least 0, or a tensor of one"
+    elif name in ("norm", "grid_constructor") and not callable(value):
+        required = "a function"
+    elif name == "dtype" and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        required = "a floating dtype, such as torch.float64"
+    if required:
+        refuse(OptionError, f"options={{{name!r}: {value!r}}}", required=required, fix=f"leave {name!r} out")
+
+
+def _is_size(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return is_number(value) and value >= 0
+    if value.numel() != 1 or value.is_complex():
+        return False
+    return torch.compiler.is_dynamo_compiling() or bool(value >= 0)
 
 
 ADJOINT = "_adjoint"  # the end of the names of callbacks of the backward

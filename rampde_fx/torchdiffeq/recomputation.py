@@ -22,7 +22,7 @@ from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.fingerprints import Fingerprints
-from rampde_fx.torchdiffeq.kept_buffers import Buffer, Buffers, brought_back, version_of
+from rampde_fx.torchdiffeq.kept_buffers import Buffer, Buffers, version_of
 from rampde_fx.torchdiffeq.problem import warn
 
 Function = Callable[..., Any]  # of states
@@ -57,7 +57,7 @@ class Recomputation:
             if not callers.bears_no_hooks(error):
                 raise
         else:
-            surroundings.buffers[:] = self.buffers.after(surroundings.buffers)
+            surroundings.before[:] = self.buffers.after(surroundings.before)
             return found
         self.keeps_all = True
         warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
@@ -68,7 +68,7 @@ class Recomputation:
         random = random_of(states)
         if self.random is None or not random.equals(self.random):
             self.random = random
-        return Surroundings(self.random, autocasts_of(states), self.buffers.before())
+        return Surroundings(self.random, autocasts_of(states), self.buffers, self.buffers.before())
 
 
 class Random(NamedTuple):
@@ -116,7 +116,8 @@ class Surroundings(NamedTuple):
 
     random: Random
     autocasts: list[dict[str, Any]]
-    buffers: list[Buffer]
+    buffers: Buffers
+    before: list[Buffer]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -127,7 +128,7 @@ class Surroundings(NamedTuple):
             random.restore()
             for settings in self.autocasts:
                 stack.enter_context(torch.autocast(**settings))
-            stack.enter_context(brought_back(self.buffers))
+            stack.enter_context(self.buffers.brought_back(self.before))
             yield stack.enter_context(torch.enable_grad())
 
 

@@ -18,12 +18,10 @@ from rampde_fx.torchdiffeq.adams import Adams
 from rampde_fx.torchdiffeq.adaptive import Adaptive, Control, Step, Stops, solution_at
 from rampde_fx.torchdiffeq.clock import Clock, Event, number
 from rampde_fx.torchdiffeq.grids import Scheme, grid_of, runge_kutta, solution_on
-from rampde_fx.torchdiffeq.options import SCIPY, check_number, kind_of, tableau_of
+from rampde_fx.torchdiffeq.options import SCIPY, kind_of, tableau_of
 from rampde_fx.torchdiffeq.problem import Problem, Tolerance
 from rampde_fx.torchdiffeq.scipy_solver import solution_by_scipy
 from rampde_fx.torchdiffeq.sign_changes import closest, combined, event_by_adaptive, event_on_grid
-
-NUMBERS = ("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "max_num_steps")
 
 
 class Call(NamedTuple):
@@ -90,7 +88,6 @@ def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tenso
 def size_of_event_steps(call: Call) -> Any:
     """The size of the fixed steps that lead to an event."""
     size = call.options.get("step_size")
-    check_number("step_size", size)
     if size is None or (is_number(size) and size == 0):
         refuse(
             OptionError,
@@ -108,8 +105,6 @@ def _event_on_grid(call: Call, clock: Clock, event: Event) -> tuple[torch.Tensor
 
 def _adaptive(call: Call, clock: Clock, *, ends: bool) -> Adaptive:
     dtype = torch.promote_types(call.options.get("dtype", torch.float64), call.problem.dtype)
-    for name in NUMBERS:
-        check_number(name, call.options.get(name))
     names = [name for name in Control._fields if name in call.options]
     control = Control(call.rtol, call.atol, **{name: call.options[name] for name in names})
     stops = Stops(clock, call.options, clock.t[-1].to(dtype).item() if ends else None, dtype)
