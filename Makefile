@@ -17,7 +17,7 @@ WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
 INSTALLED := tests/installed.py $(patsubst %,tests/test_%.py,docs examples golden passes report tableau)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test test-first test-rest test-all test-fast doctest docs dist wheel-test demo clean
+.PHONY: help venv lint format test test-first test-rest test-all test-fast test-stacks doctest docs dist wheel-test demo clean
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
@@ -59,6 +59,12 @@ test-rest: $(STAMP)
 
 test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 	$(BIN)/python -m pytest -m "not inductor and not slow"
+
+test-stacks: ## train by Lightning, accelerate and the Hugging Face trainer, in an environment of their own
+	$(PYTHON) -m venv .venv-stacks
+	.venv-stacks/bin/python -m pip install --quiet torch==$(TORCH)
+	.venv-stacks/bin/python -m pip install --quiet -e ".[dev,stacks]"
+	OMP_NUM_THREADS=1 .venv-stacks/bin/python -m pytest tests/trainers.py
 
 # Status 5: there is no doctest.
 doctest: $(STAMP) ## the examples in the docstrings
