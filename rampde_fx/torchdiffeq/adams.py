@@ -54,7 +54,7 @@ def differentiable(exact: Sequence[float], nodes: torch.Tensor) -> list[torch.Te
 
     >>> nodes = torch.tensor([0.0, -1.0], dtype=torch.float64, requires_grad=True)
     >>> torch.autograd.grad(differentiable(weights((Fraction(0), Fraction(-1))), nodes)[0], nodes)[0].tolist()
-    [-0.5, -0.5]
+    [-1.5, 0.5]
     """
     count = len(exact)
     itself = torch.eye(count, dtype=torch.bool, device=nodes.device)
