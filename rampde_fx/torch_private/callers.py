@@ -18,6 +18,7 @@ _torch = Names(
         "torch._dynamo.compiled_autograd": "_disable in_compiled_autograd_region",
         "torch.autograd": "_profiler_enabled",
         "torch.autograd.forward_ad": "_current_level",
+        "torch.utils._python_dispatch": "is_traceable_wrapper_subclass",
     }
 )
 
@@ -46,6 +47,11 @@ def is_batched(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     return _torch.is_functorch_wrapped_tensor(value) or _torch.is_legacy_batchedtensor(value)
+
+
+def wraps_others(value: torch.Tensor) -> bool:
+    """Whether it holds other tensors, and no values of its own, as a distributed one does."""
+    return bool(_torch.is_traceable_wrapper_subclass(value))
 
 
 def is_mapped(value: torch.Tensor) -> bool:

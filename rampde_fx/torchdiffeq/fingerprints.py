@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rampde_fx.torch_private import callers
 
 NOISE = 4  # roundings of a result's own dtype, of which nobody asks where they come from
 ROUNDINGS = 64  # more of these, and
@@ -69,7 +70,7 @@ class Fingerprints:
         groups: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         for leaf in pytree.tree_leaves(found):
             if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
-                if is_traceable_wrapper_subclass(leaf):
+                if callers.wraps_others(leaf):
                     return None
                 groups.setdefault((leaf.shape, leaf.dtype), []).append(leaf.detach().as_subclass(torch.Tensor))
         numbers = [self._numbers(torch.stack(leaves)) for leaves in groups.values()]
