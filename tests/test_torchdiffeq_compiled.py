@@ -267,7 +267,7 @@ def test_perturbed_stages_are_on_the_inner_side_of_a_jump(case):
 
 REFUSED_OPTIONS = {
     "min_step": ({"min_step": -1.0}, "'min_step': -1.0.* a number of at least 0, or a tensor"),
-    "jump_t": ({"jump_t": 0.5}, "'jump_t': 0.5.*\n.* a tensor of times"),
+    "jump_t": ({"jump_t": 0.5}, "'jump_t': 0.5.* a tensor of times"),
 }
 
 
