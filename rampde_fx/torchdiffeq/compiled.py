@@ -168,15 +168,11 @@ def _control(call: Call, intervals: int) -> tuple[Controller, Any, Asked]:
     told = (rtol, atol) if norm is None else (math.nan, math.nan)
     controller, first_size = controller_of(numbers, tableau_of(call.method), *told)
     first_size = tensors.pop("first_step", first_size)
-    bounds = {name: _bound(call.options[name]) for name in BOUNDS if name in call.options}
+    bounds = {name: _scalar(call.options[name]) for name in BOUNDS if name in call.options}
     device = call.problem.t.device
     stops = [stops_of(name, call.options[name], device) for name in STOPS if name in call.options]
     asked = Asked(norm, torch.cat(stops) if stops else None, jumps="jump_t" in call.options)
     return controller._replace(**tensors, **bounds), first_size, asked
-
-
-def _bound(value: Any) -> Any:
-    return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
 
 def _norm(call: Call) -> Norm | None:
@@ -207,7 +203,7 @@ def _as_tensor(value: Tolerance, device: torch.device) -> torch.Tensor:
 
 
 def _scalar(value: Tolerance) -> Tolerance:
-    """A tolerance as a number or a 0-d tensor, if it is one."""
+    """A tolerance, or an option, as a number or a 0-d tensor, if it is one."""
     return value.reshape(()) if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 

@@ -83,24 +83,23 @@ class Buffers:
         self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
         self.changed: list[Buffer] = []  # the others, as they were at first
+        self.is_first = True
 
     def before(self) -> list[Buffer]:
-        """What the evaluation that follows changes, as far as it is known."""
+        """What has changed so far, as it is before the evaluation that follows."""
         if self.unchanged is None:
-            return [Buffer.at(place) for place in self.places]
+            self.unchanged = [Buffer.at(place) for place in self.places]
         return [Buffer.at(buffer.place) for buffer in self.changed]
 
-    def after(self, before: list[Buffer]) -> list[Buffer]:
-        """What it has changed, as it was before; what it has changed first is kept by itself."""
-        if self.unchanged is None:
-            self.unchanged, before = list(before), list[Buffer]()
-            found = [buffer for buffer in self.unchanged if buffer.is_changed() or buffer.is_changed_uncounted()]
-        else:
-            found = [buffer for buffer in self.unchanged if buffer.is_changed()]
-        if found:
-            self.unchanged = [buffer for buffer in self.unchanged if not any(buffer is other for other in found)]
-            self.changed += found
-        return before
+    def note_changes(self) -> None:
+        """Note what the evaluation behind before() was the first to change."""
+        assert self.unchanged is not None, "before() was called"
+        looks_closer, self.is_first = self.is_first, False
+        rest = list[Buffer]()
+        for buffer in self.unchanged:
+            is_changed = buffer.is_changed() or (looks_closer and buffer.is_changed_uncounted())
+            (self.changed if is_changed else rest).append(buffer)
+        self.unchanged = rest
 
     @contextmanager
     def brought_back(self, before: list[Buffer]) -> Iterator[None]:

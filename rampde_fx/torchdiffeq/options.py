@@ -21,10 +21,9 @@ SCIPY = "scipy_solver"
 NAMES = (*ADAPTIVE, *FIXED, *ADAMS, SCIPY)
 
 _OF_A_GRID = ("step_size", "grid_constructor", "interp", "perturb")
-_OF_ADAPTIVE = (
-    *("first_step", "min_step", "max_step", "max_num_steps", "safety", "ifactor", "dfactor"),
-    *("step_t", "jump_t", "dtype"),
-)
+_NUMBERS_OF_ADAPTIVE = ("first_step", "min_step", "max_step", "max_num_steps", "safety", "ifactor", "dfactor")
+_OF_ADAPTIVE = (*_NUMBERS_OF_ADAPTIVE, "step_t", "jump_t", "dtype")
+NUMBERS = (*_NUMBERS_OF_ADAPTIVE, "step_size")
 # Options that torchdiffeq takes of each kind of method. It is silent about a norm that a method does not use.
 OPTIONS = {
     "adaptive": (*_OF_ADAPTIVE, "norm"),
@@ -101,9 +100,6 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
     for name, value in given.items():
         _check(name, value)
     return given
-
-
-NUMBERS = (*("first_step", "min_step", "max_step", "max_num_steps", "safety", "ifactor", "dfactor"), "step_size")
 
 
 def _check(name: str, value: Any) -> None:

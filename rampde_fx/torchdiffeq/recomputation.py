@@ -57,7 +57,7 @@ class Recomputation:
             if not callers.bears_no_hooks(error):
                 raise
         else:
-            surroundings.before[:] = self.buffers.after(surroundings.before)
+            self.buffers.note_changes()
             return found
         self.keeps_all = True
         warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
