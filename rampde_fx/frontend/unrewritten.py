@@ -100,8 +100,9 @@ def loop_ends(*, once: bool) -> None:
     notes = dynamo.notes_of_capture(_after_backend)
     if begun := notes.pop("begun", []):
         phase_log.tell_done("{}:{}".format(*notes["loops"][-1]), "captured", begun[0])
-    opened = notes.pop("open", [])
-    before: dict[Any, Any] = opened[0] if opened else {}
+    if not (opened := notes.pop("open", [])):  # a loop without a policy, which runs as it is
+        return
+    before: dict[Any, Any] = opened[0]
     for (owner, name), number in side_effects.numbers_kept().items():
         if (owner, name) in before:
             counts = once and before[owner, name] != number
@@ -185,7 +186,7 @@ def _after_backend(graph_module: fx.GraphModule, backend: Any, notes: dict[str, 
     taken = graph_module.meta.get(BACKEND)
     if refused := notes.get("refused"):
         return raising(refused[0])
-    if taken and notes.get("counters") and "loops" in notes:  # the backend refuses a loop that has no policy
+    if taken and notes.get("counters"):
         return raising(_counts(notes["counters"][0], notes["loops"][-1]))
     if not taken and _stands_for_steps(graph_module):
         dynamo.capture_plainly()
