@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 # Names the version of torch, so that a new pin installs it.
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
+# The environment of the trainers of the field.
+STACKS := .venv-stacks$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
+STACKS_STAMP := $(STACKS)/.installed-torch-$(TORCH)
+
 # About half of the cases that make test runs, by time.
 FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture capture_once changing_sizes collectives conditions cost \
   counters cpu_products docs evaluations examples floats front_door inductor interplay loop_verifier low_parameters \
@@ -24,15 +28,17 @@ INSTALLED := tests/installed.py $(patsubst %,tests/test_%.py,docs examples golde
 
 help: ## list the targets
 	@echo "make TARGET [TORCH=$(TORCH_PIN)] [PYTHON=python3]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## make the environment (.venv, or .venv-VERSION with TORCH=VERSION)
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	rm -f $(VENV)/.installed-torch-*
-	$(BIN)/python -m pip install torch==$(TORCH)
-	$(BIN)/python -m pip install -e ".[dev,docs,examples]"
+$(STAMP): EXTRAS := dev,docs,examples
+$(STACKS_STAMP): EXTRAS := dev,stacks
+$(STAMP) $(STACKS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	rm -f $(@D)/.installed-torch-*
+	$(@D)/bin/python -m pip install torch==$(TORCH)
+	$(@D)/bin/python -m pip install -e ".[$(EXTRAS)]"
 	touch $@
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
@@ -63,11 +69,8 @@ test-rest: $(STAMP)
 test-fast: $(STAMP) ## the tests marked neither inductor nor slow
 	$(BIN)/python -m pytest -m "not inductor and not slow"
 
-test-stacks: ## train by Lightning, accelerate and the Hugging Face trainer, in an environment of their own
-	$(PYTHON) -m venv .venv-stacks
-	.venv-stacks/bin/python -m pip install --quiet torch==$(TORCH)
-	.venv-stacks/bin/python -m pip install --quiet -e ".[dev,stacks]"
-	OMP_NUM_THREADS=1 .venv-stacks/bin/python -m pytest tests/trainers.py
+test-stacks: $(STACKS_STAMP) ## train by Lightning, accelerate and the Hugging Face trainer, in an environment of their own
+	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest tests/trainers.py
 
 # Status 5: there is no doctest.
 doctest: $(STAMP) ## the examples in the docstrings
