@@ -10,8 +10,9 @@ policy asks for segments and their recomputation reads it. Integers and states t
 are stored as they are. Where the policy says so, each step's state has a power-of-two scale of its own, which brings
 its largest entry to the upper end of the storage dtype's range.
 
-Beside activations that are kept, states are stored no more coarsely than the velocity reads them. A pullback that reads
-both would otherwise differentiate at two points at once, and terms that cancel in exact arithmetic would not.
+Beside activations that are kept, the states that evaluations read are stored no more coarsely than these read them. A
+pullback that reads both would otherwise differentiate at two points at once, and terms that cancel in exact arithmetic
+would not.
 
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
 passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
@@ -74,17 +75,43 @@ def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
     return wanted if value.is_floating_point() and wanted.itemsize < value.dtype.itemsize else value.dtype
 
 
-def beside_activations(loop: KeptLoop) -> torch.dtype:
-    """The storage dtype of the policy, or that of the velocity where it is finer and the loop keeps activations."""
-    stored, read = loop.policy.storage_dtype, loop.policy.dtype
-    return read if loop.kept and torch.finfo(read).eps < torch.finfo(stored).eps else stored
+def beside_activations(loop: KeptLoop, state: fx.Node) -> torch.dtype:
+    """The storage dtype of the policy, or where the loop keeps activations the finest in which they read the state."""
+    stored = loop.policy.storage_dtype
+    read = _read_by_evaluations(loop.step, state) if loop.kept else set[torch.dtype]()
+    return min(stored, *read, key=lambda dtype: torch.finfo(dtype).eps) if read else stored
+
+
+def _read_by_evaluations(step: fx.GraphModule, node: fx.Node) -> set[torch.dtype]:
+    """The dtypes in which evaluations read a state, or a view of it."""
+    found = set[torch.dtype]()
+    for user in node.users:
+        if graphs.is_view(user):
+            found |= _read_by_evaluations(step, user)
+        elif user.op == "call_module" and user.meta.get("role") == "velocity":
+            entries = graphs.placeholders(step.get_submodule(str(user.target)))
+            found |= {
+                dtype for x, entry in zip(user.args, entries, strict=True) if x is node for dtype in _read_in(entry)
+            }
+    return found
+
+
+def _read_in(entry: fx.Node) -> set[torch.dtype]:
+    """The dtypes in which an evaluation reads one of its inputs."""
+    found = set[torch.dtype]()
+    for user in entry.users:
+        if graphs.is_view(user):
+            found |= _read_in(user)
+        elif graphs.is_float(entry) and user.op != "output":
+            found.add(graphs.value(user if user.target in (CAST, NARROW) else entry).dtype)
+    return found
 
 
 class _Storing:
     """The step and the adjoint while slots are added to both."""
 
     def __init__(self, loop: KeptLoop, adjoint: Adjoint) -> None:
-        self.loop, self.before, self.wanted = loop, adjoint, beside_activations(loop)
+        self.loop, self.before = loop, adjoint
         self.step, self.adjoint = graphs.copied(loop.step), graphs.copied(adjoint.module)
         self.states = graphs.placeholders(self.step)
         self.inputs = dict(zip(graphs.placeholders(self.adjoint), adjoint.inputs, strict=True))
@@ -95,7 +122,7 @@ class _Storing:
     def store(self, carry: int) -> None:
         """Give a carry a slot, from which the adjoint reads it if it does."""
         state, value = self.states[carry], graphs.value(self.states[carry])
-        dtype = storage_dtype(value, self.wanted)
+        dtype = storage_dtype(value, beside_activations(self.loop, state))
         if dtype == value.dtype or value.numel() == 0:
             stored, load = [state], _load(lambda x: [x], [state])
         elif self.loop.policy.scales_storage and dtype in TARGETS:
@@ -200,13 +227,15 @@ class _Storing:
 
     def _told(self) -> list[str]:
         """A note on states that are not stored as the policy says."""
-        values = [graphs.value(self.states[slot.carry]) for slot in self.slots if isinstance(slot, StateSlot)]
-        policy, read = self.loop.policy.storage_dtype, self.wanted
-        if all(storage_dtype(value, policy) == storage_dtype(value, read) for value in values):
-            return []
+        policy, found = self.loop.policy.storage_dtype, dict[torch.dtype, None]()
+        for state in (self.states[slot.carry] for slot in self.slots if isinstance(slot, StateSlot)):
+            stored = storage_dtype(graphs.value(state), beside_activations(self.loop, state))
+            if stored != storage_dtype(graphs.value(state), policy):
+                found[stored] = None
         return [
-            f"states are stored in {read}, which the velocity reads, not in {policy}: beside "
+            f"states are stored in {stored}, which the velocity reads, not in {policy}: beside "
             "activations that are kept, a rounded state would be another point"
+            for stored in found
         ]
 
 

@@ -204,6 +204,36 @@ def test_states_beside_kept_activations_are_those_that_the_velocity_read(velocit
     assert (y.grad - y.detach() / y.detach().norm(dim=-1, keepdim=True)).abs().max() < bound
 
 
+class Growth(torch.nn.Module):
+    """A large state grows by a rate that follows from another one, the only one that the velocity reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 3)
+
+    def forward(self, y, t):
+        size = 1e6 * (1 + y[:, :1].abs())
+        for _, dt in rampde_fx.steps(t):
+            rate = torch.tanh(self.layer(y))
+            size, y = size + dt * size * rate[:, :1], y + dt * rate
+        return y, 1e-6 * size
+
+
+def test_a_state_that_no_evaluation_reads_is_stored_as_the_policy_says():
+    """Beside activations, too: bfloat16 was chosen for a range that float16 does not have."""
+    torch.manual_seed(0)
+    model, y, t = Growth(), torch.randn(16, 3, requires_grad=True), torch.linspace(0, 1, 5)
+    policy = rampde_fx.PrecisionPolicy(torch.float16, storage=torch.bfloat16, checkpoint="none")
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(model, policy=policy), y, t).loops
+    assert "size: bfloat16[16, 1]" in loop.stored and not any("states are stored" in note for note in loop.notes)
+
+    def gradients(run):
+        return torch.autograd.grad(sum(part.square().sum() for part in run(y, t)), [y, *model.parameters()])
+
+    low = compiled(model, torch.float16, storage=torch.bfloat16, checkpoint="none")
+    assert max(relative_errors(gradients(low), gradients(model))) < 1e-2
+
+
 @pytest.mark.parametrize("checkpoint", ["step", rampde_fx.MemoryBudget(max_bytes=0)], ids=str)
 def test_states_are_stored_as_the_policy_says_where_no_activations_are(checkpoint):
     policy = rampde_fx.PrecisionPolicy(torch.float32, storage=torch.float16, checkpoint=checkpoint)
