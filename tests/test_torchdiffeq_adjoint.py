@@ -3,6 +3,7 @@
 import gc
 import weakref
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -327,6 +328,18 @@ class Seldom(Net):
         return rate + self.part.clone()
 
 
+class Later(Net):
+    """BatchNorm, whose kernels count no change, and which the first step does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2, dtype=DOUBLE)
+
+    def forward(self, t, y):
+        rate = super().forward(t, y)
+        return self.norm(rate) if t.abs() > 0.5 else rate
+
+
 class Initialised(Net):
     """What the first evaluation sets: a parameter, and a flag for it."""
 
@@ -343,7 +356,7 @@ class Initialised(Net):
         return super().forward(t, y) * self.scale
 
 
-@pytest.mark.parametrize("kind", [Normed, Lipschitz, Phased, Seldom, Initialised])
+@pytest.mark.parametrize("kind", [Normed, Lipschitz, Phased, Seldom, Later, Initialised])
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
 def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind, method):
     found = []
@@ -357,17 +370,81 @@ def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "wrapped", [lambda model: lambda t, y: 1.0 * model(t, y), lambda model: partial(model.forward)]
-)
-def test_buffers_of_what_a_function_holds_are_changed_once(wrapped):
+class Trainer:
+    """No Module, which holds one."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def velocity(self, t, y):
+        return self.model(t, y)
+
+    __call__ = velocity
+
+
+class Listing(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.models = [model]
+
+    def forward(self, t, y):
+        return self.models[0](t, y)
+
+
+def of_global(model):
+    globals()["GLOBAL"] = model
+    return lambda t, y: 1.0 * GLOBAL(t, y)  # noqa: F821
+
+
+def of_default(model):
+    return lambda t, y, model=model: model(t, y)
+
+
+def of_dict(model):
+    models = {"velocity": model}
+    return lambda t, y: 1.0 * models["velocity"](t, y)
+
+
+def of_trainer(model):
+    trainer = Trainer(model)
+    return lambda t, y: 1.0 * trainer.velocity(t, y)
+
+
+HOLDS = {
+    "closure": lambda model: lambda t, y: 1.0 * model(t, y),
+    "partial": lambda model: partial(model.forward),
+    "global": of_global,
+    "default": of_default,
+    "dict": of_dict,
+    "method": lambda model: Trainer(model).velocity,
+    "object": Trainer,
+    "object in a closure": of_trainer,
+    "list of a Module": Listing,
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+@pytest.mark.parametrize("kind", [Normed, Lipschitz])
+def test_buffers_of_what_a_function_holds_are_changed_once(name, kind):
     found = []
     for solve in (odeint, adjoint):
-        model = Normed()
-        solve(wrapped(model), double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), method="rk4").sum().backward()
+        torch.manual_seed(0)
+        model = kind()
+        y = solve(HOLDS[name](model), double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), method="rk4")
+        y.square().sum().backward()
         found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [Normed, Lipschitz])
+def test_buffers_to_which_nothing_leads_are_an_error(kind):
+    elsewhere = ModuleType("elsewhere")
+    elsewhere.model = kind()
+    y0 = double(0.3, -0.7, 0.2, 0.9).reshape(2, 2)
+    y = adjoint(lambda t, y: 1.0 * elsewhere.model(t, y), y0, times(), method="rk4")
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.square().sum().backward()
 
 
 class Energy(Net):
@@ -599,9 +676,14 @@ def test_a_result_within_rounding_is_no_other():
 
 
 @pytest.mark.parametrize("name", ["another object", "functional_call", "assign"])
-def test_another_parameter_is_an_error_that_names_it(name):
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_another_parameter_in_the_place_of_one(name, factor):
+    """Of other values it is an error; of the same ones the gradients are the first one's."""
     model, y0 = Net(), double(0.3, -0.7)
-    parameters = {key: value.detach().clone().requires_grad_() for key, value in model.state_dict().items()}
+    parameters = {key: factor * value.detach() for key, value in model.state_dict().items()}
+    given = {key: value.requires_grad_() for key, value in parameters.items()}
+    wanted = torch.autograd.grad(odeint(model, y0, times(), method="rk4").sum(), model.first.weight)
+    first = given["first.weight"] if name == "functional_call" else model.first.weight
     if name == "functional_call":
 
         class Solved(nn.Module):
@@ -612,15 +694,63 @@ def test_another_parameter_is_an_error_that_names_it(name):
             def forward(self):
                 return odeint_adjoint(self.net, y0, times(), method="rk4")
 
-        y = torch.func.functional_call(Solved(), {f"net.{key}": value for key, value in parameters.items()}, ())
+        y = torch.func.functional_call(Solved(), {f"net.{key}": value for key, value in given.items()}, ())
     else:
         y = odeint_adjoint(model, y0, times(), method="rk4")
         if name == "assign":
-            model.load_state_dict(parameters, assign=True)
+            model.load_state_dict(given, assign=True)
         else:
-            model.first.weight = nn.Parameter(parameters["first.weight"])
-    with pytest.raises(errors.RecomputationError, match=r"another tensor of shape \(\d, \d\) that requires gradients"):
-        y.sum().backward()
+            model.first.weight = nn.Parameter(given["first.weight"])
+    if factor == 1.0:
+        assert torch.equal(torch.autograd.grad(y.sum(), first)[0], wanted[0])
+    else:
+        with pytest.raises(errors.RecomputationError, match="gives another result"):
+            y.sum().backward()
+
+
+def test_a_velocity_may_make_parameters_of_its_own():
+    weight = double(0.5, 0.6)
+    y0 = double(0.3, -0.7).requires_grad_()
+
+    def func(t, y):
+        return torch.tanh(nn.Parameter(weight.clone()) * y)
+
+    found = [torch.autograd.grad(solve(func, y0, times(), method="rk4").sum(), y0)[0] for solve in (odeint, adjoint)]
+    assert torch.equal(*found)
+
+
+class Hidden(nn.Module):
+    """Its last layer begins with zeros, as those of flows do: the result is the same for every context."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 3, dtype=DOUBLE), nn.Linear(3, 2, dtype=DOUBLE)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.context = double(1, 1, 1)
+
+    def forward(self, t, y):
+        return self.last(torch.tanh(self.first(y) + self.context))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler", "implicit_adams"])
+@pytest.mark.parametrize("other", ["context", "sign", "weight", "index"])
+def test_what_the_result_hides_is_seen_by_what_is_saved(method, other):
+    model = Hidden()
+    if other == "index":
+        index = torch.tensor([0, 1, 2])
+        model.first.register_forward_hook(lambda module, given, output: output[..., index])
+    y = odeint_adjoint(model, double(0.3, -0.7), times(), **options_of(method))
+    if other == "context":
+        model.context = double(1, 1, 1.001)
+    elif other == "sign":
+        model.context = -model.context
+    elif other == "weight":
+        model.first.weight.data = model.first.weight.data * 1.001
+    else:
+        index = torch.tensor([2, 1, 0])
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.square().sum().backward()
 
 
 def test_tangents_of_forward_mode_are_those_of_odeint():
@@ -699,6 +829,20 @@ def test_a_solve_leaves_no_memory():
         del y, model
         gc.collect()
         assert watched() is None and net() is None
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
+def test_a_backward_leaves_no_memory(method):
+    """Nothing is left of what it computed once more."""
+    model, results = Net(), []
+    model.first.register_forward_hook(lambda module, given, output: results.append(weakref.ref(output)))
+    y = odeint_adjoint(model, double(0.3, -0.7).requires_grad_(), times(), **options_of(method))
+    evaluated = len(results)
+    y.sum().backward()
+    assert len(results) > evaluated
+    del y
+    gc.collect()
+    assert not any(result() is not None for result in results)
 
 
 def test_hooks_of_the_users_see_what_is_kept():

@@ -17,19 +17,20 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import begins_iteration
 from rampde_fx.passes.find_loops import has_loop
 from rampde_fx.runtime import random_state
+from rampde_fx.runtime.reach import reached
 from rampde_fx.torch_private import capturing, repetition
-from rampde_fx.validation.untouched import held_by, modules_of, untouched
+from rampde_fx.validation.untouched import untouched
 from rampde_fx.validation.widening import AsWritten, Twins, copies
 
 
 def _tensors_of(function: Callable[..., Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a model reads beside its arguments, by name."""
-    for name, held in held_by(function).items():
-        if isinstance(held, torch.Tensor):
-            yield name, held
-    for module, prefix in modules_of(function).items():
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
-            if isinstance(value, torch.Tensor):
+    found = reached(function)
+    for tensor, name in found.tensors:
+        yield name, tensor
+    for module, prefix in found.modules.items():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
                 yield f"{prefix}.{name}".removeprefix("."), value
 
 

@@ -13,6 +13,7 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
+        "torch._C": "_current_graph_task_id",
         "torch._C._functorch": "get_interpreter_stack get_unwrapped is_batchedtensor is_functorch_wrapped_tensor"
         " is_legacy_batchedtensor TransformType",
         "torch._dynamo.compiled_autograd": "_disable in_compiled_autograd_region",
@@ -21,6 +22,7 @@ _torch = Names(
         "torch.utils._python_dispatch": "is_traceable_wrapper_subclass",
     }
 )
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def in_dual_level() -> bool:
@@ -51,7 +53,7 @@ def is_batched(value: Any) -> bool:
 
 def wraps_others(value: torch.Tensor) -> bool:
     """Whether it holds other tensors, and no values of its own, as a distributed one does."""
-    return bool(_torch.is_traceable_wrapper_subclass(value))
+    return type(value) not in PLAIN and bool(_torch.is_traceable_wrapper_subclass(value))
 
 
 def is_mapped(value: torch.Tensor) -> bool:
@@ -66,6 +68,11 @@ def is_mapped(value: torch.Tensor) -> bool:
 def is_compiled_autograd() -> bool:
     """Whether a graph of compiled autograd runs."""
     return "torch._dynamo.compiled_autograd" in sys.modules and _torch.in_compiled_autograd_region
+
+
+def backward_under_way() -> int:
+    """The number of the backward pass that runs, -1 where none does."""
+    return int(_torch._current_graph_task_id())
 
 
 def bears_no_hooks(error: RuntimeError) -> bool:

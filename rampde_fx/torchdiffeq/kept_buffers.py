@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+
+from rampde_fx.runtime.reach import reached
+from rampde_fx.torchdiffeq.fingerprints import version_of
 
 Place = tuple[dict[str, Any], str]  # of a buffer: those of its module, and its name
 
@@ -72,14 +73,14 @@ class Buffer(NamedTuple):
 
 
 class Buffers:
-    """Those of the modules that a function is, is a method of, or holds.
+    """Those of the modules that a function reaches.
 
     Args:
         func: The user's velocity.
     """
 
     def __init__(self, func: Any) -> None:
-        modules = dict.fromkeys(module for root in _modules_of(func) for module in root.modules())
+        modules = reached(func).modules
         self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
         self.changed: list[Buffer] = []  # the others, as they were at first
@@ -92,14 +93,19 @@ class Buffers:
         return [Buffer.at(buffer.place) for buffer in self.changed]
 
     def note_changes(self) -> None:
-        """Note what the evaluation behind before() was the first to change."""
+        """Note what the evaluation behind before() was the first to change.
+
+        Values are compared behind the first one, and where something of the same module has changed: BatchNorm counts
+        its batches.
+        """
         assert self.unchanged is not None, "before() was called"
-        looks_closer, self.is_first = self.is_first, False
+        beside = {id(buffer.place[0]) for buffer in (*self.changed, *filter(Buffer.is_changed, self.unchanged))}
         rest = list[Buffer]()
         for buffer in self.unchanged:
+            looks_closer = self.is_first or id(buffer.place[0]) in beside
             is_changed = buffer.is_changed() or (looks_closer and buffer.is_changed_uncounted())
             (self.changed if is_changed else rest).append(buffer)
-        self.unchanged = rest
+        self.unchanged, self.is_first = rest, False
 
     @contextmanager
     def brought_back(self, before: list[Buffer]) -> Iterator[None]:
@@ -109,37 +115,3 @@ class Buffers:
             for buffer in (*before, *later):
                 stack.enter_context(buffer.back())
             yield
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Its count of changes in place; tensors of inference mode have none."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _modules_of(func: Any) -> Iterator[nn.Module]:
-    """The modules that a function is, is a method of, or holds in its closure or its arguments."""
-    pending, seen = [func], set[int]()
-    while pending:
-        found = pending.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, nn.Module):
-            yield found
-        elif isinstance(found, partial):
-            pending += [found.func, *found.args, *found.keywords.values()]
-        elif isinstance(found, (list, tuple)):
-            pending += found
-        elif callable(found):
-            cells = getattr(found, "__closure__", None) or ()
-            pending += [cell.cell_contents for cell in cells if _is_filled(cell)]
-            pending += [
-                held for name in ("__self__", "__wrapped__") if (held := getattr(found, name, None)) is not None
-            ]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is not assigned yet
-        return False

@@ -15,14 +15,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
-from rampde_fx.torchdiffeq.fingerprints import Fingerprints
-from rampde_fx.torchdiffeq.kept_buffers import Buffer, Buffers, version_of
+from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, place_of, version_of
+from rampde_fx.torchdiffeq.kept_buffers import Buffer, Buffers
 from rampde_fx.torchdiffeq.problem import warn
 
 Function = Callable[..., Any]  # of states
@@ -137,13 +136,13 @@ class _Saved:
 
     Args:
         tensor: The tensor.
-        leaf: The leaf of autograd that it is, or is a view of; None of what was computed, and of inputs.
     """
 
-    __slots__ = ("__weakref__", "leaf", "look", "value", "version")
+    __slots__ = ("__weakref__", "look", "place", "value", "version")
 
-    def __init__(self, tensor: torch.Tensor, leaf: Leaf | None = None) -> None:
-        self.version, self.look, self.leaf = version_of(tensor), (tensor.shape, tensor.dtype, tensor.device), leaf
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.version, self.look = version_of(tensor), (tensor.shape, tensor.dtype, tensor.device)
+        self.place = place_of(tensor)
         self.value: torch.Tensor | None = tensor.detach()  # with the counter of changes of the tensor
 
     def checked(self) -> torch.Tensor:
@@ -153,14 +152,12 @@ class _Saved:
             raise changed_in_place(self.value)
         return self.value
 
-    def again(self, tensor: torch.Tensor, leaf: Leaf | None, *, as_before: bool) -> None:
+    def again(self, tensor: torch.Tensor, *, as_before: bool) -> None:
         """The same tensor, computed once more; as_before says whether the counts of changes are comparable."""
-        if leaf and self.leaf and leaf != self.leaf and (leaf.is_parameter or self.leaf.is_parameter):
-            raise not_the_same(f"reads another tensor of shape {tuple(tensor.shape)} that requires gradients")
         if (tensor.shape, tensor.dtype, tensor.device) != self.look:
             saved, before = f"{tuple(tensor.shape)} of {tensor.dtype}", f"{tuple(self.look[0])} of {self.look[1]}"
             raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
-        if as_before and version_of(tensor) != self.version:
+        if as_before and version_of(tensor) != self.version and place_of(tensor) == self.place:
             raise changed_in_place(tensor)
         self.value, self.version = tensor.detach(), version_of(tensor)
 
@@ -193,29 +190,36 @@ class _Recomputed:
         self.sizes = [len(state) for state in states]
         leaves = [leaf for state in states for leaf in state]
         self.versions = [version_of(leaf) for leaf in leaves]
-        self.known = {_leaf_of(leaf) for leaf in leaves}
         self.unit = 0.0  # of the coarsest dtype that a result depends on
         self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves)  # its node lives as long
         self.saved: list[weakref.ref[_Saved]] = []
+        self.lasting: dict[int, None] = {}  # the numbers of those that are saved still when the function has ended
         self.is_first = True
 
     def first(self, states: tuple[State, ...]) -> Any:
         """The result; what the function has saved is let go."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+        leaves: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> _Saved:
+            if is_of_leaf(tensor):
+                leaves[len(self.saved)] = tensor
+            saved = _Saved(tensor)
+            self.saved.append(weakref.ref(saved))
+            if tensor.is_floating_point() or tensor.is_complex():
+                self.unit = max(self.unit, torch.finfo(tensor.dtype).eps)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             found = self.function(*states)
-        self.is_first, self.result = False, self.recomputation.fingerprints.of(found)
-        for reference in self.saved:
-            if (saved := reference()) is not None:
+        alive = [reference() for reference in self.saved]
+        lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
+        printed = self.recomputation.fingerprints.of(found, [leaves.get(k, value) for k, value in lasting.items()])
+        self.print = printed and printed.without_tensors()
+        self.lasting, self.is_first = dict.fromkeys(lasting), False
+        for saved in alive:
+            if saved is not None:
                 saved.value = None
         return found
-
-    def _pack(self, tensor: torch.Tensor) -> _Saved:
-        leaf = _leaf_of(tensor)
-        saved = _Saved(tensor, None if leaf in self.known else leaf)
-        self.saved.append(weakref.ref(saved))
-        if tensor.is_floating_point() or tensor.is_complex():
-            self.unit = max(self.unit, torch.finfo(tensor.dtype).eps)
-        return saved
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
         if saved.value is None:
@@ -229,59 +233,53 @@ class _Recomputed:
         given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.grad_fn.saved_tensors]
         leaves, as_before = iter(given), [version_of(leaf) for leaf in given] == self.versions
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
-        count, known = 0, {_leaf_of(leaf) for leaf in given}
 
-        def pack(tensor: torch.Tensor) -> _Saved:
-            nonlocal count
-            count += 1
-            saved = self.saved[count - 1]() if count <= len(self.saved) else None
+        def again(tensor: torch.Tensor, number: int) -> None:
+            saved = self.saved[number]() if number < len(self.saved) else None
             if saved is not None:
-                leaf = _leaf_of(tensor)
-                saved.again(tensor, None if leaf in known else leaf, as_before=as_before)
-            return _Saved(tensor)
+                saved.again(tensor, as_before=as_before)
 
-        with self.surroundings.again(), torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
-            found = self.function(*states)
-        if count != len(self.saved):
-            raise not_the_same(
-                f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
-            )
-        self._compare(states, found)
+        found, now = self._once_more(states, again)
+        self._compare(states, now)
         if self.then is not None:
             self.then(states, found)
 
-    def _compare(self, states: list[State], found: Any) -> None:
-        """Raise if the result is not that of the forward."""
-        prints = self.recomputation.fingerprints
-        before, now = self.result, prints.of(found)
-        if before is None or now is None or before.is_near(now):
+    def _once_more(
+        self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]
+    ) -> tuple[Any, Fingerprint | None]:
+        """The result, and its fingerprint; is_saved is told of each tensor that is saved, and its number."""
+        count, tensors = 0, list[torch.Tensor]()
+
+        def pack(tensor: torch.Tensor) -> _Saved:
+            nonlocal count
+            is_saved(tensor, count)
+            if count in self.lasting:  # detached: what hooks hold must not hold their graph
+                tensors.append(tensor if is_of_leaf(tensor) else tensor.detach())
+            count += 1
+            return _Saved(tensor)
+
+        with self.surroundings.again():
+            with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
+                found = self.function(*states)
+            if count != len(self.saved):
+                raise not_the_same(
+                    f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
+                )
+            return found, self.recomputation.fingerprints.of(found, tensors)
+
+    def _compare(self, states: list[State], now: Fingerprint | None) -> None:
+        """Raise if this is not the computation of the forward."""
+        before = self.print
+        if before is None or now is None or now.is_near(before):
             return
-        is_another = before.is_another(now, self.unit)
+        is_another = now.is_another(before, self.unit)
         if not is_another and not self.recomputation.is_noisy:
-            with self.surroundings.again():
-                once_more = prints.of(self.function(*states))
+            _, once_more = self._once_more(states, lambda tensor, number: None)
             self.recomputation.is_noisy = once_more is not None and not once_more.equals(now)
             is_another = not self.recomputation.is_noisy
         if is_another:
-            share = before.difference(now)
+            share = now.difference(before)
             raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
-
-
-class Leaf(NamedTuple):
-    """A leaf of autograd, by its identity."""
-
-    identity: int
-    is_parameter: bool
-
-
-def _leaf_of(tensor: torch.Tensor) -> Leaf | None:
-    """The leaf of autograd that it is, or is a view of."""
-    base = tensor if tensor._base is None else tensor._base
-    if not (base.is_leaf and base.requires_grad):
-        return None
-    if not isinstance(base, torch.nn.Parameter):  # what is unpacked for a derivative inside of func is another object
-        base = get_gradient_edge(base).node.variable
-    return Leaf(id(base), isinstance(base, torch.nn.Parameter))
 
 
 def changed_in_place(tensor: torch.Tensor) -> RecomputationError:
