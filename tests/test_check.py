@@ -383,6 +383,52 @@ def test_verify_counts_no_backward_pass():
     assert sum(count.passes for count in rampde_fx.backward_counts(reset=True).values()) == 1
 
 
+class Statistics:
+    """No Module: attributes, a list and a dict of the user's own."""
+
+    def __init__(self):
+        self.mean, self.calls, self.log, self.named = torch.zeros(3), 0, [], {}
+
+
+class Recording(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.statistics = torch.nn.Linear(3, 3), Statistics()
+
+    def forward(self, y, t):
+        y = y - self.statistics.mean
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(self.layer(y))
+        self.statistics.mean = 0.9 * self.statistics.mean + 0.1 * y.detach().mean(0)
+        self.statistics.calls += 1
+        self.statistics.log.append(1)
+        self.statistics.named["last"] = y.detach()
+        return y
+
+
+def test_what_objects_hold_is_put_back():
+    """Else the next run reads another mean than the first, and the model is float64 afterwards."""
+    model = Recording()
+    check(model, *leaves(dim=3), policies=[rampde_fx.PrecisionPolicy(torch.float16)])
+    found = model.statistics
+    assert torch.equal(found.mean, torch.zeros(3)) and found.mean.dtype is torch.float32
+    assert (found.calls, found.log, found.named) == (0, [], {})
+
+
+@pytest.mark.parametrize("loss", [lambda y: y.detach().mean(), lambda y: torch.tensor(1.0)])
+def test_a_loss_without_gradients_is_refused(loss):
+    policies = [rampde_fx.PrecisionPolicy(torch.float16)]
+    with pytest.raises(errors.CheckError, match=r"has no gradient(.|\n)*fix: leave detach\(\)"):
+        check(Euler(), *leaves(), policies=policies, loss=loss)
+    with torch.no_grad():
+        assert check(Euler(), *leaves(), policies=policies, loss=loss).rows[-1].value_errors
+
+
+def test_gradients_that_are_all_zero_are_told():
+    result = check(Euler(), *leaves(), policies=[rampde_fx.PrecisionPolicy(torch.float16)], loss=lambda y: 0 * y.sum())
+    assert any("all gradients are zero" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
 def test_without_gradients_values_are_verified(mode, monkeypatch):
     y, t = leaves()

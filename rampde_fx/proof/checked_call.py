@@ -241,3 +241,25 @@ def _not_one_graph(error: Exception) -> CheckError:
         required="a model that torch.compile(..., fullgraph=True) takes",
         fix='move what breaks the graph out, or train with options={"verify": True}, which checks each graph',
     )
+
+
+def note_on_gradients(gradients: dict[str, torch.Tensor | None], loss: Callable[[Any], torch.Tensor]) -> list[str]:
+    """What a comparison of these gradients does not show.
+
+    Raises:
+        CheckError: if a loss that was given has none.
+    """
+    if not (gradients and torch.is_grad_enabled()):
+        return []
+    found = [gradient for gradient in gradients.values() if gradient is not None]
+    if not found and loss is not mean_square:
+        raise CheckError(
+            "the loss that was given has no gradient: it does not depend on the model's outputs, or is detached",
+            required="a loss through which gradients reach the parameters and inputs",
+            fix="leave detach(), item() and no_grad() out of it; or call check under torch.no_grad(), for values alone",
+        )
+    if not found:
+        return ["no output has a gradient: values alone were compared"]
+    if not any(bool(gradient.any()) for gradient in found):
+        return ["all gradients are zero: comparing them says nothing of the rewrite"]
+    return []

@@ -26,7 +26,7 @@ from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.proof.check_graphs import Seeded, always, compile_alone, policies_of
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label
 from rampde_fx.proof.check_timing import TrainingSteps, timed
-from rampde_fx.proof.checked_call import Call, Captured, mean_square, tensor_attributes
+from rampde_fx.proof.checked_call import Call, Captured, mean_square, note_on_gradients, tensor_attributes
 from rampde_fx.proof.progress import Progress
 from rampde_fx.report import explain
 from rampde_fx.report.loop_report import LoopReport
@@ -225,9 +225,12 @@ class _Check:
         """Compare the structure, then measure."""
         self.progress.tell("comparing with the model's own code in float64")
         wanted, rounded = self._references()
-        structures = [self._check_structure(twin, wanted, rounded) for twin in self.twins]
-        structures += self._check_capture(wanted, rounded)
-        rows = [self._eager_row(wanted, rounded)]
+        self.notes += note_on_gradients(wanted.gradients, self.loss)
+        structures = [
+            *(self._check_structure(t, wanted, rounded) for t in self.twins),
+            *self._check_capture(wanted, rounded),
+        ]
+        rows = [CheckRow("as it is written, eager", None, *errors_of(wanted, rounded))]
         for prepared in self.progress.each("measuring", self.prepared, lambda prepared: label(prepared.policy)):
             rows.append(self._row(prepared, wanted, rounded))
             gc.collect()  # the graphs of a policy hold its copies of all tensors
@@ -374,9 +377,6 @@ class _Check:
         if (mismatch := first_mismatch(wanted, got, rounded)) is not None:
             raise RewriteMismatchError(mismatch.tensor, mismatch.found, twins[0].loops[0].where)
         return ["captured once"]
-
-    def _eager_row(self, wanted: Outcome, rounded: Outcome) -> CheckRow:
-        return CheckRow("as it is written, eager", None, *errors_of(wanted, rounded))
 
     def _row(self, prepared: _Prepared, wanted: Outcome, rounded: Outcome) -> CheckRow:
         if prepared.watched is None or prepared.refusal is not None:
