@@ -49,10 +49,9 @@ def live_locals(instructions: Instructions, here: Any) -> set[str]:
 
 def _live_before(instruction: Any, behind: set[str], at_targets: list[set[str]]) -> set[str]:
     found = set() if instruction.opcode in _torch.TERMINAL_OPCODES else set(behind)
-    found = found.union(*at_targets)
     if instruction.opname == "STORE_FAST":
-        return found if instruction.exn_tab_entry else found - {instruction.argval}  # a handler sees the old value
-    return found.union(_names(instruction))
+        return (found - {instruction.argval}).union(*at_targets)  # a handler sees the old value
+    return found.union(_names(instruction), *at_targets)
 
 
 def body_of_loop(instructions: Instructions, head: Any) -> list[Any]:

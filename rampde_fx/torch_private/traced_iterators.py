@@ -52,18 +52,23 @@ def rows_beside(steps: Iterable[Any], *others: Any, strict: bool = False) -> Ite
             return
         yield tuple(row)
         n += 1
-    if strict and any(_goes_on(other, n) for other in iterators):
+    if strict and _goes_on(iterators, n):
         raise ValueError("zip() argument 1 is shorter than another one")
 
 
-def _goes_on(other: Any, n: int) -> bool:
-    if isinstance(other, torch.Tensor):
-        return n < len(other)
-    try:
-        next(other)
-    except StopIteration:
-        return False
-    return True
+def _goes_on(iterators: list[Any], n: int) -> bool:
+    """Whether one of them has more than n entries, n of which were read."""
+    for other in iterators:
+        if isinstance(other, torch.Tensor):
+            if n < len(other):
+                return True
+            continue
+        try:
+            next(other)
+        except StopIteration:
+            continue
+        return True
+    return False
 
 
 class Unseen:
