@@ -82,17 +82,21 @@ def beside_activations(loop: KeptLoop, state: fx.Node) -> torch.dtype:
     return min(stored, *read, key=lambda dtype: torch.finfo(dtype).eps) if read else stored
 
 
-def _read_by_evaluations(step: fx.GraphModule, node: fx.Node) -> set[torch.dtype]:
-    """The dtypes in which evaluations read a state, or a view of it."""
-    found = set[torch.dtype]()
-    for user in node.users:
-        if graphs.is_view(user):
-            found |= _read_by_evaluations(step, user)
-        elif user.op == "call_module" and user.meta.get("role") == "velocity":
-            entries = graphs.placeholders(step.get_submodule(str(user.target)))
-            found |= {
-                dtype for x, entry in zip(user.args, entries, strict=True) if x is node for dtype in _read_in(entry)
-            }
+def _read_by_evaluations(step: fx.GraphModule, state: fx.Node) -> set[torch.dtype]:
+    """The dtypes in which evaluations read a state, or what the step makes of it before them."""
+    found, pending, seen = set[torch.dtype](), [state], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            if user.op == "call_module" and user.meta.get("role") == "velocity":
+                entries = graphs.placeholders(step.get_submodule(str(user.target)))
+                read = [entry for x, entry in zip(user.args, entries, strict=True) if x is node]
+                found = found.union(*map(_read_in, read))
+            elif graphs.is_float(user):
+                pending.append(user)
     return found
 
 

@@ -8,6 +8,7 @@ modules of Python hold, and what the objects of installed packages do, Modules a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-MOST_ENTRIES = 1_000  # of a container, behind which nothing is looked for
+MOST_ENTRIES, MOST = 1_000, 50_000  # of a container, and in all: behind these nothing is looked for
 FOREIGN = {"torch", "rampde_fx"} | sys.stdlib_module_names - {"__main__"}
 INSTALLED = ("site-packages", "dist-packages")
 NAMESPACES = (SimpleNamespace, argparse.Namespace)
@@ -49,11 +50,17 @@ def reached(function: Any) -> Reached:
     """What a function, or a Module, reads beside its arguments."""
     found = Reached({}, [], [], [])
     pending, seen = deque([("", function)]), dict[int, Any]()
-    while pending:
+    count = 0
+    while pending and count < MOST:
         name, value = pending.popleft()
-        if not isinstance(value, LEAVES) and id(value) not in seen:
-            seen[id(value)] = value  # held, so that its identity is its own
-            pending += _inside(found, name, value)
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # held, so that its identity is its own
+        with contextlib.suppress(Exception):  # what an object of the user's raises where it is looked into
+            for key, held in _inside(found, name, value):
+                count += 1
+                if not issubclass(type(held), LEAVES):
+                    pending.append((key, held))
     return found
 
 
@@ -67,11 +74,11 @@ def _inside(found: Reached, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         found.modules[value] = name
         yield from ((_joined(name, key), module) for key, module in value._modules.items())
         yield from ((_joined(name, key), held) for key, held in vars(value).items() if key not in OF_ALL_MODULES)
-        yield from _of_code(type(value).forward)
+        yield from _of_code(getattr(type(value), "forward", None))
     elif isinstance(value, (list, tuple, set)):
         yield from ((f"{name}[{i}]", held) for i, held in enumerate(islice(value, MOST_ENTRIES)))
     elif isinstance(value, dict):
-        yield from ((f"{name}[{key!r}]", held) for key, held in islice(value.items(), MOST_ENTRIES))
+        yield from ((f"{name}[{_named(key)}]", held) for key, held in islice(value.items(), MOST_ENTRIES))
     elif isinstance(value, MethodType):
         yield from ((name, value.__self__), (name, value.__func__))
     elif isinstance(value, partial):
@@ -86,6 +93,10 @@ def _inside(found: Reached, name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
+
+
+def _named(key: Any) -> str:
+    return repr(key)[:80] if isinstance(key, str | int) else type(key).__name__
 
 
 @cache

@@ -1,7 +1,8 @@
 """Buffers that a velocity changes as it is evaluated: BatchNorm's statistics, the vectors of a spectral norm.
 
 Where the backward evaluates it once more, they have the values of the forward, and afterwards those that they had.
-Integers keep the ones they have: a flag says that something was made at the first evaluation, and is not made anew.
+Integers of the user's own modules keep the ones they have: a flag says that something was made at the first evaluation,
+and is not made anew.
 """
 
 from __future__ import annotations
@@ -11,11 +12,24 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from rampde_fx.runtime.reach import reached
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
-Place = tuple[dict[str, Any], str]  # of a buffer: those of its module, and its name
+
+class Place(NamedTuple):
+    """Of a buffer.
+
+    Attributes:
+        owner: The buffers of its module.
+        name: Its name there.
+        of_torch: Whether torch has written the module.
+    """
+
+    owner: dict[str, Any]
+    name: str
+    of_torch: bool
 
 
 class Buffer(NamedTuple):
@@ -36,7 +50,7 @@ class Buffer(NamedTuple):
     @staticmethod
     def at(place: Place) -> Buffer:
         """The one that stands there."""
-        owner, name = place
+        owner, name, _ = place
         tensor = owner.get(name)
         if tensor is None:
             return Buffer(place, None, 0, None)
@@ -44,7 +58,7 @@ class Buffer(NamedTuple):
 
     def is_changed(self) -> bool:
         """Whether it is another one, or counts a change in place."""
-        owner, name = self.place
+        owner, name, _ = self.place
         tensor = owner.get(name)
         return tensor is not self.tensor or (tensor is not None and version_of(tensor) != self.version)
 
@@ -58,16 +72,16 @@ class Buffer(NamedTuple):
     @contextmanager
     def back(self) -> Iterator[None]:
         """With its value then; at the end it has the one that it has now."""
-        owner, name = self.place
+        owner, name, of_torch = self.place
         now, tensor = owner.get(name), self.tensor
         current = None if tensor is None else tensor.detach().clone()
         try:
             owner[name] = tensor
-            if tensor is not None and tensor.dtype.is_floating_point:
+            if tensor is not None and (tensor.dtype.is_floating_point or of_torch) and not _is_expanded(tensor):
                 tensor.data.copy_(self.value)  # .data: no count of changes, which autograd would take for an error
             yield
         finally:
-            if tensor is not None:
+            if tensor is not None and not _is_expanded(tensor):
                 tensor.data.copy_(current)
             owner[name] = now
 
@@ -81,7 +95,12 @@ class Buffers:
 
     def __init__(self, func: Any) -> None:
         modules = reached(func).modules
-        self.places: list[Place] = [(module._buffers, name) for module in modules for name in module._buffers]
+        self.places = [
+            Place(module._buffers, name, type(module).__module__.startswith("torch."))
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if not is_lazy(buffer)
+        ]
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
         self.changed: list[Buffer] = []  # the others, as they were at first
         self.is_first = True
@@ -115,3 +134,10 @@ class Buffers:
             for buffer in (*before, *later):
                 stack.enter_context(buffer.back())
             yield
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether entries share memory: nothing can be written to it."""
+    return tensor.layout is torch.strided and any(
+        s == 0 < n - 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
+    )

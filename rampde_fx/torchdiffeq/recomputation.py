@@ -9,6 +9,7 @@ result is another.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,8 +38,9 @@ class Recomputation:
 
     def __init__(self, func: Any) -> None:
         self.buffers, self.fingerprints = Buffers(func), Fingerprints()
-        self.keeps_all = self.is_noisy = False
+        self.keeps_all = False
         self.random: Random | None = None
+        self.doubts: dict[int, Doubts] = {}
 
     def __call__(self, function: Function, *states: State, then: Then | None = None) -> Any:
         """The function of these states; it must not hold a tensor that it has computed itself.
@@ -63,11 +65,20 @@ class Recomputation:
         surroundings.random.restore()
         return function(*states)
 
+    def doubts_of(self, now: Fingerprint) -> Doubts:
+        """Those that are known of steps with as many tensors."""
+        count = len(now.numbers)
+        if count not in self.doubts:
+            self.doubts[count] = Doubts(*(torch.zeros_like(now.numbers, dtype=torch.bool) for _ in range(2)))
+        return self.doubts[count]
+
     def _surroundings(self, states: tuple[State, ...]) -> Surroundings:
         random = random_of(states)
         if self.random is None or not random.equals(self.random):
             self.random = random
-        return Surroundings(self.random, autocasts_of(states), self.buffers, self.buffers.before())
+        return Surroundings(
+            self.random, autocasts_of(states), self.buffers, self.buffers.before(), torch.get_num_threads()
+        )
 
 
 class Random(NamedTuple):
@@ -117,6 +128,7 @@ class Surroundings(NamedTuple):
     autocasts: list[dict[str, Any]]
     buffers: Buffers
     before: list[Buffer]
+    threads: int
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -194,6 +206,7 @@ class _Recomputed:
         self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves)  # its node lives as long
         self.saved: list[weakref.ref[_Saved]] = []
         self.lasting: dict[int, None] = {}  # the numbers of those that are saved still when the function has ended
+        self.numbers: torch.Tensor | None = None  # of the fingerprint
         self.is_first = True
 
     def first(self, states: tuple[State, ...]) -> Any:
@@ -214,7 +227,7 @@ class _Recomputed:
         alive = [reference() for reference in self.saved]
         lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
         printed = self.recomputation.fingerprints.of(found, [leaves.get(k, value) for k, value in lasting.items()])
-        self.print = printed and printed.without_tensors()
+        self.numbers = None if printed is None else printed.numbers
         self.lasting, self.is_first = dict.fromkeys(lasting), False
         for saved in alive:
             if saved is not None:
@@ -269,17 +282,57 @@ class _Recomputed:
 
     def _compare(self, states: list[State], now: Fingerprint | None) -> None:
         """Raise if this is not the computation of the forward."""
-        before = self.print
-        if before is None or now is None or now.is_near(before):
+        if self.numbers is None or now is None or torch.equal(self.numbers, now.numbers):
             return
-        is_another = now.is_another(before, self.unit)
-        if not is_another and not self.recomputation.is_noisy:
+        doubts = self.recomputation.doubts_of(now)
+        if not bool(self._is_another(now, self.numbers, doubts).any()):
+            return
+        with written_memory():
             _, once_more = self._once_more(states, lambda tensor, number: None)
-            self.recomputation.is_noisy = once_more is not None and not once_more.equals(now)
-            is_another = not self.recomputation.is_noisy
-        if is_another:
-            share = now.difference(before)
+        if once_more is not None:
+            doubts.is_noisy.logical_or_(once_more.numbers != now.numbers)
+            doubts.is_unknown.logical_or_(once_more.is_filled())
+        if bool(self._is_another(now, self.numbers, doubts).any()):
+            share = now.difference(self.numbers)
             raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
+
+    def _is_another(self, now: Fingerprint, before: torch.Tensor, doubts: Doubts) -> torch.Tensor:
+        """Which tensors are others."""
+        far = now.is_another(before, self.unit) & ~doubts.is_unknown
+        if torch.get_num_threads() != self.surroundings.threads:  # sums are taken in another order
+            return far
+        return torch.where(doubts.is_noisy, far, ~now.is_near(before))
+
+
+class Doubts(NamedTuple):
+    """What is not reproducible, of the tensors of a step.
+
+    Attributes:
+        is_noisy: Which have other bits each time.
+        is_unknown: Which are memory that nobody has written.
+    """
+
+    is_noisy: torch.Tensor
+    is_unknown: torch.Tensor
+
+
+@contextmanager
+def written_memory() -> Iterator[None]:
+    """Memory is filled before it is handed out."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def changed_in_place(tensor: torch.Tensor) -> RecomputationError:
