@@ -753,6 +753,106 @@ def test_what_the_result_hides_is_seen_by_what_is_saved(method, other):
         y.square().sum().backward()
 
 
+def bfloat16_entry():
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    other = weight.detach().clone()
+    other[7, 3] = -1
+    return lambda t, y: y * weight.tanh(), torch.ones(64, 64).bfloat16(), lambda: setattr(weight, "data", other)
+
+
+def masked_logits():
+    weight, held = double(1, 0, 0, 2, 3, 4).reshape(3, 2), {"mask": double(float("-inf"), 0, 0)}
+
+    def func(t, y):
+        return torch.logsumexp(torch.stack([weight @ y, weight @ y]) + held["mask"], 1)
+
+    return func, double(0, 0), lambda: held.update(mask=double(0, float("-inf"), 0))
+
+
+def factor(before, after):
+    held = {"factor": before}
+
+    def func(t, y):
+        product = held["factor"] @ y if held["factor"].ndim == 2 else held["factor"] * y
+        return product.to(y.dtype)
+
+    return lambda: (func, double(0, 0), lambda: held.update(factor=after))
+
+
+SPARSE = double(1, 2, 0, 1).reshape(2, 2).to_sparse()
+HIDDEN_BY_SIZE_OR_KIND = {
+    "one entry in bfloat16": bfloat16_entry,
+    "an infinity": masked_logits,
+    "uint8": factor(torch.tensor([1, 1], dtype=torch.uint8), torch.tensor([0, 3], dtype=torch.uint8)),
+    "a whole number": factor(torch.tensor(1), torch.tensor(3)),
+    "sparse": factor(SPARSE, SPARSE * 3),
+    "sparse CSR": factor(SPARSE.to_sparse_csr(), (SPARSE * 3).to_sparse_csr()),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_BY_SIZE_OR_KIND)
+def test_no_size_and_no_kind_of_tensor_hides_a_change(name):
+    func, y0, change = HIDDEN_BY_SIZE_OR_KIND[name]()
+    y = adjoint(func, y0.requires_grad_(), torch.linspace(0, 1, 3, dtype=DOUBLE), method="rk4")
+    change()
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.sum().backward()
+
+
+def test_the_error_tells_by_how_much():
+    model = Net()
+    y = odeint_adjoint(model, double(0.3, -0.7), times(), method="rk4")
+    model.last.bias.data = model.last.bias.data * (1 + 1e-9)
+    with pytest.raises(errors.RecomputationError, match=r"differ by \d\.\de-(09|10|11)"):
+        y.sum().backward()
+
+
+class Unwritten(torch.autograd.Function):
+    """Saves memory that nobody has written, as kernels do, and does not read it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        garbage = x.new_empty(7)
+        garbage.data.copy_(torch.randn(7)) if not torch.utils.deterministic.fill_uninitialized_memory else None
+        whole = torch.empty(5, dtype=torch.uint8)
+        ctx.save_for_backward(x, garbage, whole)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.RReLU().eval(), nn.BatchNorm1d(4, momentum=None, dtype=DOUBLE), Unwritten.apply],
+    ids=["RReLU", "BatchNorm, all batches alike", "unwritten"],
+)
+def test_what_the_derivative_does_not_read_is_no_false_alarm(layer):
+    linear = nn.Linear(4, 4, dtype=DOUBLE)
+    y0 = torch.linspace(-1, 1, 12, dtype=DOUBLE).reshape(3, 4).requires_grad_()
+    found = []
+    for solve in (odeint, adjoint):
+        y = solve(lambda t, y: layer(linear(y)), y0, times(), method="rk4")
+        found.append(torch.autograd.grad(y.square().sum(), [y0, *linear.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_another_number_of_threads_in_the_backward():
+    """Sums are taken in another order."""
+    layer = nn.Linear(700, 700, dtype=DOUBLE)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = adjoint(lambda t, y: layer(y), torch.ones(64, 700, dtype=DOUBLE), double(0, 0.1), method="euler")
+        torch.set_num_threads(2)
+        y.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert layer.weight.grad.isfinite().all()
+
+
 def test_tangents_of_forward_mode_are_those_of_odeint():
     """Of a dual level outside of torch.func, by the state and by the times; and gradients inside of it."""
     model = Net()

@@ -31,5 +31,7 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def _registers(module: nn.Module, *, own: bool = False) -> list[dict[str, Any]]:
-    found = [module._parameters, module._buffers, module._modules]
-    return found if own else [dict(register) for register in found]
+    found = (module._parameters, module._buffers, module._modules)
+    return [
+        register if own else dict(register) for register in found if isinstance(register, dict)
+    ]  # not TorchScript's
