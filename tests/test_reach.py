@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from rampde_fx.runtime.reach import MOST, reached
+from rampde_fx.reach import MOST, reached
 from rampde_fx.validation.untouched import untouched
 
 

@@ -853,6 +853,18 @@ def test_another_number_of_threads_in_the_backward():
     assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+def test_swapped_arguments_are_told_as_such(solve):
+    class OfScipy(nn.Module):
+        def forward(self, y, t):
+            return -y
+
+    with pytest.raises(errors.StateError, match=r"func is a float64 tensor(.|\n)*odeint\(func, y0, t\), in this order"):
+        solve(double(0.3, -0.7), Net(), times())
+    with pytest.raises(errors.StateError, match=r"\(y, t\)"):
+        solve(OfScipy(), double(0.3, -0.7), times())
+
+
 def test_tangents_of_forward_mode_are_those_of_odeint():
     """Of a dual level outside of torch.func, by the state and by the times; and gradients inside of it."""
     model = Net()

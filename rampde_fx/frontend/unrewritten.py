@@ -77,8 +77,10 @@ def loop_runs(target: Target | None, *, has_policy: bool) -> None:
     if has_policy and torch.compiler.is_exporting():
         _say_at(loop_runs, *dynamo.running_line(), *EXPORTED)
     callback = dynamo.compilation_asked()
-    if callback is not None and (has_policy or _is_ours(callback)):
+    if callback is not None and _is_ours(callback):
         _say_uncompiled(callback)
+    elif callback is not None and has_policy:
+        _say_another_backend(callback)
 
 
 def loop_is_captured(target: Target | None) -> None:
@@ -226,6 +228,11 @@ def _say_uncompiled(asked: Any) -> None:
     )
 
 
+@dynamo.never_compiled
+def _say_another_backend(asked: Any) -> None:
+    _say_at(asked, *dynamo.running_line(), *ANOTHER_BACKEND)
+
+
 def loop_stays_wide(where: str, dtype: torch.dtype) -> None:
     """A loop is rewritten, and nothing of it is in low precision."""
     file, _, line = where.partition(", in ")[0].rpartition(":")
@@ -248,7 +255,8 @@ def _say_empty(asked: Any, place: Place) -> None:
         line,
         f"{name} is marked by mixed_precision, and there is no marked loop in it: nothing was rewritten, and it runs "
         "without mixed precision",
-        "write its loop over time as `for t_i, dt in rampde_fx.steps(t)` or as rampde_fx.odeint; or leave the mark out",
+        "write its loop over time as `for t_i, dt in rampde_fx.steps(t)` or as rampde_fx.odeint; mark and compile what "
+        "calls odeint, where this is its velocity; or leave the mark out",
     )
 
 

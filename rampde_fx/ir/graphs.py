@@ -123,13 +123,13 @@ def refresh(graph_module: fx.GraphModule, args: Sequence[Any] | None = None) -> 
 def user_line(node: fx.Node) -> str:
     """The user's source line that made a node, as 'file:line, in function: code', or an empty string."""
     frames = re.findall(
-        r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s*(?!File ")([^\n]*))?', node.meta.get("stack_trace") or ""
+        r'File "([^"]+)", line (\d+), in (\S+)(?:\n(?!\s*File ")\s*([^\n]*))?', node.meta.get("stack_trace") or ""
     )
     users = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith(PACKAGE)]
     if not users:
         return ""
     file, line, function, code = users[-1]
-    return f"{file}:{line}, in {function}: {code}"
+    return f"{file}:{line}, in {function}" + (f": {code}" if code else "")  # a prompt has no code to show
 
 
 def is_view(node: Any) -> bool:

@@ -207,7 +207,7 @@ def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pyt
             fix=IN_ORDER,
         )
     if not torch.compiler.is_dynamo_compiling():
-        _check_order_of_parameters(func)
+        check_order_of_parameters(func)
     dtype = y[0].dtype
     for leaf in y[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
@@ -235,7 +235,7 @@ def _is_like(value: Any, t: torch.Tensor) -> bool:
 
 
 @dynamo.never_alone
-def _check_order_of_parameters(func: Callable[..., Any]) -> None:
+def check_order_of_parameters(func: Callable[..., Any]) -> None:
     """Refuse a velocity in scipy's order, as far as the names of its parameters tell."""
     try:
         parameters = inspect.signature(getattr(func, "forward", func)).parameters.values()

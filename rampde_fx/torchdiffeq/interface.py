@@ -144,7 +144,7 @@ def odeint_adjoint(
         MethodError: if method is scipy_solver, which has no gradient, and one is required.
         RecomputationError: by the backward, if a step is not what it was: what func reads was changed in place, say.
     """
-    if adjoint_params is None and not isinstance(func, nn.Module):
+    if adjoint_params is None and callable(func) and not isinstance(func, nn.Module):
         refuse(
             OptionError,
             "func is no Module, and adjoint_params is None",
@@ -152,7 +152,9 @@ def odeint_adjoint(
             fix="write adjoint_params=(), for gradients reach whatever func reads",
         )
     module: Any = func
-    parameters = tuple(module.parameters() if adjoint_params is None else adjoint_params)
+    if adjoint_params is None:
+        adjoint_params = module.parameters() if callable(func) else ()  # what is no function is refused as in odeint
+    parameters = tuple(adjoint_params)
     _check_adjoint(func, parameters, method, options, adjoint_method, adjoint_options)
     options, asks_stats = _without_stats(options, method)
     call = _call(func, y0, t, rtol, atol, method, options)

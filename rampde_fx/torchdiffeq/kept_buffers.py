@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.runtime.reach import reached
+from rampde_fx.reach import reached
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
 

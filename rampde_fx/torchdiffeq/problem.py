@@ -10,7 +10,7 @@ import torch
 
 from rampde_fx.errors import OptionError, StateError, TimeGridError, refuse
 from rampde_fx.solvers.fixed_steps import is_number
-from rampde_fx.solvers.integrate import described, is_state
+from rampde_fx.solvers.integrate import check_order_of_parameters, described, is_state
 from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.torch_private import dynamo
 
@@ -64,6 +64,15 @@ def problem_of(func: Any, y0: Any, t: Any) -> Problem:
         StateError: if y0 is neither a floating or complex tensor nor a tuple of such, or func is no function.
         TimeGridError: if t is not a floating 1-D tensor of at least one point.
     """
+    if not callable(func):
+        refuse(
+            StateError,
+            f"func is {described(func)}",
+            required="a function of t and y that returns dy/dt",
+            fix="write odeint(func, y0, t), in this order",
+        )
+    if not torch.compiler.is_dynamo_compiling():
+        check_order_of_parameters(func)
     leaves = list(y0) if isinstance(y0, tuple) else [y0]
     wrong = [leaf for leaf in leaves if not is_state(leaf)]
     if wrong or not leaves:
@@ -72,13 +81,6 @@ def problem_of(func: Any, y0: Any, t: Any) -> Problem:
             f"y0 holds {described(wrong[0])}" if wrong else "y0 is an empty tuple",
             required="a floating or complex tensor, or a tuple of such",
             fix="convert integers by .float(), and a list to a tuple",
-        )
-    if not callable(func):
-        refuse(
-            StateError,
-            f"func is {described(func)}",
-            required="a function of t and y that returns dy/dt",
-            fix="write odeint(func, y0, t), in this order",
         )
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.ndim != 1 or t.shape[0] < 1:
         refuse(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rampde_fx.runtime.reach import reached
+from rampde_fx.reach import reached
 
 
 @contextlib.contextmanager
