@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-MOST_ENTRIES, MOST = 1_000, 50_000  # of a container, and in all: behind these nothing is looked for
+MOST_ENTRIES, MOST = 1_000, 10_000  # of a container, and in all: behind these nothing is looked for
 FOREIGN = {"torch", "rampde_fx"} | sys.stdlib_module_names - {"__main__"}
 INSTALLED = ("site-packages", "dist-packages")
 NAMESPACES = (SimpleNamespace, argparse.Namespace)
@@ -58,7 +58,7 @@ def reached(function: Any) -> Reached:
         seen[id(value)] = value  # held, so that its identity is its own
         with contextlib.suppress(Exception):  # what an object of the user's raises where it is looked into
             for key, held in _inside(found, name, value):
-                count += 1
+                count += not isinstance(value, nn.Module)  # which are looked into in any number
                 if not issubclass(type(held), LEAVES):
                     pending.append((key, held))
     return found
@@ -96,7 +96,7 @@ def _joined(name: str, key: str) -> str:
 
 
 def _named(key: Any) -> str:
-    return repr(key)[:80] if isinstance(key, str | int) else type(key).__name__
+    return repr(key[:80]) if isinstance(key, str) else str(key) if isinstance(key, int) else type(key).__name__
 
 
 @cache

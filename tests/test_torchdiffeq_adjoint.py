@@ -779,12 +779,24 @@ def factor(before, after):
     return lambda: (func, double(0, 0), lambda: held.update(factor=after))
 
 
+def conjugate():
+    held = {"other": lambda x: x}
+
+    def func(t, y):
+        number = torch.complex(y[0], y[1])
+        return torch.view_as_real(number * COMPLEX + number * held["other"](COMPLEX))
+
+    return func, double(0, 0), lambda: held.update(other=torch.conj)
+
+
+COMPLEX = torch.tensor(1 + 2j, dtype=torch.complex128)
 SPARSE = double(1, 2, 0, 1).reshape(2, 2).to_sparse()
 HIDDEN_BY_SIZE_OR_KIND = {
     "one entry in bfloat16": bfloat16_entry,
     "an infinity": masked_logits,
     "uint8": factor(torch.tensor([1, 1], dtype=torch.uint8), torch.tensor([0, 3], dtype=torch.uint8)),
     "a whole number": factor(torch.tensor(1), torch.tensor(3)),
+    "the conjugate of another that is saved": conjugate,
     "sparse": factor(SPARSE, SPARSE * 3),
     "sparse CSR": factor(SPARSE.to_sparse_csr(), (SPARSE * 3).to_sparse_csr()),
 }

@@ -101,7 +101,8 @@ class Fingerprints:
             if self.pass_of_leaves != (now := callers.backward_under_way()):
                 self.leaves, self.pass_of_leaves = Projections(), now
             projections = self.leaves
-        key = (place, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version_of(tensor))
+        look = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
+        key = (place, version_of(tensor), *look)
         if key not in projections or projections[key][0]() is not base:  # one that is gone has left its place
             projections[key] = weakref.ref(base), self._projection(tensor)
         return projections[key][1]

@@ -98,6 +98,7 @@ class Buffers:
         self.places = [
             Place(module._buffers, name, type(module).__module__.startswith("torch."))
             for module in modules
+            if isinstance(module._buffers, dict)  # TorchScript has another thing there
             for name, buffer in module._buffers.items()
             if not is_lazy(buffer)
         ]
