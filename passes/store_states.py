@@ -122,11 +122,14 @@ class _Storing:
         self.slots = list(loop.slots)
         self.values: list[fx.Node] = []
         self.unscaled: list[fx.Node] = []  # the carries that are stored in float16 without a scale
+        self.finer: dict[torch.dtype, None] = {}  # the dtypes of those that are not stored as the policy says
 
     def store(self, carry: int) -> None:
         """Give a carry a slot, from which the adjoint reads it if it does."""
         state, value = self.states[carry], graphs.value(self.states[carry])
         dtype = storage_dtype(value, beside_activations(self.loop, state))
+        if dtype != storage_dtype(value, self.loop.policy.storage_dtype):
+            self.finer[dtype] = None
         if dtype == value.dtype or value.numel() == 0:
             stored, load = [state], _load(lambda x: [x], [state])
         elif self.loop.policy.scales_storage and dtype in TARGETS:
@@ -231,15 +234,11 @@ class _Storing:
 
     def _told(self) -> list[str]:
         """A note on states that are not stored as the policy says."""
-        policy, found = self.loop.policy.storage_dtype, dict[torch.dtype, None]()
-        for state in (self.states[slot.carry] for slot in self.slots if isinstance(slot, StateSlot)):
-            stored = storage_dtype(graphs.value(state), beside_activations(self.loop, state))
-            if stored != storage_dtype(graphs.value(state), policy):
-                found[stored] = None
+        policy = self.loop.policy.storage_dtype
         return [
             f"states are stored in {stored}, which the velocity reads, not in {policy}: beside "
             "activations that are kept, a rounded state would be another point"
-            for stored in found
+            for stored in self.finer
         ]
 
 

@@ -19,9 +19,7 @@ from torch.utils import _pytree as pytree
 
 from rampde_fx.torch_private import callers
 
-NOISE = (
-    4  # roundings of the norm of a tensor, of which nobody asks where they come from: in float32, of all that is low
-)
+NOISE = 4  # roundings of a norm, in float32 of all that is lower, of which nobody asks where they come from
 ROUNDINGS = 64  # roundings of its own dtype: more of these, and
 COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH = 2**16  # of a direction on which tensors are projected

@@ -205,7 +205,7 @@ class _Recomputed:
         self.unit = 0.0  # of the coarsest dtype that a result depends on
         self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *leaves)  # its node lives as long
         self.saved: list[weakref.ref[_Saved]] = []
-        self.lasting: dict[int, None] = {}  # the numbers of those that are saved still when the function has ended
+        self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
         self.is_first = True
 
@@ -228,7 +228,7 @@ class _Recomputed:
         lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
         printed = self.recomputation.fingerprints.of(found, [leaves.get(k, value) for k, value in lasting.items()])
         self.numbers = None if printed is None else printed.numbers
-        self.lasting, self.is_first = dict.fromkeys(lasting), False
+        self.lasting, self.is_first = set(lasting), False
         for saved in alive:
             if saved is not None:
                 saved.value = None

@@ -31,7 +31,6 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def _registers(module: nn.Module, *, own: bool = False) -> list[dict[str, Any]]:
-    found = (module._parameters, module._buffers, module._modules)
-    return [
-        register if own else dict(register) for register in found if isinstance(register, dict)
-    ]  # not TorchScript's
+    registers = (module._parameters, module._buffers, module._modules)
+    found = [register for register in registers if isinstance(register, dict)]  # TorchScript has another thing there
+    return found if own else [dict(register) for register in found]
