@@ -1,0 +1,354 @@
+"""odeint_adjoint uncompiled, where a step of the backward is not that of the forward: an error, and no false alarm."""
+
+import pytest
+import torch
+from torch import nn
+
+from rampde_fx import errors
+from rampde_fx.torchdiffeq import odeint, odeint_adjoint
+from tests.adjoint_solves import DOUBLE, Net, adjoint, double, options_of, times
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
+def test_what_was_changed_in_place_is_an_error(method):
+    y0, given = double(0.3, -0.7).requires_grad_(), options_of(method)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = odeint_adjoint(model, y0, times(), **given).sum()
+    model.zero_grad()
+    torch.autograd.backward(odeint(model, y0, times(), **given).sum())
+    optimizer.step()
+    with pytest.raises(errors.RecomputationError, match=r"changed in place.*\n.*stay as they are.*\n.*optimizer\.step"):
+        loss.backward()
+    start = double(0.3, -0.7)
+    loss = odeint_adjoint(model, start, times(), **given).sum()
+    start.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Counting(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", double(0)[0])
+
+    def forward(self, t, y):
+        self.calls += 1
+        return super().forward(t, y) * self.calls
+
+
+class Growing(Net):
+    def forward(self, t, y):
+        rate = super().forward(t, y)
+        return torch.exp(rate * y) if self.nfe > 12 else rate
+
+
+class Widening(Net):
+    def forward(self, t, y):
+        rate = super().forward(t, y)
+        return (rate * y.new_ones(self.nfe, 1) * y).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(Counting, "changed in place"), (Growing, r"saves \(2,\) of"), (Widening, r"saves \(\d+, \d\) of torch.float64")],
+)
+def test_a_velocity_that_changes_from_call_to_call_is_an_error(kind, told):
+    y = odeint_adjoint(kind(), double(0.3, -0.7), times(), method="rk4")
+    with pytest.raises(errors.RecomputationError, match=told):
+        y.sum().backward()
+
+
+def of_own_generator(model):
+    draws = torch.Generator().manual_seed(0)
+    model.register_forward_hook(lambda module, given, output: output[..., torch.randperm(2, generator=draws)])
+
+
+def counted(model):
+    model.register_forward_hook(lambda module, given, output: output * (1 + 1e-3 * module.nfe))
+
+
+OTHERS = {  # what is done to a velocity before the solve, and between the forward and the backward
+    "attribute": (lambda model: None, lambda model: setattr(model, "context", 1.001)),
+    "buffer": (lambda model: None, lambda model: setattr(model, "context", 1.001 * model.context)),
+    "data": (lambda model: None, lambda model: setattr(model.last.bias, "data", model.last.bias + 1e-3)),
+    "counter": (counted, lambda model: None),
+    "generator": (of_own_generator, lambda model: None),
+}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler", "explicit_adams"])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_step_with_another_result_is_an_error(method, dtype, other):
+    """Nothing else tells it: shapes and dtypes are the same, and no count of changes says it."""
+    model, (before, between) = Net(dtype=dtype), OTHERS[other]
+    model.register_buffer("context", torch.ones((), dtype=dtype))
+    if other == "attribute":
+        del model.context
+        model.context = 1.0
+    model.register_forward_hook(lambda module, given, output: output * module.context)
+    before(model)
+    y = odeint_adjoint(model, torch.tensor([0.3, -0.7], dtype=dtype), times().to(dtype), **options_of(method))
+    between(model)
+    with pytest.raises(
+        errors.RecomputationError, match=r"gives another result .* of their size, in the backward.*\n.*"
+    ):
+        y.square().sum().backward()
+
+
+EXTREME = {  # a state, a factor of its rate in the forward, and in the backward
+    "NaN": (double(1, float("nan"), 0.5), 1.0, 1.5),
+    "inf": (double(1, float("inf"), 0.5), 1.0, 1.5),
+    "1e200": (double(1e200, 1e199), 1.0, 1.5),
+    "1e30, float32": (double(1e30, 1e29).float(), 1.0, 1.5),
+    "1e-30, float32": (double(1e-30, 1e-29).float(), 1.0, 1.5),
+    "bfloat16": (double(1, 0.5).bfloat16(), 1.0, 1.3),
+    "float16": (double(1, 0.5).half(), 1.0, 1.05),
+    "a sign, one entry": (double(0), 1.0, -1.0),
+    "a sign, the first entry": (double(0, 1, 1), double(1, 1, 1), double(-1, 1, 1)),
+    "a small entry": (double(1e4, 1).float(), double(1, 1).float(), double(1, 1.5).float()),
+}
+
+
+# Adaptive steps begin with a finite state.
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [(case, method) for case in EXTREME for method in ("euler", "rk4", "dopri5") if (case, method)
+     not in (("NaN", "dopri5"), ("inf", "dopri5"))],
+)  # fmt: skip
+def test_another_result_is_seen_whatever_its_size(case, method):
+    y0, before, after = EXTREME[case]
+    weight, factor = torch.ones(len(y0), dtype=y0.dtype, requires_grad=True), before
+    start = (y0 == 0).to(y0)
+
+    def func(t, y):
+        return factor * weight * (y + start)
+
+    t = torch.tensor([0.0, 0.5, 1.0])
+    y = adjoint(
+        func, y0, t, method=method, rtol=1e-3, atol=1e-3 * y0.nan_to_num(1, 1).abs().amax().clamp(min=1e-30).item()
+    )
+    factor = after
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.sum().backward()
+
+
+def test_a_result_within_rounding_is_no_other():
+    """As where sums are taken in any order, in a low dtype too."""
+    generator, model = torch.Generator().manual_seed(0), Net(dtype=torch.float32)
+
+    def roughly(module, given, output):
+        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        return output * (1 + 2 * signs * torch.finfo(output.dtype).eps)
+
+    model.first.register_forward_hook(roughly)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = odeint_adjoint(model, torch.tensor([0.3, -0.7]), times().float(), method="rk4")
+        y.sum().backward()
+        assert model.first.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["another object", "functional_call", "assign"])
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_another_parameter_in_the_place_of_one(name, factor):
+    """Of other values it is an error; of the same ones the gradients are the first one's."""
+    model, y0 = Net(), double(0.3, -0.7)
+    parameters = {key: factor * value.detach() for key, value in model.state_dict().items()}
+    given = {key: value.requires_grad_() for key, value in parameters.items()}
+    wanted = torch.autograd.grad(odeint(model, y0, times(), method="rk4").sum(), model.first.weight)
+    first = given["first.weight"] if name == "functional_call" else model.first.weight
+    if name == "functional_call":
+
+        class Solved(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = model
+
+            def forward(self):
+                return odeint_adjoint(self.net, y0, times(), method="rk4")
+
+        y = torch.func.functional_call(Solved(), {f"net.{key}": value for key, value in given.items()}, ())
+    else:
+        y = odeint_adjoint(model, y0, times(), method="rk4")
+        if name == "assign":
+            model.load_state_dict(given, assign=True)
+        else:
+            model.first.weight = nn.Parameter(given["first.weight"])
+    if factor == 1.0:
+        assert torch.equal(torch.autograd.grad(y.sum(), first)[0], wanted[0])
+    else:
+        with pytest.raises(errors.RecomputationError, match="gives another result"):
+            y.sum().backward()
+
+
+def test_a_velocity_may_make_parameters_of_its_own():
+    weight = double(0.5, 0.6)
+    y0 = double(0.3, -0.7).requires_grad_()
+
+    def func(t, y):
+        return torch.tanh(nn.Parameter(weight.clone()) * y)
+
+    found = [torch.autograd.grad(solve(func, y0, times(), method="rk4").sum(), y0)[0] for solve in (odeint, adjoint)]
+    assert torch.equal(*found)
+
+
+class Hidden(nn.Module):
+    """Its last layer begins with zeros, as those of flows do: the result is the same for every context."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 3, dtype=DOUBLE), nn.Linear(3, 2, dtype=DOUBLE)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.context = double(1, 1, 1)
+
+    def forward(self, t, y):
+        return self.last(torch.tanh(self.first(y) + self.context))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler", "implicit_adams"])
+@pytest.mark.parametrize("other", ["context", "sign", "weight", "index"])
+def test_what_the_result_hides_is_seen_by_what_is_saved(method, other):
+    model = Hidden()
+    if other == "index":
+        index = torch.tensor([0, 1, 2])
+        model.first.register_forward_hook(lambda module, given, output: output[..., index])
+    y = odeint_adjoint(model, double(0.3, -0.7), times(), **options_of(method))
+    if other == "context":
+        model.context = double(1, 1, 1.001)
+    elif other == "sign":
+        model.context = -model.context
+    elif other == "weight":
+        model.first.weight.data = model.first.weight.data * 1.001
+    else:
+        index = torch.tensor([2, 1, 0])
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.square().sum().backward()
+
+
+def bfloat16_entry():
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    other = weight.detach().clone()
+    other[7, 3] = -1
+    return lambda t, y: y * weight.tanh(), torch.ones(64, 64).bfloat16(), lambda: setattr(weight, "data", other)
+
+
+def masked_logits():
+    weight, held = double(1, 0, 0, 2, 3, 4).reshape(3, 2), {"mask": double(float("-inf"), 0, 0)}
+
+    def func(t, y):
+        return torch.logsumexp(torch.stack([weight @ y, weight @ y]) + held["mask"], 1)
+
+    return func, double(0, 0), lambda: held.update(mask=double(0, float("-inf"), 0))
+
+
+def factor(before, after):
+    held = {"factor": before}
+
+    def func(t, y):
+        product = held["factor"] @ y if held["factor"].ndim == 2 else held["factor"] * y
+        return product.to(y.dtype)
+
+    return lambda: (func, double(0, 0), lambda: held.update(factor=after))
+
+
+def conjugate():
+    held = {"other": lambda x: x}
+
+    def func(t, y):
+        number = torch.complex(y[0], y[1])
+        return torch.view_as_real(number * COMPLEX + number * held["other"](COMPLEX))
+
+    return func, double(0, 0), lambda: held.update(other=torch.conj)
+
+
+COMPLEX = torch.tensor(1 + 2j, dtype=torch.complex128)
+SPARSE = double(1, 2, 0, 1).reshape(2, 2).to_sparse()
+HIDDEN_BY_SIZE_OR_KIND = {
+    "one entry in bfloat16": bfloat16_entry,
+    "an infinity": masked_logits,
+    "uint8": factor(torch.tensor([1, 1], dtype=torch.uint8), torch.tensor([0, 3], dtype=torch.uint8)),
+    "a whole number": factor(torch.tensor(1), torch.tensor(3)),
+    "the conjugate of another that is saved": conjugate,
+    "sparse": factor(SPARSE, SPARSE * 3),
+    "sparse CSR": factor(SPARSE.to_sparse_csr(), (SPARSE * 3).to_sparse_csr()),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_BY_SIZE_OR_KIND)
+def test_no_size_and_no_kind_of_tensor_hides_a_change(name):
+    func, y0, change = HIDDEN_BY_SIZE_OR_KIND[name]()
+    y = adjoint(func, y0.requires_grad_(), torch.linspace(0, 1, 3, dtype=DOUBLE), method="rk4")
+    change()
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.sum().backward()
+
+
+def test_the_error_tells_by_how_much():
+    model = Net()
+    y = odeint_adjoint(model, double(0.3, -0.7), times(), method="rk4")
+    model.last.bias.data = model.last.bias.data * (1 + 1e-9)
+    with pytest.raises(errors.RecomputationError, match=r"differ by \d\.\de-(09|10|11)"):
+        y.sum().backward()
+
+
+class Unwritten(torch.autograd.Function):
+    """Saves memory that nobody has written, as kernels do, and does not read it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        garbage = x.new_empty(7)
+        garbage.data.copy_(torch.randn(7)) if not torch.utils.deterministic.fill_uninitialized_memory else None
+        whole = torch.empty(5, dtype=torch.uint8)
+        ctx.save_for_backward(x, garbage, whole)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.RReLU().eval(), nn.BatchNorm1d(4, momentum=None, dtype=DOUBLE), Unwritten.apply],
+    ids=["RReLU", "BatchNorm, all batches alike", "unwritten"],
+)
+def test_what_the_derivative_does_not_read_is_no_false_alarm(layer):
+    linear = nn.Linear(4, 4, dtype=DOUBLE)
+    y0 = torch.linspace(-1, 1, 12, dtype=DOUBLE).reshape(3, 4).requires_grad_()
+    found = []
+    for solve in (odeint, adjoint):
+        y = solve(lambda t, y: layer(linear(y)), y0, times(), method="rk4")
+        found.append(torch.autograd.grad(y.square().sum(), [y0, *linear.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_another_number_of_threads_in_the_backward():
+    """Sums are taken in another order."""
+    layer = nn.Linear(700, 700, dtype=DOUBLE)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = adjoint(lambda t, y: layer(y), torch.ones(64, 700, dtype=DOUBLE), double(0, 0.1), method="euler")
+        torch.set_num_threads(2)
+        y.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_a_velocity_that_spoils_its_own_tensors_is_an_error():
+    """Of autograd in odeint; here of the step, which finds it, too."""
+    weight = double(0.5, 0.6).requires_grad_()
+
+    def func(t, y):
+        rate = torch.exp(weight * y)
+        return rate.mul_(2)  # the derivative of exp needs its result
+
+    for solve in (odeint, adjoint):
+        y = solve(func, double(0.3, -0.7), times(), method="euler")
+        with pytest.raises(RuntimeError, match=r"inplace operation|changed in place"):
+            y.sum().backward()
