@@ -15,6 +15,8 @@ Source:   arXiv 2510.23498 accumulates gradients in high precision.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import fx
 
@@ -22,6 +24,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import HoistedLoop, Loop, WidenedLoop
 
 CAST = torch.ops.aten._to_copy.default
+NAMED = 3  # inputs, in a note
 
 
 def widen_parameters(loop: HoistedLoop) -> WidenedLoop:
@@ -48,7 +51,9 @@ def widen_parameters(loop: HoistedLoop) -> WidenedLoop:
         if wide.op == "placeholder":
             wide.meta["val"] = graphs.value(wide).to(dtype)
     preamble = _widening(loop, [i - first for i in narrow if i >= first], dtype)
-    return loop.then(WidenedLoop, step=graphs.refresh(step), preamble=preamble)
+    given = graphs.placeholders(loop.step)
+    notes = (*loop.notes, *_told([given[i] for i in narrow if i >= first], dtype))
+    return loop.then(WidenedLoop, step=graphs.refresh(step), preamble=preamble, notes=notes)
 
 
 def find_narrow(loop: Loop) -> list[int]:
@@ -66,6 +71,18 @@ def accumulation_dtype(loop: Loop) -> torch.dtype:
     states = (graphs.value(node) for node in loop.inputs().carries)
     dtypes = [state.dtype.to_real() for state in states if graphs.has_derivatives(state.dtype)]
     return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
+def _told(parameters: Sequence[fx.Node], dtype: torch.dtype) -> Iterator[str]:
+    """How narrow invariants are treated, and what the loop cannot mend."""
+    for own in dict.fromkeys(graphs.value(node).dtype for node in parameters):
+        names = [node.name for node in parameters if graphs.value(node).dtype is own]
+        count, narrow = len(names), str(own).removeprefix("torch.")
+        told = ", ".join(names[:NAMED]) + (f" and {count - NAMED} more" if count > NAMED else "")
+        yield (
+            f"in {narrow}: {told}; gradients are summed up in {str(dtype).removeprefix('torch.')} and rounded to"
+            f" {narrow} once, at the end; where an optimizer updates these tensors themselves, it loses small steps"
+        )
 
 
 def _widening(loop: HoistedLoop, narrow: list[int], dtype: torch.dtype) -> fx.GraphModule | None:

@@ -55,3 +55,27 @@ def test_wide_parameters_and_those_without_gradients_enter_as_they_are():
     assert find_narrow(found["hoist_invariants"]) == []
     assert found["widen_parameters"].step is found["hoist_invariants"].step
     assert found["widen_parameters"].preamble is found["hoist_invariants"].preamble
+
+
+def test_low_parameters_are_told_of():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(2)])
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * self.layers(y.to(self.layers[0].weight.dtype)).to(y.dtype)
+            return y
+
+    rampde_fx.mixed_precision(Model, dtype=torch.float16)
+    arguments = torch.ones(3, 2), torch.linspace(0, 1, 5)
+    (note,) = rampde_fx.explain(Model().half(), *arguments).loops[0].notes
+    assert note == (
+        "in float16: layers_0_weight, layers_0_bias, layers_1_weight and 1 more; gradients are summed up in float32 and"
+        " rounded to float16 once, at the end; where an optimizer updates these tensors themselves, it loses small"
+        " steps"
+    )
+    assert rampde_fx.explain(Model(), *arguments).loops[0].notes == ()
+    with torch.no_grad():
+        assert rampde_fx.explain(Model().half(), *arguments).loops[0].notes == ()
