@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -299,9 +300,11 @@ def rampde_fx(
             unrewritten.loop_stays_wide(loop.where, loop.policy.dtype)
     if not loops:  # as torch compiles it: our settings are for our loops
         return inductor.compile_plainly(compiler, graph_module, example_inputs, options, mode)
-    with inductor.compile_settings(), phase_log.compiling([loop.name for loop in loops], compiler):
+    names = [loop.name for loop in loops]
+    with inductor.compile_settings(), phase_log.compiling(names, compiler):
+        watch = functools.partial(phase_log.lowering, names)
         compiled = inductor.compile_graph(
-            compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable
+            compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable, watch
         )
     compiled = _guarded(compiled, emitted)
     return compiled if verification is None else on_first_call(compiled, verification)

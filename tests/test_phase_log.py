@@ -54,5 +54,19 @@ def test_a_search_and_its_steps_are_loops(caplog):
     assert any("captured in" in line for line in lines)
 
 
+@pytest.mark.inductor
+def test_inductor_tells_of_the_forward_and_of_the_backward(caplog):
+    function = torch.compile(rampde_fx.mixed_precision(euler, dtype=torch.bfloat16), backend="rampde_fx")
+    with caplog.at_level(logging.INFO, logger="rampde_fx"):
+        loss = function(Y.clone().requires_grad_(), T).sum()
+        before = len(caplog.records)
+        loss.backward()
+    lines = [record.getMessage().partition(": ")[2] for record in caplog.records if "rampde_fx" in record.name]
+    for direction, told in (("forward", lines[:before]), ("backward", lines[before:])):
+        begun, done = (line for line in told if line.startswith(direction))
+        assert begun == f"{direction}: Inductor writes kernels and compiles them"
+        assert re.fullmatch(direction + r": [1-9]\d* kernels, compiled in \d+\.\d\d s", done)
+
+
 def test_it_is_silent_by_default(caplog):
     assert lines_of(euler, caplog, logging.WARNING) == []

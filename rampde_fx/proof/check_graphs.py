@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import begins_iteration
 from rampde_fx.ir.loops import LoopNode
 from rampde_fx.policy import MONITORED, PrecisionPolicy
+from rampde_fx.runtime import phase_log
 from rampde_fx.torch_private import inductor
 from rampde_fx.validation.widening import AsWritten
 
@@ -42,4 +44,5 @@ def policies_of(graph_module: fx.GraphModule) -> list[PrecisionPolicy]:
 def compile_alone(compiler: str, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A rewritten graph, compiled by one of the backend's compilers."""
     with inductor.compile_settings():
-        return inductor.compile_graph(compiler, graph_module, example_inputs, {}, None, cpu_passes(), None)
+        watch = functools.partial(phase_log.lowering, [])
+        return inductor.compile_graph(compiler, graph_module, example_inputs, {}, None, cpu_passes(), None, watch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,17 @@ def tell(loop: str, what: str) -> None:
 def tell_done(loop: str, what: str, begun: float) -> None:
     """Tell that a phase is over, and how long it took."""
     tell(loop, f"{what} in {now() - begun:.2f} s")
+
+
+@contextlib.contextmanager
+def lowering(loops: Sequence[str], is_backward: bool) -> Iterator[Callable[[str], None]]:
+    """Tell when Inductor begins with a forward or a backward, and when it is done; takes what it has made."""
+    begun, direction, made = now(), "backward" if is_backward else "forward", list[str]()
+    for loop in loops:
+        tell(loop, f"{direction}: Inductor writes kernels and compiles them")
+    yield made.append
+    for loop in loops:
+        tell_done(loop, f"{direction}: {', '.join([*made, 'compiled'])}", begun)
 
 
 @contextlib.contextmanager

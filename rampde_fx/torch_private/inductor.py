@@ -27,6 +27,7 @@ _torch = Names(
         "torch._higher_order_ops.utils": "validate_subgraph_args_types",
         "torch._inductor": "list_mode_options",
         "torch._inductor.config": ".",
+        "torch._inductor.metrics": ".",
         "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop",
         "torch._inductor.compile_fx": "compile_fx_inner",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
@@ -53,6 +54,8 @@ class LoweringPasses:
 
 # Whether a loop with these condition and body may be replayed.
 Replayable = Callable[[fx.GraphModule, fx.GraphModule], bool]
+# Entered round the compilation of a forward or a backward (True), which says in words what was made.
+Watch = Callable[[bool], contextlib.AbstractContextManager[Callable[[str], None]]]
 
 
 @contextlib.contextmanager
@@ -92,8 +95,11 @@ def compile_graph(
     mode: str | None,
     passes: LoweringPasses,
     replayable: Replayable | None,
+    watch: Watch,
 ) -> Callable[..., Any]:
     """Compile a graph with rewritten loops by one of torch's backends; Inductor applies passes of ours while it lowers.
+
+    The forward and the backward, which is compiled when it is first called, are watched each.
 
     Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If loops are to be
     replayed, those that are replayable become CUDA graphs instead, and nothing else.
@@ -111,10 +117,9 @@ def compile_graph(
     }
     for name, ours in (("post_grad_custom_pre_pass", passes.before), ("post_grad_custom_post_pass", passes.behind)):
         patches[name] = _Lowering(ours, options.get(name, getattr(_torch.config, name)), replayable is not None)
-    if replayable is None:
-        return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches)
-    patches["triton.cudagraphs"] = False
-    inner = functools.partial(_compile_replayed, replayable)
+    if replayable is not None:
+        patches["triton.cudagraphs"] = False
+    inner = functools.partial(_compile_watched, watch, replayable)
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches, inner_compile=inner)
 
 
@@ -142,12 +147,22 @@ def asks_for(setting: str, options: dict[str, Any], mode: str | None) -> bool:
     return bool(given[setting] if setting in given else operator.attrgetter(setting)(_torch.config))
 
 
-def _compile_replayed(replayable: Replayable, *args: Any, **kwargs: Any) -> Any:
-    """Inductor's compilation of one graph, the backward's included, in which loops are replayed."""
+def _compile_watched(watch: Watch, replayable: Replayable | None, *args: Any, **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph, the backward's included, in which loops may be replayed."""
+    before = _torch.metrics.generated_kernel_count
+    with watch(kwargs.get("is_backward", False)) as told:
+        with _replaying(replayable) if replayable is not None else contextlib.nullcontext():
+            compiled = _torch.compile_fx_inner(*args, **kwargs)
+        told(f"{_torch.metrics.generated_kernel_count - before} kernels")
+    return compiled
+
+
+@contextlib.contextmanager
+def _replaying(replayable: Replayable) -> Iterator[None]:
     token = _replays.set(replayable)
     try:
         with mock.patch.object(_torch.PythonWrapperCodegen, "codegen_while_loop", _write_loop):
-            return _torch.compile_fx_inner(*args, **kwargs)
+            yield
     finally:
         _replays.reset(token)
 
