@@ -1,7 +1,11 @@
 """What a function leads to by names, attributes and containers, whatever stands there."""
 
+import functools
 import weakref
-from types import SimpleNamespace
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -37,6 +41,15 @@ class NoItems(dict):
         raise RuntimeError("no items")
 
 
+class NoHash(type):
+    def __hash__(cls):
+        raise RuntimeError("no hash")
+
+
+class OfNoHash(metaclass=NoHash):
+    pass
+
+
 class NoText:
     def __repr__(self):
         raise RuntimeError("no text")
@@ -54,6 +67,8 @@ ODD = {
     "items that raise": lambda: NoItems(a=1),
     "a key without text": lambda: {NoText(): nn.Linear(1, 1)},
     "TorchScript": lambda: torch.jit.trace(nn.Linear(4, 4), torch.ones(4)),
+    "a class without a hash": OfNoHash,
+    "what says that it is a Module": lambda: mock.Mock(spec=nn.Module),
     "itself": SimpleNamespace,
 }
 KEPT = nn.Linear(1, 1)
@@ -66,8 +81,7 @@ def test_what_is_odd_hides_nothing_else(name):
     if name == "itself":
         holder.value.holder = holder
     found = reached(holder)
-    assert {holder.before, holder.behind} <= found.modules.keys()
-    assert found.modules[holder.behind] == "behind"
+    assert {(holder.before, "before"), (holder.behind, "behind")} <= set(found.modules)
     with untouched(holder):
         holder.value = None
     assert holder.value is not None
@@ -77,26 +91,225 @@ def test_names_are_those_of_the_user():
     model, tensor = nn.Sequential(nn.Linear(1, 1)), torch.ones(1)
     held = {"a": [model, SimpleNamespace(scale=tensor)]}
     found = reached(lambda t, y: held["a"][0](y))
-    assert found.modules == {model: "held['a'][0]", model[0]: "held['a'][0].0"}
+    assert found.modules == [(model, "held['a'][0]"), (model[0], "held['a'][0].0")]
     assert [name for _, name in found.tensors] == ["held['a'][1].scale"]
 
 
 class Read(list):
-    """Counts the entries that are read."""
-
-    count = 0
-
     def __iter__(self):
-        for entry in super().__iter__():
-            Read.count += 1
-            yield entry
+        raise AssertionError("code of the user's runs")
 
 
 def test_of_what_is_large_a_part_is_read():
-    Read.count = 0
     holder = Holder(Read(Read(map(float, range(1000))) for _ in range(1000)))
-    assert holder.before in reached(holder).modules
-    assert 1000 < Read.count < MOST + 2000
+    found = reached(holder)
+    assert (holder.before, "before") in found.modules
+    assert 2 < sum(type(held) is Read for held in found.containers) <= MOST / 1000 + 1
+
+
+class Slotted:
+    __slots__ = ("held",)
+
+    def __init__(self, held):
+        self.held = held
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    held: object
+
+
+class OwnList(list):
+    pass
+
+
+class Equal(nn.Linear):
+    """Modules that are equal all of them."""
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 1
+
+
+def of_class(model):
+    class Solver:
+        inner = model
+
+        def __call__(self, t, y):
+            return self.inner(y)
+
+    return Solver()
+
+
+def of_helper(model):
+    class Solver(nn.Module):
+        def forward(self, t, y):
+            return self.rate(y)
+
+        def rate(self, y):
+            return model(y)
+
+    return Solver()
+
+
+def of_property(model):
+    class Solver:
+        def __call__(self, t, y):
+            return self.rate(y)
+
+        @property
+        def rate(self):
+            return model
+
+    return Solver()
+
+
+def of_hook(model):
+    layer = nn.Linear(1, 1)
+    layer.register_forward_hook(lambda module, args, result: model(result))
+    return layer
+
+
+def of_cached(model):
+    @functools.lru_cache
+    def built():
+        return model
+
+    built()
+    return lambda t, y: built()(y)
+
+
+def of_equal(model):
+    return nn.ModuleList([Equal(1, 1), model])
+
+
+WAYS = {
+    "a slot": lambda model: Holder(Slotted(model)),
+    "a frozen dataclass": lambda model: Holder(Frozen(model)),
+    "a deque": lambda model: Holder(deque([model])),
+    "a list of the user's": lambda model: Holder(OwnList([model])),
+    "a UserDict": lambda model: Holder(UserDict(a=model)),
+    "a proxy of a dict": lambda model: Holder(MappingProxyType({"a": model})),
+    "a class": of_class,
+    "a helper method": of_helper,
+    "a property": of_property,
+    "a hook": of_hook,
+    "a cache": of_cached,
+    "what is equal to another": of_equal,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_a_module(way):
+    model = Equal(1, 1) if way == "what is equal to another" else nn.Linear(1, 1)
+    assert any(module is model for module, _ in reached(WAYS[way](model)).modules)
+
+
+def test_methods_that_no_code_names_lead_nowhere():
+    class Solver(nn.Module):
+        data = torch.ones(3)
+
+        def forward(self, t, y):
+            return -y
+
+        def evaluate(self):
+            return KEPT(self.data)
+
+    found = reached(Solver())
+    assert [name for _, name in found.modules] == [""] and not found.tensors
+
+
+COUNT = 0
+
+
+def counts_in_a_global():
+    def func():
+        global COUNT  # noqa: PLW0603
+        COUNT += 1
+
+    return func, lambda: COUNT
+
+
+def counts_in_a_variable():
+    count = 0
+
+    def func():
+        nonlocal count
+        count += 1
+
+    return func, lambda: count
+
+
+def makes_a_variable():
+    made: int
+
+    def func():
+        nonlocal made
+        made = 1
+
+    return func, lambda: "empty" in repr(func.__closure__[0])
+
+
+def counts_in_a_class():
+    class Solver:
+        count = 0
+
+        def __call__(self):
+            type(self).count += 1
+
+    return Solver(), lambda: Solver.count
+
+
+def counts_in_a_slot():
+    slotted = Slotted(0)
+
+    def func():
+        slotted.held += 1
+
+    return func, lambda: slotted.held
+
+
+def makes_a_slot():
+    slotted = Slotted.__new__(Slotted)
+
+    def func():
+        slotted.held = 1
+
+    return func, lambda: hasattr(slotted, "held")
+
+
+def grows(container, add):
+    return lambda: ((lambda: add(container)), lambda: list(container))
+
+
+CHANGES = {
+    "a global": counts_in_a_global,
+    "a variable": counts_in_a_variable,
+    "a variable that is made": makes_a_variable,
+    "a class": counts_in_a_class,
+    "a slot": counts_in_a_slot,
+    "a slot that is made": makes_a_slot,
+    "a deque": grows(deque([1, 2], maxlen=2), lambda held: held.append(3)),
+    "a list of the user's": grows(OwnList([1]), lambda held: held.append(3)),
+    "a UserList": grows(UserList([1]), lambda held: held.append(3)),
+    "a UserDict": grows(UserDict(a=1), lambda held: held.update(b=2)),
+    "a defaultdict": grows(defaultdict(int, a=1), lambda held: held["b"]),
+    "a Counter": grows(Counter("ab"), lambda held: held.update("c")),
+    "an order": grows(OrderedDict(a=1, b=2), lambda held: held.move_to_end("a")),
+    "a set": grows({1}, lambda held: held.add(2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_function_changes_is_put_back(change):
+    func, state = CHANGES[change]()
+    before = state()
+    with untouched(func):
+        func()
+        assert state() != before
+    assert state() == before
 
 
 def test_attributes_lists_and_dicts_are_put_back():

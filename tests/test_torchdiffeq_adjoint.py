@@ -275,6 +275,67 @@ class Later(Net):
         return self.norm(rate) if t.abs() > 0.5 else rate
 
 
+class Late(Net):
+    """Statistics that only late evaluations change, and of which nobody counts it; no result depends on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2, dtype=DOUBLE))
+        self.register_buffer("var", torch.ones(2, dtype=DOUBLE))
+        self.register_buffer("average", torch.zeros(2, dtype=DOUBLE))
+
+    def forward(self, t, y):
+        rate = super().forward(t, y)
+        if t.abs() > 0.5:
+            rate = nn.functional.batch_norm(rate, self.mean, self.var, training=True)
+            self.average.data.mul_(0.9).add_(0.1 * y.detach().mean(0))
+        return rate
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """Of the user's own, of which torch counts the batches, and its statistics depend on the count."""
+
+
+class Cumulative(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = OwnNorm(2, momentum=None, dtype=DOUBLE)
+
+    def forward(self, t, y):
+        return super().forward(t, self.norm(y))
+
+
+class Averaged(Net):
+    """An average with a count of its own, on which the result depends."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("average", torch.zeros(2, dtype=DOUBLE))
+
+    def forward(self, t, y):
+        with torch.no_grad():
+            self.count += 1
+            self.average.lerp_(y.mean(0), 1 / (1 + self.count.item()))
+        return super().forward(t, y) - self.average.clone()
+
+
+class Plain(Net):
+    """Tensors that are no buffers: one that changes in place, one of which the attribute becomes another."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.last_mean = torch.zeros(2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
+
+    def buffers(self):
+        return [self.mean, self.last_mean]
+
+    def forward(self, t, y):
+        self.mean.lerp_(y.detach().mean(0), 0.1)
+        self.last_mean = y.detach().mean(0)
+        return super().forward(t, y) + self.mean.clone()
+
+
 class Initialised(Net):
     """What the first evaluation sets: a parameter, and a flag for it."""
 
@@ -291,7 +352,30 @@ class Initialised(Net):
         return super().forward(t, y) * self.scale
 
 
-@pytest.mark.parametrize("kind", [Normed, Lipschitz, Phased, Seldom, Later, Initialised])
+class Flagged(Initialised):
+    """With a flag that is a floating number."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = torch.tensor(0.0)
+
+
+KEEPING = [
+    Normed,
+    Lipschitz,
+    Phased,
+    Seldom,
+    Later,
+    Late,
+    Cumulative,
+    Averaged,
+    Plain,
+    Initialised,
+    Flagged,
+]
+
+
+@pytest.mark.parametrize("kind", KEEPING)
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
 def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind, method):
     found = []
@@ -345,7 +429,30 @@ def of_trainer(model):
     return lambda t, y: 1.0 * trainer.velocity(t, y)
 
 
+def of_module_of_python(model):
+    elsewhere = ModuleType("elsewhere")
+    elsewhere.model = model
+    return lambda t, y: 1.0 * elsewhere.model(t, y)
+
+
+def of_helper_and_property(model):
+    class Solver(nn.Module):
+        def forward(self, t, y):
+            return self.rate(t, y)
+
+        def rate(self, t, y):
+            return 1.0 * self.velocity(t, y)
+
+        @property
+        def velocity(self):
+            return model
+
+    return Solver()
+
+
 HOLDS = {
+    "module of Python": of_module_of_python,
+    "property in a helper method": of_helper_and_property,
     "closure": lambda model: lambda t, y: 1.0 * model(t, y),
     "partial": lambda model: partial(model.forward),
     "global": of_global,
@@ -377,7 +484,7 @@ def test_buffers_to_which_nothing_leads_are_an_error(kind):
     elsewhere = ModuleType("elsewhere")
     elsewhere.model = kind()
     y0 = double(0.3, -0.7, 0.2, 0.9).reshape(2, 2)
-    y = adjoint(lambda t, y: 1.0 * elsewhere.model(t, y), y0, times(), method="rk4")
+    y = adjoint(lambda t, y: 1.0 * getattr(elsewhere, "model")(t, y), y0, times(), method="rk4")  # noqa: B009
     with pytest.raises(errors.RecomputationError, match="gives another result"):
         y.square().sum().backward()
 
@@ -446,6 +553,17 @@ def test_a_compiled_velocity():
         return compiled(torch.tanh(model(y)))
 
     assert_as_odeint(func, double(0.3, -0.7), times(), tuple(model.parameters()), **options_of("rk4"))
+
+
+def test_a_backward_in_inference_mode():
+    model = Net()
+    y0, found = double(0.3, -0.7).requires_grad_(), []
+    for solve in (odeint, odeint_adjoint):
+        loss = solve(model, y0, times(), method="rk4").square().sum()
+        with torch.inference_mode():
+            found.append([gradient.clone() for gradient in torch.autograd.grad(loss, [y0, *model.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_a_velocity_that_calls_a_transform_is_warned_of():

@@ -28,7 +28,7 @@ def _tensors_of(function: Callable[..., Any]) -> Iterator[tuple[str, torch.Tenso
     found = reached(function)
     for tensor, name in found.tensors:
         yield name, tensor
-    for module, prefix in found.modules.items():
+    for module, prefix in found.modules:
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None:
                 yield f"{prefix}.{name}".removeprefix("."), value

@@ -10,6 +10,7 @@ what differs then, too, is not reproducible.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ NOISE = 4  # roundings of a norm, in float32 of all that is lower, of which nobo
 ROUNDINGS = 64  # roundings of its own dtype: more of these, and
 COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH = 2**16  # of a direction on which tensors are projected
+COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
 Projections = dict[Any, tuple[weakref.ref[torch.Tensor], torch.Tensor]]
 
@@ -31,7 +33,8 @@ class Fingerprint(NamedTuple):
     """Of the tensors of a result, and of those that are saved.
 
     Attributes:
-        numbers: A projection of each on a fixed direction, float64, 1-D.
+        numbers: float64, of shape (2, tensors): a projection of each on a fixed direction, and how many of its entries
+            are what torch fills memory with, where it fills it before it is handed out.
         tensors: They themselves, as long as they are at hand: their norms are asked for where bits differ.
     """
 
@@ -52,17 +55,27 @@ class Fingerprint(NamedTuple):
         differences = self._differences(numbers)
         return float(torch.where(differences == 0, 0.0, differences / self._norms()).nan_to_num(1.0, 1.0).amax())
 
-    def is_filled(self) -> torch.Tensor:
-        """Which tensors have what torch fills memory with, where it fills it before it is handed out."""
-        found = [_is_filled(tensor) for tensor in self.tensors]
-        return torch.stack([entry.to(self.numbers.device) for entry in found])
+    @property
+    def projections(self) -> torch.Tensor:
+        """Of each tensor."""
+        return self.numbers[0]
+
+    @property
+    def fills(self) -> torch.Tensor:
+        """How many entries of each tensor are NaN, or the largest whole number."""
+        return self.numbers[1]
+
+    def leave_zeros(self) -> None:
+        """Have memory that is handed out next, for tensors of these sizes, be zero rather than what it was."""
+        zeros = [torch.zeros_like(tensor) for tensor in self.tensors for _ in range(COPIES)]
+        del zeros
 
     def _differences(self, numbers: torch.Tensor) -> torch.Tensor:
-        return (self.numbers - numbers).abs()
+        return (self.projections - numbers[0]).abs()
 
     def _norms(self) -> torch.Tensor:
-        norms = [sum(torch.linalg.vector_norm(part) for part in _parts(tensor)) for tensor in self.tensors]
-        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in norms])
+        norms = [sum(torch.linalg.vector_norm(_finite(part)) for part, _ in _parts(tensor)) for tensor in self.tensors]
+        return torch.stack([torch.as_tensor(norm).to(self.projections) for norm in norms])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
         units = [0.0 if _is_whole(tensor) else torch.finfo(tensor.dtype).eps for tensor in self.tensors]
@@ -87,7 +100,7 @@ class Fingerprints:
             return None
         at_hand = Projections()
         numbers = [self._of(tensor, at_hand).to(results[0].device) for tensor in tensors]
-        return Fingerprint(torch.stack(numbers), tensors)
+        return Fingerprint(torch.stack(numbers, dim=1), tensors)
 
     def _of(self, tensor: torch.Tensor, at_hand: Projections) -> torch.Tensor:
         """The projection of one; those that are at hand are known by where they are, for many are saved twice."""
@@ -106,8 +119,17 @@ class Fingerprints:
         return projections[key][1]
 
     def _projection(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On a direction, float64, 0-D."""
-        return torch.stack([self._projected(part) for part in _parts(tensor)]).sum().double()
+        """On a direction, and the number of fills; float64, of shape (2,)."""
+        found = [self._counted(*part) for part in _parts(tensor)]
+        return torch.stack([torch.stack(numbers).sum().double() for numbers in zip(*found, strict=True)])
+
+    def _counted(self, flat: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projection of entries, and how many of them are fills."""
+        if not math.isnan(fill):
+            return self._projected(flat), (flat == fill).sum()
+        if flat.device.type == "cpu" and (number := self._projected(flat)).isfinite():  # so there is nothing to count
+            return number, number.new_zeros((), dtype=torch.int64)
+        return self._projected(_finite(flat)), flat.isnan().sum()
 
     def _projected(self, flat: torch.Tensor) -> torch.Tensor:
         """On a direction; on a product of directions where one would take as much memory."""
@@ -146,15 +168,12 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _is_filled(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.layout is not torch.strided or tensor.dtype is torch.bool:
-        return torch.tensor(False)
-    is_filled = tensor == torch.iinfo(tensor.dtype).max if _is_whole(tensor) else tensor.isnan()
-    return is_filled.any()
+def _finite(flat: torch.Tensor) -> torch.Tensor:
+    return flat.nan_to_num(UNKNOWN, POSITIVE, NEGATIVE)
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Its entries, and where they are in a sparse one: 1-D, finite, in a dtype that sums them up."""
+def _parts(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
+    """Its entries, and where they are in a sparse one, 1-D in a dtype that sums them up; what torch fills each with."""
     plain = tensor.detach()
     if type(plain) is not torch.Tensor and plain.layout is torch.strided:
         plain = plain.as_subclass(torch.Tensor)
@@ -169,7 +188,8 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     for piece in pieces:
         real = torch.view_as_real(piece.resolve_conj()) if piece.is_complex() else piece
         if _is_whole(real):
-            yield real.reshape(-1).to(torch.float64)
+            fill = math.inf if real.dtype is torch.bool else torch.iinfo(real.dtype).max
+            yield real.reshape(-1).to(torch.float64), float(fill)
         else:
             wide = real if real.dtype is torch.float64 else real.to(torch.float32)
-            yield wide.reshape(-1).nan_to_num(UNKNOWN, POSITIVE, NEGATIVE)
+            yield wide.reshape(-1), math.nan

@@ -38,7 +38,7 @@ class Recomputation:
 
     def __init__(self, func: Any) -> None:
         self.buffers, self.fingerprints = Buffers(func), Fingerprints()
-        self.keeps_all = False
+        self.keeps_all, self.is_first = False, True
         self.random: Random | None = None
         self.doubts: dict[int, Doubts] = {}
 
@@ -51,14 +51,19 @@ class Recomputation:
         if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed() or callers.in_dual_level():
             return function(*states)
         states = tuple([leaf.clone() if leaf.is_inference() else leaf for leaf in state] for state in states)
-        surroundings = self._surroundings(states)
+        surroundings, is_first = self._surroundings(states), self.is_first
+        gradients = self._gradients() if is_first else []
+        self.is_first = False
+        recomputed = _Recomputed(self, function, states, surroundings, then)
         try:
-            found = _Recomputed(self, function, states, surroundings, then).first(states)
+            found = recomputed.first(states)
         except RuntimeError as error:
             if not callers.bears_no_hooks(error):
                 raise
         else:
-            self.buffers.note_changes()
+            if is_first and recomputed.was_differentiated and self._gradients() != gradients:
+                raise adds_gradients()
+            self.buffers.note_changes(surroundings.before)
             return found
         self.keeps_all = True
         warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
@@ -67,10 +72,15 @@ class Recomputation:
 
     def doubts_of(self, now: Fingerprint) -> Doubts:
         """Those that are known of steps with as many tensors."""
-        count = len(now.numbers)
+        count = len(now.projections)
         if count not in self.doubts:
-            self.doubts[count] = Doubts(*(torch.zeros_like(now.numbers, dtype=torch.bool) for _ in range(2)))
+            self.doubts[count] = Doubts(*(torch.zeros_like(now.projections, dtype=torch.bool) for _ in range(2)))
         return self.doubts[count]
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """Which tensors stand in .grad of func's parameters, and how often each was changed."""
+        found = [parameter.grad for parameter in self.buffers.parameters]
+        return [(0, 0) if gradient is None else (id(gradient), version_of(gradient)) for gradient in found]
 
     def _surroundings(self, states: tuple[State, ...]) -> Surroundings:
         random = random_of(states)
@@ -135,6 +145,7 @@ class Surroundings(NamedTuple):
         """As they were, with gradients."""
         random = self.random
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.random.fork_rng(random.devices, device_type=random.device_type))
             random.restore()
             for settings in self.autocasts:
@@ -161,7 +172,7 @@ class _Saved:
         """The value, which nobody has changed since."""
         assert self.value is not None, "there is a value at hand"
         if version_of(self.value) != self.version:
-            raise changed_in_place(self.value)
+            raise changed_in_place(f"a tensor of shape {tuple(self.value.shape)} that func reads")
         return self.value
 
     def again(self, tensor: torch.Tensor, *, as_before: bool) -> None:
@@ -170,7 +181,7 @@ class _Saved:
             saved, before = f"{tuple(tensor.shape)} of {tensor.dtype}", f"{tuple(self.look[0])} of {self.look[1]}"
             raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
         if as_before and version_of(tensor) != self.version and place_of(tensor) == self.place:
-            raise changed_in_place(tensor)
+            raise changed_in_place(f"a tensor of shape {tuple(tensor.shape)} that func reads")
         self.value, self.version = tensor.detach(), version_of(tensor)
 
 
@@ -207,7 +218,7 @@ class _Recomputed:
         self.saved: list[weakref.ref[_Saved]] = []
         self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
-        self.is_first = True
+        self.is_first, self.was_differentiated = True, False
 
     def first(self, states: tuple[State, ...]) -> Any:
         """The result; what the function has saved is let go."""
@@ -235,6 +246,7 @@ class _Recomputed:
         return found
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
+        self.was_differentiated |= self.is_first  # by func itself
         if saved.value is None:
             self._recompute()
         value = saved.checked()
@@ -243,7 +255,11 @@ class _Recomputed:
         return value
 
     def _recompute(self) -> None:
-        given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.inputs.grad_fn.saved_tensors]
+        try:
+            saved = self.inputs.grad_fn.saved_tensors
+        except RuntimeError as error:  # autograd's own, which names no cause
+            raise changed_in_place("the state that func is given") from error
+        given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in saved]
         leaves, as_before = iter(given), [version_of(leaf) for leaf in given] == self.versions
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
 
@@ -290,11 +306,24 @@ class _Recomputed:
         with written_memory():
             _, once_more = self._once_more(states, lambda tensor, number: None)
         if once_more is not None:
-            doubts.is_noisy.logical_or_(once_more.numbers != now.numbers)
-            doubts.is_unknown.logical_or_(once_more.is_filled())
+            doubts.is_noisy.logical_or_(once_more.projections != now.projections)
+            doubts.is_unknown.logical_or_(self._is_unwritten(states, now, once_more))
         if bool(self._is_another(now, self.numbers, doubts).any()):
             share = now.difference(self.numbers)
             raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
+
+    def _is_unwritten(self, states: list[State], now: Fingerprint, filled: Fingerprint) -> torch.Tensor:
+        """Which tensors have entries that nobody has written, by one for which all memory was filled."""
+        assert self.numbers is not None, "the forward has ended"
+        is_unwritten = filled.fills > now.fills
+        # A NaN, or memory that was filled before, for another one? Then what is made of zeros tells.
+        doubtful = (filled.fills == now.fills) & (now.fills > self.numbers[1])
+        if bool(doubtful.any()):
+            filled.leave_zeros()
+            _, third = self._once_more(states, lambda tensor, number: None)
+            if third is not None:
+                is_unwritten |= doubtful & (third.fills < filled.fills)
+        return is_unwritten
 
     def _is_another(self, now: Fingerprint, before: torch.Tensor, doubts: Doubts) -> torch.Tensor:
         """Which tensors are others."""
@@ -335,12 +364,22 @@ def written_memory() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
-def changed_in_place(tensor: torch.Tensor) -> RecomputationError:
+def changed_in_place(what: str) -> RecomputationError:
     """The error of a tensor whose value is no longer that of the forward."""
     return RecomputationError(
-        f"a tensor of shape {tuple(tensor.shape)} that func reads was changed in place before the backward",
-        required="parameters, buffers and other tensors that stay as they are until the backward has run",
-        fix="change them after it: loss.backward() before optimizer.step()",
+        f"{what} was changed in place, before the backward or by func itself",
+        required="parameters, states and other tensors that stay as they are until the backward has run, buffers apart",
+        fix="change them after it: loss.backward() before optimizer.step(); what func makes of them at its first call, "
+        "make before the solve",
+    )
+
+
+def adds_gradients() -> RecomputationError:
+    """The error of a velocity that calls backward()."""
+    return RecomputationError(
+        "func calls backward(), which adds to the .grad of its parameters: the backward would add it once more",
+        required="a func that leaves .grad alone",
+        fix="take torch.autograd.grad(..., create_graph=True) in func, or use odeint",
     )
 
 

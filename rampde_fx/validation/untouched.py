@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from rampde_fx.reach import reached
+from rampde_fx.reach import attributes_of, base_of, reached
 
 
 @contextlib.contextmanager
 def untouched(function: Callable[..., Any]) -> Iterator[None]:
-    """Put back what a function reads: attributes of modules and objects, and what is in lists, dicts and sets."""
+    """Put back what a function reads: variables, attributes of modules, objects and classes, entries of containers."""
     found = reached(function)
-    modules = [(module, _registers(module)) for module in found.modules]
-    holders = [vars(owner) for owner in (*found.modules, *(held for held, _ in found.objects))]
-    saved = [(held, held.copy()) for held in (*holders, *found.containers)]
+    modules = [(module, _registers(module)) for module, _ in found.modules]
+    owners = [owner for owner, _ in (*found.modules, *found.objects)]
+    containers = [(held, _entries(held)) for held in (*map(attributes_of, owners), *found.containers)]
+    slots = [(slot, slot.read()) for slot in found.slots]
     try:
         yield
     finally:
-        for held, before in saved:
-            held.clear()
-            held.extend(before) if isinstance(held, list) else held.update(before)
+        for held, entries in containers:
+            kind = base_of(held)
+            kind.clear(held)
+            (kind.extend if kind in (list, deque) else kind.update)(held, entries)
+        for slot, value in slots:
+            if slot.read() is not value:
+                slot.bind(value)
         for module, registers in modules:
             for now, before in zip(_registers(module, own=True), registers, strict=True):
                 now.clear()
                 now.update(before)
+
+
+def _entries(held: Any) -> list[Any]:
+    kind = base_of(held)
+    return list(kind.items(held) if issubclass(kind, dict) else kind.__iter__(held))
 
 
 def _registers(module: nn.Module, *, own: bool = False) -> list[dict[str, Any]]:
