@@ -12,7 +12,8 @@ its largest entry to the upper end of the storage dtype's range.
 
 Beside activations that are kept, the states that evaluations read are stored no more coarsely than these read them. A
 pullback that reads both would otherwise differentiate at two points at once, and terms that cancel in exact arithmetic
-would not.
+would not. Where they read what the step makes of a state, and in a dtype of less range than the policy's, the state is
+stored as it is.
 
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
 passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
@@ -76,28 +77,42 @@ def storage_dtype(value: torch.Tensor, wanted: torch.dtype) -> torch.dtype:
 
 
 def beside_activations(loop: KeptLoop, state: fx.Node) -> torch.dtype:
-    """The storage dtype of the policy, or where the loop keeps activations the finest in which they read the state."""
+    """The storage dtype of the policy, or where the loop keeps activations the finest in which they read the state.
+
+    An evaluation that reads the state itself is finite only where the state is in that dtype, too. One that reads what
+    the step has made of it says nothing of its range: then no range is given up, and the state is stored as it is.
+    """
     stored = loop.policy.storage_dtype
-    read = _read_by_evaluations(loop.step, state) if loop.kept else set[torch.dtype]()
-    return min(stored, *read, key=lambda dtype: torch.finfo(dtype).eps) if read else stored
+    itself, made = _read_by_evaluations(loop.step, state) if loop.kept else (set[torch.dtype](), set[torch.dtype]())
+    if not itself | made:
+        return stored
+    finest = min(stored, *itself, *made, key=lambda dtype: torch.finfo(dtype).eps)
+    gives_up = torch.finfo(finest).max < torch.finfo(stored).max
+    return graphs.value(state).dtype if gives_up and not itself else finest
 
 
-def _read_by_evaluations(step: fx.GraphModule, state: fx.Node) -> set[torch.dtype]:
-    """The dtypes in which evaluations read a state, or what the step makes of it before them."""
-    found, pending, seen = set[torch.dtype](), [state], set[fx.Node]()
+def _read_by_evaluations(step: fx.GraphModule, state: fx.Node) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """The dtypes in which evaluations read a state itself, and what the step makes of it before them."""
+    found = set[torch.dtype](), set[torch.dtype]()
+    pending, seen = [(state, True)], set[tuple[fx.Node, bool]]()
     while pending:
-        node = pending.pop()
-        if node in seen:
+        node, is_itself = pending.pop()
+        if (node, is_itself) in seen:
             continue
-        seen.add(node)
+        seen.add((node, is_itself))
         for user in node.users:
             if user.op == "call_module" and user.meta.get("role") == "velocity":
                 entries = graphs.placeholders(step.get_submodule(str(user.target)))
                 read = [entry for x, entry in zip(user.args, entries, strict=True) if x is node]
-                found = found.union(*map(_read_in, read))
+                found[0 if is_itself else 1].update(*map(_read_in, read))
             elif graphs.is_float(user):
-                pending.append(user)
+                pending.append((user, is_itself and _moves(user)))
     return found
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a node moves entries, or chooses among them, and computes none."""
+    return graphs.is_view(node) or operator_table.properties(node.target).update in ("copy", "cast", "choose", "join")
 
 
 def _read_in(entry: fx.Node) -> set[torch.dtype]:
@@ -236,8 +251,8 @@ class _Storing:
         """A note on states that are not stored as the policy says."""
         policy = self.loop.policy.storage_dtype
         return [
-            f"states are stored in {stored}, which the velocity reads, not in {policy}: beside "
-            "activations that are kept, a rounded state would be another point"
+            f"states are stored in {stored}, for the velocity reads them so, or what the step makes of them, not in"
+            f" {policy}: beside activations that are kept, a rounded state would be another point"
             for stored in self.finer
         ]
 

@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rampde_fx
+from rampde_fx.passes import store_states
+from rampde_fx.runtime.scales import power_of_two_scale
 from tests.benchmarks import measure
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import FORMS, RK4, Midpoint, Uneven
@@ -198,7 +200,10 @@ def test_states_beside_kept_activations_are_those_that_the_velocity_read(velocit
     policy = rampde_fx.PrecisionPolicy(velocity, storage=storage, checkpoint="none")
     (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Radial(), policy=policy), y, t).loops
     assert f"y: {str(velocity).removeprefix('torch.')}[16, 3]" in loop.stored
-    assert any(f"states are stored in {velocity}, which the velocity reads, not in {storage}" in n for n in loop.notes)
+    assert any(
+        f"states are stored in {velocity}, for the velocity reads them so" in n and f"not in {storage}" in n
+        for n in loop.notes
+    )
     model = compiled(Radial(), velocity, storage=storage, checkpoint="none")
     model(y, t).norm(dim=-1).sum().backward()
     assert (y.grad - y.detach() / y.detach().norm(dim=-1, keepdim=True)).abs().max() < bound
@@ -259,9 +264,53 @@ def test_a_state_that_no_evaluation_reads_is_stored_as_the_policy_says():
     assert max(relative_errors(gradients(low), gradients(model))) < 1e-2
 
 
+class Scaled(torch.nn.Module):
+    """Evaluations read what the step makes of a state alone, which float16 could not hold itself."""
+
+    def __init__(self, size, spelling):
+        super().__init__()
+        self.layer, self.size, self.spelling = torch.nn.Linear(3, 3), size, spelling
+
+    def forward(self, y, t):
+        large = self.size * y
+        for _, dt in rampde_fx.steps(t):
+            small = large / self.size if self.spelling == "quotient" else (large - self.size) / self.size
+            rate = torch.tanh(self.layer(y))
+            large, y = large + dt * self.size * small.square(), y + dt * rate * (1 + small)
+        return y + large / self.size
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-9])
+@pytest.mark.parametrize("spelling", ["quotient", "difference"])
+def test_a_state_of_which_evaluations_read_a_multiple_keeps_its_range(size, spelling):
+    torch.manual_seed(0)
+    model, y, t = Scaled(size, spelling), (0.3 * torch.randn(16, 3)).requires_grad_(), torch.linspace(0, 1, 5)
+    policy = rampde_fx.PrecisionPolicy(torch.float16, storage=torch.bfloat16, checkpoint="none")
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(model, policy=policy), y, t).loops
+    assert "large: float32[16, 3]" in loop.stored
+    assert any("states are stored in torch.float32" in note for note in loop.notes)
+
+    def gradients(run):
+        return torch.autograd.grad(run(y, t).square().sum(), [y, *model.parameters()])
+
+    low = compiled(model, torch.float16, storage=torch.bfloat16, checkpoint="none")
+    assert max(relative_errors(gradients(low), gradients(model))) < 5e-3
+
+
 @pytest.mark.parametrize("checkpoint", ["step", rampde_fx.MemoryBudget(max_bytes=0)], ids=str)
 def test_states_are_stored_as_the_policy_says_where_no_activations_are(checkpoint):
     policy = rampde_fx.PrecisionPolicy(torch.float32, storage=torch.float16, checkpoint=checkpoint)
     model = rampde_fx.mixed_precision(Radial(), policy=policy)
     (loop,) = rampde_fx.explain(model, torch.randn(16, 3, requires_grad=True), torch.linspace(0, 1, 5)).loops
     assert loop.stored == ("y: float16[16, 3]",) and not any("states are stored" in note for note in loop.notes)
+
+
+@pytest.mark.parametrize("dtype", store_states.TARGETS, ids=str)
+def test_the_largest_entry_is_put_at_the_upper_end_of_the_range(dtype):
+    """Whatever its mantissa: twice the target is within the range, four times it is not."""
+    largest, target = torch.finfo(dtype).max, store_states.TARGETS[dtype]
+    assert largest / 4 < target <= largest / 2
+    for size in (1.0, 1.5, 2 - 2.0**-23):
+        state = torch.tensor([size, -size / 3])
+        scaled = (state * power_of_two_scale(target, state)).to(dtype).float()
+        assert scaled.isfinite().all() and target <= scaled.abs().max() <= 2 * target

@@ -26,7 +26,9 @@ COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH = 2**16  # of a direction on which tensors are projected
 COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
-Projections = dict[Any, tuple[weakref.ref[torch.Tensor], torch.Tensor]]
+NO_FILL = torch.zeros((), dtype=torch.float64)
+Numbers = tuple[torch.Tensor, torch.Tensor]  # a projection, and the number of fills: float64, 0-D
+Projections = dict[Any, tuple[weakref.ref[torch.Tensor], Numbers]]
 
 
 class Fingerprint(NamedTuple):
@@ -99,11 +101,12 @@ class Fingerprints:
         if any(callers.wraps_others(tensor) for tensor in tensors):
             return None
         at_hand = Projections()
-        numbers = [self._of(tensor, at_hand).to(results[0].device) for tensor in tensors]
-        return Fingerprint(torch.stack(numbers, dim=1), tensors)
+        numbers = zip(*(self._of(tensor, at_hand) for tensor in tensors), strict=True)
+        device = results[0].device
+        return Fingerprint(torch.stack([torch.stack([each.to(device) for each in row]) for row in numbers]), tensors)
 
-    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> torch.Tensor:
-        """The projection of one; those that are at hand are known by where they are, for many are saved twice."""
+    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> Numbers:
+        """The numbers of one; those that are at hand are known by where they are, for many are saved twice."""
         place, base = place_of(tensor), tensor if tensor._base is None else tensor._base
         if not place:
             return self._projection(tensor)
@@ -118,18 +121,20 @@ class Fingerprints:
             projections[key] = weakref.ref(base), self._projection(tensor)
         return projections[key][1]
 
-    def _projection(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On a direction, and the number of fills; float64, of shape (2,)."""
-        found = [self._counted(*part) for part in _parts(tensor)]
-        return torch.stack([torch.stack(numbers).sum().double() for numbers in zip(*found, strict=True)])
+    def _projection(self, tensor: torch.Tensor) -> Numbers:
+        parts = [self._counted(*part) for part in _parts(tensor)]
+        if len(parts) == 1:
+            return parts[0]
+        numbers, fills = zip(*parts, strict=True)
+        return torch.stack(numbers).sum(), torch.stack(fills).sum()
 
-    def _counted(self, flat: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _counted(self, flat: torch.Tensor, fill: float) -> Numbers:
         """The projection of entries, and how many of them are fills."""
         if not math.isnan(fill):
-            return self._projected(flat), (flat == fill).sum()
-        if flat.device.type == "cpu" and (number := self._projected(flat)).isfinite():  # so there is nothing to count
-            return number, number.new_zeros((), dtype=torch.int64)
-        return self._projected(_finite(flat)), flat.isnan().sum()
+            return self._projected(flat), (flat == fill).sum().double()
+        if flat.device.type == "cpu" and math.isfinite((number := self._projected(flat)).item()):
+            return number.double(), NO_FILL  # there is nothing to count
+        return self._projected(_finite(flat)).double(), flat.isnan().sum().double()
 
     def _projected(self, flat: torch.Tensor) -> torch.Tensor:
         """On a direction; on a product of directions where one would take as much memory."""
