@@ -504,6 +504,8 @@ def test_the_errors_are_those_of_the_dtypes():
     text = str(result)
     assert "agrees with the model to rounding" in text and all(row.name in text for row in result.rows)
     assert "<table>" in result._repr_html_() and "bfloat16" in result._repr_html_()
+    for words in ("stored: bytes", "repeated: backward passes", "vanished, overflowed: entries"):
+        assert words in str(result) and words in result._repr_html_()
 
 
 def test_what_vanishes_and_what_overflows_is_counted():

@@ -314,3 +314,26 @@ def test_the_largest_entry_is_put_at_the_upper_end_of_the_range(dtype):
         state = torch.tensor([size, -size / 3])
         scaled = (state * power_of_two_scale(target, state)).to(dtype).float()
         assert scaled.isfinite().all() and target <= scaled.abs().max() <= 2 * target
+
+
+def test_what_is_no_wider_than_the_storage_dtype_is_stored_as_it_is():
+    model, y, t = Radial(), torch.randn(16, 3, requires_grad=True), torch.linspace(0, 1, 5)
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(model, dtype=torch.float32), y, t).loops
+    (stored,) = [node for node in loop.step.graph.output_node().args[0] if node.op == "placeholder"]
+    assert stored.name == "y" and loop.stored == ("y: float32[16, 3]",)
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_a_state_without_entries_has_no_scale(storage):
+    model, y, t = torch.nn.Linear(3, 3), torch.ones(0, 3, requires_grad=True), torch.linspace(0, 1, 5)
+
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(model(y))
+        return y
+
+    policy = rampde_fx.PrecisionPolicy(torch.float16, storage=storage)
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(flow, policy=policy), y, t).loops
+    assert loop.stored == ("y: float32[0, 3]",)
+    compiled(flow, torch.float16, storage=storage)(y, t).sum().backward()
+    assert y.grad.shape == (0, 3) and not model.weight.grad.any()

@@ -12,6 +12,10 @@ from rampde_fx.policy import PrecisionPolicy
 
 COLUMNS = ("policy", "values", "gradients", "worst gradient", "stored", "repeated", "vanished", "overflowed")
 TIMES = ("ms", "of eager", "of compiled")
+LEGEND = (
+    "stored: bytes for the backward; repeated: backward passes that overflowed and ran again; vanished, overflowed: "
+    "entries of the adjoint"
+)
 
 
 def label(policy: PrecisionPolicy) -> str:
@@ -182,11 +186,11 @@ class CheckResult:
 
     def _verdict(self) -> list[str]:
         return [
-            *(f"loop at {where}" for where in self.loops),
+            *(f"loop at {where or 'an unknown line'}" for where in self.loops),
             f"in float64 the rewrite agrees with the model to rounding, in {len(self.structures)} forms; errors against"
             " float64:",
         ]
 
     def _remarks(self) -> list[str]:
         refused = [f"{row.name} was refused: {row.refusal.splitlines()[0]}" for row in self.rows if row.refusal]
-        return [f"note: {note}" for note in (*self.notes, *refused)]
+        return [LEGEND, *(f"note: {note}" for note in (*self.notes, *refused))]
