@@ -209,6 +209,23 @@ def test_states_beside_kept_activations_are_those_that_the_velocity_read(velocit
     assert (y.grad - y.detach() / y.detach().norm(dim=-1, keepdim=True)).abs().max() < bound
 
 
+class Joined(Radial):
+    """The velocity reads the state among other entries, which are carried on."""
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            both = torch.cat([y, y.flip(0)], dim=1)[:, :3]
+            y = both + dt * both * torch.tanh(self.mix(both))
+        return y
+
+
+def test_a_state_that_evaluations_read_among_others_is_read_itself():
+    policy = rampde_fx.PrecisionPolicy(torch.float16, storage=torch.bfloat16, checkpoint="none")
+    y, t = torch.randn(16, 3, requires_grad=True), torch.linspace(0, 1, 5)
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Joined(), policy=policy), y, t).loops
+    assert "y: float16[16, 3]" in loop.stored
+
+
 class Staged(torch.nn.Module):
     """The velocity reads the state through a stage of the step; terms that cancel are those of one point."""
 
