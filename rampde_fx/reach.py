@@ -105,6 +105,18 @@ def base_of(container: Any) -> Any:
     return next(kind for kind in (OrderedDict, dict, list, deque, set) if _is(container, kind))
 
 
+def slot_in(held: dict[Any, Any], key: Any) -> Slot:
+    """An entry of a dict."""
+
+    def bind(value: Any) -> None:
+        if value is UNSET:
+            held.pop(key, None)
+        else:
+            held[key] = value
+
+    return Slot(lambda: held.get(key, UNSET), bind)
+
+
 Held = Iterator[tuple[str, Any]]  # what something holds, with the names of it
 
 
@@ -140,6 +152,8 @@ class _Search:
         elif _is(value, partial):
             yield from ((name, held) for held in (value.func, *value.args, *value.keywords.values()))
         elif _is(value, FunctionType):
+            if _is_own(value.__module__):
+                found.objects.append((value, name))
             yield from self._of_code(value)
         elif _is(value, CACHED):
             yield from ((name, held) for held in gc.get_referents(value))
@@ -203,7 +217,7 @@ class _Search:
                 yield from look(name)
 
     def _of_name(self, namespace: dict[str, Any], name: str) -> Held:
-        yield name, self._noted(_in_dict(namespace, name))
+        yield name, self._noted(slot_in(namespace, name))
 
     def _noted(self, slot: Slot) -> Any:
         self.found.slots.append(slot)
@@ -216,16 +230,6 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-def _in_dict(held: dict[str, Any], key: str) -> Slot:
-    def bind(value: Any) -> None:
-        if value is UNSET:
-            held.pop(key, None)
-        else:
-            held[key] = value
-
-    return Slot(lambda: held.get(key, UNSET), bind)
 
 
 def _in_cell(cell: CellType) -> Slot:

@@ -312,6 +312,75 @@ def test_what_a_function_changes_is_put_back(change):
     assert state() == before
 
 
+class Key:
+    """Hashes by its value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __hash__(self):
+        return hash(self.value)
+
+    def __eq__(self, other):
+        return self.value == other.value
+
+
+def test_keys_that_change_in_the_run_find_their_values():
+    keys = [Key(1), Key(2)]
+    held = {keys[0]: 1.0, keys[1]: 2.0}
+
+    def func():
+        keys[0].value = 2
+        held[keys[0]] = 3.0
+
+    with untouched(func):
+        func()
+    assert [key.value for key in keys] == [1, 2] and [held[key] for key in keys] == [1.0, 2.0]
+
+
+FAILING = []
+
+
+class Unhashed:
+    def __hash__(self):
+        if FAILING:
+            raise RuntimeError("no hash")
+        return 1
+
+
+def test_what_cannot_be_put_back_hides_nothing_else():
+    first, other, last = {Unhashed()}, [1], {1}
+    try:
+        with pytest.raises(RuntimeError, match="no hash"), untouched(lambda: (first, other, last)):
+            other.append(2)
+            last.add(2)
+            FAILING.append(True)
+    finally:
+        FAILING.clear()
+    assert other == [1] and last == {1}
+
+
+def test_values_of_buffers_gradients_and_hooks_are_put_back():
+    """Code of the user's may run outside of what is captured."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[0].weight.grad = gradient = torch.ones(2, 2)
+
+    def func():
+        model(torch.randn(5, 2))
+        model[0].weight.grad = None
+        model[0].bias.requires_grad_(False)
+        model[0].register_forward_hook(lambda *_: None)
+        func.calls = 1
+
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with untouched(func):
+        func()
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model[0].weight.grad is gradient and model[0].bias.requires_grad
+    assert not model[0]._forward_hooks and not hasattr(func, "calls")
+
+
 def test_attributes_lists_and_dicts_are_put_back():
     holder = Holder({"list": [1], "dict": {"a": 1}})
     with untouched(holder):

@@ -360,7 +360,95 @@ class Flagged(Initialised):
         self.done = torch.tensor(0.0)
 
 
+class Made(Net):
+    """A buffer that the first evaluation makes, and attributes that are changed where nobody counts it."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = torch.zeros(2, dtype=DOUBLE)
+        self.register_buffer("count", torch.tensor(0))
+        self.later = None
+
+    def buffers(self):
+        return [*super().buffers(), self.average, self.later]
+
+    def forward(self, t, y):
+        with torch.no_grad():
+            if not hasattr(self, "mean"):
+                self.register_buffer("mean", torch.zeros(2, dtype=DOUBLE))
+            self.mean.lerp_(y.mean(0), 0.1)
+            self.later = y.mean(0) if self.later is None else self.later.lerp_(y.mean(0), 0.1)
+        self.average.data.mul_(0.9).add_(y.detach().mean(0))
+        self.count.data.add_(1)
+        return super().forward(t, y)
+
+
+class Normalised(Net):
+    """ActNorm with all that it makes in buffers, from which the next evaluations read."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("done", torch.tensor(0, dtype=torch.uint8))
+        self.register_buffer("shift", torch.zeros(2, dtype=DOUBLE))
+
+    def forward(self, t, y):
+        if self.done == 0:
+            self.shift.copy_(y.detach().mean(0))
+            self.done.fill_(1)
+        return super().forward(t, y - self.shift)
+
+
+class Grown(Net):
+    """A buffer that gets its shape from the first evaluation, as observers of quantization do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.empty(0, dtype=DOUBLE))
+
+    def forward(self, t, y):
+        if self.largest.numel() == 0:
+            self.largest.resize_(2).copy_(y.detach().amax(0))
+        self.largest.copy_(torch.maximum(self.largest, y.detach().amax(0)))
+        return super().forward(t, y)
+
+
+class Sparse(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(2, dtype=DOUBLE).to_sparse())
+
+    def buffers(self):
+        return [self.matrix.to_dense()]
+
+    def forward(self, t, y):
+        self.matrix.mul_(0.5)
+        return super().forward(t, y)
+
+
+class Bound(Net):
+    """Tensors that are replaced: of a class, in a list, in a dict."""
+
+    mean = torch.zeros(2, dtype=DOUBLE)
+
+    def __init__(self):
+        super().__init__()
+        type(self).mean = torch.zeros(2, dtype=DOUBLE)
+        self.held, self.named = [self.mean], {"mean": self.mean}
+
+    def buffers(self):
+        return [self.mean, *self.held, *self.named.values()]
+
+    def forward(self, t, y):
+        type(self).mean = self.held[0] = self.named["mean"] = y.detach().mean(0)
+        return super().forward(t, y)
+
+
 KEEPING = [
+    Made,
+    Normalised,
+    Grown,
+    Sparse,
+    Bound,
     Normed,
     Lipschitz,
     Phased,
@@ -553,6 +641,19 @@ def test_a_compiled_velocity():
         return compiled(torch.tanh(model(y)))
 
     assert_as_odeint(func, double(0.3, -0.7), times(), tuple(model.parameters()), **options_of("rk4"))
+
+
+@pytest.mark.parametrize("kind", [Averaged, Normalised, Made, Initialised])
+def test_buffers_of_a_solve_of_one_evaluation(kind):
+    """A count is not told from a flag before the second one: what gives the forward's result is."""
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        model = kind()
+        y = solve(model, double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), double(0, 0.1), method="euler")
+        y.square().sum().backward()
+        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_a_backward_in_inference_mode():

@@ -349,15 +349,51 @@ def test_a_number_that_is_missing_hides_no_change(other, hole):
         y.nan_to_num(0, 0, 0).square().sum().backward()
 
 
-def test_a_velocity_that_adds_to_gradients_is_an_error():
-    class Trained(Net):
+@pytest.mark.parametrize("last", [6, 100])
+def test_what_is_computed_to_tell_memory_from_numbers_hides_no_change(last):
+    """A counter of the user's gives NaN at the call for which memory is filled, and later."""
+
+    class Scheduled(Net):
         def forward(self, t, y):
             rate = super().forward(t, y)
-            rate.detach_() if not rate.requires_grad else rate.square().sum().backward(retain_graph=True)
-            return rate
+            return rate * (1 if self.nfe < 5 else math.nan if 6 <= self.nfe <= last else 1.01)
 
+    y = odeint_adjoint(Scheduled(), double(0.3, -0.7), double(0, 0.1, 0.2, 0.3, 0.4), method="euler")
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y[-1].square().sum().backward()
+
+
+class LateBackward(Net):
+    def forward(self, t, y):
+        rate = super().forward(t, y)
+        if t > 0.5:
+            torch.autograd.grad(rate.sum(), self.last.weight, retain_graph=True)
+            rate.square().sum().backward(retain_graph=True)
+        return rate
+
+
+class BackwardOfASum(Net):
+    """Saves nothing."""
+
+    def forward(self, t, y):
+        self.first.weight.sum().backward()
+        return super().forward(t, y)
+
+
+class BackwardOfATensor(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = double(1, 2).requires_grad_()
+
+    def forward(self, t, y):
+        (self.scale * y.detach()).square().sum().backward()
+        return super().forward(t, y)
+
+
+@pytest.mark.parametrize("kind", [LateBackward, BackwardOfASum, BackwardOfATensor])
+def test_a_velocity_that_adds_to_gradients_is_an_error(kind):
     with pytest.raises(errors.RecomputationError, match=r"func calls backward\(\)(.|\n)*autograd\.grad"):
-        odeint_adjoint(Trained(), double(0.3, -0.7), times(), method="rk4")
+        odeint_adjoint(kind(), double(0.3, -0.7), times(), method="rk4")
 
 
 def test_another_number_of_threads_in_the_backward():

@@ -26,17 +26,14 @@ COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH = 2**16  # of a direction on which tensors are projected
 COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
-NO_FILL = torch.zeros((), dtype=torch.float64)
-Numbers = tuple[torch.Tensor, torch.Tensor]  # a projection, and the number of fills: float64, 0-D
-Projections = dict[Any, tuple[weakref.ref[torch.Tensor], Numbers]]
+Projections = dict[Any, tuple[weakref.ref[torch.Tensor], torch.Tensor]]
 
 
 class Fingerprint(NamedTuple):
     """Of the tensors of a result, and of those that are saved.
 
     Attributes:
-        numbers: float64, of shape (2, tensors): a projection of each on a fixed direction, and how many of its entries
-            are what torch fills memory with, where it fills it before it is handed out.
+        numbers: A projection of each on a fixed direction, float64, 1-D.
         tensors: They themselves, as long as they are at hand: their norms are asked for where bits differ.
     """
 
@@ -57,15 +54,9 @@ class Fingerprint(NamedTuple):
         differences = self._differences(numbers)
         return float(torch.where(differences == 0, 0.0, differences / self._norms()).nan_to_num(1.0, 1.0).amax())
 
-    @property
-    def projections(self) -> torch.Tensor:
-        """Of each tensor."""
-        return self.numbers[0]
-
-    @property
-    def fills(self) -> torch.Tensor:
-        """How many entries of each tensor are NaN, or the largest whole number."""
-        return self.numbers[1]
+    def fills(self) -> list[int]:
+        """How many entries of each tensor are NaN, or the largest number: what torch fills memory with."""
+        return [sum(_count_fills(*part) for part in _parts(tensor)) for tensor in self.tensors]
 
     def leave_zeros(self) -> None:
         """Have memory that is handed out next, for tensors of these sizes, be zero rather than what it was."""
@@ -73,11 +64,11 @@ class Fingerprint(NamedTuple):
         del zeros
 
     def _differences(self, numbers: torch.Tensor) -> torch.Tensor:
-        return (self.projections - numbers[0]).abs()
+        return (self.numbers - numbers).abs()
 
     def _norms(self) -> torch.Tensor:
         norms = [sum(torch.linalg.vector_norm(_finite(part)) for part, _ in _parts(tensor)) for tensor in self.tensors]
-        return torch.stack([torch.as_tensor(norm).to(self.projections) for norm in norms])
+        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in norms])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
         units = [0.0 if _is_whole(tensor) else torch.finfo(tensor.dtype).eps for tensor in self.tensors]
@@ -101,12 +92,11 @@ class Fingerprints:
         if any(callers.wraps_others(tensor) for tensor in tensors):
             return None
         at_hand = Projections()
-        numbers = zip(*(self._of(tensor, at_hand) for tensor in tensors), strict=True)
-        device = results[0].device
-        return Fingerprint(torch.stack([torch.stack([each.to(device) for each in row]) for row in numbers]), tensors)
+        numbers = [self._of(tensor, at_hand).to(results[0].device) for tensor in tensors]
+        return Fingerprint(torch.stack(numbers), tensors)
 
-    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> Numbers:
-        """The numbers of one; those that are at hand are known by where they are, for many are saved twice."""
+    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> torch.Tensor:
+        """The projection of one; those that are at hand are known by where they are, for many are saved twice."""
         place, base = place_of(tensor), tensor if tensor._base is None else tensor._base
         if not place:
             return self._projection(tensor)
@@ -121,20 +111,16 @@ class Fingerprints:
             projections[key] = weakref.ref(base), self._projection(tensor)
         return projections[key][1]
 
-    def _projection(self, tensor: torch.Tensor) -> Numbers:
-        parts = [self._counted(*part) for part in _parts(tensor)]
-        if len(parts) == 1:
-            return parts[0]
-        numbers, fills = zip(*parts, strict=True)
-        return torch.stack(numbers).sum(), torch.stack(fills).sum()
+    def _projection(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On a direction, float64, 0-D."""
+        numbers = [self._with_stand_ins(part) for part, _ in _parts(tensor)]
+        return (numbers[0] if len(numbers) == 1 else torch.stack(numbers).sum()).double()
 
-    def _counted(self, flat: torch.Tensor, fill: float) -> Numbers:
-        """The projection of entries, and how many of them are fills."""
-        if not math.isnan(fill):
-            return self._projected(flat), (flat == fill).sum().double()
+    def _with_stand_ins(self, flat: torch.Tensor) -> torch.Tensor:
+        """The projection of entries, of which some may not be finite."""
         if flat.device.type == "cpu" and math.isfinite((number := self._projected(flat)).item()):
-            return number.double(), NO_FILL  # there is nothing to count
-        return self._projected(_finite(flat)).double(), flat.isnan().sum().double()
+            return number
+        return self._projected(_finite(flat))
 
     def _projected(self, flat: torch.Tensor) -> torch.Tensor:
         """On a direction; on a product of directions where one would take as much memory."""
@@ -171,6 +157,10 @@ def is_of_leaf(tensor: torch.Tensor) -> bool:
 
 def _is_whole(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _count_fills(flat: torch.Tensor, fill: float) -> int:
+    return int((flat.isnan() if math.isnan(fill) else flat == fill).sum())
 
 
 def _finite(flat: torch.Tensor) -> torch.Tensor:

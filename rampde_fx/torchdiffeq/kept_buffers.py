@@ -1,17 +1,18 @@
 """Buffers that a velocity changes as it is evaluated: BatchNorm's statistics, the vectors of a spectral norm.
 
 Where the backward evaluates it once more, they have the values of the forward, and afterwards those that they had. So
-do small tensors that are changed in place and are no buffers, wherever func reaches them. Attributes that are bound to
-another tensor are bound back.
+do small tensors that are changed in place and are no buffers, wherever func reaches them. What is bound to another
+tensor is bound back.
 
-A flag of the user's own module keeps the value that it has: it says that something was made at the first evaluation,
-which is not made anew.
+A flag says that something was made at an evaluation. There it keeps the value that it has, and so does what was made:
+that is not made anew. If the result is another one, it is made anew all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import attributes_of, reached
+from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
 SMALL = 2**16  # entries of a tensor that is no buffer: it is copied
@@ -32,13 +33,16 @@ class Place(NamedTuple):
         owner: The buffers of its module.
         name: Its name there.
         of_torch: Whether torch has written what makes it.
-        counts: Whether changes of its value are looked for that nobody counts: BatchNorm's kernels count none.
     """
 
     owner: dict[str, Any]
     name: str
     of_torch: bool
-    counts: bool = False
+
+    def held(self) -> Any:
+        """What stands there: UNSET if nothing does, None for what has no shape yet."""
+        found = self.owner.get(self.name, UNSET)
+        return None if isinstance(found, torch.Tensor) and is_lazy(found) else found
 
 
 class Buffer(NamedTuple):
@@ -46,58 +50,99 @@ class Buffer(NamedTuple):
 
     Attributes:
         place: Where it stands.
-        tensor: Itself, None if there was none.
+        tensor: Itself, or None or UNSET.
         version: Its count of changes in place.
         value: A copy.
     """
 
     place: Place
-    tensor: torch.Tensor | None
+    tensor: Any
     version: int
     value: torch.Tensor | None
 
     @staticmethod
     def at(place: Place) -> Buffer:
         """The one that stands there."""
-        tensor = place.owner.get(place.name)
-        if tensor is None:
-            return Buffer(place, None, 0, None)
+        tensor = place.held()
+        if not isinstance(tensor, torch.Tensor):
+            return Buffer(place, tensor, 0, None)
         return Buffer(place, tensor, version_of(tensor), tensor.detach().clone())
 
     def is_changed(self) -> bool:
-        """Whether it is another one, or counts a change in place."""
-        tensor = self.place.owner.get(self.place.name)
-        return tensor is not self.tensor or (tensor is not None and version_of(tensor) != self.version)
+        """Whether it is another one, has another shape, or counts a change in place."""
+        tensor = self.place.held()
+        if tensor is not self.tensor or self.value is None:
+            return tensor is not self.tensor
+        return version_of(tensor) != self.version or tensor.shape != self.value.shape
 
     def is_comparable(self) -> bool:
-        """Whether its values may have changed though nobody counts it."""
+        """Whether its values may have changed though nobody counts it: BatchNorm's kernels count no change."""
         tensor = self.tensor
-        if self.place.counts or tensor is None or tensor.layout is not torch.strided or tensor.is_meta:
+        if self.value is None or tensor.layout is not torch.strided or tensor.is_meta:
             return False
-        return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        return tensor.dtype.itemsize > 1 or not tensor.is_floating_point()
 
     def may_be_flag(self) -> bool:
-        """Whether it is of the user's own, and whole, or one number."""
-        tensor = self.tensor
-        if tensor is None or self.place.of_torch or tensor.layout is not torch.strided or tensor.is_meta:
-            return False
-        return _is_whole(tensor) or tensor.numel() == 1
+        """Whether it is of the user's own, and is not there, whole, or one number."""
+        if self.value is None or self.place.of_torch:
+            return not self.place.of_torch
+        return self.is_comparable() and (_is_whole(self.value) or self.value.numel() == 1)
 
     @contextmanager
-    def back(self, *, is_flag: bool) -> Iterator[None]:
-        """With its value then, unless it is a flag; at the end it has the one that it has now."""
+    def back(self, *, is_kept: bool) -> Iterator[None]:
+        """With its value then, unless it is kept; at the end it has the one that it has now."""
         owner, name = self.place.owner, self.place.name
-        now, tensor = owner.get(name), self.tensor
-        current = None if tensor is None else tensor.detach().clone()
+        now, tensor = owner.get(name, UNSET), self.tensor
+        kept = now if is_kept else tensor
+        current = kept.detach().clone() if isinstance(kept, torch.Tensor) and not is_lazy(kept) else None
         try:
-            owner[name] = tensor
-            if tensor is not None and not is_flag and not _is_expanded(tensor):
-                tensor.data.copy_(self.value)  # .data: no count of changes, which autograd would take for an error
+            if not is_kept:
+                _bind(owner, name, tensor if self.value is None or _is_writable(tensor) else self.value.clone())
+                if self.value is not None and _is_writable(tensor):
+                    _write(tensor, self.value)
             yield
         finally:
-            if tensor is not None and not _is_expanded(tensor):
-                tensor.data.copy_(current)
-            owner[name] = now
+            if current is not None and _is_writable(kept):
+                _write(kept, current)
+            _bind(owner, name, now)
+
+
+@dataclass
+class Changed:
+    """A buffer that was changed.
+
+    Attributes:
+        first: As it was at first.
+        birth: The number of the evaluation that changed it first.
+        is_made: Whether it is an attribute that this evaluation has made.
+        changes: How many evaluations have changed it.
+    """
+
+    first: Buffer
+    birth: int
+    is_made: bool = False
+    changes: int = 1
+
+    def is_flag(self) -> bool:
+        """Whether it says that something was made: it changed once, from nothing, a floating one from 0 to 1."""
+        if self.changes != 1 or not self.first.may_be_flag():
+            return False
+        value, now = self.first.value, self.first.place.held()
+        if value is None or _is_whole(value):
+            return True
+        return isinstance(now, torch.Tensor) and now.numel() == 1 and float(value) == 0 and float(now) == 1
+
+
+class Before(NamedTuple):
+    """The buffers before an evaluation.
+
+    Attributes:
+        number: Of the evaluation.
+        buffers: Those that have changed so far.
+    """
+
+    number: int
+    buffers: list[Buffer]
 
 
 class Buffers:
@@ -108,88 +153,140 @@ class Buffers:
     """
 
     def __init__(self, func: Any) -> None:
-        found = reached(func)
-        self.parameters = [p for module, _ in found.modules for p in module._parameters.values() if p is not None]
-        self.places = [
-            Place(module._buffers, name, _is_of_torch(type(module), name))
+        self.found = found = reached(func)
+        parameters = [p for module, _ in found.modules for p in module._parameters.values() if p is not None]
+        self.leaves = [*parameters, *(tensor for tensor, _ in found.tensors if tensor.requires_grad and tensor.is_leaf)]
+        self.registers = [
+            (module._buffers, type(module))
             for module, _ in found.modules
             if isinstance(module._buffers, dict)  # TorchScript has another thing there
-            for name, buffer in module._buffers.items()
-            if not is_lazy(buffer)
         ]
-        self.places += [
-            Place({name: tensor}, name, of_torch=False, counts=True)
-            for tensor, name in found.tensors
-            if _is_small(tensor)
-        ]
+        self.names = [set(register) for register, _ in self.registers]
         self.owners = [attributes_of(owner) for owner, _ in (*found.modules, *found.objects)]
-        self.attributes: list[tuple[dict[str, Any], str]] | None = None  # that are bound to tensors
+        self.tensors = {id(tensor) for tensor, _ in found.tensors}
+        self.bound: list[Slot] | None = None  # what is bound to tensors
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
-        self.changed: list[Buffer] = []  # the others, as they were at first
-        self.changes: list[int] = []  # how often each of these had another value
+        self.changed: list[Changed] = []  # the others
+        self.count = 0  # of evaluations
 
-    def before(self) -> list[Buffer]:
+    def before(self) -> Before:
         """What has changed so far, as it is before the evaluation that follows."""
         if self.unchanged is None:
-            self.unchanged = [Buffer.at(place) for place in self.places]
-        return [Buffer.at(buffer.place) for buffer in self.changed]
+            places = [Place(r, name, _is_of_torch(kind, name)) for r, kind in self.registers for name in r]
+            places += [_apart(tensor) for tensor, _ in self.found.tensors if _is_small(tensor)]
+            self.unchanged = [Buffer.at(place) for place in places]
+        return Before(self.count, [Buffer.at(changed.first.place) for changed in self.changed])
 
-    def note_changes(self, before: list[Buffer]) -> None:
+    def note_changes(self, before: Before) -> None:
         """Note what the evaluation behind before() has changed, for the first time or again."""
         assert self.unchanged is not None, "before() was called"
-        for number, buffer in enumerate(before):
-            if buffer.may_be_flag() and _is_another(buffer):
-                self.changes[number] += 1
-        uncounted = _changed_uncounted([buffer for buffer in self.unchanged if buffer.is_comparable()])
-        changed = [buffer for buffer in self.unchanged if buffer.is_changed() or id(buffer) in uncounted]
-        if changed:
-            numbers = set(map(id, changed))
-            self.unchanged = [buffer for buffer in self.unchanged if id(buffer) not in numbers]
-            self.changed += changed
-            self.changes += [1] * len(changed)
+        births = {changed.birth for changed in self.changed if changed.is_flag()}
+        known = list(zip(self.changed, before.buffers, strict=True))
+        closer = [b for c, b in known if (c.birth in births or b.may_be_flag()) and b.is_comparable()]
+        uncounted = _changed_uncounted([*closer, *(buffer for buffer in self.unchanged if buffer.is_comparable())])
+        for changed, buffer in known:
+            changed.changes += buffer.is_changed() or id(buffer) in uncounted
+        rest = list[Buffer]()
+        for buffer in self.unchanged:
+            if buffer.is_changed() or id(buffer) in uncounted:
+                self.changed.append(Changed(buffer, before.number))
+            else:
+                rest.append(buffer)
+        self.unchanged = rest
+        self.changed += self._made(before.number)
+        self.count = before.number + 1
+
+    def _made(self, number: int) -> Iterator[Changed]:
+        """Buffers that are new, and at the first evaluation attributes that are."""
+        for (register, kind), names in zip(self.registers, self.names, strict=True):
+            for name in register.keys() - names:
+                yield Changed(Buffer(Place(register, name, _is_of_torch(kind, name)), UNSET, 0, None), number)
+            names.update(register)
+        if number == 0:
+            for owner in self.owners:
+                for value in owner.values():
+                    if isinstance(value, torch.Tensor) and _is_small(value) and id(value) not in self.tensors:
+                        yield Changed(Buffer.at(_apart(value)), number, is_made=True)
+
+    def may_keep(self, before: Before) -> bool:
+        """Whether an evaluation has made something."""
+        return any(self._keeps(before))
+
+    def _keeps(self, before: Before) -> list[bool]:
+        """Whether each of those that changed keeps its value: flags, and what changed with one and never since."""
+        births = {changed.birth for changed in self.changed if changed.is_flag()}
+        return [
+            c.birth == before.number and (c.is_made or (c.changes == 1 and c.birth in births)) for c in self.changed
+        ]
 
     @contextmanager
-    def brought_back(self, before: list[Buffer]) -> Iterator[None]:
-        """With the values of an evaluation: these, and of what changed later alone those at first."""
-        if self.attributes is None:
-            self.attributes = [
-                (owner, name)
-                for owner in self.owners
-                for name, value in owner.items()
-                if isinstance(value, torch.Tensor)
-            ]
-        bound = [(owner, name, owner.get(name)) for owner, name in self.attributes]
-        then = (*before, *self.changed[len(before) :])
+    def brought_back(self, before: Before, *, keeps: bool) -> Iterator[None]:
+        """With the values of an evaluation, of what changed later those at first; what it made may be kept."""
+        then = [*before.buffers, *(changed.first for changed in self.changed[len(before.buffers) :])]
+        if self.bound is None:
+            self.bound = [slot for slot in self._slots() if isinstance(slot.read(), torch.Tensor)]
+        bound = [(slot, slot.read()) for slot in self.bound]
+        kept = zip(self.changed, self._keeps(before), strict=True)
+        are_kept = [is_kept and (keeps or changed.is_made) for changed, is_kept in kept]
         with ExitStack() as stack:
-            for first, buffer, changes in zip(self.changed, then, self.changes, strict=True):
-                stack.enter_context(buffer.back(is_flag=_is_flag(first, changes)))
+            for buffer, is_kept in zip(then, are_kept, strict=True):
+                stack.enter_context(buffer.back(is_kept=is_kept))
             yield
-        for owner, name, value in bound:
-            if owner.get(name) is not value:
-                owner[name] = value
+        for slot, value in bound:
+            if slot.read() is not value:
+                slot.bind(value)
+
+    def _slots(self) -> Iterator[Slot]:
+        """What may be bound to a tensor: attributes, variables, entries of lists and dicts."""
+        yield from self.found.slots
+        lists = [held for held in self.found.containers if type(held) is list and len(held) <= MOST_ENTRIES]
+        dicts = [held for held in self.found.containers if type(held) is dict and len(held) <= MOST_ENTRIES]
+        for held in (*self.owners, *dicts):
+            yield from (slot_in(held, key) for key in list(held))
+        for entries in lists:
+            yield from (_entry(entries, i) for i in range(len(entries)))
 
 
-def _is_flag(first: Buffer, changes: int) -> bool:
-    """Whether what was this at first says that something was made: it changed once, a floating one from 0 to 1."""
-    if changes != 1 or not first.may_be_flag():
-        return False
-    assert first.tensor is not None and first.value is not None
-    return _is_whole(first.tensor) or (float(first.value) == 0 and float(first.tensor) == 1)
+def _apart(tensor: torch.Tensor) -> Place:
+    """The place of a tensor that is followed wherever it stands."""
+    return Place({"": tensor}, "", of_torch=False)
 
 
-def _is_another(buffer: Buffer) -> bool:
-    """Whether the value is no longer that of before the evaluation."""
-    now = buffer.place.owner.get(buffer.place.name)
-    return now is not buffer.tensor or not torch.equal(now, buffer.value)
+def _entry(held: list[Any], i: int) -> Slot:
+    def bind(value: Any) -> None:
+        if i < len(held):
+            held[i] = value
+
+    return Slot(lambda: held[i] if i < len(held) else UNSET, bind)
+
+
+def _bind(owner: dict[str, Any], name: str, value: Any) -> None:
+    if value is UNSET:
+        owner.pop(name, None)
+    else:
+        owner[name] = value
+
+
+def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give it a value; no change is counted, which autograd would take for an error."""
+    if tensor.shape == value.shape:
+        tensor.data.copy_(value)
+    else:
+        tensor.data = value.clone()
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not _is_expanded(tensor)
 
 
 def _changed_uncounted(buffers: Sequence[Buffer]) -> set[int]:
     """Those that have other values, by identity; a device is asked once."""
-    if not buffers:
+    same = [b for b in buffers if b.value is not None and b.tensor.shape == b.value.shape]
+    if not same:
         return set()
-    differ = [torch.ne(buffer.tensor, buffer.value).any() for buffer in buffers]
+    differ = [torch.ne(buffer.tensor, buffer.value).any() for buffer in same]
     found = torch.stack([each.to(differ[0].device) for each in differ]).tolist()
-    return {id(buffer) for buffer, is_changed in zip(buffers, found, strict=True) if is_changed}
+    return {id(buffer) for buffer, is_changed in zip(same, found, strict=True) if is_changed}
 
 
 def _is_of_torch(kind: type, name: str) -> bool:

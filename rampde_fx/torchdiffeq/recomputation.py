@@ -9,21 +9,22 @@ result is another.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, place_of, version_of
-from rampde_fx.torchdiffeq.kept_buffers import Buffer, Buffers
+from rampde_fx.torchdiffeq.kept_buffers import Buffers
 from rampde_fx.torchdiffeq.problem import warn
+from rampde_fx.torchdiffeq.surroundings import Random, Surroundings, autocasts_of, random_of
 
 Function = Callable[..., Any]  # of states
 Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
@@ -38,7 +39,7 @@ class Recomputation:
 
     def __init__(self, func: Any) -> None:
         self.buffers, self.fingerprints = Buffers(func), Fingerprints()
-        self.keeps_all, self.is_first = False, True
+        self.keeps_all = False
         self.random: Random | None = None
         self.doubts: dict[int, Doubts] = {}
 
@@ -51,17 +52,14 @@ class Recomputation:
         if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed() or callers.in_dual_level():
             return function(*states)
         states = tuple([leaf.clone() if leaf.is_inference() else leaf for leaf in state] for state in states)
-        surroundings, is_first = self._surroundings(states), self.is_first
-        gradients = self._gradients() if is_first else []
-        self.is_first = False
-        recomputed = _Recomputed(self, function, states, surroundings, then)
+        surroundings, gradients = self._surroundings(states), self._gradients()
         try:
-            found = recomputed.first(states)
+            found = _Recomputed(self, function, states, surroundings, then).first(states)
         except RuntimeError as error:
             if not callers.bears_no_hooks(error):
                 raise
         else:
-            if is_first and recomputed.was_differentiated and self._gradients() != gradients:
+            if self._gradients() != gradients:
                 raise adds_gradients()
             self.buffers.note_changes(surroundings.before)
             return found
@@ -72,14 +70,14 @@ class Recomputation:
 
     def doubts_of(self, now: Fingerprint) -> Doubts:
         """Those that are known of steps with as many tensors."""
-        count = len(now.projections)
+        count = len(now.numbers)
         if count not in self.doubts:
-            self.doubts[count] = Doubts(*(torch.zeros_like(now.projections, dtype=torch.bool) for _ in range(2)))
+            self.doubts[count] = Doubts(*(torch.zeros_like(now.numbers, dtype=torch.bool) for _ in range(2)))
         return self.doubts[count]
 
     def _gradients(self) -> list[tuple[int, int]]:
-        """Which tensors stand in .grad of func's parameters, and how often each was changed."""
-        found = [parameter.grad for parameter in self.buffers.parameters]
+        """Which tensors stand in .grad of what func reads, and how often each was changed."""
+        found = [leaf.grad for leaf in self.buffers.leaves]
         return [(0, 0) if gradient is None else (id(gradient), version_of(gradient)) for gradient in found]
 
     def _surroundings(self, states: tuple[State, ...]) -> Surroundings:
@@ -89,69 +87,6 @@ class Recomputation:
         return Surroundings(
             self.random, autocasts_of(states), self.buffers, self.buffers.before(), torch.get_num_threads()
         )
-
-
-class Random(NamedTuple):
-    """The states of the generators of random numbers."""
-
-    device_type: str
-    devices: list[int]
-    states: list[torch.Tensor]
-
-    def equals(self, other: Random) -> bool:
-        """Whether nothing was drawn in between."""
-        return self[:2] == other[:2] and all(map(torch.equal, self.states, other.states))
-
-    def restore(self) -> None:
-        """Draw what was drawn from here on."""
-        torch.set_rng_state(self.states[0])
-        if self.devices:
-            set_device_states(self.devices, self.states[1:], device_type=self.device_type)
-
-
-def random_of(states: tuple[State, ...]) -> Random:
-    """Those of the host, and of the states' device."""
-    leaves = [leaf for state in states for leaf in state]
-    devices, found = get_device_states(*leaves)
-    return Random(leaves[0].device.type, list(devices), [torch.get_rng_state(), *found])
-
-
-def autocasts_of(states: tuple[State, ...]) -> list[dict[str, Any]]:
-    """The settings of autocast, of the host and of the states' device."""
-    types = {"cpu", *(leaf.device.type for state in states for leaf in state)}
-    return [
-        {
-            "device_type": name,
-            "enabled": torch.is_autocast_enabled(name),
-            "dtype": torch.get_autocast_dtype(name),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-        for name in sorted(types)
-        if torch.amp.is_autocast_available(name)
-    ]
-
-
-class Surroundings(NamedTuple):
-    """What a computation depends on beside its inputs."""
-
-    random: Random
-    autocasts: list[dict[str, Any]]
-    buffers: Buffers
-    before: list[Buffer]
-    threads: int
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """As they were, with gradients."""
-        random = self.random
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.random.fork_rng(random.devices, device_type=random.device_type))
-            random.restore()
-            for settings in self.autocasts:
-                stack.enter_context(torch.autocast(**settings))
-            stack.enter_context(self.buffers.brought_back(self.before))
-            yield stack.enter_context(torch.enable_grad())
 
 
 class _Saved:
@@ -218,7 +153,8 @@ class _Recomputed:
         self.saved: list[weakref.ref[_Saved]] = []
         self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
-        self.is_first, self.was_differentiated = True, False
+        self.is_first = True
+        self.keeps = True  # what this call has made
 
     def first(self, states: tuple[State, ...]) -> Any:
         """The result; what the function has saved is let go."""
@@ -246,7 +182,6 @@ class _Recomputed:
         return found
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
-        self.was_differentiated |= self.is_first  # by func itself
         if saved.value is None:
             self._recompute()
         value = saved.checked()
@@ -268,10 +203,26 @@ class _Recomputed:
             if saved is not None:
                 saved.again(tensor, as_before=as_before)
 
-        found, now = self._once_more(states, again)
-        self._compare(states, now)
+        try:
+            found = self._as_before(states, again)
+        except RecomputationError as error:
+            if not self.surroundings.buffers.may_keep(self.surroundings.before):
+                raise
+            self.keeps = False
+            try:
+                found = self._as_before(states, again)
+            except RecomputationError:
+                raise error from None  # the more likely one
+            finally:
+                self.keeps = True
         if self.then is not None:
             self.then(states, found)
+
+    def _as_before(self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]) -> Any:
+        """The result, which is that of the forward."""
+        found, now = self._once_more(states, is_saved)
+        self._compare(states, now)
+        return found
 
     def _once_more(
         self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]
@@ -287,7 +238,7 @@ class _Recomputed:
             count += 1
             return _Saved(tensor)
 
-        with self.surroundings.again():
+        with self.surroundings.again(keeps=self.keeps):
             with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
                 found = self.function(*states)
             if count != len(self.saved):
@@ -306,24 +257,28 @@ class _Recomputed:
         with written_memory():
             _, once_more = self._once_more(states, lambda tensor, number: None)
         if once_more is not None:
-            doubts.is_noisy.logical_or_(once_more.projections != now.projections)
-            doubts.is_unknown.logical_or_(self._is_unwritten(states, now, once_more))
+            doubts.is_noisy.logical_or_(once_more.numbers != now.numbers)
+            doubts.is_unknown.logical_or_(self._is_unwritten(states, once_more))
         if bool(self._is_another(now, self.numbers, doubts).any()):
             share = now.difference(self.numbers)
             raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
 
-    def _is_unwritten(self, states: list[State], now: Fingerprint, filled: Fingerprint) -> torch.Tensor:
-        """Which tensors have entries that nobody has written, by one for which all memory was filled."""
-        assert self.numbers is not None, "the forward has ended"
-        is_unwritten = filled.fills > now.fills
-        # A NaN, or memory that was filled before, for another one? Then what is made of zeros tells.
-        doubtful = (filled.fills == now.fills) & (now.fills > self.numbers[1])
-        if bool(doubtful.any()):
+    def _is_unwritten(self, states: list[State], filled: Fingerprint) -> torch.Tensor:
+        """Which tensors have entries that nobody has written, by one for which all memory was filled.
+
+        These are filled each time that memory is, and are not where it is zero: a NaN of the user's is one always, or
+        where a counter of the user's says so.
+        """
+        fills = [filled.fills()]
+        if any(fills[0]):
             filled.leave_zeros()
-            _, third = self._once_more(states, lambda tensor, number: None)
-            if third is not None:
-                is_unwritten |= doubtful & (third.fills < filled.fills)
-        return is_unwritten
+            for memory in (contextlib.nullcontext(), written_memory()):
+                with memory:
+                    _, more = self._once_more(states, lambda tensor, number: None)
+                fills.append(fills[0] if more is None else more.fills())
+        first, plain, again = fills if len(fills) == 3 else fills * 3
+        is_unwritten = [a == b > c for a, b, c in zip(first, again, plain, strict=True)]
+        return torch.tensor(is_unwritten, device=filled.numbers.device)
 
     def _is_another(self, now: Fingerprint, before: torch.Tensor, doubts: Doubts) -> torch.Tensor:
         """Which tensors are others."""

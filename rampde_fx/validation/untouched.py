@@ -5,35 +5,80 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import attributes_of, base_of, reached
+from rampde_fx.reach import OF_ALL_MODULES, Slot, attributes_of, base_of, reached
 
 
 @contextlib.contextmanager
 def untouched(function: Callable[..., Any]) -> Iterator[None]:
-    """Put back what a function reads: variables, attributes of modules, objects and classes, entries of containers."""
+    """Put back what a function reads: variables, attributes of modules, objects and classes, entries of containers.
+
+    So are the values of buffers, gradients, and whether parameters require one; not the values of parameters, of which
+    there may be too many to copy.
+    """
     found = reached(function)
-    modules = [(module, _registers(module)) for module, _ in found.modules]
-    owners = [owner for owner, _ in (*found.modules, *found.objects)]
-    containers = [(held, _entries(held)) for held in (*map(attributes_of, owners), *found.containers)]
-    slots = [(slot, slot.read()) for slot in found.slots]
+    modules = [module for module, _ in found.modules]
+    attributes = [attributes_of(owner) for owner in (*modules, *(owner for owner, _ in found.objects))]
+    registers = [held for module in modules for held in _registers(module)]
+    # Dicts and sets last: their keys may hash by what is put back before.
+    containers = sorted(found.containers, key=lambda held: base_of(held) not in (list, deque))
+    put_back = [
+        *(partial(_write, buffer, buffer.detach().clone()) for buffer in _buffers(modules)),
+        *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in _parameters(modules)),
+        *(partial(_bind, slot, slot.read()) for slot in found.slots),
+        *(partial(_refill, held, _entries(held)) for held in (*attributes, *registers, *containers)),
+    ]
     try:
         yield
     finally:
-        for held, entries in containers:
-            kind = base_of(held)
-            kind.clear(held)
-            (kind.extend if kind in (list, deque) else kind.update)(held, entries)
-        for slot, value in slots:
-            if slot.read() is not value:
-                slot.bind(value)
-        for module, registers in modules:
-            for now, before in zip(_registers(module, own=True), registers, strict=True):
-                now.clear()
-                now.update(before)
+        with contextlib.ExitStack() as stack:  # goes on where code of the user's raises, and raises at the end
+            for act in reversed(put_back):
+                stack.callback(act)
+
+
+def _registers(module: nn.Module) -> list[dict[str, Any]]:
+    """The parameters, buffers, modules and hooks of a module; TorchScript has another thing there."""
+    return [held for name, held in vars(module).items() if name in OF_ALL_MODULES and isinstance(held, dict)]
+
+
+def _buffers(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
+    """Those whose values can be written."""
+    for module in modules:
+        for buffer in module._buffers.values() if isinstance(module._buffers, dict) else ():
+            if type(buffer) is torch.Tensor and buffer.layout is torch.strided and not buffer.is_inference():
+                yield buffer
+
+
+def _parameters(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
+    for module in modules:
+        for parameter in module._parameters.values() if isinstance(module._parameters, dict) else ():
+            if parameter is not None and not is_lazy(parameter):
+                yield parameter
+
+
+def _write(buffer: torch.Tensor, value: torch.Tensor) -> None:
+    if buffer.shape != value.shape:
+        buffer.data = value
+    elif not torch.equal(buffer, value):
+        buffer.data.copy_(value)
+
+
+def _ask(leaf: nn.Parameter, needs_gradient: bool, gradient: torch.Tensor | None) -> None:
+    if leaf.requires_grad != needs_gradient:
+        leaf.requires_grad_(needs_gradient)
+    if leaf.grad is not gradient:
+        leaf.grad = gradient
+
+
+def _bind(slot: Slot, value: Any) -> None:
+    if slot.read() is not value:
+        slot.bind(value)
 
 
 def _entries(held: Any) -> list[Any]:
@@ -41,7 +86,7 @@ def _entries(held: Any) -> list[Any]:
     return list(kind.items(held) if issubclass(kind, dict) else kind.__iter__(held))
 
 
-def _registers(module: nn.Module, *, own: bool = False) -> list[dict[str, Any]]:
-    registers = (module._parameters, module._buffers, module._modules)
-    found = [register for register in registers if isinstance(register, dict)]  # TorchScript has another thing there
-    return found if own else [dict(register) for register in found]
+def _refill(held: Any, entries: list[Any]) -> None:
+    kind = base_of(held)
+    kind.clear(held)
+    (kind.extend if kind in (list, deque) else kind.update)(held, entries)
