@@ -4,8 +4,10 @@ A fault is planted into a pass, and the error must name the tensor that is wrong
 must pass, whatever the model looks like, and leave nothing behind.
 """
 
+import contextlib
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from rampde_fx import backend, check, errors, torchdiffeq
 from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Total
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.proof import check_timing
 from rampde_fx.torch_private import repetition
 from rampde_fx.torchdiffeq import compared
 from tests import test_semantics
@@ -712,3 +715,23 @@ def test_what_takes_other_steps_uncompiled_is_told():
     inputs = torch.randn(8, 3), torch.linspace(0, 2, 3)
     result = rampde_fx.check(model, *inputs, policies=[PrecisionPolicy(torch.bfloat16)])
     assert any("takes other steps uncompiled" in note for note in result.notes)
+
+
+def test_that_a_step_leaves_no_trace_is_not_timed(monkeypatch):
+    now = [0.0]
+
+    @contextlib.contextmanager
+    def slow(function):
+        now[0] += 100
+        yield
+        now[0] += 100
+
+    def run():
+        now[0] += 1
+        return torch.ones(())
+
+    monkeypatch.setattr(check_timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(check_timing, "untouched", slow)
+    call = SimpleNamespace(function=run)
+    steps = check_timing.TrainingSteps(SimpleNamespace(call=call), [], lambda outputs: outputs)
+    assert check_timing.medians({"model": steps.of_model(run)}) == {"model": 1.0}

@@ -34,7 +34,7 @@ def timed(
     """
     eager, compiled = "as it is written, eager", f"as it is written, {compiler}"
     call = steps.captured.call
-    every: dict[str, Callable[[], None]] = {eager: steps.of_model(call)}
+    every: dict[str, Step] = {eager: steps.of_model(call)}
     with steps.kept_tensors():
         plain, forget = capturing.compiled_by_torch(call, compiler)
         every[compiled] = steps.of_model(plain)
@@ -70,22 +70,23 @@ class TrainingSteps:
     tensors: Sequence[Any]
     loss: Callable[[Any], torch.Tensor]
 
-    def of_model(self, function: Callable[[], Any]) -> Callable[[], None]:
-        """A step of the model itself."""
+    def of_model(self, function: Callable[[], Any]) -> Step:
+        """A step of the model itself; that it leaves no trace is not timed."""
 
-        def step() -> None:
-            with untouched(self.captured.call.function):
+        def step(clock: Clock) -> None:
+            with untouched(self.captured.call.function), clock:
                 self._differentiate(self.loss(function()))
 
         return step
 
-    def of_graph(self, function: Callable[..., Any]) -> Callable[[], None]:
+    def of_graph(self, function: Callable[..., Any]) -> Step:
         """A step of a compiled graph."""
         count = len(self.captured.inputs)
 
-        def step() -> None:
-            tree, _ = self.captured.outputs(function(*self.tensors[:count]), self.tensors)
-            self._differentiate(self.loss(tree))
+        def step(clock: Clock) -> None:
+            with clock:
+                tree, _ = self.captured.outputs(function(*self.tensors[:count]), self.tensors)
+                self._differentiate(self.loss(tree))
 
         return step
 
@@ -109,16 +110,35 @@ class TrainingSteps:
                         tensor.copy_(value)
 
 
-def medians(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+class Clock:
+    """Times what is inside of it, and what that launches on a GPU.
+
+    Attributes:
+        seconds: The time of the last run.
+    """
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        _wait_for_devices()
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        _wait_for_devices()
+        self.seconds = time.perf_counter() - self.begin
+
+
+Step = Callable[[Clock], None]
+
+
+def medians(steps: dict[str, Step]) -> dict[str, float]:
     """The median time of each step in seconds, the steps taken in turns; the first turn is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
+    clock = Clock()
     for _ in range(REPETITIONS + 1):
         for name, step in steps.items():
-            _wait_for_devices()
-            begin = time.perf_counter()
-            step()
-            _wait_for_devices()
-            taken[name].append(time.perf_counter() - begin)
+            step(clock)
+            taken[name].append(clock.seconds)
     return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 

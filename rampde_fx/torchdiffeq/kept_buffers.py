@@ -224,7 +224,7 @@ class Buffers:
         """With the values of an evaluation, of what changed later those at first; what it made may be kept."""
         then = [*before.buffers, *(changed.first for changed in self.changed[len(before.buffers) :])]
         if self.bound is None:
-            self.bound = [slot for slot in self._slots() if isinstance(slot.read(), torch.Tensor)]
+            self.bound = list(self._bound())
         bound = [(slot, slot.read()) for slot in self.bound]
         kept = zip(self.changed, self._keeps(before), strict=True)
         are_kept = [is_kept and (keeps or changed.is_made) for changed, is_kept in kept]
@@ -236,15 +236,15 @@ class Buffers:
             if slot.read() is not value:
                 slot.bind(value)
 
-    def _slots(self) -> Iterator[Slot]:
-        """What may be bound to a tensor: attributes, variables, entries of lists and dicts."""
-        yield from self.found.slots
-        lists = [held for held in self.found.containers if type(held) is list and len(held) <= MOST_ENTRIES]
-        dicts = [held for held in self.found.containers if type(held) is dict and len(held) <= MOST_ENTRIES]
-        for held in (*self.owners, *dicts):
-            yield from (slot_in(held, key) for key in list(held))
-        for entries in lists:
-            yield from (_entry(entries, i) for i in range(len(entries)))
+    def _bound(self) -> Iterator[Slot]:
+        """What is bound to a tensor: attributes, variables, entries of lists and dicts."""
+        yield from (slot for slot in self.found.slots if isinstance(slot.read(), torch.Tensor))
+        small = [held for held in self.found.containers if len(held) <= MOST_ENTRIES]
+        for held in (*self.owners, *(held for held in small if type(held) is dict)):
+            yield from (slot_in(held, key) for key, value in held.items() if isinstance(value, torch.Tensor))
+        for held in small:
+            if type(held) is list:
+                yield from (_entry(held, i) for i, value in enumerate(held) if isinstance(value, torch.Tensor))
 
 
 def _apart(tensor: torch.Tensor) -> Place:
