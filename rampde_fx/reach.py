@@ -64,7 +64,7 @@ class Reached(NamedTuple):
     Attributes:
         modules: The modules, with those inside.
         tensors: The tensors that are no parameter or buffer of one.
-        objects: The objects of the user's own classes that have attributes of their own.
+        objects: The objects of the user's own classes, and functions, that have attributes of their own.
         containers: The lists, deques, sets and dicts.
         slots: Globals, variables of enclosing functions, attributes in slots and of classes.
     """
