@@ -38,6 +38,12 @@ def lines_of(function, caplog, level):
     return [record.getMessage() for record in caplog.records if record.name.startswith("rampde_fx")]
 
 
+def told_by(caplog):
+    """What follows the loop's name, line by line."""
+    names = [record for record in caplog.records if record.name.startswith("rampde_fx")]
+    return [record.getMessage().partition(": ")[2] for record in names]
+
+
 @pytest.mark.parametrize(("function", "loops"), [(euler, 1), (euler_twice, 2), (solved, 1)])
 def test_a_line_for_each_loop_and_phase(function, loops, caplog):
     lines = lines_of(function, caplog, logging.INFO)
@@ -59,10 +65,10 @@ def test_inductor_tells_of_the_forward_and_of_the_backward(caplog):
     function = torch.compile(rampde_fx.mixed_precision(euler, dtype=torch.bfloat16), backend="rampde_fx")
     with caplog.at_level(logging.INFO, logger="rampde_fx"):
         loss = function(Y.clone().requires_grad_(), T).sum()
-        before = len(caplog.records)
+        of_forward = told_by(caplog)
         loss.backward()
-    lines = [record.getMessage().partition(": ")[2] for record in caplog.records if "rampde_fx" in record.name]
-    for direction, told in (("forward", lines[:before]), ("backward", lines[before:])):
+    of_backward = told_by(caplog)[len(of_forward) :]
+    for direction, told in (("forward", of_forward), ("backward", of_backward)):
         begun, done = (line for line in told if line.startswith(direction))
         assert begun == f"{direction}: Inductor writes kernels and compiles them"
         assert re.fullmatch(direction + r": [1-9]\d* kernels, compiled in \d+\.\d\d s", done)
