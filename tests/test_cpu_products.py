@@ -92,7 +92,7 @@ class Recorded(CustomGraphPass):
 def test_inductor_lowers_with_them_behind_a_pass_of_the_users(monkeypatch):
     given = {}
 
-    def compiler(graph_module, inputs, *, config_patches):
+    def compiler(graph_module, inputs, *, config_patches, inner_compile):
         given.update(config_patches)
         return graph_module
 
