@@ -269,16 +269,18 @@ class _Recomputed:
         These are filled each time that memory is, and are not where it is zero: a NaN of the user's is one always, or
         where a counter of the user's says so.
         """
-        fills = [filled.fills()]
-        if any(fills[0]):
-            filled.leave_zeros()
-            for memory in (contextlib.nullcontext(), written_memory()):
-                with memory:
-                    _, more = self._once_more(states, lambda tensor, number: None)
-                fills.append(fills[0] if more is None else more.fills())
-        first, plain, again = fills if len(fills) == 3 else fills * 3
-        is_unwritten = [a == b > c for a, b, c in zip(first, again, plain, strict=True)]
+        first = filled.fills()
+        if not any(first):
+            return torch.zeros_like(filled.numbers, dtype=torch.bool)
+        filled.leave_zeros()
+        plain, again = (self._fills(states, memory) for memory in (contextlib.nullcontext(), written_memory()))
+        is_unwritten = [a == b > c for a, b, c in zip(first, again or first, plain or first, strict=True)]
         return torch.tensor(is_unwritten, device=filled.numbers.device)
+
+    def _fills(self, states: list[State], memory: contextlib.AbstractContextManager[None]) -> list[int]:
+        with memory:
+            _, found = self._once_more(states, lambda tensor, number: None)
+        return [] if found is None else found.fills()
 
     def _is_another(self, now: Fingerprint, before: torch.Tensor, doubts: Doubts) -> torch.Tensor:
         """Which tensors are others."""
