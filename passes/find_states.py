@@ -30,6 +30,7 @@ from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop
 from rampde_fx.ir.operator_table import properties
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, TimeSource
+from rampde_fx.policy_text import word_of
 from rampde_fx.torch_private import fake_tensors
 
 aten = torch.ops.aten
@@ -322,7 +323,7 @@ def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
             fix = f"give odeint {again}" if once else f"write {before.name} = {again} before the loop"
             low = [source for source in captured.inputs if isinstance(source, InvariantSource) and _is_low(source)]
             raise StateChangeError(
-                f"the state '{before.name}' is {str(a.dtype).removeprefix('torch.')}, in which its sums would round",
+                f"the state '{before.name}' is {word_of(a.dtype)}, in which its sums would round",
                 required="a state in float32, float64, complex64 or complex128",
                 fix=FIX_LOW_PARAMETERS if low else fix,
                 where=graphs.user_line(after) or where,

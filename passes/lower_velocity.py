@@ -29,6 +29,7 @@ from torch.fx.passes.tools_common import legalize_graph
 from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.loops import Fallback, LoweredLoop, PartitionedLoop
 from rampde_fx.ir.lowering import Lowering
+from rampde_fx.policy_text import word_of
 from rampde_fx.torch_private import shapes
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
     result = loop.then(LoweredLoop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
-    note = f"nothing of the loop is evaluated in {str(loop.policy.dtype).removeprefix('torch.')}"
+    note = f"nothing of the loop is evaluated in {word_of(loop.policy.dtype)}"
     return result.then(LoweredLoop, notes=(*loop.notes, note)) if result.stays_wide else result
 
 

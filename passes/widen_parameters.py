@@ -22,6 +22,7 @@ from torch import fx
 
 from rampde_fx.ir import graphs
 from rampde_fx.ir.loops import HoistedLoop, Loop, WidenedLoop
+from rampde_fx.policy_text import word_of
 
 CAST = torch.ops.aten._to_copy.default
 NAMED = 3  # inputs, in a note
@@ -77,10 +78,10 @@ def _told(parameters: Sequence[fx.Node], dtype: torch.dtype) -> Iterator[str]:
     """How narrow invariants are treated, and what the loop cannot mend."""
     for own in dict.fromkeys(graphs.value(node).dtype for node in parameters):
         names = [node.name for node in parameters if graphs.value(node).dtype is own]
-        count, narrow = len(names), str(own).removeprefix("torch.")
+        count, narrow = len(names), word_of(own)
         told = ", ".join(names[:NAMED]) + (f" and {count - NAMED} more" if count > NAMED else "")
         yield (
-            f"in {narrow}: {told}; gradients are summed up in {str(dtype).removeprefix('torch.')} and rounded to"
+            f"in {narrow}: {told}; gradients are summed up in {word_of(dtype)} and rounded to"
             f" {narrow} once, at the end; where an optimizer updates these tensors themselves, it loses small steps"
         )
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import rampde_fx
 from rampde_fx.errors import RampdeError
+from rampde_fx.policy_text import word_of
 from rampde_fx.report.explain import explain
 from rampde_fx.torch_private import capturing, kernels
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def environment() -> str:
     """What results depend on: versions, the processor's arithmetic, devices; one "name: value" a line."""
     low = (torch.float16, torch.bfloat16)
-    products = [str(dtype).removeprefix("torch.") for dtype in low if kernels.cpu_multiplies(dtype)]
+    products = [word_of(dtype) for dtype in low if kernels.cpu_multiplies(dtype)]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = {
         "rampde_fx": rampde_fx.__version__,

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import operator_table
+from rampde_fx.policy_text import word_of
 from rampde_fx.torch_private import fake_tensors, higher_order
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -91,7 +92,7 @@ def is_float(node: Any) -> bool:
 
 def description(tensor: torch.Tensor) -> str:
     """Dtype, shape and device of a tensor, in words."""
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+    return f"{word_of(tensor.dtype)}{list(tensor.shape)} on {tensor.device}"
 
 
 def is_number(node: fx.Node) -> bool:

@@ -23,8 +23,9 @@ from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
 from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.passes.check_repetition import first_iterations
 from rampde_fx.passes.find_loops import has_loop, repeats
+from rampde_fx.policy_text import word_of
 from rampde_fx.report import report_html
-from rampde_fx.report.loop_report import LoopReport, PassReport, short
+from rampde_fx.report.loop_report import LoopReport, PassReport
 from rampde_fx.runtime import random_state
 from rampde_fx.torch_private import capturing, fake_tensors, repetition
 from rampde_fx.validation.untouched import untouched
@@ -182,7 +183,7 @@ def _tolerances(loop: CompensatedLoop) -> str:
 
 
 def _describe(name: str, node: fx.Node, dtype: torch.dtype) -> str:
-    return f"{name}: {short(dtype)}{list(graphs.value(node).shape)}"
+    return f"{name}: {word_of(dtype)}{list(graphs.value(node).shape)}"
 
 
 def _bytes_in_the_dtype_of_the_state(loop: CompensatedLoop, stored: list[tuple[Saved, fx.Node]]) -> int:

@@ -6,12 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import fx
 
 from rampde_fx.ir import pass_log
 from rampde_fx.ir.loops import Fallback, Loop
 from rampde_fx.policy import PrecisionPolicy
+from rampde_fx.policy_text import word_of
 from rampde_fx.schedules import Activations, MemoryBudget
 
 
@@ -98,7 +98,7 @@ class LoopReport:
 
     def summary(self) -> str:
         """The loop in one sentence or two."""
-        low, reasons = short(self.policy.dtype), Counter[str]()
+        low, reasons = word_of(self.policy.dtype), Counter[str]()
         for fallback in self.fallbacks:
             reasons[fallback.reason] += fallback.count
         count = f"{self.evaluations} evaluation{'s' if self.evaluations != 1 else ''} of the velocity in {low}"
@@ -121,7 +121,7 @@ class LoopReport:
             *([("captured", self.captured)] if self.captured else []),
             *([("adapts to", self.tolerances)] if self.tolerances else []),
             ("carries", ", ".join(self.carries)),
-            ("velocity", f"{self.evaluations} evaluations per step in {short(self.policy.dtype)}"),
+            ("velocity", f"{self.evaluations} evaluations per step in {word_of(self.policy.dtype)}"),
             ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),
             ("accumulation", self.policy.accumulation),
             ("checkpointing", self._checkpointing()),
@@ -152,8 +152,3 @@ class LoopReport:
         if self.segment == 1:
             return "each step is recomputed from its state"
         return f"segments of {self.segment} steps are recomputed from their first state"
-
-
-def short(dtype: torch.dtype) -> str:
-    """The name of a dtype without torch."""
-    return str(dtype).removeprefix("torch.")

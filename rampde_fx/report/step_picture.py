@@ -18,6 +18,7 @@ from torch import fx
 from rampde_fx.ir import graphs, operator_table, pass_log
 from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
 from rampde_fx.ir.loops import CompensatedLoop
+from rampde_fx.policy_text import word_of
 
 LANES = ("time", "state", "velocity", "parameter")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
@@ -226,7 +227,7 @@ def _type_of(node: fx.Node, before: str = "") -> str:
 
 def _dtype(value: Any) -> str:
     """float16 is f16, bfloat16 bf16, int64 i64."""
-    return str(value.dtype).removeprefix("torch.").replace("float", "f").replace("uint", "u").replace("int", "i")
+    return word_of(value.dtype).replace("float", "f").replace("uint", "u").replace("int", "i")
 
 
 def _curve(start: _Place, end: _Place) -> str:
