@@ -2,8 +2,6 @@
 
 import gc
 import weakref
-from functools import partial
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from rampde_fx import errors
 from rampde_fx.torchdiffeq import odeint, odeint_adjoint, odeint_event
 from rampde_fx.torchdiffeq.options import ADAPTIVE
-from tests.adjoint_solves import DOUBLE, METHODS, Net, adjoint, assert_as_odeint, double, gradients, options_of, times
+from tests.adjoint_solves import (
+    DOUBLE,
+    METHODS,
+    Net,
+    Normed,
+    adjoint,
+    assert_as_odeint,
+    double,
+    gradients,
+    options_of,
+    times,
+)
 
 # Gradients
 
@@ -199,17 +208,6 @@ class Lazy(Net):
         return super().forward(t, y) * self.noise
 
 
-class Normed(Net):
-    """Running statistics change in place at each evaluation; in training no value depends on them."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(2).double()
-
-    def forward(self, t, y):
-        return super().forward(t, self.norm(y))
-
-
 class Checkpointed(Net):
     def forward(self, t, y):
         return checkpoint(super().forward, t, y, use_reentrant=False)
@@ -223,358 +221,6 @@ class InParts(Net):
         rate[..., 0] = -y[..., 1]
         rate[..., 1] = super().forward(t, y)[..., 0]
         return rate
-
-
-class Lipschitz(Net):
-    """A power iteration, one step for each evaluation."""
-
-    def __init__(self):
-        super().__init__()
-        nn.utils.spectral_norm(self.first)
-
-
-class Phased(Net):
-    """A buffer that is another one after each evaluation."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("phase", double(0)[0])
-
-    def forward(self, t, y):
-        self.phase = self.phase + 0.1
-        return super().forward(t, y) * torch.cos(self.phase)
-
-
-class Seldom(Net):
-    """Buffers that change at some evaluations alone: one that is None at first, one that another is a view of."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("late", None)
-        self.register_buffer("means", torch.zeros(3, dtype=DOUBLE))
-        self.register_buffer("part", self.means[:2])
-
-    def forward(self, t, y):
-        rate = super().forward(t, y)
-        with torch.no_grad():
-            if t.abs() > 0.5:
-                self.late = y.mean(0)
-                self.means[:2].mul_(0.9).add_(y.mean(0))
-        return rate + self.part.clone()
-
-
-class Later(Net):
-    """BatchNorm, whose kernels count no change, and which the first step does not reach."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(2, dtype=DOUBLE)
-
-    def forward(self, t, y):
-        rate = super().forward(t, y)
-        return self.norm(rate) if t.abs() > 0.5 else rate
-
-
-class Late(Net):
-    """Statistics that only late evaluations change, and of which nobody counts it; no result depends on them."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(2, dtype=DOUBLE))
-        self.register_buffer("var", torch.ones(2, dtype=DOUBLE))
-        self.register_buffer("average", torch.zeros(2, dtype=DOUBLE))
-
-    def forward(self, t, y):
-        rate = super().forward(t, y)
-        if t.abs() > 0.5:
-            rate = nn.functional.batch_norm(rate, self.mean, self.var, training=True)
-            self.average.data.mul_(0.9).add_(0.1 * y.detach().mean(0))
-        return rate
-
-
-class OwnNorm(nn.BatchNorm1d):
-    """Of the user's own, of which torch counts the batches, and its statistics depend on the count."""
-
-
-class Cumulative(Net):
-    def __init__(self):
-        super().__init__()
-        self.norm = OwnNorm(2, momentum=None, dtype=DOUBLE)
-
-    def forward(self, t, y):
-        return super().forward(t, self.norm(y))
-
-
-class Averaged(Net):
-    """An average with a count of its own, on which the result depends."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("average", torch.zeros(2, dtype=DOUBLE))
-
-    def forward(self, t, y):
-        with torch.no_grad():
-            self.count += 1
-            self.average.lerp_(y.mean(0), 1 / (1 + self.count.item()))
-        return super().forward(t, y) - self.average.clone()
-
-
-class Plain(Net):
-    """Tensors that are no buffers: one that changes in place, one of which the attribute becomes another."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean, self.last_mean = torch.zeros(2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
-
-    def buffers(self):
-        return [self.mean, self.last_mean]
-
-    def forward(self, t, y):
-        self.mean.lerp_(y.detach().mean(0), 0.1)
-        self.last_mean = y.detach().mean(0)
-        return super().forward(t, y) + self.mean.clone()
-
-
-class Initialised(Net):
-    """What the first evaluation sets: a parameter, and a flag for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(2, dtype=DOUBLE))
-        self.register_buffer("done", torch.tensor(0))
-
-    def forward(self, t, y):
-        if self.done == 0:
-            with torch.no_grad():
-                self.scale.copy_(1 / (1 + y.std(0)))
-                self.done.fill_(1)
-        return super().forward(t, y) * self.scale
-
-
-class Flagged(Initialised):
-    """With a flag that is a floating number."""
-
-    def __init__(self):
-        super().__init__()
-        self.done = torch.tensor(0.0)
-
-
-class Made(Net):
-    """A buffer that the first evaluation makes, and attributes that are changed where nobody counts it."""
-
-    def __init__(self):
-        super().__init__()
-        self.average = torch.zeros(2, dtype=DOUBLE)
-        self.register_buffer("count", torch.tensor(0))
-        self.later = None
-
-    def buffers(self):
-        return [*super().buffers(), self.average, self.later]
-
-    def forward(self, t, y):
-        with torch.no_grad():
-            if not hasattr(self, "mean"):
-                self.register_buffer("mean", torch.zeros(2, dtype=DOUBLE))
-            self.mean.lerp_(y.mean(0), 0.1)
-            self.later = y.mean(0) if self.later is None else self.later.lerp_(y.mean(0), 0.1)
-        self.average.data.mul_(0.9).add_(y.detach().mean(0))
-        self.count.data.add_(1)
-        return super().forward(t, y)
-
-
-class Normalised(Net):
-    """ActNorm with all that it makes in buffers, from which the next evaluations read."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("done", torch.tensor(0, dtype=torch.uint8))
-        self.register_buffer("shift", torch.zeros(2, dtype=DOUBLE))
-
-    def forward(self, t, y):
-        if self.done == 0:
-            self.shift.copy_(y.detach().mean(0))
-            self.done.fill_(1)
-        return super().forward(t, y - self.shift)
-
-
-class Grown(Net):
-    """A buffer that gets its shape from the first evaluation, as observers of quantization do."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("largest", torch.empty(0, dtype=DOUBLE))
-
-    def forward(self, t, y):
-        if self.largest.numel() == 0:
-            self.largest.resize_(2).copy_(y.detach().amax(0))
-        self.largest.copy_(torch.maximum(self.largest, y.detach().amax(0)))
-        return super().forward(t, y)
-
-
-class Sparse(Net):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("matrix", torch.eye(2, dtype=DOUBLE).to_sparse())
-
-    def buffers(self):
-        return [self.matrix.to_dense()]
-
-    def forward(self, t, y):
-        self.matrix.mul_(0.5)
-        return super().forward(t, y)
-
-
-class Bound(Net):
-    """Tensors that are replaced: of a class, in a list, in a dict."""
-
-    mean = torch.zeros(2, dtype=DOUBLE)
-
-    def __init__(self):
-        super().__init__()
-        type(self).mean = torch.zeros(2, dtype=DOUBLE)
-        self.held, self.named = [self.mean], {"mean": self.mean}
-
-    def buffers(self):
-        return [self.mean, *self.held, *self.named.values()]
-
-    def forward(self, t, y):
-        type(self).mean = self.held[0] = self.named["mean"] = y.detach().mean(0)
-        return super().forward(t, y)
-
-
-KEEPING = [
-    Made,
-    Normalised,
-    Grown,
-    Sparse,
-    Bound,
-    Normed,
-    Lipschitz,
-    Phased,
-    Seldom,
-    Later,
-    Late,
-    Cumulative,
-    Averaged,
-    Plain,
-    Initialised,
-    Flagged,
-]
-
-
-@pytest.mark.parametrize("kind", KEEPING)
-@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
-def test_buffers_that_the_velocity_changes_are_changed_by_the_forward_alone(kind, method):
-    found = []
-    for solve in (odeint, odeint_adjoint):
-        torch.manual_seed(0)
-        model = kind()
-        y = solve(model, double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), **options_of(method))
-        y.square().sum().backward()
-        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-
-
-class Trainer:
-    """No Module, which holds one."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def velocity(self, t, y):
-        return self.model(t, y)
-
-    __call__ = velocity
-
-
-class Listing(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.models = [model]
-
-    def forward(self, t, y):
-        return self.models[0](t, y)
-
-
-def of_global(model):
-    globals()["GLOBAL"] = model
-    return lambda t, y: 1.0 * GLOBAL(t, y)  # noqa: F821
-
-
-def of_default(model):
-    return lambda t, y, model=model: model(t, y)
-
-
-def of_dict(model):
-    models = {"velocity": model}
-    return lambda t, y: 1.0 * models["velocity"](t, y)
-
-
-def of_trainer(model):
-    trainer = Trainer(model)
-    return lambda t, y: 1.0 * trainer.velocity(t, y)
-
-
-def of_module_of_python(model):
-    elsewhere = ModuleType("elsewhere")
-    elsewhere.model = model
-    return lambda t, y: 1.0 * elsewhere.model(t, y)
-
-
-def of_helper_and_property(model):
-    class Solver(nn.Module):
-        def forward(self, t, y):
-            return self.rate(t, y)
-
-        def rate(self, t, y):
-            return 1.0 * self.velocity(t, y)
-
-        @property
-        def velocity(self):
-            return model
-
-    return Solver()
-
-
-HOLDS = {
-    "module of Python": of_module_of_python,
-    "property in a helper method": of_helper_and_property,
-    "closure": lambda model: lambda t, y: 1.0 * model(t, y),
-    "partial": lambda model: partial(model.forward),
-    "global": of_global,
-    "default": of_default,
-    "dict": of_dict,
-    "method": lambda model: Trainer(model).velocity,
-    "object": Trainer,
-    "object in a closure": of_trainer,
-    "list of a Module": Listing,
-}
-
-
-@pytest.mark.parametrize("name", HOLDS)
-@pytest.mark.parametrize("kind", [Normed, Lipschitz])
-def test_buffers_of_what_a_function_holds_are_changed_once(name, kind):
-    found = []
-    for solve in (odeint, adjoint):
-        torch.manual_seed(0)
-        model = kind()
-        y = solve(HOLDS[name](model), double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), method="rk4")
-        y.square().sum().backward()
-        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("kind", [Normed, Lipschitz])
-def test_buffers_to_which_nothing_leads_are_an_error(kind):
-    elsewhere = ModuleType("elsewhere")
-    elsewhere.model = kind()
-    y0 = double(0.3, -0.7, 0.2, 0.9).reshape(2, 2)
-    y = adjoint(lambda t, y: 1.0 * getattr(elsewhere, "model")(t, y), y0, times(), method="rk4")  # noqa: B009
-    with pytest.raises(errors.RecomputationError, match="gives another result"):
-        y.square().sum().backward()
 
 
 class Energy(Net):
@@ -641,19 +287,6 @@ def test_a_compiled_velocity():
         return compiled(torch.tanh(model(y)))
 
     assert_as_odeint(func, double(0.3, -0.7), times(), tuple(model.parameters()), **options_of("rk4"))
-
-
-@pytest.mark.parametrize("kind", [Averaged, Normalised, Made, Initialised])
-def test_buffers_of_a_solve_of_one_evaluation(kind):
-    """A count is not told from a flag before the second one: what gives the forward's result is."""
-    found = []
-    for solve in (odeint, odeint_adjoint):
-        model = kind()
-        y = solve(model, double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), double(0, 0.1), method="euler")
-        y.square().sum().backward()
-        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_a_backward_in_inference_mode():
