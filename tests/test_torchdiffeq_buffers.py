@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rampde_fx import errors
-from rampde_fx.torchdiffeq import odeint, odeint_adjoint
+from rampde_fx.torchdiffeq import kept_buffers, odeint, odeint_adjoint
 from tests.adjoint_solves import DOUBLE, Net, Normed, adjoint, double, options_of, times
 
 
@@ -185,6 +185,70 @@ class Normalised(Net):
         return super().forward(t, y - self.shift)
 
 
+class OfPython(Normalised):
+    """With a flag that is no tensor."""
+
+    def forward(self, t, y):
+        if not getattr(self, "is_done", False):
+            self.shift.copy_(y.detach().mean(0))
+            self.is_done = True
+        return Net.forward(self, t, y - self.shift)
+
+
+class WithAGraph(Net):
+    """The first evaluation has another graph than those that follow; an attribute is bound to another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("done", torch.tensor(0))
+        self.register_buffer("shift", torch.zeros((), dtype=DOUBLE))
+        self.seen = torch.zeros((), dtype=DOUBLE)
+
+    def buffers(self):
+        return [*super().buffers(), self.seen]
+
+    def forward(self, t, y):
+        if self.done == 0:
+            shift = torch.exp(y.mean())
+            self.shift.copy_(shift.detach())
+            self.done.fill_(1)
+        else:
+            shift = self.shift.clone()
+        self.seen = y.detach().mean()
+        return super().forward(t, y) - shift
+
+
+class Annealed(Net):
+    """Buffers that change beside the evaluations: after each step, and first where the first step is not yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rate", torch.ones((), dtype=DOUBLE))
+        self.register_buffer("count", torch.zeros((), dtype=DOUBLE))
+
+    def callback_step(self, t, y, dt):
+        self.rate.mul_(0.9)
+
+    def forward(self, t, y):
+        if t > 0:
+            self.count += 1
+        return super().forward(t, y) * self.rate.clone() / (1 + 0.01 * self.count.clone())
+
+
+class Odd(Net):
+    """Buffers of kinds that torch neither compares nor measures."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("packed", torch.zeros(3, dtype=torch.uint8).view(torch.bits8))
+        self.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+        self.register_buffer("jagged", torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged))
+        self.kept = [self.packed, self.ragged, self.jagged]
+
+    def buffers(self):
+        return []
+
+
 class Grown(Net):
     """A buffer that gets its shape from the first evaluation, as observers of quantization do."""
 
@@ -233,6 +297,10 @@ class Bound(Net):
 KEEPING = [
     Made,
     Normalised,
+    OfPython,
+    WithAGraph,
+    Annealed,
+    Odd,
     Grown,
     Sparse,
     Bound,
@@ -375,3 +443,28 @@ def test_buffers_of_a_solve_of_one_evaluation(kind):
         found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_what_is_copied_of_tensors_that_are_no_buffers_is_bounded():
+    """Data that a velocity's owner holds costs no step; a statistic beside it is as a buffer."""
+
+    class Owner:
+        def __init__(self):
+            self.net, self.mean = Net(), torch.zeros(2, dtype=DOUBLE)
+            self.data = [torch.zeros(2**15) for _ in range(300)]
+
+        def velocity(self, t, y):
+            self.mean.lerp_(y.detach(), 0.1)
+            return self.net(t, y) + self.mean.clone()
+
+    found = []
+    for solve in (odeint, adjoint):
+        owner = Owner()
+        y = solve(owner.velocity, double(0.3, -0.7), times(), method="rk4")
+        y.square().sum().backward()
+        found.append([*(parameter.grad for parameter in owner.net.parameters()), owner.mean])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    buffers = kept_buffers.Buffers(owner.velocity)
+    buffers.before()
+    assert sum(buffer.value.numel() for buffer in buffers.unchanged) <= kept_buffers.MOST_OF_THEM

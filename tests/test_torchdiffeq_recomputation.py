@@ -136,6 +136,38 @@ def test_another_result_is_seen_whatever_its_size(case, method):
         y.sum().backward()
 
 
+class Masked(Net):
+    """Of which autograd saves scores, some of them as small as a number can be."""
+
+    def __init__(self, dtype, fill):
+        super().__init__(dtype=dtype)
+        self.scores = nn.Linear(2, 64).to(dtype)
+        self.register_buffer("mask", torch.arange(64) % 3 == 0)
+        self.fill, self.factor = fill, 1.0
+
+    def forward(self, t, y):
+        scores = (self.factor * self.scores(y)).masked_fill(self.mask, self.fill)
+        return super().forward(t, y) * nn.functional.softplus(scores).sum(-1, keepdim=True).sign()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("fill", ["-inf", "lowest", "-1e30"])
+def test_scores_that_are_masked(dtype, fill):
+    """They are no false alarm, and hide no change of the others, of which the result says nothing."""
+    fill = torch.finfo(dtype).min if fill == "lowest" else float(fill)
+    y0, found = torch.tensor([0.3, -0.7], dtype=dtype), []
+    for solve in (odeint, odeint_adjoint):
+        torch.manual_seed(0)
+        model = Masked(dtype, fill)
+        solve(model, y0, times().to(dtype), method="rk4").sum().backward()
+        found.append([parameter.grad for parameter in model.first.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+    y = odeint_adjoint(model, y0, times().to(dtype), method="rk4")
+    model.factor = 1.01
+    with pytest.raises(errors.RecomputationError, match="gives another result"):
+        y.sum().backward()
+
+
 def test_a_result_within_rounding_is_no_other():
     """As where sums are taken in any order, in a low dtype too."""
     generator, model = torch.Generator().manual_seed(0), Net(dtype=torch.float32)

@@ -26,6 +26,7 @@ COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH = 2**16  # of a direction on which tensors are projected
 COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
+HUGE = 2.0**60  # beyond it the logarithm stands for a number, as for those that mask, beside which no other would count
 Projections = dict[Any, tuple[weakref.ref[torch.Tensor], torch.Tensor]]
 
 
@@ -67,7 +68,10 @@ class Fingerprint(NamedTuple):
         return (self.numbers - numbers).abs()
 
     def _norms(self) -> torch.Tensor:
-        norms = [sum(torch.linalg.vector_norm(_finite(part)) for part, _ in _parts(tensor)) for tensor in self.tensors]
+        norms = [
+            sum(torch.linalg.vector_norm(_with_stand_ins(part), dtype=torch.float64) for part, _ in _parts(tensor))
+            for tensor in self.tensors
+        ]
         return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in norms])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
@@ -113,14 +117,14 @@ class Fingerprints:
 
     def _projection(self, tensor: torch.Tensor) -> torch.Tensor:
         """On a direction, float64, 0-D."""
-        numbers = [self._with_stand_ins(part) for part, _ in _parts(tensor)]
+        numbers = [self._of_part(part) for part, _ in _parts(tensor)]
         return (numbers[0] if len(numbers) == 1 else torch.stack(numbers).sum()).double()
 
-    def _with_stand_ins(self, flat: torch.Tensor) -> torch.Tensor:
-        """The projection of entries, of which some may not be finite."""
-        if flat.device.type == "cpu" and math.isfinite((number := self._projected(flat)).item()):
+    def _of_part(self, flat: torch.Tensor) -> torch.Tensor:
+        """The projection of entries, of which some may be huge, or not finite."""
+        if flat.device.type == "cpu" and abs((number := self._projected(flat)).item()) < HUGE:
             return number
-        return self._projected(_finite(flat))
+        return self._projected(_with_stand_ins(flat))
 
     def _projected(self, flat: torch.Tensor) -> torch.Tensor:
         """On a direction; on a product of directions where one would take as much memory."""
@@ -163,8 +167,10 @@ def _count_fills(flat: torch.Tensor, fill: float) -> int:
     return int((flat.isnan() if math.isnan(fill) else flat == fill).sum())
 
 
-def _finite(flat: torch.Tensor) -> torch.Tensor:
-    return flat.nan_to_num(UNKNOWN, POSITIVE, NEGATIVE)
+def _with_stand_ins(flat: torch.Tensor) -> torch.Tensor:
+    """Numbers whose squares have a sum in float64."""
+    finite = flat.nan_to_num(UNKNOWN, POSITIVE, NEGATIVE)
+    return torch.where(finite.abs() <= HUGE, finite, finite.abs().log2().copysign(finite))
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:

@@ -5,7 +5,8 @@ do small tensors that are changed in place and are no buffers, wherever func rea
 tensor is bound back.
 
 A flag says that something was made at an evaluation. There it keeps the value that it has, and so does what was made:
-that is not made anew. If the result is another one, it is made anew all the same.
+that is not made anew. If the result is another one, it is made anew all the same, and if that is another, too, all that
+the evaluation alone has changed is kept: the flag may be a number of Python's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -23,7 +26,17 @@ from torch.nn.parameter import is_lazy
 from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
-SMALL = 2**16  # entries of a tensor that is no buffer: it is copied
+SMALL = 2**16  # entries of a tensor that is no buffer: it is copied, and compared at each step
+MOST_TENSORS, MOST_OF_THEM = 256, 2**18  # of these, and entries in all
+OUTSIDE = -1  # the number of what is no evaluation that is computed once more
+
+
+class Keep(Enum):
+    """What is kept of what an evaluation has made, in the order in which it is tried."""
+
+    FLAGGED = "flags, and what changed with one and never since"
+    NOTHING = "but attributes that it has made"
+    ALL = "what it alone has changed"
 
 
 class Place(NamedTuple):
@@ -64,7 +77,7 @@ class Buffer(NamedTuple):
     def at(place: Place) -> Buffer:
         """The one that stands there."""
         tensor = place.held()
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
             return Buffer(place, tensor, 0, None)
         return Buffer(place, tensor, version_of(tensor), tensor.detach().clone())
 
@@ -80,7 +93,7 @@ class Buffer(NamedTuple):
         tensor = self.tensor
         if self.value is None or tensor.layout is not torch.strided or tensor.is_meta:
             return False
-        return tensor.dtype.itemsize > 1 or not tensor.is_floating_point()
+        return _has_equality(tensor.dtype)
 
     def may_be_flag(self) -> bool:
         """Whether it is of the user's own, and is not there, whole, or one number."""
@@ -94,7 +107,8 @@ class Buffer(NamedTuple):
         owner, name = self.place.owner, self.place.name
         now, tensor = owner.get(name, UNSET), self.tensor
         kept = now if is_kept else tensor
-        current = kept.detach().clone() if isinstance(kept, torch.Tensor) and not is_lazy(kept) else None
+        is_copied = isinstance(kept, torch.Tensor) and not (is_lazy(kept) or kept.is_nested)
+        current = kept.detach().clone() if is_copied else None
         try:
             if not is_kept:
                 _bind(owner, name, tensor if self.value is None or _is_writable(tensor) else self.value.clone())
@@ -173,8 +187,10 @@ class Buffers:
         """What has changed so far, as it is before the evaluation that follows."""
         if self.unchanged is None:
             places = [Place(r, name, _is_of_torch(kind, name)) for r, kind in self.registers for name in r]
-            places += [_apart(tensor) for tensor, _ in self.found.tensors if _is_small(tensor)]
+            places += map(_apart, _small([tensor for tensor, _ in self.found.tensors]))
             self.unchanged = [Buffer.at(place) for place in places]
+        else:  # a callback, or an evaluation that is not recorded: the first size of an adaptive step is found by one
+            self._note_first_changes(OUTSIDE, [])
         return Before(self.count, [Buffer.at(changed.first.place) for changed in self.changed])
 
     def note_changes(self, before: Before) -> None:
@@ -183,18 +199,24 @@ class Buffers:
         births = {changed.birth for changed in self.changed if changed.is_flag()}
         known = list(zip(self.changed, before.buffers, strict=True))
         closer = [b for c, b in known if (c.birth in births or b.may_be_flag()) and b.is_comparable()]
-        uncounted = _changed_uncounted([*closer, *(buffer for buffer in self.unchanged if buffer.is_comparable())])
+        uncounted = self._note_first_changes(before.number, closer)
         for changed, buffer in known:
             changed.changes += buffer.is_changed() or id(buffer) in uncounted
+        self.changed += self._made(before.number)
+        self.count = before.number + 1
+
+    def _note_first_changes(self, number: int, others: list[Buffer]) -> set[int]:
+        """Note what was changed for the first time; which have other values that nobody counted, the others too."""
+        unchanged = self.unchanged or []
+        uncounted = _changed_uncounted([*others, *(buffer for buffer in unchanged if buffer.is_comparable())])
         rest = list[Buffer]()
-        for buffer in self.unchanged:
+        for buffer in unchanged:
             if buffer.is_changed() or id(buffer) in uncounted:
-                self.changed.append(Changed(buffer, before.number))
+                self.changed.append(Changed(buffer, number))
             else:
                 rest.append(buffer)
         self.unchanged = rest
-        self.changed += self._made(before.number)
-        self.count = before.number + 1
+        return uncounted
 
     def _made(self, number: int) -> Iterator[Changed]:
         """Buffers that are new, and at the first evaluation attributes that are."""
@@ -204,37 +226,36 @@ class Buffers:
             names.update(register)
         if number == 0:
             for owner in self.owners:
-                for value in owner.values():
-                    if isinstance(value, torch.Tensor) and _is_small(value) and id(value) not in self.tensors:
-                        yield Changed(Buffer.at(_apart(value)), number, is_made=True)
+                values = [value for value in owner.values() if isinstance(value, torch.Tensor)]
+                for value in _small([value for value in values if id(value) not in self.tensors]):
+                    yield Changed(Buffer.at(_apart(value)), number, is_made=True)
 
-    def may_keep(self, before: Before) -> bool:
-        """Whether an evaluation has made something."""
-        return any(self._keeps(before))
+    def ways(self, before: Before) -> list[Keep]:
+        """Those in which what an evaluation has made may be kept."""
+        found: dict[tuple[bool, ...], Keep] = {}
+        for keep in Keep:
+            found.setdefault(tuple(self._keeps(before, keep)), keep)
+        return list(found.values())
 
-    def _keeps(self, before: Before) -> list[bool]:
-        """Whether each of those that changed keeps its value: flags, and what changed with one and never since."""
-        births = {changed.birth for changed in self.changed if changed.is_flag()}
+    def _keeps(self, before: Before, keep: Keep) -> list[bool]:
+        """Whether each of those that changed keeps its value."""
+        flagged = {c.birth for c in self.changed if c.is_flag() or keep is Keep.ALL} if keep is not Keep.NOTHING else ()
         return [
-            c.birth == before.number and (c.is_made or (c.changes == 1 and c.birth in births)) for c in self.changed
+            c.birth == before.number and (c.is_made or (c.changes == 1 and c.birth in flagged)) for c in self.changed
         ]
 
     @contextmanager
-    def brought_back(self, before: Before, *, keeps: bool) -> Iterator[None]:
+    def brought_back(self, before: Before, keep: Keep) -> Iterator[None]:
         """With the values of an evaluation, of what changed later those at first; what it made may be kept."""
         then = [*before.buffers, *(changed.first for changed in self.changed[len(before.buffers) :])]
         if self.bound is None:
             self.bound = list(self._bound())
-        bound = [(slot, slot.read()) for slot in self.bound]
-        kept = zip(self.changed, self._keeps(before), strict=True)
-        are_kept = [is_kept and (keeps or changed.is_made) for changed, is_kept in kept]
         with ExitStack() as stack:
-            for buffer, is_kept in zip(then, are_kept, strict=True):
+            for slot in self.bound:
+                stack.callback(_bind_back, slot, slot.read())
+            for buffer, is_kept in zip(then, self._keeps(before, keep), strict=True):
                 stack.enter_context(buffer.back(is_kept=is_kept))
             yield
-        for slot, value in bound:
-            if slot.read() is not value:
-                slot.bind(value)
 
     def _bound(self) -> Iterator[Slot]:
         """What is bound to a tensor: attributes, variables, entries of lists and dicts."""
@@ -258,6 +279,11 @@ def _entry(held: list[Any], i: int) -> Slot:
             held[i] = value
 
     return Slot(lambda: held[i] if i < len(held) else UNSET, bind)
+
+
+def _bind_back(slot: Slot, value: Any) -> None:
+    if slot.read() is not value:
+        slot.bind(value)
 
 
 def _bind(owner: dict[str, Any], name: str, value: Any) -> None:
@@ -298,10 +324,27 @@ def _is_of_torch(kind: type, name: str) -> bool:
     return any(isinstance(made, FunctionType) and name in made.__code__.co_consts for made in makers)
 
 
-def _is_small(tensor: torch.Tensor) -> bool:
-    """Whether it may be a statistic: a plain tensor of few entries, on which no graph hangs."""
-    is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
-    return is_plain and not tensor.requires_grad and tensor.numel() <= SMALL
+def _small(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Those that may be statistics: plain tensors of few entries, on which no graph hangs, as many as cost little."""
+    found, entries = list[torch.Tensor](), 0
+    for tensor in tensors:
+        is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested
+        if not is_plain or tensor.is_meta or tensor.requires_grad or tensor.numel() > SMALL:
+            continue
+        if len(found) < MOST_TENSORS and entries + tensor.numel() <= MOST_OF_THEM:
+            found.append(tensor)
+            entries += tensor.numel()
+    return found
+
+
+@cache
+def _has_equality(dtype: torch.dtype) -> bool:
+    """Whether torch compares entries of a dtype: not those of bits, for one."""
+    try:
+        torch.ne(torch.empty(1, dtype=dtype), torch.empty(1, dtype=dtype))
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, place_of, version_of
-from rampde_fx.torchdiffeq.kept_buffers import Buffers
+from rampde_fx.torchdiffeq.kept_buffers import Buffers, Keep
 from rampde_fx.torchdiffeq.problem import warn
 from rampde_fx.torchdiffeq.surroundings import Random, Surroundings, autocasts_of, random_of
 
@@ -154,7 +154,7 @@ class _Recomputed:
         self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
         self.is_first = True
-        self.keeps = True  # what this call has made
+        self.keep = Keep.FLAGGED  # of what this call has made
 
     def first(self, states: tuple[State, ...]) -> Any:
         """The result; what the function has saved is let go."""
@@ -203,20 +203,20 @@ class _Recomputed:
             if saved is not None:
                 saved.again(tensor, as_before=as_before)
 
-        try:
-            found = self._as_before(states, again)
-        except RecomputationError as error:
-            if not self.surroundings.buffers.may_keep(self.surroundings.before):
-                raise
-            self.keeps = False
-            try:
-                found = self._as_before(states, again)
-            except RecomputationError:
-                raise error from None  # the more likely one
-            finally:
-                self.keeps = True
+        found = self._in_any_way(states, again)
         if self.then is not None:
             self.then(states, found)
+
+    def _in_any_way(self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]) -> Any:
+        """The result of the forward, whatever is kept of what this call has made."""
+        errors = list[RecomputationError]()
+        for keep in self.surroundings.buffers.ways(self.surroundings.before):
+            self.keep = keep
+            try:
+                return self._as_before(states, is_saved)
+            except RecomputationError as error:
+                errors.append(error)
+        raise errors[0]  # of what is most likely
 
     def _as_before(self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]) -> Any:
         """The result, which is that of the forward."""
@@ -238,7 +238,7 @@ class _Recomputed:
             count += 1
             return _Saved(tensor)
 
-        with self.surroundings.again(keeps=self.keeps):
+        with self.surroundings.again(self.keep):
             with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
                 found = self.function(*states)
             if count != len(self.saved):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rampde_fx.solvers.runge_kutta import State
-from rampde_fx.torchdiffeq.kept_buffers import Before, Buffers
+from rampde_fx.torchdiffeq.kept_buffers import Before, Buffers, Keep
 
 
 class Random(NamedTuple):
@@ -63,7 +63,7 @@ class Surroundings(NamedTuple):
     threads: int
 
     @contextmanager
-    def again(self, *, keeps: bool) -> Iterator[None]:
+    def again(self, keep: Keep) -> Iterator[None]:
         """As they were, with gradients; what this computation has made may be kept."""
         random = self.random
         with ExitStack() as stack:
@@ -72,5 +72,5 @@ class Surroundings(NamedTuple):
             random.restore()
             for settings in self.autocasts:
                 stack.enter_context(torch.autocast(**settings))
-            stack.enter_context(self.buffers.brought_back(self.before, keeps=keeps))
+            stack.enter_context(self.buffers.brought_back(self.before, keep))
             yield stack.enter_context(torch.enable_grad())
