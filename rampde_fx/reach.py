@@ -15,8 +15,9 @@ import contextlib
 import functools
 import gc
 import sys
+import weakref
 from collections import OrderedDict, UserDict, UserList, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import islice
 from types import (
@@ -37,7 +38,13 @@ from torch import nn
 MOST_ENTRIES, MOST = 1_000, 10_000  # of a container, and in all: behind these nothing is looked for
 FOREIGN = {"torch", "rampde_fx"} | sys.stdlib_module_names - {"__main__"}
 INSTALLED = ("site-packages", "dist-packages")
-OF_OTHERS = (SimpleNamespace, argparse.Namespace, UserDict, UserList)  # whose attributes are looked into all the same
+# Classes of Python's library whose attributes are looked into all the same.
+OF_OTHERS = (
+    *(SimpleNamespace, argparse.Namespace, UserDict, UserList),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
+)
+SMALL = 2**16  # entries of a tensor that may be a statistic
+MOST_SMALL, MOST_OF_SMALL = 256, 2**18  # of these, and entries in all
 SEQUENCES = (list, tuple, deque, set, frozenset)
 CACHED = type(functools.lru_cache(len))
 LEAVES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -67,6 +74,7 @@ class Reached(NamedTuple):
         objects: The objects of the user's own classes, and functions, that have attributes of their own.
         containers: The lists, deques, sets and dicts.
         slots: Globals, variables of enclosing functions, attributes in slots and of classes.
+        others: Objects of Python's library and of installed packages, which are not looked into.
     """
 
     modules: list[tuple[nn.Module, str]]
@@ -74,6 +82,11 @@ class Reached(NamedTuple):
     objects: list[tuple[Any, str]]
     containers: list[Any]
     slots: list[Slot]
+    others: list[Any]
+
+    def statistics(self) -> list[torch.Tensor]:
+        """Of the tensors those that may be some: plain ones of few entries, without a graph, as many as cost little."""
+        return small([tensor for tensor, _ in self.tensors])
 
 
 def reached(function: Any) -> Reached:
@@ -92,6 +105,19 @@ def reached(function: Any) -> Reached:
                 if not _is(held, LEAVES):
                     pending.append((key, held))
     return search.found
+
+
+def small(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The plain tensors of few entries, on which no graph hangs; of many the first ones, so that copies cost little."""
+    found, entries = list[torch.Tensor](), 0
+    for tensor in tensors:
+        is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested
+        if not is_plain or tensor.is_meta or tensor.requires_grad or tensor.numel() > SMALL:
+            continue
+        if len(found) < MOST_SMALL and entries + tensor.numel() <= MOST_OF_SMALL:
+            found.append(tensor)
+            entries += tensor.numel()
+    return found
 
 
 def attributes_of(owner: Any) -> dict[str, Any]:
@@ -124,7 +150,7 @@ class _Search:
     """What was found so far, and what of classes waits for code that names it."""
 
     def __init__(self) -> None:
-        self.found = Reached([], [], [], [], [])
+        self.found = Reached([], [], [], [], [], [])
         self.named = {"forward", "__call__"}
         self.waiting: dict[str, list[Callable[[str], Held]]] = {}
 
@@ -166,6 +192,8 @@ class _Search:
                 found.objects.append((value, name))
             yield from ((_joined(name, key), held) for key, held in attributes_of(value).items())
             yield from self._of_classes(name, value)
+        elif not _is(value, (nn.Module, type, torch.Tensor, FunctionType, ModuleType)):
+            found.others.append(value)
 
     def _of_classes(self, name: str, value: Any) -> Held:
         """What an object holds in slots, and its classes."""

@@ -9,6 +9,7 @@ import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -416,6 +417,23 @@ def test_what_objects_hold_is_put_back():
     found = model.statistics
     assert torch.equal(found.mean, torch.zeros(3)) and found.mean.dtype is torch.float32
     assert (found.calls, found.log, found.named) == (0, [], {})
+
+
+class OfNumpy(Euler):
+    def __init__(self):
+        super().__init__()
+        self.count = numpy.zeros(2)
+
+    def forward(self, y, t):
+        self.count[0] += 1
+        return super().forward(y, t)
+
+
+def test_arrays_of_numpy_are_left_out_and_put_back():
+    model = OfNumpy()
+    result = check(model, *leaves(), policies=[rampde_fx.PrecisionPolicy(torch.float16)])
+    assert "what the model writes into arrays of numpy was not compared: count" in result.notes
+    assert model.count.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("loss", [lambda y: y.detach().mean(), lambda y: torch.tensor(1.0)])

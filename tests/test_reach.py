@@ -1,17 +1,21 @@
 """What a function leads to by names, attributes and containers, whatever stands there."""
 
+import array
 import functools
+import random
 import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 from rampde_fx.reach import MOST, reached
+from rampde_fx.runtime.random_state import kept_random_state
 from rampde_fx.validation.untouched import untouched
 
 
@@ -280,6 +284,24 @@ def makes_a_slot():
     return func, lambda: hasattr(slotted, "held")
 
 
+class Weak:
+    """May be referred to weakly."""
+
+
+def changes(value, act, read):
+    return lambda: ((lambda: act(value)), lambda: read(value))
+
+
+def weak_keys():
+    held, key = weakref.WeakKeyDictionary(), Weak()
+    held[key] = 0
+
+    def func():
+        held[key] += 1
+
+    return func, lambda: (held[key], len(held))
+
+
 def grows(container, add):
     return lambda: ((lambda: add(container)), lambda: list(container))
 
@@ -299,6 +321,22 @@ CHANGES = {
     "a Counter": grows(Counter("ab"), lambda held: held.update("c")),
     "an order": grows(OrderedDict(a=1, b=2), lambda held: held.move_to_end("a")),
     "a set": grows({1}, lambda held: held.add(2)),
+    "weak keys": weak_keys,
+    "bytes": grows(bytearray(b"a"), lambda held: held.append(1)),
+    "an array of Python's": grows(array.array("d", [1.0]), lambda held: held.append(2.0)),
+    "an array of numpy": grows(numpy.zeros(2), lambda held: held.__setitem__(0, 1.0)),
+    "a tensor": changes(torch.zeros(2), lambda held: held.add_(1), torch.Tensor.tolist),
+    "a tensor, by data": changes(torch.zeros(2), lambda held: held.data.add_(1), torch.Tensor.tolist),
+    "torch's generator": changes(
+        torch.Generator(), lambda held: torch.rand(1, generator=held), lambda held: held.get_state().tolist()
+    ),
+    "Python's generator": changes(random.Random(0), random.Random.random, random.Random.getstate),
+    "numpy's generator": changes(
+        numpy.random.default_rng(0), lambda held: held.random(), lambda held: str(held.bit_generator.state)
+    ),
+    "numpy's old generator": changes(
+        numpy.random.RandomState(0), lambda held: held.rand(), lambda held: str(held.get_state())
+    ),
 }
 
 
@@ -379,6 +417,20 @@ def test_values_of_buffers_gradients_and_hooks_are_put_back():
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert model[0].weight.grad is gradient and model[0].bias.requires_grad
     assert not model[0]._forward_hooks and not hasattr(func, "calls")
+
+
+def test_generators_of_all_are_left_as_they_are():
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())
+
+    before = states()
+    with kept_random_state() as drew:
+        random.random()
+        numpy.random.rand()
+        assert not drew()
+        torch.rand(1)
+        assert drew()
+    assert states() == before
 
 
 def test_attributes_lists_and_dicts_are_put_back():

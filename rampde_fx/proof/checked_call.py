@@ -120,6 +120,7 @@ class Captured:
         graph: The graph as Dynamo captured it.
         inputs: Its inputs: the copied arguments, the model's own tensors.
         names: The user's name of each input.
+        arrays: The names of those that show the memory of arrays of numpy.
     """
 
     def __init__(
@@ -158,9 +159,11 @@ class Captured:
         known = call.tensors()
         nodes = graphs.placeholders(self.graph)
         self.names = [
-            known[id(x)][1] if id(x) in known else capturing.source_name(node)
+            known[id(x)][1] if id(x) in known else capturing.source_name(node).removeprefix("function.function.")
             for x, node in zip(self.inputs, nodes, strict=True)
         ]
+        of_numpy = map(capturing.is_of_numpy, nodes)
+        self.arrays = {name for name, is_array in zip(self.names, of_numpy, strict=True) if is_array}
 
     @torch.compiler.disable
     def _first_run(self, *inputs: Any) -> list[Any]:
@@ -187,6 +190,11 @@ class Captured:
 
         tree = pytree.tree_unflatten([at(place) for place in self._places], self._structure)
         return tree, {name: at(place) for name, place in self._rebound.items()}
+
+    def note_on_arrays(self) -> list[str]:
+        """That what is written into arrays of numpy is left out: the model's own code has no copies of them."""
+        names = ", ".join(sorted(self.arrays))
+        return [f"what the model writes into arrays of numpy was not compared: {names}"] if names else []
 
     def times(self) -> str:
         """The name of the argument that the loops' times come from.

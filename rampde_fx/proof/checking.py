@@ -225,7 +225,7 @@ class _Check:
         """Compare the structure, then measure."""
         self.progress.tell("comparing with the model's own code in float64")
         wanted, rounded = self._references()
-        self.notes += note_on_gradients(wanted.gradients, self.loss)
+        self.notes += note_on_gradients(wanted.gradients, self.loss) + self.captured.note_on_arrays()
         structures = [
             *(self._check_structure(t, wanted, rounded) for t in self.twins),
             *self._check_capture(wanted, rounded),
@@ -344,7 +344,7 @@ class _Check:
         # Statistics tell how a solution was found: a run that finds it in another way has others.
         paths = pytree.tree_flatten_with_path(tree, is_leaf=lambda value: isinstance(value, SolveStatistics))[0]
         values = {f"output{pytree.keystr(p)}": x.detach() for p, x in paths if isinstance(x, torch.Tensor)}
-        left = {**dict(zip(self.names, called, strict=True)), **rebound}
+        left = {n: x for n, x in zip(self.names, called, strict=True) if n not in self.captured.arrays} | rebound
         return Outcome(values, gradients, {n: x.detach() for n, x in left.items() if isinstance(x, torch.Tensor)})
 
     def _check_structure(self, twin: verification.Twin, wanted: Outcome, rounded: Outcome) -> str:

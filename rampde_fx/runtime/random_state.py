@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,12 +12,15 @@ import torch
 
 @contextlib.contextmanager
 def kept_random_state(seed: int | None = None) -> Iterator[Callable[[], bool]]:
-    """Leave torch's random number generators as they are, and tell whether numbers were drawn meanwhile.
+    """Leave the generators of torch, numpy and Python as they are, and tell whether torch's were drawn from meanwhile.
 
     Args:
-        seed: What to seed them with meanwhile; None to go on as they are.
+        seed: What to seed torch's with meanwhile; None to go on as they are.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         if seed is not None:
             torch.manual_seed(seed)
         before = _random_states()

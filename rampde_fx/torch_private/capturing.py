@@ -16,6 +16,7 @@ _torch = Names(
     {
         "torch._dynamo": "maybe_mark_dynamic reset_code",
         "torch._dynamo.exc": "Unsupported UserError",
+        "torch._dynamo.source": "NumpyTensorSource",
         "torch._dynamo.symbolic_convert": "InstructionTranslator.current_tx",
         "torch._logging": "trace_structured",
     }
@@ -69,9 +70,15 @@ def source_name(placeholder: fx.Node) -> str:
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
     text = name() if callable(name) else name  # a method up to torch 2.11
+    text = re.sub(r"^___from_numpy\((.*)\)$", r"\1", text)
     text = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", text)
     text = re.sub(r"\.__closure__\[\d+\]\.cell_contents", "", text)
     return re.sub(r"^[LG]\['(\w+)'\]", r"\1", text).removeprefix("self.")
+
+
+def is_of_numpy(placeholder: fx.Node) -> bool:
+    """Whether an input of a captured graph shows the memory of an array of numpy."""
+    return isinstance(getattr(placeholder.meta.get("grapharg"), "source", None), _torch.NumpyTensorSource)
 
 
 def captured_frame() -> tuple[str, dict[str, Any]]:

@@ -23,11 +23,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in
+from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in, small
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
-SMALL = 2**16  # entries of a tensor that is no buffer: it is copied, and compared at each step
-MOST_TENSORS, MOST_OF_THEM = 256, 2**18  # of these, and entries in all
 OUTSIDE = -1  # the number of what is no evaluation that is computed once more
 
 
@@ -187,7 +185,7 @@ class Buffers:
         """What has changed so far, as it is before the evaluation that follows."""
         if self.unchanged is None:
             places = [Place(r, name, _is_of_torch(kind, name)) for r, kind in self.registers for name in r]
-            places += map(_apart, _small([tensor for tensor, _ in self.found.tensors]))
+            places += map(_apart, self.found.statistics())
             self.unchanged = [Buffer.at(place) for place in places]
         else:  # a callback, or an evaluation that is not recorded: the first size of an adaptive step is found by one
             self._note_first_changes(OUTSIDE, [])
@@ -227,7 +225,7 @@ class Buffers:
         if number == 0:
             for owner in self.owners:
                 values = [value for value in owner.values() if isinstance(value, torch.Tensor)]
-                for value in _small([value for value in values if id(value) not in self.tensors]):
+                for value in small([value for value in values if id(value) not in self.tensors]):
                     yield Changed(Buffer.at(_apart(value)), number, is_made=True)
 
     def ways(self, before: Before) -> list[Keep]:
@@ -260,10 +258,10 @@ class Buffers:
     def _bound(self) -> Iterator[Slot]:
         """What is bound to a tensor: attributes, variables, entries of lists and dicts."""
         yield from (slot for slot in self.found.slots if isinstance(slot.read(), torch.Tensor))
-        small = [held for held in self.found.containers if len(held) <= MOST_ENTRIES]
-        for held in (*self.owners, *(held for held in small if type(held) is dict)):
+        short = [held for held in self.found.containers if len(held) <= MOST_ENTRIES]
+        for held in (*self.owners, *(held for held in short if type(held) is dict)):
             yield from (slot_in(held, key) for key, value in held.items() if isinstance(value, torch.Tensor))
-        for held in small:
+        for held in short:
             if type(held) is list:
                 yield from (_entry(held, i) for i, value in enumerate(held) if isinstance(value, torch.Tensor))
 
@@ -322,19 +320,6 @@ def _is_of_torch(kind: type, name: str) -> bool:
         return True
     makers = [vars(owner).get("__init__") for owner in ancestors]
     return any(isinstance(made, FunctionType) and name in made.__code__.co_consts for made in makers)
-
-
-def _small(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Those that may be statistics: plain tensors of few entries, on which no graph hangs, as many as cost little."""
-    found, entries = list[torch.Tensor](), 0
-    for tensor in tensors:
-        is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested
-        if not is_plain or tensor.is_meta or tensor.requires_grad or tensor.numel() > SMALL:
-            continue
-        if len(found) < MOST_TENSORS and entries + tensor.numel() <= MOST_OF_THEM:
-            found.append(tensor)
-            entries += tensor.numel()
-    return found
 
 
 @cache

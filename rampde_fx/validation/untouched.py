@@ -13,13 +13,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rampde_fx.reach import OF_ALL_MODULES, Slot, attributes_of, base_of, reached
+from rampde_fx.validation.known_states import putting_back
 
 
 @contextlib.contextmanager
 def untouched(function: Callable[..., Any]) -> Iterator[None]:
     """Put back what a function reads: variables, attributes of modules, objects and classes, entries of containers.
 
-    So are the values of buffers, gradients, and whether parameters require one; not the values of parameters, of which
+    So are the values of buffers, of small tensors beside them and of small arrays, generators of random numbers, which
+    gradients parameters have, and whether they require one; not the values of parameters and of gradients, of which
     there may be too many to copy.
     """
     found = reached(function)
@@ -28,8 +30,9 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     registers = [held for module in modules for held in _registers(module)]
     # Dicts and sets last: their keys may hash by what is put back before.
     containers = sorted(found.containers, key=lambda held: base_of(held) not in (list, deque))
-    put_back = [
-        *(partial(_write, buffer, buffer.detach().clone()) for buffer in _buffers(modules)),
+    put_back: list[Callable[[], Any]] = [
+        *(partial(_write, tensor, tensor.detach().clone()) for tensor in (*_buffers(modules), *found.statistics())),
+        *putting_back(found.others),
         *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in _parameters(modules)),
         *(partial(_bind, slot, slot.read()) for slot in found.slots),
         *(partial(_refill, held, _entries(held)) for held in (*attributes, *registers, *containers)),
