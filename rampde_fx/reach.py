@@ -64,6 +64,11 @@ class Slot(NamedTuple):
     read: Callable[[], Any]
     bind: Callable[[Any], None]
 
+    def put_back(self, value: Any) -> None:
+        """Bind it to what it was bound to."""
+        if self.read() is not value:
+            self.bind(value)
+
 
 class Reached(NamedTuple):
     """What is reached, with a name as the user would write it.

@@ -250,7 +250,7 @@ class Buffers:
             self.bound = list(self._bound())
         with ExitStack() as stack:
             for slot in self.bound:
-                stack.callback(_bind_back, slot, slot.read())
+                stack.callback(slot.put_back, slot.read())
             for buffer, is_kept in zip(then, self._keeps(before, keep), strict=True):
                 stack.enter_context(buffer.back(is_kept=is_kept))
             yield
@@ -277,11 +277,6 @@ def _entry(held: list[Any], i: int) -> Slot:
             held[i] = value
 
     return Slot(lambda: held[i] if i < len(held) else UNSET, bind)
-
-
-def _bind_back(slot: Slot, value: Any) -> None:
-    if slot.read() is not value:
-        slot.bind(value)
 
 
 def _bind(owner: dict[str, Any], name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import OF_ALL_MODULES, Slot, attributes_of, base_of, reached
+from rampde_fx.reach import OF_ALL_MODULES, attributes_of, base_of, reached
 from rampde_fx.validation.known_states import putting_back
 
 
@@ -34,7 +34,7 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
         *(partial(_write, tensor, tensor.detach().clone()) for tensor in (*_buffers(modules), *found.statistics())),
         *putting_back(found.others),
         *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in _parameters(modules)),
-        *(partial(_bind, slot, slot.read()) for slot in found.slots),
+        *(partial(slot.put_back, slot.read()) for slot in found.slots),
         *(partial(_refill, held, _entries(held)) for held in (*attributes, *registers, *containers)),
     ]
     try:
@@ -77,11 +77,6 @@ def _ask(leaf: nn.Parameter, needs_gradient: bool, gradient: torch.Tensor | None
         leaf.requires_grad_(needs_gradient)
     if leaf.grad is not gradient:
         leaf.grad = gradient
-
-
-def _bind(slot: Slot, value: Any) -> None:
-    if slot.read() is not value:
-        slot.bind(value)
 
 
 def _entries(held: Any) -> list[Any]:
