@@ -6,6 +6,7 @@ an environment in which rampde_fx is installed. A test compares the two.
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import json
 import re
@@ -58,5 +59,6 @@ def _as_json(number: int, kind: str, text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     NOTEBOOK.write_text(json.dumps(notebook(PAGE.read_text()), indent=1) + "\n")
     print(f"written: {NOTEBOOK}")

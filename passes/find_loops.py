@@ -190,15 +190,15 @@ def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
     modes = [node for node in nodes if node.target is torch._C._set_grad_enabled]
     if modes and modes[-1].args[0] is not differentiated:
         _refuse(modes[-1], "a step leaves gradients off, or on in a loop under no_grad", "move the switch out")
-    transforms, gradients = 0, differentiated
+    levels, gradients = 0, differentiated  # of reverse mode, the only one that the switch is for
     for node in with_bodies(nodes):
         _check_operands(node)
-        transforms += _transforms(node)
+        levels += _opens(node, "_grad_increment_nesting") - _opens(node, "_grad_decrement_nesting")
         gradients = node.args[0] if node in modes else gradients
-        if transforms and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
+        if levels and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
             _refuse(
                 node,
-                "a torch.func transform turns gradients off inside, in a loop under no_grad",
+                "what torch.func differentiates turns gradients off inside, in a loop under no_grad",
                 "detach() what is constant instead",
             )
         _check_operation(node, differentiated)
@@ -225,6 +225,9 @@ def _check_operation(node: fx.Node, differentiated: bool) -> None:
 
 
 def _refuse(node: fx.Node, found: str, fix: str) -> None:
+    nodes = list(node.graph.nodes)
+    behind = nodes[nodes.index(node) :]  # what enters a context has no line of its own: what is inside has
+    where = next(filter(None, map(user_line, behind)), "")
     raise UnsupportedLoopError(
-        found, required="a marked loop of plain operations that stands by itself", fix=fix, where=user_line(node)
+        found, required="a marked loop of plain operations that stands by itself", fix=fix, where=where
     )

@@ -314,7 +314,7 @@ def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
                 f"the state '{before.name}' goes into the step as {graphs.description(a)} and leaves it as "
                 f"{graphs.description(b)}",
                 required="a state that keeps its shape, dtype and device",
-                fix="bring the state to its final shape and dtype before the loop",
+                fix=_fix_of_change(a, b),
                 where=graphs.user_line(after) or where,
             )
         if _is_half(a) and _accumulates(before, after):
@@ -328,6 +328,12 @@ def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
                 fix=FIX_LOW_PARAMETERS if low else fix,
                 where=graphs.user_line(after) or where,
             )
+
+
+def _fix_of_change(before: torch.Tensor, after: torch.Tensor) -> str:
+    if before.dtype is not after.dtype and (_is_half(before) or _is_half(after)):
+        return "leave half() and casts out: the model, its state and t in float32; the policy alone sets low dtypes"
+    return "bring the state to its final shape and dtype before the loop"
 
 
 def _is_low(source: InvariantSource) -> bool:

@@ -8,7 +8,7 @@ step, of the number of the draw within the step and of the entry: nothing is sto
 its own. Under one torch.manual_seed they differ from eager's, as those of torch.compile do.
 
 Requires: a CapturedStep.
-Ensures:  no node of the step depends on torch's random number generator.
+Ensures:  no node of the step depends on torch's random number generator; a step without draws is left as it is.
 Raises:   RandomVelocityError for a distribution without a counter-based form.
 Source:   Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 """
@@ -43,7 +43,10 @@ def replay_random(captured: CapturedStep) -> CapturedStep:
                 fix="draw before the loop and use the drawn tensor in it",
                 where=graphs.user_line(node),
             )
-    return _replayed(captured, graphs.value(drawing[0]).device) if drawing else captured
+    if not drawing:
+        return captured
+    drawn = graphs.value(drawing[0])
+    return _replayed(captured, (drawn[0] if isinstance(drawn, tuple) else drawn).device)  # of a dropout, with its mask
 
 
 def _replayed(captured: CapturedStep, device: torch.device) -> CapturedStep:

@@ -17,7 +17,6 @@ from torch import nn
 
 import rampde_fx
 from rampde_fx.errors import RampdeError
-from rampde_fx.policy_text import word_of
 from rampde_fx.report.explain import explain
 from rampde_fx.torch_private import capturing, kernels
 
@@ -56,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def environment() -> str:
     """What results depend on: versions, the processor's arithmetic, devices; one "name: value" a line."""
-    low = (torch.float16, torch.bfloat16)
-    products = [word_of(dtype) for dtype in low if kernels.cpu_multiplies(dtype)]
+    has = {"float16": kernels.cpu_multiplies(torch.float16), "bfloat16": kernels.cpu_has_bfloat16()}
+    products = [name for name, is_fast in has.items() if is_fast]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = {
         "rampde_fx": rampde_fx.__version__,

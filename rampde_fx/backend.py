@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
@@ -56,6 +57,7 @@ require_all()
 
 READ_FROM_SEARCH = "the forward is the search's, which keeps the steps that count: the velocity is evaluated once"
 COMPILERS = ("inductor", "aot_eager", "eager")
+OWN_OPTIONS = ("compiler", "verify")
 # From one rolled loop to a loop that can be emitted. The order is part of the method, and of the passes' types.
 STEP_PASSES: Pipeline[Loop, CompensatedLoop] = (
     Pipeline.of(hoist_invariants)
@@ -317,6 +319,13 @@ def _own_options(given: dict[str, Any], mode: str | None) -> tuple[str, bool, di
     if not isinstance(verifies, bool):
         raise PolicyError(
             f'options={{"verify": {verifies!r}}}', required="True or False", fix='write options={"verify": True}'
+        )
+    if compiler == "inductor" and (unknown := inductor.unknown_options(options)):
+        meant = difflib.get_close_matches(unknown[0], OWN_OPTIONS, 1)
+        raise PolicyError(
+            f"options={{{unknown[0]!r}: {options[unknown[0]]!r}}}",
+            required=f"{' and '.join(map(repr, OWN_OPTIONS))}, which are this backend's, or options of Inductor",
+            fix=f"write {meant[0]!r}" if meant else f"leave {unknown[0]!r} out",
         )
     if compiler not in COMPILERS or (compiler != "inductor" and (options or mode)):
         raise PolicyError(

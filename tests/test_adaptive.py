@@ -330,6 +330,28 @@ def test_a_nested_state_and_a_parameter_outside_of_the_velocity():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd], ids=lambda of: of.__name__)
+def test_a_velocity_with_an_exact_trace(jacobian):
+    """Its transforms are in a search, which runs under no_grad, and in the loop behind it."""
+    velocity = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def func(t, state):
+        matrix = torch.func.vmap(jacobian(velocity))(state[0])
+        return velocity(state[0]), -matrix.diagonal(dim1=1, dim2=2).sum(1)
+
+    @rampde_fx.mixed_precision(dtype=torch.float64)
+    def solve(z, t):
+        return rampde_fx.odeint(func, (z, torch.zeros(3).double()), t, method="bosh3", rtol=1e-4, atol=1e-4)
+
+    z, t = torch.randn(3, 2).double().requires_grad_(), torch.tensor([0.0, 1.0]).double()
+    leaves, found = [z, *velocity.parameters()], []
+    for run in (torch.compile(solve, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True), solve):
+        state, change = run(z, t)
+        loss = (state[-1].square().sum() - change[-1]).sum()
+        found.append([state, change, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*found)
+
+
 def test_one_compilation_serves_any_number_of_steps(monkeypatch):
     torch._dynamo.reset()
     rewritten = []

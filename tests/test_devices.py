@@ -13,6 +13,7 @@ from tests.benchmarks.contenders import solve_by_odeint
 from tests.benchmarks.measure import host_synchronisations, peak_bytes, saved_bytes, training_step
 from tests.comparison import gradients, relative_errors
 from tests.models import RK4, LogDensity, Solved
+from tests.test_random import Dropout
 from tests.test_scaling import Steep
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -77,6 +78,16 @@ class TestGradients:
         model, y = Solved(Convolution(), method="midpoint"), torch.randn(3, 4, 8, 8)
         found = errors(where, model, y, torch.linspace(0, 1, 5), velocity=dtype)
         assert self.largest(found) < 2 * BOUNDS[dtype]
+
+    def test_a_dropout(self, where, dtype):
+        """Against the same masks in float32, which a seed repeats."""
+        model, y, t = Dropout(dim=5, width=32).to(where[0]), torch.randn(64, 5).to(where[0]), torch.linspace(0, 1, 5)
+        found = []
+        for velocity in (torch.float32, dtype):
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            found.append(gradients(compiled_for(where, model, velocity=velocity), model, y, t.to(where[0])))
+        assert self.largest(relative_errors(*found[::-1])) < 2 * BOUNDS[dtype]
 
     @pytest.mark.parametrize("heads", [2, 4])
     def test_an_attention(self, where, dtype, heads):

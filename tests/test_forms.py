@@ -167,7 +167,28 @@ def test_nothing_is_stored_without_gradients():
         assert torch.allclose(compiled(model, torch.float16)(y, t), model(y, t), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [LogDensity, Symplectic], ids=lambda form: form.__name__)
+class ExactDensity(Flow):
+    """The divergence as a trace, in reverse or in forward mode under vmap."""
+
+    jacobian = staticmethod(torch.func.jacrev)
+
+    def forward(self, z, t):
+        logp = torch.zeros(z.shape[0])
+        for t_i, dt in rampde_fx.steps(t):
+            matrix = torch.func.vmap(self.jacobian(lambda x, t_i=t_i: self.velocity(t_i, x[None])[0]))(z)
+            logp = logp - dt * matrix.diagonal(dim1=1, dim2=2).sum(1)
+            z = z + dt * self.velocity(t_i, z)
+        return z, logp
+
+
+class ForwardDensity(ExactDensity):
+    jacobian = staticmethod(torch.func.jacfwd)
+
+
+DIFFERENTIATING = [LogDensity, Symplectic, ExactDensity, ForwardDensity]
+
+
+@pytest.mark.parametrize("form", DIFFERENTIATING, ids=lambda form: form.__name__)
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
 def test_a_velocity_that_differentiates_is_evaluated_without_gradients(form, grad):
     """A density is evaluated under no_grad; what torch.func makes in the velocity is no less wanted there."""

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,8 +88,19 @@ def test_mixed_precision_applied_in_the_compiled_function():
 def test_a_dtype_and_a_policy(dtype):
     with pytest.raises(errors.PolicyError, match="either a dtype or a PrecisionPolicy"):
         rampde_fx.mixed_precision(dtype=dtype, policy=PrecisionPolicy(torch.bfloat16))
+    with pytest.raises(errors.PolicyError, match=r"policy='bfloat16'(.|\n)*PrecisionPolicy\.parse"):
+        rampde_fx.mixed_precision(policy="bfloat16")
     for given in ({}, {"dtype": dtype}, {"policy": PrecisionPolicy()}, {"dtype": None, "policy": None}):
         rampde_fx.mixed_precision(solve, **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"), [({"verfy": True}, "write 'verify'"), ({"triton.cudagraph": 1}, "leave 'triton.cudagraph' out")]
+)
+def test_options_that_nobody_has(options, fix):
+    model = torch.compile(rampde_fx.mixed_precision(solve, dtype=torch.float16), backend="rampde_fx", options=options)
+    with pytest.raises(errors.PolicyError, match=f"'compiler' and 'verify'(.|\n)*fix: {re.escape(fix)}"):
+        model(Y, T)
 
 
 def reads_a_number(x):

@@ -54,6 +54,14 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert "rampde_fx.backend" not in imported
 
 
+def test_a_clone_in_the_current_folder_is_not_the_package(tmp_path):
+    """Its folder has the package's name, and is none."""
+    (tmp_path / "rampde_fx").mkdir()
+    command = [sys.executable, "-c", "import rampde_fx; print(rampde_fx.__version__)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == rampde_fx.__version__, done.stderr
+
+
 def test_what_compiles_is_imported_when_it_is_asked_for():
     found = run("""
 import rampde_fx

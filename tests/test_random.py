@@ -4,9 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rampde_fx
+from rampde_fx.ir import graphs, sources, tracing
+from rampde_fx.ir.captured import CapturedStep
+from rampde_fx.passes.replay_random import replay_random
+from rampde_fx.torch_private import fake_tensors
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Flow
 
@@ -18,6 +23,16 @@ class Dropout(Flow):
         for t_i, dt in rampde_fx.steps(t):
             k = nn.functional.dropout(self.velocity(t_i, y), 0.4)
             y = y + dt * nn.functional.dropout(self.velocity(t_i, y + dt * k), 0.4)
+        return y
+
+
+class FusedDropout(Flow):
+    """The operator that dropout is on a GPU: it gives its mask, too."""
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            k, _ = torch.native_dropout(self.velocity(t_i, y), 0.4, True)
+            y = y + dt * k
         return y
 
 
@@ -72,13 +87,43 @@ def seeded(function):
     return run
 
 
-@pytest.mark.parametrize(("model", "loop"), [(Dropout, "scan"), (Dropout, "unroll"), (Noise, "scan")])
+@pytest.mark.parametrize(
+    ("model", "loop"), [(Dropout, "scan"), (Dropout, "unroll"), (Noise, "scan"), (FusedDropout, "scan")]
+)
 def test_recomputation_draws_the_same_numbers(model, loop):
     model = model().double()
     y, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 4, dtype=torch.float64)
     function = seeded(compiled(model, torch.float64, loop=loop))
     assert not torch.equal(function(y, t), model(y, t))  # random indeed
     assert torch.autograd.gradcheck(lambda y, *_: function(y, t), (y, *model.parameters()), fast_mode=True)
+
+
+DRAWN = {
+    "dropout": lambda y: nn.functional.dropout(y, 0.4),
+    "rand": lambda y: torch.rand(y.shape, device=y.device),
+    "rand_like": torch.rand_like,
+    "randn": lambda y: torch.randn(y.shape, device=y.device),
+    "randn_like": torch.randn_like,
+    "normal": lambda y: torch.normal(0.0, 1.0, y.shape, device=y.device),
+    "bernoulli": lambda y: torch.bernoulli(torch.sigmoid(y)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_what_is_drawn_on_a_gpu_is_drawn_again(draw):
+    """By what torch traces there, for which none is needed."""
+    with FakeTensorMode():
+        y, t, weight = (torch.empty(size, device="cuda") for size in ((3, 5), (), (5, 5)))
+    given = fx.symbolic_trace(lambda y: y)
+    graphs.placeholders(given)[0].meta["example_value"] = y
+    with fake_tensors.fake_mode_of(given):
+        step = tracing.trace(lambda y, t, weight: [y + t * DRAWN[draw](y @ weight)], [y, t, weight])
+        assert any(map(graphs.draws_random_numbers, step.graph.nodes))
+        kinds = (sources.CarrySource, sources.TimeSource, sources.InvariantSource)
+        captured = CapturedStep([kind.__new__(kind) for kind in kinds], step, [], graphs.placeholders(step))
+        replayed = replay_random(captured).step
+    assert not any(map(graphs.draws_random_numbers, replayed.graph.nodes))
+    assert all(graphs.value(node).device.type == "cuda" for node in graphs.placeholders(replayed))
 
 
 def test_low_precision_follows_the_same_masks():

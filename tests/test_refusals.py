@@ -15,13 +15,14 @@ from tests.models import Euler, Flow, Midpoint, Velocity
 Y, T = torch.ones(4, 5), torch.linspace(0, 1, 4)
 
 
-def refused(model, kind, *, line, y=Y, t=T):
+def refused(model, kind, *, line, y=Y, t=T, fix=""):
     """The error that compiled and explained models raise; the message names the line."""
     with pytest.raises(kind) as raised:
         compiled(model, torch.float16)(y, t)
     message = str(raised.value)
     assert "test_refusals.py" in message and line in message, message
-    assert "required:" in message and "fix:" in message
+    assert "required:" in message and fix in message.partition("fix:")[2]
+    assert "fix:" in message
     with pytest.raises(kind):
         rampde_fx.explain(model, y, t)
 
@@ -31,6 +32,18 @@ class Widening(Flow):
         for t_i, dt in rampde_fx.steps(t):
             y = (y + dt * self.velocity(t_i, y.float())).double()
         return y
+
+
+class Halving(Flow):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = (y + dt * self.velocity(t_i, y)).half()
+        return y
+
+
+def test_the_advice_on_casts_of_the_users():
+    refused(Halving(), errors.StateChangeError, line="y = (y + dt", fix="leave half() and casts out")
+    refused(Widening(), errors.StateChangeError, line="y = (y + dt", fix="to its final shape and dtype")
 
 
 class Growing(Flow):
@@ -236,6 +249,20 @@ def test_gradients_turned_off_inside_a_transform_under_no_grad():
 
     with torch.no_grad():
         refused(Partial(), errors.UnsupportedLoopError, line="weight = torch.sin(z)")
+
+
+class InAutocast(Flow):
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            with torch.autocast("cpu", torch.bfloat16):
+                k = torch.tanh(y)
+            y = y + dt * k
+        return y
+
+
+def test_autocast_in_a_step():
+    """What enters it has no line; what is inside of it has one."""
+    refused(InAutocast(), errors.UnsupportedLoopError, line="k = torch.tanh(y)", fix="leave it out")
 
 
 @pytest.mark.parametrize("form", [Euler, Midpoint])

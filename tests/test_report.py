@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import torchdiffeq
-from rampde_fx.__main__ import main
+from rampde_fx.__main__ import environment, main
 from rampde_fx.backend import STEP_PASSES
 from rampde_fx.ir import graphs, pass_log
 from rampde_fx.report import report_html, step_picture
 from rampde_fx.solvers.tableau import ButcherTableau
+from rampde_fx.torch_private import kernels
 from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory, Velocity
 
 PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
@@ -266,6 +267,16 @@ def test_the_command_prints_what_results_depend_on(capsys):
     found = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert found["torch"] == torch.__version__ and found["rampde_fx"] == rampde_fx.__version__
     assert {"python", "CUDA", "CPU capability", "CPU products in", "threads", "GPUs"} <= found.keys()
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_the_command_names_the_dtype_that_is_chosen_here(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: dtype is torch.bfloat16)
+    low = "bfloat16" if has_bfloat16 else "float32 alone"
+    assert f"CPU products in: {low}\n" in environment()
+    (loop,) = rampde_fx.explain(rampde_fx.mixed_precision(Euler()), torch.zeros(3, 5), torch.linspace(0, 1, 5)).loops
+    assert (loop.policy.dtype is torch.bfloat16) == has_bfloat16
 
 
 def test_the_command_refuses_a_bad_target():

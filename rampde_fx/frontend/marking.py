@@ -350,7 +350,7 @@ def mixed_precision(
         raise PolicyError(
             f"mixed_precision(dtype={dtype!r}, policy={policy!r})",
             required="either a dtype or a PrecisionPolicy",
-            fix="write policy=PrecisionPolicy(velocity=...) alone",
+            fix="write policy=PrecisionPolicy(velocity=...) alone, or PrecisionPolicy.parse(...) of a text",
         )
     if isinstance(target, (torch.dtype, PrecisionPolicy, str)):
         raise _setting_as_target(target)

@@ -147,6 +147,19 @@ def asks_for(setting: str, options: dict[str, Any], mode: str | None) -> bool:
     return bool(given[setting] if setting in given else operator.attrgetter(setting)(_torch.config))
 
 
+def unknown_options(options: dict[str, Any]) -> list[str]:
+    """Those that are no setting of Inductor."""
+    return [name for name in options if not _is_setting(name)]
+
+
+def _is_setting(name: str) -> bool:
+    try:
+        operator.attrgetter(name)(_torch.config)
+    except AttributeError:
+        return False
+    return True
+
+
 def _compile_watched(watch: Watch, replayable: Replayable | None, *args: Any, **kwargs: Any) -> Any:
     """Inductor's compilation of one graph, the backward's included, in which loops may be replayed."""
     before = _torch.metrics.generated_kernel_count

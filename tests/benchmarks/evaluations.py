@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dopri5"], choices=["bosh3", "dopri5"])
     parser.add_argument("--outputs", type=int, nargs="+", default=[2, 101, 1001])
     options = parser.parse_args()
-    import torchdiffeq  # only where it is needed
+    try:
+        import torchdiffeq
+    except ImportError:
+        sys.exit("this comparison needs torchdiffeq: pip install torchdiffeq")
 
     rows = []
     for (name, problem), method in itertools.product(problems().items(), options.methods):
