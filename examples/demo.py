@@ -112,6 +112,7 @@ class Demo:
         model = torch.compile(flow, backend="rampde_fx", options={"compiler": self.options.compiler}, fullgraph=True)
         optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
         generator, losses, seconds = torch.Generator().manual_seed(0), [], []
+        print(f"{name}: compiling, then {self.options.iterations} iterations ...", flush=True)
         progress = tqdm(total=self.options.iterations, desc=name, unit="it", disable=None)
         progress.set_postfix_str("compiling" + (f", {expected:.0f} s the last time" if expected else ""))
         for _ in range(self.options.iterations):
@@ -126,6 +127,7 @@ class Demo:
             progress.update()
             progress.set_postfix({"nats": f"{losses[-1]:.3f}"}, refresh=False)
         progress.close()
+        print(f"{name}: {sum(seconds):.0f} s, {seconds[0]:.0f} of them for compiling", flush=True)
         held_out = density.held_out_loss(model, self.held_out, self.t, self.options.batch)
         (loop,) = rampde_fx.explain(lambda points: self.loss(flow, points), points).loops
         with torch.no_grad():

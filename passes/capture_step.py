@@ -10,7 +10,8 @@ error, the result is NaN. Under autocast what a layer before the loop made in ha
 
 Requires: a Run.
 Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
-          then the values that are read outside of the run; CapturedStep.after says what became of each input.
+          the values that are read outside of the run, and every tensor as the step leaves it; CapturedStep.after says
+          which of these each input became.
 Raises:   UnsupportedLoopError for what cannot be traced; MutationError for a write that autograd does not see, to
           what a gradient flows through.
 """

@@ -9,7 +9,7 @@ iterator, a tensor that it makes at its first call) is another function in each 
 step behind the first one, from its results, and both must be equal.
 
 Requires: a graph captured by Dynamo.
-Ensures:  no marker `again`, and nothing between it and `leave`.
+Ensures:  no marker `again`, and between it and `leave` only numbers that are read behind the loop.
 Raises:   UnsupportedLoopError for a velocity that is not a function of t and y.
 """
 

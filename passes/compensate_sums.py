@@ -8,7 +8,8 @@ A correction e is a carry of its own: what the last sum lost, which the next one
 are compensated, in the adjoint the adjoints and the totals of the parameters. Corrections begin at zero, have no
 gradient and are not stored.
 
-Requires: a Loop whose nodes have roles, with its adjoint, if any, complete.
+Requires: a Loop whose nodes have roles, with its adjoint, if any, complete. Without such sums, or where the policy asks
+          for none, it is left as it is.
 Ensures:  every carry that is a sum of its old value and increments has a correction: these are the last placeholders
           and the last results, in the order of the carries.
 Error:    O(u) instead of O(N u) in the sums over N steps, u the unit roundoff of the accumulation dtype.

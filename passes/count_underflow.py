@@ -49,7 +49,7 @@ def count_nothing(loop: LoweredLoop) -> CountedLoop:
 
 
 def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The states, and the parameters, that evaluations cast to float16, each once."""
+    """The states, and what is none, that evaluations cast to float16, each once."""
     states: dict[fx.Node, None] = {}
     parameters: dict[fx.Node, None] = {}
     for call in [node for node in step.graph.nodes if node.op == "call_module" and _is_evaluation(node)]:

@@ -1,6 +1,6 @@
 """Emit the search of an adaptive odeint: a while loop that tries steps until the last time is reached.
 
-Before:  intervals, positions, fractions, count, status, reached = loop(y_0, k_0, t, numbers, w)
+Before:  intervals, positions, fractions, count, tried, status, reached = loop(y_0, k_0, t, numbers, w)
 After:   while running:  t_i, dt = propose(t, search);  y', k', e = step(y, k, t_i, dt, w)
                          counts, search = judge(norm(e));  y, k = (y', k') if counts else (y, k)
 

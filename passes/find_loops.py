@@ -26,7 +26,7 @@ from torch import fx
 
 from rampde_fx.errors import TransformError, UnsupportedLoopError, velocity_error
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import MarkedLoop, begins_iteration, begins_loop, ends_loop
+from rampde_fx.ir.captured import MarkedLoop, begins_iteration, begins_loop, ends_loop, first_marker, has_loop
 from rampde_fx.ir.chosen import policy_at
 from rampde_fx.ir.effects import own_backward, with_bodies
 from rampde_fx.ir.graphs import user_line, value
@@ -81,21 +81,6 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     if open_loop is not None:
         raise _left_early(open_loop)
     return loops
-
-
-def has_loop(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph, or one inside it, holds any marker."""
-    return first_marker(graph_module) is not None
-
-
-def repeats(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph, or one inside it, holds a loop whose last iterations stand for more of them."""
-    return any(node.target is operators.repeat for node in graphs.all_nodes(graph_module))
-
-
-def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
-    """The first marker of the graph, or of one inside it."""
-    return next(filter(begins_iteration, graphs.all_nodes(graph_module)), None)
 
 
 def _body_with_loop(node: fx.Node) -> fx.GraphModule | None:

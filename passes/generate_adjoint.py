@@ -8,7 +8,7 @@ For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a
 steps gave. Every node is transposed by torch's own derivative of that one operation; every velocity evaluation is one
 VJP, with a pullback submodule that takes and returns the accumulation dtype.
 
-Requires: a Loop behind count_underflow.
+Requires: a Loop behind count_underflow. One of which no gradient is wanted is left as it is.
 Ensures:  the adjoint's carries come first: cotangents of carried states, then the totals of the invariants; results
           only for what a gradient is wanted of; no state, time or gradient node below the accumulation dtype outside
           of the velocity submodules.

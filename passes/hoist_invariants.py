@@ -5,7 +5,7 @@ After:   preamble(g, v): w = g * v / norm(v);   step(y, t, dt, w):  k = f(y, w);
 
 The preamble is evaluated once, in the accumulation dtype, and differentiated by autograd outside of the loop.
 
-Requires: a Loop whose step is functional.
+Requires: a Loop whose step is functional. One without such nodes is left as it is.
 Ensures:  no node of the step that computes anything depends on invariants alone; views stay where they are read.
 """
 

@@ -9,8 +9,8 @@ Under checkpoint="auto" as many of a step's evaluations are kept as fit into the
 nothing is kept but what pullbacks read, for an earlier evaluation needs no result of a later one. The others are
 recomputed. A budget of 0 leaves the loop as it is.
 
-Kept are tensors that depend on a carry, in the dtype they have. What depends on operands alone, views, casts to a wider
-dtype and states between the evaluations are made again.
+Kept are tensors that depend on a carry, in the dtype they have. What depends on no carry, views, casts to a wider dtype
+and states between the evaluations are made again.
 
 Requires: a Loop whose adjoint, if any, reads its carries as operands. One without an adjoint, or whose schedule
           keeps no activations, is left as it is.

@@ -156,7 +156,8 @@ def _lower(lowering: Lowering, inputs: list[fx.Node]) -> fx.GraphModule:
 
 
 def _input_name(node: fx.Node) -> str:
-    """A state is y in every evaluation, so that equal evaluations read alike; the rest keeps its name."""
+    """A state is y in every evaluation, so that equal evaluations read alike; another input of the step keeps its name,
+    and what is computed has that of its role."""
     base = graphs.base_of_view(node)
     return "y" if node.meta["role"] == "state" else base.name if base.op == "placeholder" else str(node.meta["role"])
 

@@ -7,8 +7,8 @@ state:    the carries; a state plus an increment (a velocity scaled by time or b
           by a number; what only moves a state's elements (views, cat, where). An increment itself, dt * k or a sum of
           several evaluations, is state if nothing but states reads it: in y + dt * k all but k is state, in
           f(dt * k) the product is velocity.
-time:     what follows from t, dt and invariants alone: it has no batch and costs nothing, and low precision cannot
-          tell close times apart.
+time:     what depends on no state: it follows from t, dt, other per-step inputs and invariants alone, costs little,
+          and low precision cannot tell close times apart.
 velocity: all the rest. meta["rank"] is its rank: what reads a state that was built from a velocity of rank n has
           rank n + 1. Velocities of one rank that do not read each other become evaluations of their own.
 
@@ -39,7 +39,6 @@ from rampde_fx.ir.loops import Loop, PartitionedLoop, WidenedLoop
 from rampde_fx.ir.operator_table import properties
 
 aten = torch.ops.aten
-MOVES = ("copy", "cast", "choose", "join")
 SMALL = 0.125  # our choice: such a number may be a step size, a larger one is a weight, as in 0.5 * (y @ R) + 0.5 * z
 Roles = dict[fx.Node, str]
 
@@ -251,7 +250,7 @@ def _vanishes(node: fx.Node) -> bool:
         return any(map(_vanishes, node.all_input_nodes))
     if node.target is aten.div.Tensor or node.target is aten.pow.Tensor_Scalar:
         return isinstance(node.args[0], fx.Node) and _vanishes(node.args[0])
-    passes_on = _moves(node) or properties(node.target).update == "add" or node.target is aten.neg.default
+    passes_on = graphs.moves(node) or properties(node.target).update == "add" or node.target is aten.neg.default
     return passes_on and bool(node.all_input_nodes) and all(map(_vanishes, node.all_input_nodes))
 
 
@@ -344,16 +343,11 @@ def _can_be_added(node: fx.Node, roles: Roles) -> bool:
         return _is_weighted_sum(node, roles)
     if _scaled_by_time(node, roles) is not None:
         return True
-    return _moves(node) and all(_can_be_added(p, roles) for p in node.all_input_nodes)
-
-
-def _moves(node: fx.Node) -> bool:
-    """Whether a node gives entries of its operands as they are."""
-    return graphs.is_view(node) or properties(node.target).update in MOVES
+    return graphs.moves(node) and all(_can_be_added(p, roles) for p in node.all_input_nodes)
 
 
 def _is_weighted_sum(node: fx.Node, roles: Roles) -> bool:
-    """Whether a contraction sums velocities with weights of time: einsum("s,sbd->bd", dt * b, k)."""
+    """Whether a product sums velocities with weights of time: einsum("s,sbd->bd", dt * b, k)."""
     weights = [parent for parent in node.all_input_nodes if roles[parent] == "time"]
     return operator_table.is_matrix_product(node) and len(weights) == 1 and not _reads_outside(weights[0])
 
@@ -370,7 +364,7 @@ def _keeps_state(node: fx.Node, roles: Roles) -> bool:
         return _scaled_by_time(node, roles) is not None
     if update == "write":
         return True
-    return _moves(node) and all(roles[parent] != "velocity" for parent in parents)
+    return graphs.moves(node) and all(roles[parent] != "velocity" for parent in parents)
 
 
 def _pull_increments(nodes: list[fx.Node], roles: Roles) -> None:

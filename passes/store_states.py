@@ -1,4 +1,4 @@
-"""Store the states that the backward re-reads in the storage dtype, and nothing else per step.
+"""Store the states that the backward re-reads in the storage dtype: all that a step stores, but kept activations.
 
 Before:  step(y, ...): ...; return y_next           adjoint(a, y: f32[B, D], ...): ...
 After:   step(y, ...): ...; return y_next, cast(y)  adjoint(a, y: f16[B, D], ...): y_wide: f32[B, D] = cast(y); ...
@@ -106,13 +106,8 @@ def _read_by_evaluations(step: fx.GraphModule, state: fx.Node) -> tuple[set[torc
                 read = [entry for x, entry in zip(user.args, entries, strict=True) if x is node]
                 found[0 if is_itself else 1].update(*map(_read_in, read))
             elif graphs.is_float(user):
-                pending.append((user, is_itself and _moves(user)))
+                pending.append((user, is_itself and graphs.moves(user)))
     return found
-
-
-def _moves(node: fx.Node) -> bool:
-    """Whether a node moves entries, or chooses among them, and computes none."""
-    return graphs.is_view(node) or operator_table.properties(node.target).update in ("copy", "cast", "choose", "join")
 
 
 def _read_in(entry: fx.Node) -> set[torch.dtype]:

@@ -8,7 +8,7 @@ The cast up and the cast down change no number. The loop takes gradients of the 
 in its dtype; autograd casts the total down, once. An input that differs from step to step is cast up and down inside
 the step, for each of its gradients is complete there.
 
-Requires: a Loop whose invariants are hoisted.
+Requires: a Loop whose invariants are hoisted. One without narrow inputs is left as it is.
 Ensures:  every floating input whose gradient is wanted, carries aside, is as wide as the widest state.
 Source:   arXiv 2510.23498 accumulates gradients in high precision.
 """

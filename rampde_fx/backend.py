@@ -19,7 +19,7 @@ from rampde_fx.errors import PolicyError, RampdeError, RewriteError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.budgets import Budgets
-from rampde_fx.ir.captured import MarkedLoop
+from rampde_fx.ir.captured import MarkedLoop, first_marker, has_loop, repeats
 from rampde_fx.ir.loop_verifier import verify
 from rampde_fx.ir.loops import CompensatedLoop, Loop, LoopNode, Pipeline
 from rampde_fx.passes.capture_step import capture_step
@@ -28,7 +28,7 @@ from rampde_fx.passes.compensate_sums import compensate_sums
 from rampde_fx.passes.count_underflow import count_nothing, count_underflow
 from rampde_fx.passes.emit_loop import emit_loop
 from rampde_fx.passes.emit_search import emit_search
-from rampde_fx.passes.find_loops import find_loops, first_marker, has_loop, repeats
+from rampde_fx.passes.find_loops import find_loops
 from rampde_fx.passes.find_states import find_states
 from rampde_fx.passes.generate_adjoint import generate_adjoint
 from rampde_fx.passes.hoist_invariants import hoist_invariants

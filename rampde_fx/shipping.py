@@ -15,8 +15,8 @@ from rampde_fx.backend import rewrite
 from rampde_fx.errors import ExportError, RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs
+from rampde_fx.ir.captured import has_loop, repeats
 from rampde_fx.passes.check_repetition import first_iterations
-from rampde_fx.passes.find_loops import has_loop, repeats
 from rampde_fx.runtime import operators, ordered_times
 from rampde_fx.torch_private import capturing, repetition, shapes
 

@@ -14,7 +14,7 @@ from tests.sources import FILES
 aten = torch.ops.aten
 DISPATCHED = set(torch._C._dispatch_get_all_op_names())
 ATEN = {name.removeprefix("aten::").partition(".")[0] for name in DISPATCHED if name.startswith("aten::")}
-# Have no kernel on a CPU, and yet stand in graphs: of sizes, and on CUDA.
+# Are composites without a kernel, and yet stand in graphs: of sizes, and on CUDA.
 KEPT = {"sym_size", "sym_stride", "sym_numel", "_fused_rms_norm"}
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from rampde_fx.ir import graphs
 from rampde_fx.ir.sources import CarrySource, Key, Source, carries_among
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import operators
@@ -209,3 +210,18 @@ def reads_end(user: fx.Node) -> bool:
     """Whether a reader of a trajectory reads its last entry alone."""
     index = user.args[1] if user.target is operator.getitem else None
     return index == -1 or (isinstance(index, tuple) and len(index) > 1 and index[0] == -1)
+
+
+def has_loop(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph, or one inside it, holds any marker."""
+    return first_marker(graph_module) is not None
+
+
+def repeats(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph, or one inside it, holds a loop whose last iterations stand for more of them."""
+    return any(node.target is operators.repeat for node in graphs.all_nodes(graph_module))
+
+
+def first_marker(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The first marker of the graph, or of one inside it."""
+    return next(filter(begins_iteration, graphs.all_nodes(graph_module)), None)

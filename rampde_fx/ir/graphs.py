@@ -95,6 +95,11 @@ def description(tensor: torch.Tensor) -> str:
     return f"{word_of(tensor.dtype)}{list(tensor.shape)} on {tensor.device}"
 
 
+def moves(node: fx.Node) -> bool:
+    """Whether a node moves entries, or chooses among them, and computes none."""
+    return is_view(node) or operator_table.properties(node.target).update in ("copy", "cast", "choose", "join")
+
+
 def is_number(node: fx.Node) -> bool:
     """Whether a node's value is a number, a truth value or a shape of Python's: it has no precision."""
     return isinstance(value(node), (int, float, torch.SymBool, torch.SymInt, torch.SymFloat, torch.Size))

@@ -328,7 +328,7 @@ class Pipeline(Generic[First, Last]):
 
 
 class LoopNode(nn.Module):
-    """Stands for a rolled loop in the captured graph until emit_loop replaces it; never called."""
+    """Stands for a rolled loop in the captured graph until emit_loop or emit_search replaces it; never called."""
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()

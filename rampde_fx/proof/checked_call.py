@@ -14,8 +14,7 @@ from rampde_fx.errors import CheckError, RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.frontend.marking import is_time_grid
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import begins_iteration
-from rampde_fx.passes.find_loops import has_loop
+from rampde_fx.ir.captured import begins_iteration, has_loop
 from rampde_fx.reach import reached
 from rampde_fx.runtime import random_state
 from rampde_fx.torch_private import capturing, repetition

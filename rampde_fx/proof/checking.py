@@ -20,8 +20,7 @@ from torch.utils import _pytree as pytree
 from rampde_fx.backend import COMPILERS, rewrite
 from rampde_fx.errors import CheckError, PolicyError, RampdeError, RewriteMismatchError
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import STEP
-from rampde_fx.passes.find_loops import repeats
+from rampde_fx.ir.captured import STEP, repeats
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.proof.check_graphs import Seeded, always, compile_alone, policies_of
 from rampde_fx.proof.check_table import CheckResult, CheckRow, label

@@ -19,10 +19,10 @@ from rampde_fx.errors import RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs, pass_log
 from rampde_fx.ir.budgets import kept_bytes
+from rampde_fx.ir.captured import has_loop, repeats
 from rampde_fx.ir.ends import ActivationSlot, Saved, StateSlot, places
 from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.passes.check_repetition import first_iterations
-from rampde_fx.passes.find_loops import has_loop, repeats
 from rampde_fx.policy_text import word_of
 from rampde_fx.report import report_html
 from rampde_fx.report.loop_report import LoopReport, PassReport
