@@ -1,7 +1,8 @@
 """A density flow, trained in float32 and in the low dtype that suits this machine, side by side, in three minutes.
 
 Writes one page, demo.html: a table, the two densities with their difference, and the losses. The flow and the data are
-those of density.py, at a size where products rule.
+those of density.py, at a size where products rule; on a processor without arithmetic in a low dtype, where bfloat16 is
+imitated and slow, at a small one.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from rampde_fx.__main__ import environment
 
 MIB = 2**20
 HELD_OUT = 4096
+SIZES = {True: (256, 512), False: (64, 256)}  # width and batch, by whether the device has arithmetic in a low dtype
 COLUMNS = (
     ("velocity in", "the dtype in which the velocity is evaluated; solution and gradients stay in float32"),
     ("an iteration (ms)", "forward, backward and optimizer step: the median"),
@@ -70,11 +72,29 @@ class Row:
         return [self.dtype, *numbers, f"{self.loss:.3f}", f"{self.error:.1e}"]
 
 
+def chosen_dtype(device: str) -> torch.dtype:
+    """What rampde_fx chooses for a device: float32 on a processor without arithmetic in a low dtype."""
+    flow = rampde_fx.mixed_precision(density.Flow(2, 4).to(device))
+    points, t = torch.zeros(2, 3, device=device), torch.linspace(0, 1, 2, device=device)
+    (loop,) = rampde_fx.explain(flow, points, t).loops
+    return loop.policy.dtype
+
+
 class Demo:
-    """The flow, its data, and what all dtypes share: the first parameters and the batches."""
+    """The flow, its data, and what all dtypes share: the first parameters and the batches.
+
+    Attributes:
+        low: The low dtype for this machine: what rampde_fx chooses, or bfloat16 where that is float32.
+        has_arithmetic: Whether the machine has arithmetic in it.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        chosen = chosen_dtype(options.device)
+        self.has_arithmetic = chosen is not torch.float32
+        self.low = chosen if self.has_arithmetic else torch.bfloat16
+        width, batch = SIZES[self.has_arithmetic]
+        options.width, options.batch = options.width or width, options.batch or batch
         self.data = density_data.load("8gaussians")
         self.t = torch.linspace(0, 1, options.steps + 1, device=options.device)
         self.held_out = self.data.sample(HELD_OUT, torch.Generator().manual_seed(1)).to(options.device)
@@ -87,14 +107,6 @@ class Demo:
     def loss(self, flow: object, points: Tensor) -> Tensor:
         """Mean negative log-density, 0-d."""
         return -density.log_density(flow, points, self.t).mean()
-
-    def chosen(self) -> torch.dtype:
-        """The low dtype for this machine: what rampde_fx chooses, or bfloat16 where that is float32."""
-        batch = self.held_out[: self.options.batch]
-        flow = rampde_fx.mixed_precision(self.flow())
-        (loop,) = rampde_fx.explain(lambda points: self.loss(flow, points), batch).loops
-        dtype = loop.policy.dtype
-        return torch.bfloat16 if dtype is torch.float32 else dtype
 
     def errors(self, dtypes: Sequence[torch.dtype]) -> list[float]:
         """Worst relative errors of a gradient against float64, at the first parameters, moved off zero."""
@@ -167,19 +179,20 @@ def draw_losses(losses: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """One sentence from the rows' own numbers."""
+def verdict(rows: Sequence[Row], *, has_arithmetic: bool) -> str:
+    """One sentence from the rows' own numbers, and one on a processor without arithmetic in the low dtype."""
     wide, low = rows
     time_ratio, memory = low.iteration / wide.iteration, low.stored / wide.stored
     speed = f"{1 / time_ratio:.1f} times as fast as" if time_ratio < 1 else f"{time_ratio:.1f} times as slow as"
+    imitated = "" if has_arithmetic else f" This processor has no arithmetic in {low.dtype}: it is imitated."
     return (
         f"Here {low.dtype} is {speed} float32 and keeps {memory:.2f} of its memory between forward and backward; the "
-        f"held-out losses differ by {abs(low.loss - wide.loss):.3f} nats."
+        f"held-out losses differ by {abs(low.loss - wide.loss):.3f} nats.{imitated}"
     )
 
 
-def page(options: argparse.Namespace, rows: Sequence[Row], pictures: Sequence[tuple[str, Path]]) -> str:
-    """The page, with the pictures inside."""
+def page(options: argparse.Namespace, rows: Sequence[Row], found: str, pictures: Sequence[tuple[str, Path]]) -> str:
+    """The page, with the verdict and the pictures inside."""
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in COLUMNS)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.cells())}</tr>" for row in rows)
     told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>" for name, meaning in COLUMNS)
@@ -193,7 +206,7 @@ def page(options: argparse.Namespace, rows: Sequence[Row], pictures: Sequence[tu
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>rampde_fx: a demonstration</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f"<h1>One flow, float32 and {rows[1].dtype}</h1><p>{escape(verdict(rows))}</p>"
+        f"<h1>One flow, float32 and {rows[1].dtype}</h1><p>{escape(found)}</p>"
         f'<p>A continuous normalizing flow: {size}.</p><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
         f"<dl>{told}</dl>{shown}<h2>This machine</h2><pre>{machine}</pre>"
         "<h2>On your own model</h2><pre>print(rampde_fx.check(model, *inputs, time=True))</pre></body></html>\n"
@@ -203,8 +216,11 @@ def page(options: argparse.Namespace, rows: Sequence[Row], pictures: Sequence[tu
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("--iterations", 100), ("--width", 256), ("--batch", 512), ("--steps", 8)):
+    for option, default in (("--iterations", 100), ("--steps", 8)):
         parser.add_argument(option, metavar="N", type=positive, default=default, help="default %(default)s")
+    for option, (large, small) in zip(("--width", "--batch"), zip(*SIZES.values(), strict=True), strict=True):
+        told = f"default {large}, or {small} where the device has no arithmetic in a low dtype"
+        parser.add_argument(option, metavar="N", type=positive, help=told)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--compiler", choices=["inductor", "aot_eager"], default="inductor")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("examples/out/demo"))
@@ -219,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {row["dtype"]: row["first"] for row in json.loads(before.read_text())} if before.exists() else {}
     demo = Demo(options)
     rows, losses, densities = [], {}, []
-    dtypes = [torch.float32, demo.chosen()]
+    dtypes = [torch.float32, demo.low]
     print("checking gradients against float64 ...", flush=True)
     for dtype, error in zip(dtypes, demo.errors(dtypes), strict=True):
         row, history, learned = demo.train(dtype, error, known.get(str(dtype).removeprefix("torch.")))
@@ -230,10 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pictures = [("What both have learned", options.out / "densities.png"), ("Training", options.out / "losses.png")]
     draw_densities(list(losses), densities, pictures[0][1])
     draw_losses(losses, pictures[1][1])
-    (options.out / "demo.html").write_text(page(options, rows, pictures), encoding="utf-8")
+    found = verdict(rows, has_arithmetic=demo.has_arithmetic)
+    (options.out / "demo.html").write_text(page(options, rows, found, pictures), encoding="utf-8")
     print(f"\n{markdown([name for name, _ in COLUMNS], [row.cells() for row in rows])}\n")
     print("\n".join(f"{name}: {meaning}" for name, meaning in COLUMNS))
-    print(f"\n{verdict(rows)}\nThe page: {options.out / 'demo.html'}")
+    print(f"\n{found}\nThe page: {options.out / 'demo.html'}")
     return 0
 
 

@@ -476,7 +476,7 @@ def test_rows_of_roundoff_are_read_back(tmp_path):
 
 def test_the_demo_writes_a_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "HELD_OUT", 64)
-    monkeypatch.setattr(demo.Demo, "chosen", lambda _: torch.bfloat16)
+    monkeypatch.setattr(demo, "chosen_dtype", lambda device: torch.bfloat16)
     sizes = ["--iterations", "2", "--width", "16", "--batch", "32", "--steps", "3"]
     assert demo.main([*sizes, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0
     page, printed = (tmp_path / "demo.html").read_text(encoding="utf-8"), capsys.readouterr().out
@@ -484,10 +484,28 @@ def test_the_demo_writes_a_page(tmp_path, capsys, monkeypatch):
     wide, low = (demo.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text()))
     assert (wide.dtype, low.dtype) == ("float32", "bfloat16") and low.stored * 2 == wide.stored
     assert wide.error < 1e-5 < low.error < 3e-2
-    assert demo.verdict([wide, low]) in printed and demo.verdict([wide, low]) in page
+    found = demo.verdict([wide, low], has_arithmetic=True)
+    assert found in printed and found in page
 
 
 def test_the_verdict_of_the_demo():
     rows = [demo.Row("float32", 0.2, 9.0, 100, 1.5, 1e-7), demo.Row("bfloat16", 0.1, 9.0, 50, 1.502, 1e-3)]
-    assert "2.0 times as fast as float32 and keeps 0.50" in demo.verdict(rows)
-    assert "2.0 times as slow as float32" in demo.verdict([rows[0], replace(rows[1], iteration=0.4)])
+    fast = demo.verdict(rows, has_arithmetic=True)
+    assert "2.0 times as fast as float32 and keeps 0.50" in fast and fast.endswith("nats.")
+    slow = demo.verdict([rows[0], replace(rows[1], iteration=0.4)], has_arithmetic=False)
+    assert "2.0 times as slow as float32" in slow and slow.endswith("no arithmetic in bfloat16: it is imitated.")
+
+
+@pytest.mark.parametrize(("chosen", "size"), [("float32", (64, 256)), ("bfloat16", (256, 512))])
+def test_the_demo_is_small_where_low_dtypes_are_slow(chosen, size, monkeypatch):
+    monkeypatch.setattr(demo, "chosen_dtype", lambda device: getattr(torch, chosen))
+    made = demo.Demo(options := demo.parse_arguments([]))
+    assert (options.width, options.batch) == size
+    assert made.low is (torch.bfloat16 if chosen == "float32" else getattr(torch, chosen))
+    assert demo.Demo(demo.parse_arguments(["--width", "8"])).options.width == 8
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_the_demo_asks_what_is_chosen(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: has_bfloat16)
+    assert demo.chosen_dtype("cpu") is (torch.bfloat16 if has_bfloat16 else torch.float32)
