@@ -20,6 +20,7 @@ Raises:   TransformError for a loop inside a torch.func transform; UnsupportedLo
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import fx
@@ -211,8 +212,10 @@ def _check_operation(node: fx.Node, differentiated: bool) -> None:
 
 def _refuse(node: fx.Node, found: str, fix: str) -> None:
     nodes = list(node.graph.nodes)
-    behind = nodes[nodes.index(node) :]  # what enters a context has no line of its own: what is inside has
-    where = next(filter(None, map(user_line, behind)), "")
+    before, behind = nodes[: nodes.index(node)], nodes[nodes.index(node) :]
+    inside = takewhile(lambda n: not (begins_iteration(n) or ends_loop(n)) or n is node, behind)
+    # What enters a context has no line of its own: what is inside has one, or what is before it.
+    where = next(filter(None, map(user_line, (*inside, *reversed(before)))), "")
     raise UnsupportedLoopError(
         found, required="a marked loop of plain operations that stands by itself", fix=fix, where=where
     )

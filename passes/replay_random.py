@@ -125,6 +125,8 @@ def _exponential(stream: Any, like: torch.Tensor, rate: float = 1.0) -> torch.Te
 
 
 def _dropout(stream: Any, x: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if train is False:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
     kept = ops.bernoulli(*stream, x, 1.0 - p)
     return x * kept * (1.0 / (1.0 - p) if p < 1.0 else 0.0), kept > 0
 

@@ -43,7 +43,7 @@ OF_OTHERS = (
     *(SimpleNamespace, argparse.Namespace, UserDict, UserList),
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
 )
-SMALL = 2**16  # entries of a tensor that may be a statistic
+SMALL, TINY = 2**16, 2**10  # entries of a tensor that may be a statistic, and of one that costs nothing
 MOST_SMALL, MOST_OF_SMALL = 256, 2**18  # of these, and entries in all
 SEQUENCES = (list, tuple, deque, set, frozenset)
 CACHED = type(functools.lru_cache(len))
@@ -113,16 +113,40 @@ def reached(function: Any) -> Reached:
 
 
 def small(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The plain tensors of few entries, on which no graph hangs; of many the first ones, so that copies cost little."""
+    """The plain tensors of few entries, on which no graph hangs.
+
+    So that copies cost little, of many the tiny ones that are found first, then the smallest.
+    """
+    plain = [tensor for tensor in tensors if is_plain(tensor) and not tensor.requires_grad]
     found, entries = list[torch.Tensor](), 0
-    for tensor in tensors:
-        is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested
-        if not is_plain or tensor.is_meta or tensor.requires_grad or tensor.numel() > SMALL:
-            continue
-        if len(found) < MOST_SMALL and entries + tensor.numel() <= MOST_OF_SMALL:
+    for tensor in sorted(plain, key=lambda tensor: max(tensor.numel(), TINY))[:MOST_SMALL]:
+        entries += tensor.numel()
+        if tensor.numel() <= SMALL and entries <= MOST_OF_SMALL:
             found.append(tensor)
-            entries += tensor.numel()
     return found
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether entries of a tensor can be copied, compared and written."""
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    return not (tensor.is_quantized or is_expanded(tensor)) and has_equality(tensor.dtype)
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether entries share memory: nothing can be written to it."""
+    return any(s == 0 < n - 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+@cache
+def has_equality(dtype: torch.dtype) -> bool:
+    """Whether torch copies and compares entries of a dtype: not those of bits, for one."""
+    try:
+        value = torch.empty(2, dtype=dtype)
+        torch.ne(value.clone(), value), torch.equal(value.clone(), value)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def attributes_of(owner: Any) -> dict[str, Any]:

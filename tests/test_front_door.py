@@ -95,7 +95,12 @@ def test_a_dtype_and_a_policy(dtype):
 
 
 @pytest.mark.parametrize(
-    ("options", "fix"), [({"verfy": True}, "write 'verify'"), ({"triton.cudagraph": 1}, "leave 'triton.cudagraph' out")]
+    ("options", "fix"),
+    [
+        ({"verfy": True}, "write 'verify'"),
+        ({"triton.cudagraph": 1}, "leave 'triton.cudagraph' out"),
+        ({"max-autotune": True}, "write 'max_autotune'"),
+    ],
 )
 def test_options_that_nobody_has(options, fix):
     model = torch.compile(rampde_fx.mixed_precision(solve, dtype=torch.float16), backend="rampde_fx", options=options)

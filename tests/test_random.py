@@ -87,6 +87,19 @@ def seeded(function):
     return run
 
 
+class FusedDropoutOff(Flow):
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            k, kept = torch.native_dropout(self.velocity(t_i, y), 0.4, False)
+            y = y + dt * k * kept
+        return y
+
+
+def test_a_dropout_that_is_off():
+    model, y, t = FusedDropoutOff(), torch.randn(3, 5), torch.linspace(0, 1, 4)
+    torch.testing.assert_close(compiled(model, torch.float32)(y, t), model(y, t))
+
+
 @pytest.mark.parametrize(
     ("model", "loop"), [(Dropout, "scan"), (Dropout, "unroll"), (Noise, "scan"), (FusedDropout, "scan")]
 )

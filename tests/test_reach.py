@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from rampde_fx.reach import MOST, reached
+from rampde_fx.reach import MOST, MOST_OF_SMALL, MOST_SMALL, reached, small
 from rampde_fx.runtime.random_state import kept_random_state
 from rampde_fx.validation.untouched import untouched
 
@@ -327,6 +327,14 @@ CHANGES = {
     "an array of numpy": grows(numpy.zeros(2), lambda held: held.__setitem__(0, 1.0)),
     "a tensor": changes(torch.zeros(2), lambda held: held.add_(1), torch.Tensor.tolist),
     "a tensor, by data": changes(torch.zeros(2), lambda held: held.data.add_(1), torch.Tensor.tolist),
+    "an expanded tensor of NaN": changes(
+        [torch.full((1, 2), float("nan")).expand(3, 2), torch.zeros(2, dtype=torch.uint8).view(torch.bits8)],
+        lambda held: held.append(1),
+        len,
+    ),
+    "an array that is frozen": changes(
+        [numpy.zeros(2)], lambda held: held[0].setflags(write=False) or held.append(1), len
+    ),
     "torch's generator": changes(
         torch.Generator(), lambda held: torch.rand(1, generator=held), lambda held: held.get_state().tolist()
     ),
@@ -417,6 +425,14 @@ def test_values_of_buffers_gradients_and_hooks_are_put_back():
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert model[0].weight.grad is gradient and model[0].bias.requires_grad
     assert not model[0]._forward_hooks and not hasattr(func, "calls")
+
+
+def test_of_many_tensors_tiny_ones_are_found_first():
+    large, count = [torch.ones(256, 256) for _ in range(6)], torch.zeros(())
+    found = small([*large, torch.ones(300, 300), *(torch.ones(2) for _ in range(10)), count])
+    assert any(tensor is count for tensor in found) and sum(tensor.numel() for tensor in found) <= MOST_OF_SMALL
+    assert len(found) > 10
+    assert len(small([torch.ones(()) for _ in range(1000)])) == MOST_SMALL
 
 
 def test_generators_of_all_are_left_as_they_are():

@@ -19,8 +19,8 @@ def kept_random_state(seed: int | None = None) -> Iterator[Callable[[], bool]]:
     """
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
-        if (numpy := sys.modules.get("numpy")) is not None:
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if (of_numpy := sys.modules.get("numpy.random")) is not None:
+            stack.callback(of_numpy.set_state, of_numpy.get_state())
         if seed is not None:
             torch.manual_seed(seed)
         before = _random_states()

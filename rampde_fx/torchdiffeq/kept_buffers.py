@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in, small
+from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, has_equality, is_expanded, reached, slot_in, small
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
 OUTSIDE = -1  # the number of what is no evaluation that is computed once more
@@ -91,7 +90,7 @@ class Buffer(NamedTuple):
         tensor = self.tensor
         if self.value is None or tensor.layout is not torch.strided or tensor.is_meta:
             return False
-        return _has_equality(tensor.dtype)
+        return has_equality(tensor.dtype) and not tensor.is_quantized
 
     def may_be_flag(self) -> bool:
         """Whether it is of the user's own, and is not there, whole, or one number."""
@@ -188,7 +187,7 @@ class Buffers:
             places += map(_apart, self.found.statistics())
             self.unchanged = [Buffer.at(place) for place in places]
         else:  # a callback, or an evaluation that is not recorded: the first size of an adaptive step is found by one
-            self._note_first_changes(OUTSIDE, [])
+            self._note_first_changes(OUTSIDE, [], by_values=self.count <= 1)
         return Before(self.count, [Buffer.at(changed.first.place) for changed in self.changed])
 
     def note_changes(self, before: Before) -> None:
@@ -203,10 +202,11 @@ class Buffers:
         self.changed += self._made(before.number)
         self.count = before.number + 1
 
-    def _note_first_changes(self, number: int, others: list[Buffer]) -> set[int]:
+    def _note_first_changes(self, number: int, others: list[Buffer], *, by_values: bool = True) -> set[int]:
         """Note what was changed for the first time; which have other values that nobody counted, the others too."""
         unchanged = self.unchanged or []
-        uncounted = _changed_uncounted([*others, *(buffer for buffer in unchanged if buffer.is_comparable())])
+        compared = [buffer for buffer in unchanged if by_values and buffer.is_comparable()]
+        uncounted = _changed_uncounted([*others, *compared])
         rest = list[Buffer]()
         for buffer in unchanged:
             if buffer.is_changed() or id(buffer) in uncounted:
@@ -295,7 +295,7 @@ def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not _is_expanded(tensor)
+    return tensor.layout is torch.strided and not is_expanded(tensor)
 
 
 def _changed_uncounted(buffers: Sequence[Buffer]) -> set[int]:
@@ -317,22 +317,5 @@ def _is_of_torch(kind: type, name: str) -> bool:
     return any(isinstance(made, FunctionType) and name in made.__code__.co_consts for made in makers)
 
 
-@cache
-def _has_equality(dtype: torch.dtype) -> bool:
-    """Whether torch compares entries of a dtype: not those of bits, for one."""
-    try:
-        torch.ne(torch.empty(1, dtype=dtype), torch.empty(1, dtype=dtype))
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
 def _is_whole(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
-
-
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether entries share memory: nothing can be written to it."""
-    return tensor.layout is torch.strided and any(
-        s == 0 < n - 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
-    )

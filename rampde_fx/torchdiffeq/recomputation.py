@@ -96,17 +96,18 @@ class _Saved:
         tensor: The tensor.
     """
 
-    __slots__ = ("__weakref__", "look", "place", "value", "version")
+    __slots__ = ("__weakref__", "current", "look", "place", "value", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.version, self.look = version_of(tensor), (tensor.shape, tensor.dtype, tensor.device)
+        self.current = self.version  # the count of changes of the value at hand
         self.place = place_of(tensor)
         self.value: torch.Tensor | None = tensor.detach()  # with the counter of changes of the tensor
 
     def checked(self) -> torch.Tensor:
         """The value, which nobody has changed since."""
         assert self.value is not None, "there is a value at hand"
-        if version_of(self.value) != self.version:
+        if version_of(self.value) != self.current:
             raise changed_in_place(f"a tensor of shape {tuple(self.value.shape)} that func reads")
         return self.value
 
@@ -117,7 +118,7 @@ class _Saved:
             raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
         if as_before and version_of(tensor) != self.version and place_of(tensor) == self.place:
             raise changed_in_place(f"a tensor of shape {tuple(tensor.shape)} that func reads")
-        self.value, self.version = tensor.detach(), version_of(tensor)
+        self.value, self.current = tensor.detach(), version_of(tensor)
 
 
 class _Inputs(torch.autograd.Function):

@@ -35,6 +35,11 @@ def _refill(held: Any, entries: Any) -> None:
     held[:] = entries
 
 
+def _rewrite(held: Any, entries: Any) -> None:
+    if held.shape == entries.shape and held.flags.writeable and held.tobytes() != entries.tobytes():
+        held[...] = entries
+
+
 def _of_generator(value: Any) -> Callable[[], Any] | None:
     if issubclass(type(value), torch.Generator):
         return partial(value.set_state, value.get_state())
@@ -45,9 +50,8 @@ def _of_numpy(value: Any, most: int) -> Callable[[], Any] | None:
     numpy = sys.modules.get("numpy")
     if numpy is None or not type(value).__module__.startswith("numpy"):
         return None
-    if issubclass(type(value), numpy.ndarray):
-        is_copied = value.size <= min(SMALL, most) and value.flags.writeable
-        return partial(numpy.copyto, value, value.copy()) if is_copied else None
+    if type(value) is numpy.ndarray:
+        return partial(_rewrite, value, value.copy()) if value.size <= min(SMALL, most) else None
     if issubclass(type(value), numpy.random.RandomState):
         return partial(value.set_state, value.get_state())
     if issubclass(type(value), numpy.random.Generator):

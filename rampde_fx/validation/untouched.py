@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import OF_ALL_MODULES, attributes_of, base_of, reached
+from rampde_fx.reach import OF_ALL_MODULES, attributes_of, base_of, is_plain, reached
 from rampde_fx.validation.known_states import putting_back
 
 
@@ -31,7 +31,11 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     # Dicts and sets last: their keys may hash by what is put back before.
     containers = sorted(found.containers, key=lambda held: base_of(held) not in (list, deque))
     put_back: list[Callable[[], Any]] = [
-        *(partial(_write, tensor, tensor.detach().clone()) for tensor in (*_buffers(modules), *found.statistics())),
+        *(
+            partial(_write, x, x.detach().clone())
+            for x in (*_buffers(modules), *found.statistics())
+            if not x.is_inference()
+        ),
         *putting_back(found.others),
         *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in _parameters(modules)),
         *(partial(slot.put_back, slot.read()) for slot in found.slots),
@@ -54,7 +58,7 @@ def _buffers(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
     """Those whose values can be written."""
     for module in modules:
         for buffer in module._buffers.values() if isinstance(module._buffers, dict) else ():
-            if type(buffer) is torch.Tensor and buffer.layout is torch.strided and not buffer.is_inference():
+            if buffer is not None and is_plain(buffer):
                 yield buffer
 
 
