@@ -181,7 +181,7 @@ class Masked(Net):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
-@pytest.mark.parametrize("fill", ["-inf", "lowest", "-1e30"])
+@pytest.mark.parametrize("fill", ["-inf", "lowest", "-1e30", "-1e9", "-1e6", "-1e4"])
 def test_scores_that_are_masked(dtype, fill):
     """They are no false alarm, and hide no change of the others, of which the result says nothing."""
     fill = torch.finfo(dtype).min if fill == "lowest" else float(fill)

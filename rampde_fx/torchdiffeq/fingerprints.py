@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH = 2**16  # of a direction on which tensors are projected
 COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
-HUGE = 2.0**60  # beyond it the logarithm stands for a number, as for those that mask, beside which no other would count
+HUGE = 2.0**60  # beyond it the logarithm stands for a number, whose square may be infinite
+LARGE = 2.0**10  # from here on a projection may be that of entries that mask, beside which no other counts
 Projections = dict[Any, tuple[weakref.ref[torch.Tensor], torch.Tensor]]
 
 
@@ -34,12 +35,14 @@ class Fingerprint(NamedTuple):
     """Of the tensors of a result, and of those that are saved.
 
     Attributes:
-        numbers: A projection of each on a fixed direction, float64, 1-D.
+        numbers: A projection of each on a fixed direction, float64, 1-D; then of the logarithms of each, 0 of most.
         tensors: They themselves, as long as they are at hand: their norms are asked for where bits differ.
+        are_large: Of which logarithms are projected, too.
     """
 
     numbers: torch.Tensor
     tensors: Sequence[torch.Tensor]
+    are_large: Sequence[bool]
 
     def is_near(self, numbers: torch.Tensor) -> torch.Tensor:
         """Which tensors differ from those of these numbers by rounding of which nobody asks, if at all."""
@@ -56,8 +59,8 @@ class Fingerprint(NamedTuple):
         return float(torch.where(differences == 0, 0.0, differences / self._norms()).nan_to_num(1.0, 1.0).amax())
 
     def fills(self) -> list[int]:
-        """How many entries of each tensor are NaN, or the largest number: what torch fills memory with."""
-        return [sum(_count_fills(*part) for part in _parts(tensor)) for tensor in self.tensors]
+        """How many entries of each tensor are NaN, or the largest number: what torch fills memory with; twice."""
+        return 2 * [sum(_count_fills(*part) for part in _parts(tensor)) for tensor in self.tensors]
 
     def leave_zeros(self) -> None:
         """Have memory that is handed out next, for tensors of these sizes, be zero rather than what it was."""
@@ -68,16 +71,15 @@ class Fingerprint(NamedTuple):
         return (self.numbers - numbers).abs()
 
     def _norms(self) -> torch.Tensor:
-        norms = [
-            sum(torch.linalg.vector_norm(_with_stand_ins(part), dtype=torch.float64) for part, _ in _parts(tensor))
-            for tensor in self.tensors
-        ]
-        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in norms])
+        plain = [_norm(part for part, _ in _parts(tensor)) for tensor in self.tensors]
+        pairs = zip(self.tensors, self.are_large, strict=True)
+        of_logarithms = [_norm([_logarithms(tensor)]) if is_large else 0.0 for tensor, is_large in pairs]
+        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in (*plain, *of_logarithms)])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
         units = [0.0 if _is_whole(tensor) else torch.finfo(tensor.dtype).eps for tensor in self.tensors]
         most = torch.finfo(coarsest).eps if coarsest else 1.0
-        return self.numbers.new_tensor([min(unit, most) for unit in units])
+        return self.numbers.new_tensor(2 * [min(unit, most) for unit in units])
 
 
 class Fingerprints:
@@ -89,15 +91,24 @@ class Fingerprints:
         self.leaves = Projections()
 
     @torch.no_grad()
-    def of(self, found: Any, saved: Sequence[torch.Tensor]) -> Fingerprint | None:
-        """That of a result, and of what was saved for its derivative; None of what wraps other tensors."""
+    def of(self, found: Any, saved: Sequence[torch.Tensor], before: Sequence[bool] = ()) -> Fingerprint | None:
+        """That of a result, and of what was saved for its derivative; None of what wraps other tensors.
+
+        Args:
+            found: The result.
+            saved: The tensors.
+            before: Which of all were large in the forward; empty in it.
+        """
         results = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
         tensors = [tensor for tensor in (*results, *saved) if not (tensor.is_meta or tensor.is_nested)]
         if any(callers.wraps_others(tensor) for tensor in tensors):
             return None
         at_hand = Projections()
         numbers = [self._of(tensor, at_hand).to(results[0].device) for tensor in tensors]
-        return Fingerprint(torch.stack(numbers), tensors)
+        are_large = before if len(before) == len(tensors) else [_is_large(number) for number in numbers]
+        none, pairs = torch.zeros_like(numbers[0]), zip(tensors, are_large, strict=True)
+        numbers += [self._projection(_logarithms(tensor)) if is_large else none for tensor, is_large in pairs]
+        return Fingerprint(torch.stack(numbers), tensors, are_large)
 
     def _of(self, tensor: torch.Tensor, at_hand: Projections) -> torch.Tensor:
         """The projection of one; those that are at hand are known by where they are, for many are saved twice."""
@@ -165,6 +176,20 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 def _count_fills(flat: torch.Tensor, fill: float) -> int:
     return int((flat.isnan() if math.isnan(fill) else flat == fill).sum())
+
+
+def _is_large(number: torch.Tensor) -> bool:
+    """Whether a projection is; another device is not waited for."""
+    return number.device.type == "cpu" and abs(number.item()) >= LARGE
+
+
+def _logarithms(tensor: torch.Tensor) -> torch.Tensor:
+    """Of all entries, with signs: large ones are no more than a few small ones."""
+    return torch.cat([part.asinh() for part, _ in _parts(tensor)])
+
+
+def _norm(parts: Iterable[torch.Tensor]) -> Any:
+    return sum(torch.linalg.vector_norm(_with_stand_ins(part), dtype=torch.float64) for part in parts)
 
 
 def _with_stand_ins(flat: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -154,6 +154,7 @@ class _Recomputed:
         self.saved: list[weakref.ref[_Saved]] = []
         self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
+        self.are_large: Sequence[bool] = ()
         self.is_first = True
         self.keep = Keep.FLAGGED  # of what this call has made
 
@@ -175,7 +176,7 @@ class _Recomputed:
         alive = [reference() for reference in self.saved]
         lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
         printed = self.recomputation.fingerprints.of(found, [leaves.get(k, value) for k, value in lasting.items()])
-        self.numbers = None if printed is None else printed.numbers
+        self.numbers, self.are_large = (None, ()) if printed is None else (printed.numbers, printed.are_large)
         self.lasting, self.is_first = set(lasting), False
         for saved in alive:
             if saved is not None:
@@ -246,7 +247,7 @@ class _Recomputed:
                 raise not_the_same(
                     f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
                 )
-            return found, self.recomputation.fingerprints.of(found, tensors)
+            return found, self.recomputation.fingerprints.of(found, tensors, self.are_large)
 
     def _compare(self, states: list[State], now: Fingerprint | None) -> None:
         """Raise if this is not the computation of the forward."""
