@@ -320,10 +320,10 @@ def _own_options(given: dict[str, Any], mode: str | None) -> tuple[str, bool, di
         raise PolicyError(
             f'options={{"verify": {verifies!r}}}', required="True or False", fix='write options={"verify": True}'
         )
-    if compiler == "inductor" and (unknown := inductor.unknown_options(options)):
+    unknown = [name for name in options if not inductor.is_setting(name)] if compiler == "inductor" else []
+    if unknown:
         spelled = unknown[0].replace("-", "_")
-        known = not inductor.unknown_options({spelled: None})
-        meant = [spelled] if known else difflib.get_close_matches(unknown[0], OWN_OPTIONS, 1)
+        meant = [spelled] if inductor.is_setting(spelled) else difflib.get_close_matches(unknown[0], OWN_OPTIONS, 1)
         raise PolicyError(
             f"options={{{unknown[0]!r}: {options[unknown[0]]!r}}}",
             required=f"{' and '.join(map(repr, OWN_OPTIONS))}, which are this backend's, or options of Inductor",

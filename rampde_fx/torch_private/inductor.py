@@ -147,12 +147,8 @@ def asks_for(setting: str, options: dict[str, Any], mode: str | None) -> bool:
     return bool(given[setting] if setting in given else operator.attrgetter(setting)(_torch.config))
 
 
-def unknown_options(options: dict[str, Any]) -> list[str]:
-    """Those that are no setting of Inductor."""
-    return [name for name in options if not _is_setting(name)]
-
-
-def _is_setting(name: str) -> bool:
+def is_setting(name: str) -> bool:
+    """Whether Inductor has a setting of this name."""
     try:
         operator.attrgetter(name)(_torch.config)
     except AttributeError:

@@ -237,10 +237,10 @@ class Buffers:
 
     def _keeps(self, before: Before, keep: Keep) -> list[bool]:
         """Whether each of those that changed keeps its value."""
-        flagged = {c.birth for c in self.changed if c.is_flag() or keep is Keep.ALL} if keep is not Keep.NOTHING else ()
-        return [
-            c.birth == before.number and (c.is_made or (c.changes == 1 and c.birth in flagged)) for c in self.changed
-        ]
+        own = [c for c in self.changed if c.birth == before.number]
+        has_flag = any(c.is_flag() for c in own)
+        keeps_once = keep is Keep.ALL or (keep is Keep.FLAGGED and has_flag)
+        return [c.birth == before.number and (c.is_made or (keeps_once and c.changes == 1)) for c in self.changed]
 
     @contextmanager
     def brought_back(self, before: Before, keep: Keep) -> Iterator[None]:
