@@ -29,7 +29,8 @@ from rampde_fx.__main__ import environment
 
 MIB = 2**20
 HELD_OUT = 4096
-SIZES = {True: (256, 512), False: (64, 256)}  # width and batch, by whether the device has arithmetic in a low dtype
+# Width and batch where the device has arithmetic in a low dtype, and where it has none.
+LARGE, SMALL = (256, 512), (64, 256)
 COLUMNS = (
     ("velocity in", "the dtype in which the velocity is evaluated; solution and gradients stay in float32"),
     ("an iteration (ms)", "forward, backward and optimizer step: the median"),
@@ -74,10 +75,7 @@ class Row:
 
 def chosen_dtype(device: str) -> torch.dtype:
     """What rampde_fx chooses for a device: float32 on a processor without arithmetic in a low dtype."""
-    flow = rampde_fx.mixed_precision(density.Flow(2, 4).to(device))
-    points, t = torch.zeros(2, 3, device=device), torch.linspace(0, 1, 2, device=device)
-    (loop,) = rampde_fx.explain(flow, points, t).loops
-    return loop.policy.dtype
+    return rampde_fx.PrecisionPolicy().chosen_for(torch.device(device).type).dtype
 
 
 class Demo:
@@ -93,7 +91,7 @@ class Demo:
         chosen = chosen_dtype(options.device)
         self.has_arithmetic = chosen is not torch.float32
         self.low = chosen if self.has_arithmetic else torch.bfloat16
-        width, batch = SIZES[self.has_arithmetic]
+        width, batch = LARGE if self.has_arithmetic else SMALL
         options.width, options.batch = options.width or width, options.batch or batch
         self.data = density_data.load("8gaussians")
         self.t = torch.linspace(0, 1, options.steps + 1, device=options.device)
@@ -218,7 +216,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("--iterations", 100), ("--steps", 8)):
         parser.add_argument(option, metavar="N", type=positive, default=default, help="default %(default)s")
-    for option, (large, small) in zip(("--width", "--batch"), zip(*SIZES.values(), strict=True), strict=True):
+    for option, large, small in zip(("--width", "--batch"), LARGE, SMALL, strict=True):
         told = f"default {large}, or {small} where the device has no arithmetic in a low dtype"
         parser.add_argument(option, metavar="N", type=positive, help=told)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
