@@ -1,8 +1,9 @@
-"""A density flow, trained in float32 and in the low dtype that suits this machine, side by side, in three minutes.
+"""A density flow, trained in float32 and in the low dtype that suits this machine, side by side.
 
-Writes one page, demo.html: a table, the two densities with their difference, and the losses. The flow and the data are
-those of density.py, at a size where products rule; on a processor without arithmetic in a low dtype, where bfloat16 is
-imitated and slow, at a small one.
+It takes three to four minutes on two cores, nearly all of them for the check and the two compilations. It writes one
+page, demo.html: a table, the two densities with their difference, and the losses. The flow and the data are those of
+density.py, at a size where products rule; on a processor without arithmetic in a low dtype, where bfloat16 is imitated
+and slow, at a small one.
 """
 
 import argparse
@@ -106,16 +107,18 @@ class Demo:
         """Mean negative log-density, 0-d."""
         return -density.log_density(flow, points, self.t).mean()
 
-    def errors(self, dtypes: Sequence[torch.dtype]) -> list[float]:
-        """Worst relative errors of a gradient against float64, at the first parameters, moved off zero."""
+    def checked(self, dtypes: Sequence[torch.dtype]) -> list[rampde_fx.CheckRow]:
+        """A batch, checked against float64 with the first parameters, moved off zero."""
         flow = self.flow()
         torch.nn.init.normal_(flow.last.weight, std=0.1)
-        batch = torch.nn.functional.pad(self.held_out[:64], (0, 1))
+        batch = torch.nn.functional.pad(self.held_out[: self.options.batch], (0, 1))
         policies = [rampde_fx.PrecisionPolicy(velocity=dtype) for dtype in dtypes]
         rows = rampde_fx.check(flow, batch, self.t, policies=policies, compiler="aot_eager").rows
-        return [next(row.error for row in rows if row.policy == policy) for policy in policies]
+        return [next(row for row in rows if row.policy == policy) for policy in policies]
 
-    def train(self, dtype: torch.dtype, error: float, expected: float | None) -> tuple[Row, list[float], Tensor]:
+    def train(
+        self, dtype: torch.dtype, checked: rampde_fx.CheckRow, expected: float | None
+    ) -> tuple[Row, list[float], Tensor]:
         """One run: its row, its losses, and the density on the grid of density_plots."""
         name = str(dtype).removeprefix("torch.")
         flow = rampde_fx.mixed_precision(self.flow(), dtype=dtype)
@@ -139,12 +142,11 @@ class Demo:
         progress.close()
         print(f"{name}: {sum(seconds):.0f} s, {seconds[0]:.0f} of them for compiling", flush=True)
         held_out = density.held_out_loss(model, self.held_out, self.t, self.options.batch)
-        (loop,) = rampde_fx.explain(lambda points: self.loss(flow, points), points).loops
         with torch.no_grad():
             grid = density_plots.grid().to(self.options.device)
             learned = torch.cat([density.log_density(flow, chunk, self.t) for chunk in grid.split(4096)]).exp().cpu()
         typical = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
-        return Row(name, typical, seconds[0], loop.stored_bytes, held_out, error), losses, learned
+        return Row(name, typical, seconds[0], checked.stored_bytes, held_out, checked.error), losses, learned
 
 
 def draw_densities(names: Sequence[str], densities: Sequence[Tensor], path: Path) -> None:
@@ -235,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, losses, densities = [], {}, []
     dtypes = [torch.float32, demo.low]
     print("checking gradients against float64 ...", flush=True)
-    for dtype, error in zip(dtypes, demo.errors(dtypes), strict=True):
-        row, history, learned = demo.train(dtype, error, known.get(str(dtype).removeprefix("torch.")))
+    for dtype, checked in zip(dtypes, demo.checked(dtypes), strict=True):
+        row, history, learned = demo.train(dtype, checked, known.get(str(dtype).removeprefix("torch.")))
         rows.append(row)
         losses[row.dtype] = history
         densities.append(learned)

@@ -17,7 +17,7 @@ import gc
 import sys
 import weakref
 from collections import OrderedDict, UserDict, UserList, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from itertools import islice
 from types import (
@@ -34,6 +34,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from rampde_fx.small_tensors import small
 
 MOST_ENTRIES, MOST = 1_000, 10_000  # of a container, and in all: behind these nothing is looked for
 FOREIGN = {"torch", "rampde_fx"} | sys.stdlib_module_names - {"__main__"}
@@ -43,8 +46,6 @@ OF_OTHERS = (
     *(SimpleNamespace, argparse.Namespace, UserDict, UserList),
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
 )
-SMALL, TINY = 2**16, 2**10  # entries of a tensor that may be a statistic, and of one that costs nothing
-MOST_SMALL, MOST_OF_SMALL = 256, 2**18  # of these, and entries in all
 SEQUENCES = (list, tuple, deque, set, frozenset)
 CACHED = type(functools.lru_cache(len))
 LEAVES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -89,9 +90,14 @@ class Reached(NamedTuple):
     slots: list[Slot]
     others: list[Any]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of the modules that have a shape; TorchScript keeps its own elsewhere."""
+        registers = [module._parameters for module, _ in self.modules if isinstance(module._parameters, dict)]
+        return [p for register in registers for p in register.values() if p is not None and not is_lazy(p)]
+
     def statistics(self) -> list[torch.Tensor]:
-        """Of the tensors those that may be some: plain ones of few entries, without a graph, as many as cost little."""
-        return small([tensor for tensor, _ in self.tensors])
+        """Of the tensors, and of parameters that need no gradient, those that may be some: they have few entries."""
+        return small([*(tensor for tensor, _ in self.tensors), *self.parameters()])
 
 
 def reached(function: Any) -> Reached:
@@ -110,43 +116,6 @@ def reached(function: Any) -> Reached:
                 if not _is(held, LEAVES):
                     pending.append((key, held))
     return search.found
-
-
-def small(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The plain tensors of few entries, on which no graph hangs.
-
-    So that copies cost little, of many the tiny ones that are found first, then the smallest.
-    """
-    plain = [tensor for tensor in tensors if is_plain(tensor) and not tensor.requires_grad]
-    found, entries = list[torch.Tensor](), 0
-    for tensor in sorted(plain, key=lambda tensor: max(tensor.numel(), TINY))[:MOST_SMALL]:
-        entries += tensor.numel()
-        if tensor.numel() <= SMALL and entries <= MOST_OF_SMALL:
-            found.append(tensor)
-    return found
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether entries of a tensor can be copied, compared and written."""
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        return False
-    return not (tensor.is_quantized or is_expanded(tensor)) and has_equality(tensor.dtype)
-
-
-def is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether entries share memory: nothing can be written to it."""
-    return any(s == 0 < n - 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-@cache
-def has_equality(dtype: torch.dtype) -> bool:
-    """Whether torch copies and compares entries of a dtype: not those of bits, for one."""
-    try:
-        value = torch.empty(2, dtype=dtype)
-        torch.ne(value.clone(), value), torch.equal(value.clone(), value)
-    except (RuntimeError, TypeError):
-        return False
-    return True
 
 
 def attributes_of(owner: Any) -> dict[str, Any]:

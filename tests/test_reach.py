@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from rampde_fx.reach import MOST, MOST_OF_SMALL, MOST_SMALL, reached, small
+from rampde_fx.reach import MOST, reached
 from rampde_fx.runtime.random_state import kept_random_state
+from rampde_fx.small_tensors import MOST_OF_SMALL, MOST_SMALL, small
 from rampde_fx.validation.untouched import untouched
 
 

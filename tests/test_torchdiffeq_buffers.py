@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rampde_fx import errors
-from rampde_fx.reach import MOST_OF_SMALL
+from rampde_fx.small_tensors import MOST_OF_SMALL
 from rampde_fx.torchdiffeq import kept_buffers, odeint, odeint_adjoint
 from tests.adjoint_solves import DOUBLE, Net, Normed, adjoint, double, options_of, times
 
@@ -468,6 +468,97 @@ def test_what_is_copied_of_tensors_that_are_no_buffers_is_bounded():
         found.append([*(parameter.grad for parameter in owner.net.parameters()), owner.mean, owner.steps[2]])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    buffers = kept_buffers.Buffers(owner.velocity)
+    buffers = kept_buffers.Buffers(owner.velocity, is_called_back=False)
     buffers.before()
     assert sum(buffer.value.numel() for buffer in buffers.unchanged) <= MOST_OF_SMALL
+
+
+class Frozen(Net):
+    """Statistics that are parameters without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros((), dtype=DOUBLE), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(2, dtype=DOUBLE), requires_grad=False)
+
+    def forward(self, t, y):
+        self.count.data.add_(1)
+        self.mean.data.lerp_(y.detach(), 0.1)
+        return super().forward(t, y) + self.mean.clone() / self.count.item()
+
+
+class Broadcast(Net):
+    """Entries of a buffer, and of an attribute, that share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("level", torch.ones(1, dtype=DOUBLE).expand(2))
+        self.levels = torch.ones(3, 1, dtype=DOUBLE).expand(3, 2)
+
+    def forward(self, t, y):
+        self.level[0].add_(0.1)
+        self.levels[1, 1].add_(0.2)
+        return super().forward(t, y) * (self.level + 0) + self.levels.sum(0) / 9
+
+
+class Decayed(Net):
+    """A callback that changes a buffer late, and nobody counts it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("level", torch.ones(2, dtype=DOUBLE))
+
+    def callback_step(self, t, y, dt):
+        if t > 0.35:
+            self.level.data.mul_(0.9)
+
+    def forward(self, t, y):
+        return super().forward(t, y) * (self.level + 0)
+
+
+@pytest.mark.parametrize("method", ["rk4", "explicit_adams"])
+@pytest.mark.parametrize("kind", [Frozen, Broadcast, Decayed])
+def test_statistics_of_other_kinds_are_changed_once(kind, method):
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        model = kind()
+        y = solve(model, double(0.3, -0.7), times(), **options_of(method))
+        y.square().sum().backward()
+        left = [
+            *model.buffers(),
+            getattr(model, "levels", double(0)),
+            *(p for p in model.parameters() if p.grad is None),
+        ]
+        found.append([*(p.grad for p in model.parameters() if p.requires_grad), *left])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_a_large_buffer_is_not_copied(monkeypatch):
+    """One that is changed in place is an error; one that stays costs nothing."""
+    monkeypatch.setattr(kept_buffers, "MOST_KEPT", 8)
+    model = Net()
+    model.register_buffer("data", torch.zeros(9, dtype=DOUBLE))
+    odeint_adjoint(model, double(0.3, -0.7), times(), method="rk4").sum().backward()
+    buffers = kept_buffers.Buffers(model, is_called_back=False)
+    buffers.before()
+    assert [buffer.value for buffer in buffers.unchanged] == [None]
+    model.register_forward_hook(lambda module, given, output: module.data.add_(1).sum() * 0 + output)
+    with pytest.raises(
+        errors.RecomputationError, match=r"a buffer of shape \(9,\) was changed in place as func was evaluated"
+    ):
+        odeint_adjoint(model, double(0.3, -0.7), times(), method="rk4")
+
+
+def test_what_objects_held_before_is_not_made_by_an_evaluation():
+    """However much there is beside it, of which not all is looked into."""
+
+    class Part:
+        def __init__(self):
+            self.value, self.others = torch.zeros(2), {key: [key] * 3 for key in range(12)}
+
+    model = Net()
+    model.parts = [Part() for _ in range(900)]
+    buffers = kept_buffers.Buffers(model, is_called_back=False)
+    buffers.note_changes(buffers.before())
+    assert not buffers.changed

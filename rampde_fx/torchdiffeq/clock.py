@@ -38,7 +38,7 @@ class Clock:
 
     def __init__(self, problem: Problem, callbacks: dict[str, Any], adjoint: dict[str, Any] | None = None) -> None:
         self.problem, self.callbacks, self.adjoint = problem, callbacks, adjoint or {}
-        self.recomputed = None if adjoint is None else Recomputation(problem.func)
+        self.recomputed = None if adjoint is None else Recomputation(problem.func, is_called_back=bool(callbacks))
         refuse_mapped([problem.t])
         ordered_times.monotone(problem.t.detach().cpu())
         times = problem.t.tolist()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,34 +24,36 @@ from rampde_fx.torch_private import callers
 NOISE = 4  # roundings of a norm, in float32 of all that is lower, of which nobody asks where they come from
 ROUNDINGS = 64  # roundings of its own dtype: more of these, and
 COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
-LENGTH = 2**16  # of a direction on which tensors are projected
+LENGTH, SEED = 2**16, 20251023  # of a direction on which tensors are projected
 COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
 HUGE = 2.0**60  # beyond it the logarithm stands for a number, whose square may be infinite
-LARGE = 2.0**10  # from here on a projection may be that of entries that mask, beside which no other counts
-Projections = dict[Any, tuple[weakref.ref[torch.Tensor], torch.Tensor]]
+Projections = dict[Any, tuple[weakref.ref[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 
 
 class Fingerprint(NamedTuple):
     """Of the tensors of a result, and of those that are saved.
 
     Attributes:
-        numbers: A projection of each on a fixed direction, float64, 1-D; then of the logarithms of each, 0 of most.
+        numbers: A projection of each on a random direction, float64, 1-D; then of the arc tangents of each: an entry
+            that masks, of -1e9 say, counts no more than others there.
         tensors: They themselves, as long as they are at hand: their norms are asked for where bits differ.
-        are_large: Of which logarithms are projected, too.
     """
 
     numbers: torch.Tensor
     tensors: Sequence[torch.Tensor]
-    are_large: Sequence[bool]
 
     def is_near(self, numbers: torch.Tensor) -> torch.Tensor:
         """Which tensors differ from those of these numbers by rounding of which nobody asks, if at all."""
         return self._differences(numbers) <= NOISE * self._units(torch.float32) * self._norms()
 
-    def is_another(self, numbers: torch.Tensor, unit: float) -> torch.Tensor:
-        """Which tensors differ by more than rounding in the coarsest dtype that was met, which has this unit."""
-        shares = ROUNDINGS * self._units(None) + COARSE_ROUNDINGS * unit
+    def is_another(self, numbers: torch.Tensor, unit: float | None) -> torch.Tensor:
+        """Which tensors differ by more than rounding in the coarsest dtype that was met, which has this unit.
+
+        None stands for float32 and what is finer: what is computed in a coarser dtype has no more rounding then.
+        """
+        own = ROUNDINGS * self._units(torch.float32 if unit is None else None)
+        shares = own + COARSE_ROUNDINGS * (unit or 0.0)
         return ~(self._differences(numbers) <= shares * self._norms())
 
     def difference(self, numbers: torch.Tensor) -> float:
@@ -62,6 +65,12 @@ class Fingerprint(NamedTuple):
         """How many entries of each tensor are NaN, or the largest number: what torch fills memory with; twice."""
         return 2 * [sum(_count_fills(*part) for part in _parts(tensor)) for tensor in self.tensors]
 
+    def rests(self, are_unwritten: Sequence[bool]) -> Iterator[tuple[torch.Tensor, int]]:
+        """The floating tensors of which only a part is memory that was filled, and how many entries are not."""
+        for tensor, filled, is_unwritten in zip(self.tensors, self.fills(), are_unwritten, strict=False):
+            if is_unwritten and not _is_whole(tensor) and filled < tensor.numel():
+                yield tensor, tensor.numel() - filled
+
     def leave_zeros(self) -> None:
         """Have memory that is handed out next, for tensors of these sizes, be zero rather than what it was."""
         zeros = [torch.zeros_like(tensor) for tensor in self.tensors for _ in range(COPIES)]
@@ -72,9 +81,8 @@ class Fingerprint(NamedTuple):
 
     def _norms(self) -> torch.Tensor:
         plain = [_norm(part for part, _ in _parts(tensor)) for tensor in self.tensors]
-        pairs = zip(self.tensors, self.are_large, strict=True)
-        of_logarithms = [_norm([_logarithms(tensor)]) if is_large else 0.0 for tensor, is_large in pairs]
-        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in (*plain, *of_logarithms)])
+        angles = [_norm(part.arctan() for part, _ in _parts(tensor)) for tensor in self.tensors]
+        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in (*plain, *angles)])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
         units = [0.0 if _is_whole(tensor) else torch.finfo(tensor.dtype).eps for tensor in self.tensors]
@@ -91,30 +99,21 @@ class Fingerprints:
         self.leaves = Projections()
 
     @torch.no_grad()
-    def of(self, found: Any, saved: Sequence[torch.Tensor], before: Sequence[bool] = ()) -> Fingerprint | None:
-        """That of a result, and of what was saved for its derivative; None of what wraps other tensors.
-
-        Args:
-            found: The result.
-            saved: The tensors.
-            before: Which of all were large in the forward; empty in it.
-        """
+    def of(self, found: Any, saved: Sequence[torch.Tensor]) -> Fingerprint | None:
+        """That of a result, and of what was saved for its derivative; None of what wraps other tensors."""
         results = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
         tensors = [tensor for tensor in (*results, *saved) if not (tensor.is_meta or tensor.is_nested)]
         if any(callers.wraps_others(tensor) for tensor in tensors):
             return None
         at_hand = Projections()
-        numbers = [self._of(tensor, at_hand).to(results[0].device) for tensor in tensors]
-        are_large = before if len(before) == len(tensors) else [_is_large(number) for number in numbers]
-        none, pairs = torch.zeros_like(numbers[0]), zip(tensors, are_large, strict=True)
-        numbers += [self._projection(_logarithms(tensor)) if is_large else none for tensor, is_large in pairs]
-        return Fingerprint(torch.stack(numbers), tensors, are_large)
+        pairs = [self._of(tensor, at_hand) for tensor in tensors]
+        return Fingerprint(torch.stack([pair[i].to(results[0].device) for i in (0, 1) for pair in pairs]), tensors)
 
-    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> torch.Tensor:
-        """The projection of one; those that are at hand are known by where they are, for many are saved twice."""
+    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projections of one; those that are at hand are known by where they are, for many are saved twice."""
         place, base = place_of(tensor), tensor if tensor._base is None else tensor._base
         if not place:
-            return self._projection(tensor)
+            return self._projections(tensor)
         projections = at_hand
         if isinstance(base, torch.nn.Parameter) or (base.is_leaf and base.requires_grad):  # frozen ones, too
             if self.pass_of_leaves != (now := callers.backward_under_way()):
@@ -123,13 +122,17 @@ class Fingerprints:
         look = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
         key = (place, version_of(tensor), *look)
         if key not in projections or projections[key][0]() is not base:  # one that is gone has left its place
-            projections[key] = weakref.ref(base), self._projection(tensor)
+            projections[key] = weakref.ref(base), self._projections(tensor)
         return projections[key][1]
 
-    def _projection(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On a direction, float64, 0-D."""
-        numbers = [self._of_part(part) for part, _ in _parts(tensor)]
-        return (numbers[0] if len(numbers) == 1 else torch.stack(numbers).sum()).double()
+    def _projections(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of its entries, and of their arc tangents, each float64, 0-D."""
+        parts = [part for part, _ in _parts(tensor)]
+        return self._sum(map(self._of_part, parts)), self._sum(self._of_part(part.arctan()) for part in parts)
+
+    def _sum(self, numbers: Iterable[torch.Tensor]) -> torch.Tensor:
+        first, *others = numbers
+        return (torch.stack([first, *others]).sum() if others else first).double()
 
     def _of_part(self, flat: torch.Tensor) -> torch.Tensor:
         """The projection of entries, of which some may be huge, or not finite."""
@@ -150,9 +153,16 @@ class Fingerprints:
     def _direction(self, length: int, like: torch.Tensor) -> torch.Tensor:
         key = (LENGTH, like.device, like.dtype)
         if key not in self.directions:
-            whole = torch.arange(1, LENGTH + 1, dtype=torch.float64, device=like.device)
-            self.directions[key] = whole.sin().to(like.dtype)  # of a whole number it is never 0
+            self.directions[key] = _whole_direction().to(like.device, like.dtype)
         return self.directions[key][:length]
+
+
+@cache
+def _whole_direction() -> torch.Tensor:
+    """A random sign and a size between 1/2 and 3/2 for each entry: a smooth change is seen, and one of few entries."""
+    generator = torch.Generator().manual_seed(SEED)
+    sizes, signs = (torch.rand(LENGTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    return (0.5 + sizes).copysign(signs - 0.5)
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -163,6 +173,11 @@ def version_of(tensor: torch.Tensor) -> int:
 def place_of(tensor: torch.Tensor) -> int:
     """Where its memory is, 0 where it has none of its own."""
     return tensor.data_ptr() if tensor.layout is torch.strided and not callers.wraps_others(tensor) else 0
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Where the memory begins that its views share with it, 0 where it has none of its own."""
+    return tensor.untyped_storage().data_ptr() if place_of(tensor) else 0
 
 
 def is_of_leaf(tensor: torch.Tensor) -> bool:
@@ -176,16 +191,6 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 def _count_fills(flat: torch.Tensor, fill: float) -> int:
     return int((flat.isnan() if math.isnan(fill) else flat == fill).sum())
-
-
-def _is_large(number: torch.Tensor) -> bool:
-    """Whether a projection is; another device is not waited for."""
-    return number.device.type == "cpu" and abs(number.item()) >= LARGE
-
-
-def _logarithms(tensor: torch.Tensor) -> torch.Tensor:
-    """Of all entries, with signs: large ones are no more than a few small ones."""
-    return torch.cat([part.asinh() for part, _ in _parts(tensor)])
 
 
 def _norm(parts: Iterable[torch.Tensor]) -> Any:

@@ -22,9 +22,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, has_equality, is_expanded, reached, slot_in, small
+from rampde_fx.errors import RecomputationError
+from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in
+from rampde_fx.small_tensors import SMALL, has_equality, own_entries, small, value_of, write
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
+MOST_KEPT = 2**22  # entries of a buffer of which a copy is made
 OUTSIDE = -1  # the number of what is no evaluation that is computed once more
 
 
@@ -76,19 +79,23 @@ class Buffer(NamedTuple):
         tensor = place.held()
         if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
             return Buffer(place, tensor, 0, None)
-        return Buffer(place, tensor, version_of(tensor), tensor.detach().clone())
+        return Buffer(place, tensor, version_of(tensor), value_of(tensor) if tensor.numel() <= MOST_KEPT else None)
 
     def is_changed(self) -> bool:
         """Whether it is another one, has another shape, or counts a change in place."""
         tensor = self.place.held()
-        if tensor is not self.tensor or self.value is None:
+        if tensor is not self.tensor or not isinstance(tensor, torch.Tensor) or tensor.is_nested:
             return tensor is not self.tensor
-        return version_of(tensor) != self.version or tensor.shape != self.value.shape
+        if self.value is not None:
+            return version_of(tensor) != self.version or own_entries(tensor).shape != self.value.shape
+        if version_of(tensor) != self.version:
+            raise too_large(tensor)
+        return False
 
     def is_comparable(self) -> bool:
         """Whether its values may have changed though nobody counts it: BatchNorm's kernels count no change."""
         tensor = self.tensor
-        if self.value is None or tensor.layout is not torch.strided or tensor.is_meta:
+        if self.value is None or self.value.numel() > SMALL or tensor.layout is not torch.strided or tensor.is_meta:
             return False
         return has_equality(tensor.dtype) and not tensor.is_quantized
 
@@ -105,16 +112,16 @@ class Buffer(NamedTuple):
         now, tensor = owner.get(name, UNSET), self.tensor
         kept = now if is_kept else tensor
         is_copied = isinstance(kept, torch.Tensor) and not (is_lazy(kept) or kept.is_nested)
-        current = kept.detach().clone() if is_copied else None
+        current = value_of(kept) if is_copied else None
         try:
             if not is_kept:
                 _bind(owner, name, tensor if self.value is None or _is_writable(tensor) else self.value.clone())
                 if self.value is not None and _is_writable(tensor):
-                    _write(tensor, self.value)
+                    write(tensor, self.value)
             yield
         finally:
             if current is not None and _is_writable(kept):
-                _write(kept, current)
+                write(kept, current)
             _bind(owner, name, now)
 
 
@@ -161,12 +168,16 @@ class Buffers:
 
     Args:
         func: The user's velocity.
+        is_called_back: Whether code of the user's runs between evaluations.
     """
 
-    def __init__(self, func: Any) -> None:
+    def __init__(self, func: Any, *, is_called_back: bool) -> None:
+        self.is_called_back = is_called_back
         self.found = found = reached(func)
-        parameters = [p for module, _ in found.modules for p in module._parameters.values() if p is not None]
-        self.leaves = [*parameters, *(tensor for tensor, _ in found.tensors if tensor.requires_grad and tensor.is_leaf)]
+        self.leaves = [
+            *found.parameters(),
+            *(tensor for tensor, _ in found.tensors if tensor.requires_grad and tensor.is_leaf),
+        ]
         self.registers = [
             (module._buffers, type(module))
             for module, _ in found.modules
@@ -174,7 +185,8 @@ class Buffers:
         ]
         self.names = [set(register) for register, _ in self.registers]
         self.owners = [attributes_of(owner) for owner, _ in (*found.modules, *found.objects)]
-        self.tensors = {id(tensor) for tensor, _ in found.tensors}
+        values = (value for owner in self.owners for value in owner.values() if isinstance(value, torch.Tensor))
+        self.tensors = {id(tensor) for tensor in (*(tensor for tensor, _ in found.tensors), *values)}
         self.bound: list[Slot] | None = None  # what is bound to tensors
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
         self.changed: list[Changed] = []  # the others
@@ -187,7 +199,7 @@ class Buffers:
             places += map(_apart, self.found.statistics())
             self.unchanged = [Buffer.at(place) for place in places]
         else:  # a callback, or an evaluation that is not recorded: the first size of an adaptive step is found by one
-            self._note_first_changes(OUTSIDE, [], by_values=self.count <= 1)
+            self._note_first_changes(OUTSIDE, [], by_values=self.is_called_back or self.count <= 1)
         return Before(self.count, [Buffer.at(changed.first.place) for changed in self.changed])
 
     def note_changes(self, before: Before) -> None:
@@ -249,8 +261,7 @@ class Buffers:
         if self.bound is None:
             self.bound = list(self._bound())
         with ExitStack() as stack:
-            for slot in self.bound:
-                stack.callback(slot.put_back, slot.read())
+            stack.callback(_put_back, self.bound, [slot.read() for slot in self.bound])
             for buffer, is_kept in zip(then, self._keeps(before, keep), strict=True):
                 stack.enter_context(buffer.back(is_kept=is_kept))
             yield
@@ -264,6 +275,11 @@ class Buffers:
         for held in short:
             if type(held) is list:
                 yield from (_entry(held, i) for i, value in enumerate(held) if isinstance(value, torch.Tensor))
+
+
+def _put_back(slots: list[Slot], values: list[Any]) -> None:
+    for slot, value in zip(slots, values, strict=True):
+        slot.put_back(value)
 
 
 def _apart(tensor: torch.Tensor) -> Place:
@@ -286,26 +302,23 @@ def _bind(owner: dict[str, Any], name: str, value: Any) -> None:
         owner[name] = value
 
 
-def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Give it a value; no change is counted, which autograd would take for an error."""
-    if tensor.shape == value.shape:
-        tensor.data.copy_(value)
-    else:
-        tensor.data = value.clone()
-
-
 def _is_writable(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not is_expanded(tensor)
+    return tensor.layout is torch.strided
 
 
 def _changed_uncounted(buffers: Sequence[Buffer]) -> set[int]:
-    """Those that have other values, by identity; a device is asked once."""
-    same = [b for b in buffers if b.value is not None and b.tensor.shape == b.value.shape]
-    if not same:
-        return set()
-    differ = [torch.ne(buffer.tensor, buffer.value).any() for buffer in same]
-    found = torch.stack([each.to(differ[0].device) for each in differ]).tolist()
-    return {id(buffer) for buffer, is_changed in zip(same, found, strict=True) if is_changed}
+    """Those that have other values, by identity; those of one dtype and device are compared at once."""
+    alike: dict[tuple[Any, ...], list[tuple[Buffer, torch.Tensor, torch.Tensor]]] = {}
+    for buffer in buffers:
+        if buffer.value is not None and (own := own_entries(buffer.tensor.detach())).shape == buffer.value.shape:
+            alike.setdefault((own.dtype, own.device), []).append((buffer, own, buffer.value))
+    found = set[int]()
+    for group in alike.values():
+        now = torch.cat([own.reshape(-1) for _, own, _ in group])
+        before = torch.cat([value.reshape(-1) for _, _, value in group])
+        if not torch.equal(now, before):
+            found |= {id(buffer) for buffer, own, value in group if not torch.equal(own, value)}
+    return found
 
 
 def _is_of_torch(kind: type, name: str) -> bool:
@@ -319,3 +332,13 @@ def _is_of_torch(kind: type, name: str) -> bool:
 
 def _is_whole(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def too_large(tensor: torch.Tensor) -> RecomputationError:
+    """The error of a buffer of which no copy was made."""
+    return RecomputationError(
+        f"a buffer of shape {tuple(tensor.shape)} was changed in place as func was evaluated: the backward would "
+        "change it once more",
+        required=f"buffers of at most {MOST_KEPT:,} entries, or ones that stay as they are",
+        fix="change it after loss.backward(), or use odeint",
+    )

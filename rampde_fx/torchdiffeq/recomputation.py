@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
-from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, place_of, version_of
+from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, memory_of, place_of, version_of
 from rampde_fx.torchdiffeq.kept_buffers import Buffers, Keep
 from rampde_fx.torchdiffeq.problem import warn
 from rampde_fx.torchdiffeq.surroundings import Random, Surroundings, autocasts_of, random_of
@@ -35,10 +35,11 @@ class Recomputation:
 
     Args:
         func: The user's velocity.
+        is_called_back: Whether code of the user's runs between steps.
     """
 
-    def __init__(self, func: Any) -> None:
-        self.buffers, self.fingerprints = Buffers(func), Fingerprints()
+    def __init__(self, func: Any, *, is_called_back: bool = False) -> None:
+        self.buffers, self.fingerprints = Buffers(func, is_called_back=is_called_back), Fingerprints()
         self.keeps_all = False
         self.random: Random | None = None
         self.doubts: dict[int, Doubts] = {}
@@ -111,12 +112,12 @@ class _Saved:
             raise changed_in_place(f"a tensor of shape {tuple(self.value.shape)} that func reads")
         return self.value
 
-    def again(self, tensor: torch.Tensor, *, as_before: bool) -> None:
-        """The same tensor, computed once more; as_before says whether the counts of changes are comparable."""
+    def again(self, tensor: torch.Tensor, *, is_counted: bool) -> None:
+        """The same tensor, computed once more; is_counted says whether its changes are counted as before."""
         if (tensor.shape, tensor.dtype, tensor.device) != self.look:
             saved, before = f"{tuple(tensor.shape)} of {tensor.dtype}", f"{tuple(self.look[0])} of {self.look[1]}"
             raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
-        if as_before and version_of(tensor) != self.version and place_of(tensor) == self.place:
+        if is_counted and version_of(tensor) != self.version and place_of(tensor) == self.place:
             raise changed_in_place(f"a tensor of shape {tuple(tensor.shape)} that func reads")
         self.value, self.current = tensor.detach(), version_of(tensor)
 
@@ -154,7 +155,6 @@ class _Recomputed:
         self.saved: list[weakref.ref[_Saved]] = []
         self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
-        self.are_large: Sequence[bool] = ()
         self.is_first = True
         self.keep = Keep.FLAGGED  # of what this call has made
 
@@ -176,7 +176,7 @@ class _Recomputed:
         alive = [reference() for reference in self.saved]
         lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
         printed = self.recomputation.fingerprints.of(found, [leaves.get(k, value) for k, value in lasting.items()])
-        self.numbers, self.are_large = (None, ()) if printed is None else (printed.numbers, printed.are_large)
+        self.numbers = None if printed is None else printed.numbers
         self.lasting, self.is_first = set(lasting), False
         for saved in alive:
             if saved is not None:
@@ -198,12 +198,14 @@ class _Recomputed:
             raise changed_in_place("the state that func is given") from error
         given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in saved]
         leaves, as_before = iter(given), [version_of(leaf) for leaf in given] == self.versions
+        # Of copies, which hooks of the user's may make, changes are counted anew.
+        copied = set() if as_before else {memory_of(leaf) for leaf in given}
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
 
         def again(tensor: torch.Tensor, number: int) -> None:
             saved = self.saved[number]() if number < len(self.saved) else None
             if saved is not None:
-                saved.again(tensor, as_before=as_before)
+                saved.again(tensor, is_counted=memory_of(tensor) not in copied)
 
         found = self._in_any_way(states, again)
         if self.then is not None:
@@ -247,7 +249,7 @@ class _Recomputed:
                 raise not_the_same(
                     f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
                 )
-            return found, self.recomputation.fingerprints.of(found, tensors, self.are_large)
+            return found, self.recomputation.fingerprints.of(found, tensors)
 
     def _compare(self, states: list[State], now: Fingerprint | None) -> None:
         """Raise if this is not the computation of the forward."""
@@ -256,14 +258,34 @@ class _Recomputed:
         doubts = self.recomputation.doubts_of(now)
         if not bool(self._is_another(now, self.numbers, doubts).any()):
             return
-        with written_memory():
-            _, once_more = self._once_more(states, lambda tensor, number: None)
-        if once_more is not None:
-            doubts.is_noisy.logical_or_(once_more.numbers != now.numbers)
-            doubts.is_unknown.logical_or_(self._is_unwritten(states, once_more))
+        self._look_closer(states, now, doubts)
         if bool(self._is_another(now, self.numbers, doubts).any()):
             share = now.difference(self.numbers)
             raise not_the_same(f"gives another result than in the forward: they differ by {share:.1e} of their size")
+
+    def _look_closer(self, states: list[State], now: Fingerprint, doubts: Doubts) -> None:
+        """Note what is not reproducible, and raise where that is no work of torch's operators."""
+        plain = self._printed(states, contextlib.nullcontext())
+        filled, again = (self._printed(states, written_memory()) for _ in range(2))
+        if plain is None or filled is None or again is None:
+            return
+        in_order = sums_in_order(now.numbers.device)
+        differ = again.is_another(filled.numbers, None if in_order else self.unit)
+        if bool(differ.any()):
+            share = again.difference(filled.numbers)
+            raise not_the_same(f"gives another result each time: two evaluations differ by {share:.1e} of their size")
+        is_unwritten = self._is_unwritten(states, filled)
+        is_noisy = (plain.numbers != now.numbers) | (again.numbers != filled.numbers)
+        if not in_order:  # what follows from a tensor that is noisy may be the same twice by chance
+            is_noisy |= is_noisy.any()
+        doubts.is_noisy.logical_or_(is_unwritten | is_noisy)
+        doubts.is_unknown.logical_or_(is_unwritten)
+        for tensor, rest in filled.rests(is_unwritten.tolist()):
+            warn(
+                f"func saves a tensor of shape {tuple(tensor.shape)} for its derivative of which {rest} entries are "
+                "written and the others are not: a change of these before the backward is not seen. Make it by "
+                "torch.zeros"
+            )
 
     def _is_unwritten(self, states: list[State], filled: Fingerprint) -> torch.Tensor:
         """Which tensors have entries that nobody has written, by one for which all memory was filled.
@@ -275,14 +297,15 @@ class _Recomputed:
         if not any(first):
             return torch.zeros_like(filled.numbers, dtype=torch.bool)
         filled.leave_zeros()
-        plain, again = (self._fills(states, memory) for memory in (contextlib.nullcontext(), written_memory()))
-        is_unwritten = [a == b > c for a, b, c in zip(first, again or first, plain or first, strict=True)]
+        plain, again = (self._printed(states, memory) for memory in (contextlib.nullcontext(), written_memory()))
+        counts = [first if found is None else found.fills() for found in (again, plain)]
+        is_unwritten = [a == b > c for a, b, c in zip(first, *counts, strict=True)]
         return torch.tensor(is_unwritten, device=filled.numbers.device)
 
-    def _fills(self, states: list[State], memory: contextlib.AbstractContextManager[None]) -> list[int]:
+    def _printed(self, states: list[State], memory: contextlib.AbstractContextManager[None]) -> Fingerprint | None:
+        """The fingerprint of one evaluation more."""
         with memory:
-            _, found = self._once_more(states, lambda tensor, number: None)
-        return [] if found is None else found.fills()
+            return self._once_more(states, lambda tensor, number: None)[1]
 
     def _is_another(self, now: Fingerprint, before: torch.Tensor, doubts: Doubts) -> torch.Tensor:
         """Which tensors are others."""
@@ -302,6 +325,11 @@ class Doubts(NamedTuple):
 
     is_noisy: torch.Tensor
     is_unknown: torch.Tensor
+
+
+def sums_in_order(device: torch.device) -> bool:
+    """Whether all operators of a device are deterministic where that is asked for, up to rounding in float32."""
+    return device.type == "cpu"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rampde_fx.reach import MOST_OF_SMALL, SMALL
+from rampde_fx.small_tensors import MOST_OF_SMALL, SMALL
 
 
 def putting_back(objects: Iterable[Any]) -> Iterator[Callable[[], Any]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from rampde_fx.reach import OF_ALL_MODULES, attributes_of, base_of, is_plain, reached
+from rampde_fx.reach import OF_ALL_MODULES, attributes_of, base_of, reached
+from rampde_fx.small_tensors import is_plain, own_entries, value_of, write
 from rampde_fx.validation.known_states import putting_back
 
 
@@ -21,8 +21,8 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     """Put back what a function reads: variables, attributes of modules, objects and classes, entries of containers.
 
     So are the values of buffers, of small tensors beside them and of small arrays, generators of random numbers, which
-    gradients parameters have, and whether they require one; not the values of parameters and of gradients, of which
-    there may be too many to copy.
+    gradients parameters have, and whether they require one; not the values of gradients and of parameters that are
+    trained, of which there may be too many to copy.
     """
     found = reached(function)
     modules = [module for module, _ in found.modules]
@@ -31,13 +31,9 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     # Dicts and sets last: their keys may hash by what is put back before.
     containers = sorted(found.containers, key=lambda held: base_of(held) not in (list, deque))
     put_back: list[Callable[[], Any]] = [
-        *(
-            partial(_write, x, x.detach().clone())
-            for x in (*_buffers(modules), *found.statistics())
-            if not x.is_inference()
-        ),
+        *(partial(_write, x, value_of(x)) for x in (*_buffers(modules), *found.statistics()) if not x.is_inference()),
         *putting_back(found.others),
-        *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in _parameters(modules)),
+        *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in found.parameters()),
         *(partial(slot.put_back, slot.read()) for slot in found.slots),
         *(partial(_refill, held, _entries(held)) for held in (*attributes, *registers, *containers)),
     ]
@@ -62,18 +58,10 @@ def _buffers(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
                 yield buffer
 
 
-def _parameters(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
-    for module in modules:
-        for parameter in module._parameters.values() if isinstance(module._parameters, dict) else ():
-            if parameter is not None and not is_lazy(parameter):
-                yield parameter
-
-
 def _write(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    if buffer.shape != value.shape:
-        buffer.data = value
-    elif not torch.equal(buffer, value):
-        buffer.data.copy_(value)
+    own = own_entries(buffer)
+    if own.shape != value.shape or not torch.equal(own, value):
+        write(buffer, value)
 
 
 def _ask(leaf: nn.Parameter, needs_gradient: bool, gradient: torch.Tensor | None) -> None:
