@@ -27,17 +27,22 @@ def small(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether entries of a tensor can be copied, compared and written."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+    """Whether a tensor is of torch's own class, and its entries can be copied, compared and written."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and has_comparable_entries(tensor)
+
+
+def has_comparable_entries(tensor: torch.Tensor) -> bool:
+    """Whether entries of a tensor can be copied, compared and written, whatever its class adds to that."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_quantized:
         return False
-    return not (tensor.is_nested or tensor.is_meta or tensor.is_quantized) and has_equality(tensor.dtype)
+    return has_equality(tensor.dtype)
 
 
 @cache
 def has_equality(dtype: torch.dtype) -> bool:
     """Whether torch copies, joins and compares entries of a dtype: not those of bits, for one."""
     try:
-        value = torch.empty(2, dtype=dtype)
+        value = torch.empty(2, dtype=dtype, device="cpu")
         torch.ne(value.clone(), value), torch.equal(torch.cat([value]), value)
     except (RuntimeError, TypeError):
         return False
@@ -53,14 +58,15 @@ def own_entries(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of its own entries."""
-    return own_entries(tensor.detach()).clone()
+    """A copy, whose entries share memory as the tensor's do."""
+    own = own_entries(tensor.detach())
+    return own.clone() if own.shape == tensor.shape else own.clone().expand(tensor.shape)
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Give a tensor the value that it had; no change is counted, which autograd would take for an error."""
-    own = own_entries(tensor.data)
-    if own.shape == value.shape:
-        own.copy_(value)
+    own, given = own_entries(tensor.data), own_entries(value)
+    if tensor.shape == value.shape and all(n in (1, m) for m, n in zip(own.shape, given.shape, strict=True)):
+        own.copy_(given)
     else:
-        tensor.data = value.clone()
+        tensor.data = value_of(value)

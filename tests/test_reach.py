@@ -457,3 +457,14 @@ def test_attributes_lists_and_dicts_are_put_back():
         holder.value["dict"]["b"] = 2
         holder.new = 1
     assert holder.value == {"list": [1], "dict": {"a": 1}} and not hasattr(holder, "new")
+
+
+def test_a_broadcast_buffer_is_put_back_whatever_memory_it_was_given():
+    model = nn.Module()
+    model.register_buffer("level", torch.ones(1).expand(2))
+    model.register_buffer("mean", torch.ones(2))
+    for change in (lambda: model.level[0].add_(1), lambda: setattr(model.level, "data", model.level * 1.1)):
+        with untouched(model):
+            change()
+            model.mean.data = torch.zeros(1).expand(2)
+        assert model.level.tolist() == [1, 1] and model.mean.tolist() == [1, 1]

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from rampde_fx import errors
+from rampde_fx.small_tensors import has_equality
 from rampde_fx.torchdiffeq import odeint, odeint_adjoint, recomputation
-from rampde_fx.torchdiffeq.fingerprints import Fingerprints
-from tests.adjoint_solves import DOUBLE, Net, adjoint, double, options_of, times
+from rampde_fx.torchdiffeq.fingerprints import Fingerprints, _whole_direction
+from tests.adjoint_solves import DOUBLE, Net, Normed, adjoint, double, options_of, times
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
@@ -211,18 +212,19 @@ class Crowded(nn.Module):
         return (torch.cat([self.fill, y * self.factor]) * self.weight)[len(self.fill) :]
 
 
-@pytest.mark.parametrize("fill", [-500.0, -1e4, -1e7, float("-inf"), torch.finfo().min])
-@pytest.mark.parametrize("count", [44, 709, 710, 50_000])
-def test_however_many_entries_mask_they_hide_no_other(count, fill):
+@pytest.mark.parametrize("fill", [-500.0, -1e4, -1e7, -1e9, float("-inf"), torch.finfo().min])
+@pytest.mark.parametrize("count", [44, 710, 50_000])
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e5])
+def test_however_many_entries_mask_they_hide_no_other(count, fill, size):
     model = Crowded(torch.full((count,), fill))
-    y = odeint_adjoint(model, torch.tensor([1.0, 2.0]), times().float(), method="euler")
+    y = odeint_adjoint(model, size * torch.tensor([1.0, 2.0]), times().float(), method="euler")
     model.factor = 1.1
     with pytest.raises(errors.RecomputationError, match="gives another result"):
         y.sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(44,), (709,), (710,), (64, 64), (1024, 64), (4, 355), (3, 65_536)])
-@pytest.mark.parametrize("kind", ["all", "last dimension", "one entry", "halves"])
+@pytest.mark.parametrize("kind", ["all", "last dimension", "one column", "halves"])
 def test_a_change_of_many_entries_alike_is_seen(shape, kind):
     """It may be a shift of all, whose sum along a smooth direction is next to nothing."""
     weight, shift = torch.tensor(0.5, requires_grad=True), torch.zeros(shape)
@@ -230,7 +232,7 @@ def test_a_change_of_many_entries_alike_is_seen(shape, kind):
     shifts = {
         "all": torch.full((), 1e-2),
         "last dimension": 1e-2 * torch.linspace(-1, 1, shape[-1]),
-        "one entry": torch.zeros(shape).index_fill(-1, torch.tensor(0), 0.1 * y0.norm() / y0.numel() ** 0.5),
+        "one column": torch.zeros(shape).index_fill(-1, torch.tensor(0), 0.1 * y0.norm() / y0.numel() ** 0.5),
         "halves": torch.arange(shape[-1]).lt(shape[-1] // 2) * 2e-2 - 1e-2,
     }
     y = adjoint(lambda t, y: (y + shift) * weight, y0, times().float(), method="euler")
@@ -267,7 +269,7 @@ def test_a_tensor_of_which_a_part_was_never_written_is_warned_of():
     y = adjoint(func, double(0.3, -0.7), times(), method="rk4")
     keep = [torch.full((6,), float(number), dtype=DOUBLE) for number in range(64)]
     del keep
-    with pytest.warns(UserWarning, match=r"shape \(6,\) for its derivative of which 2 entries are written"):
+    with pytest.warns(UserWarning, match=r"shape \(6,\) for its derivative, of which 2 entries are written"):
         y.sum().backward()
     again = double(1, 2, 0, 0, 0, 0).requires_grad_()
     odeint(lambda t, y: y * again[:2], double(0.3, -0.7), times(), method="rk4").sum().backward()
@@ -596,3 +598,25 @@ def test_how_seldom_a_change_is_missed():
             numbers = prints.of(before, []).numbers
             missed += bool(prints.of(now, []).is_near(numbers).all())
         assert missed <= 1000 * most
+
+
+def test_autocast_does_not_round_what_is_compared():
+    weight, shift = torch.tensor(0.5, requires_grad=True), torch.zeros(512, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adjoint(lambda t, y: (y + shift) * weight, torch.ones(512, 512), times().float(), method="euler")
+        shift.data += 1e-5
+        with pytest.raises(errors.RecomputationError, match="gives another result"):
+            y.sum().backward()
+
+
+def test_the_default_device_is_not_that_of_the_directions():
+    _whole_direction.cache_clear()
+    has_equality.cache_clear()
+    y0, t, found = double(0.3, -0.7, 0.2, 0.9).reshape(2, 2), times(), []
+    for solve in (odeint, odeint_adjoint):
+        model = Normed()
+        with torch.device("meta"):
+            solve(model, y0, t, method="rk4").sum().backward()
+        found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

@@ -90,6 +90,8 @@ class Clock:
 
     def event(self, event_fn: Callable[[torch.Tensor, Any], torch.Tensor]) -> Event:
         """The user's function of time and state, as one of the rising time and of a state as a list."""
+        if self.recomputed is not None:
+            self.recomputed.buffers.is_called_back = True
         return lambda t, y: event_fn(self.users(t), self.problem.structured(y))
 
     def call(self, name: str, t: torch.Tensor, y: State, dt: torch.Tensor) -> None:

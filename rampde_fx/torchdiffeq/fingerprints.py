@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from rampde_fx.small_tensors import SMALL
 from rampde_fx.torch_private import callers
+from rampde_fx.torch_private.fake_tensors import no_autocast
 
 NOISE = 4  # roundings of a norm, in float32 of all that is lower, of which nobody asks where they come from
 ROUNDINGS = 64  # roundings of its own dtype: more of these, and
@@ -27,6 +29,7 @@ COARSE_ROUNDINGS = 8  # of the coarsest dtype that was met, are another tensor
 LENGTH, SEED = 2**16, 20251023  # of a direction on which tensors are projected
 COPIES = 8  # of a tensor, whose memory is handed out next
 UNKNOWN, POSITIVE, NEGATIVE = 7.1, 3.7, -5.3  # what stands for NaN and the infinities in a projection
+LARGE = 2.0**4  # from here on an entry may mask, beside which no other counts
 HUGE = 2.0**60  # beyond it the logarithm stands for a number, whose square may be infinite
 Projections = dict[Any, tuple[weakref.ref[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 
@@ -35,13 +38,15 @@ class Fingerprint(NamedTuple):
     """Of the tensors of a result, and of those that are saved.
 
     Attributes:
-        numbers: A projection of each on a random direction, float64, 1-D; then of the arc tangents of each: an entry
-            that masks, of -1e9 say, counts no more than others there.
+        numbers: A projection of each on a random direction, float64, 1-D; then of the logarithms of each that has large
+            entries, in which one that masks, of -1e9 say, counts as much as a few small ones; 0 of others.
         tensors: They themselves, as long as they are at hand: their norms are asked for where bits differ.
+        are_large: Which have large entries.
     """
 
     numbers: torch.Tensor
     tensors: Sequence[torch.Tensor]
+    are_large: Sequence[bool]
 
     def is_near(self, numbers: torch.Tensor) -> torch.Tensor:
         """Which tensors differ from those of these numbers by rounding of which nobody asks, if at all."""
@@ -68,7 +73,7 @@ class Fingerprint(NamedTuple):
     def rests(self, are_unwritten: Sequence[bool]) -> Iterator[tuple[torch.Tensor, int]]:
         """The floating tensors of which only a part is memory that was filled, and how many entries are not."""
         for tensor, filled, is_unwritten in zip(self.tensors, self.fills(), are_unwritten, strict=False):
-            if is_unwritten and not _is_whole(tensor) and filled < tensor.numel():
+            if is_unwritten and tensor.is_floating_point() and filled < tensor.numel():
                 yield tensor, tensor.numel() - filled
 
     def leave_zeros(self) -> None:
@@ -81,8 +86,9 @@ class Fingerprint(NamedTuple):
 
     def _norms(self) -> torch.Tensor:
         plain = [_norm(part for part, _ in _parts(tensor)) for tensor in self.tensors]
-        angles = [_norm(part.arctan() for part, _ in _parts(tensor)) for tensor in self.tensors]
-        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in (*plain, *angles)])
+        large = zip(self.tensors, self.are_large, strict=True)
+        logarithms = [_norm(_logarithms(part) for part, _ in _parts(x)) if is_large else 0.0 for x, is_large in large]
+        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in (*plain, *logarithms)])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
         units = [0.0 if _is_whole(tensor) else torch.finfo(tensor.dtype).eps for tensor in self.tensors]
@@ -94,41 +100,55 @@ class Fingerprints:
     """What makes them; it keeps the directions, and the projections of parameters, which many steps read."""
 
     def __init__(self) -> None:
-        self.directions: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
+        self.directions: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self.pass_of_leaves = -1
         self.leaves = Projections()
 
     @torch.no_grad()
-    def of(self, found: Any, saved: Sequence[torch.Tensor]) -> Fingerprint | None:
-        """That of a result, and of what was saved for its derivative; None of what wraps other tensors."""
+    @no_autocast()
+    def of(self, found: Any, saved: Sequence[torch.Tensor], before: Sequence[bool] = ()) -> Fingerprint | None:
+        """That of a result, and of what was saved for its derivative; None of what wraps other tensors.
+
+        Args:
+            found: The result.
+            saved: The tensors.
+            before: Which of all had large entries in the forward; empty in it.
+        """
         results = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
         tensors = [tensor for tensor in (*results, *saved) if not (tensor.is_meta or tensor.is_nested)]
         if any(callers.wraps_others(tensor) for tensor in tensors):
             return None
         at_hand = Projections()
-        pairs = [self._of(tensor, at_hand) for tensor in tensors]
-        return Fingerprint(torch.stack([pair[i].to(results[0].device) for i in (0, 1) for pair in pairs]), tensors)
+        are_large = before if len(before) == len(tensors) else [_is_large(tensor) for tensor in tensors]
+        pairs = [self._of(tensor, is_large, at_hand) for tensor, is_large in zip(tensors, are_large, strict=True)]
+        numbers = torch.stack([pair[i].to(results[0].device) for i in (0, 1) for pair in pairs])
+        return Fingerprint(numbers, tensors, are_large)
 
-    def _of(self, tensor: torch.Tensor, at_hand: Projections) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of(self, tensor: torch.Tensor, is_large: bool, at_hand: Projections) -> tuple[torch.Tensor, torch.Tensor]:
         """The projections of one; those that are at hand are known by where they are, for many are saved twice."""
         place, base = place_of(tensor), tensor if tensor._base is None else tensor._base
         if not place:
-            return self._projections(tensor)
+            return self._projections(tensor, is_large)
         projections = at_hand
-        if isinstance(base, torch.nn.Parameter) or (base.is_leaf and base.requires_grad):  # frozen ones, too
+        # Large frozen parameters, too; small ones may be statistics, of which nobody counts a change.
+        is_frozen = isinstance(base, torch.nn.Parameter) and base.numel() > SMALL
+        if is_frozen or (base.is_leaf and base.requires_grad):
             if self.pass_of_leaves != (now := callers.backward_under_way()):
                 self.leaves, self.pass_of_leaves = Projections(), now
             projections = self.leaves
         look = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
-        key = (place, version_of(tensor), *look)
+        key = (place, version_of(tensor), is_large, *look)
         if key not in projections or projections[key][0]() is not base:  # one that is gone has left its place
-            projections[key] = weakref.ref(base), self._projections(tensor)
+            projections[key] = weakref.ref(base), self._projections(tensor, is_large)
         return projections[key][1]
 
-    def _projections(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of its entries, and of their arc tangents, each float64, 0-D."""
+    def _projections(self, tensor: torch.Tensor, is_large: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of its entries, and of their logarithms, each float64, 0-D."""
         parts = [part for part, _ in _parts(tensor)]
-        return self._sum(map(self._of_part, parts)), self._sum(self._of_part(part.arctan()) for part in parts)
+        plain = self._sum(map(self._of_part, parts))
+        if not is_large:
+            return plain, torch.zeros_like(plain)
+        return plain, self._sum(self._of_part(_logarithms(part)) for part in parts)
 
     def _sum(self, numbers: Iterable[torch.Tensor]) -> torch.Tensor:
         first, *others = numbers
@@ -151,7 +171,7 @@ class Fingerprints:
         )
 
     def _direction(self, length: int, like: torch.Tensor) -> torch.Tensor:
-        key = (LENGTH, like.device, like.dtype)
+        key = (like.device, like.dtype)
         if key not in self.directions:
             self.directions[key] = _whole_direction().to(like.device, like.dtype)
         return self.directions[key][:length]
@@ -161,7 +181,7 @@ class Fingerprints:
 def _whole_direction() -> torch.Tensor:
     """A random sign and a size between 1/2 and 3/2 for each entry: a smooth change is seen, and one of few entries."""
     generator = torch.Generator().manual_seed(SEED)
-    sizes, signs = (torch.rand(LENGTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    sizes, signs = torch.rand(2, LENGTH, generator=generator, dtype=torch.float64, device="cpu")
     return (0.5 + sizes).copysign(signs - 0.5)
 
 
@@ -191,6 +211,23 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 def _count_fills(flat: torch.Tensor, fill: float) -> int:
     return int((flat.isnan() if math.isnan(fill) else flat == fill).sum())
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    """Whether some entries are; another device is not asked."""
+    return tensor.device.type != "cpu" or any(map(_has_large, (part for part, _ in _parts(tensor))))
+
+
+def _has_large(flat: torch.Tensor) -> bool:
+    if not len(flat):
+        return False
+    least, most = flat.aminmax()
+    return not max(-least.item(), most.item()) < LARGE  # a NaN is
+
+
+def _logarithms(flat: torch.Tensor) -> torch.Tensor:
+    """Of one more than the size of each entry, with its sign."""
+    return flat.abs().log1p_().copysign_(flat)
 
 
 def _norm(parts: Iterable[torch.Tensor]) -> Any:

@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 
 from rampde_fx.errors import RecomputationError
 from rampde_fx.reach import MOST_ENTRIES, UNSET, Slot, attributes_of, reached, slot_in
-from rampde_fx.small_tensors import SMALL, has_equality, own_entries, small, value_of, write
+from rampde_fx.small_tensors import SMALL, has_comparable_entries, own_entries, small, value_of, write
+from rampde_fx.torch_private import callers
 from rampde_fx.torchdiffeq.fingerprints import version_of
 
 MOST_KEPT = 2**22  # entries of a buffer of which a copy is made
@@ -79,7 +80,8 @@ class Buffer(NamedTuple):
         tensor = place.held()
         if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
             return Buffer(place, tensor, 0, None)
-        return Buffer(place, tensor, version_of(tensor), value_of(tensor) if tensor.numel() <= MOST_KEPT else None)
+        is_kept = own_entries(tensor).numel() <= MOST_KEPT
+        return Buffer(place, tensor, version_of(tensor), value_of(tensor) if is_kept else None)
 
     def is_changed(self) -> bool:
         """Whether it is another one, has another shape, or counts a change in place."""
@@ -87,17 +89,16 @@ class Buffer(NamedTuple):
         if tensor is not self.tensor or not isinstance(tensor, torch.Tensor) or tensor.is_nested:
             return tensor is not self.tensor
         if self.value is not None:
-            return version_of(tensor) != self.version or own_entries(tensor).shape != self.value.shape
+            return version_of(tensor) != self.version or tensor.shape != self.value.shape
         if version_of(tensor) != self.version:
             raise too_large(tensor)
         return False
 
     def is_comparable(self) -> bool:
         """Whether its values may have changed though nobody counts it: BatchNorm's kernels count no change."""
-        tensor = self.tensor
-        if self.value is None or self.value.numel() > SMALL or tensor.layout is not torch.strided or tensor.is_meta:
+        if self.value is None or not has_comparable_entries(self.tensor) or callers.wraps_others(self.tensor):
             return False
-        return has_equality(tensor.dtype) and not tensor.is_quantized
+        return self.place.of_torch or own_entries(self.value).numel() <= SMALL
 
     def may_be_flag(self) -> bool:
         """Whether it is of the user's own, and is not there, whole, or one number."""
@@ -217,7 +218,9 @@ class Buffers:
     def _note_first_changes(self, number: int, others: list[Buffer], *, by_values: bool = True) -> set[int]:
         """Note what was changed for the first time; which have other values that nobody counted, the others too."""
         unchanged = self.unchanged or []
-        compared = [buffer for buffer in unchanged if by_values and buffer.is_comparable()]
+        # Of frozen parameters there may be many, and those that change do so from the first evaluations on.
+        asked = [b for b in unchanged if by_values and (number <= 1 or not isinstance(b.tensor, nn.Parameter))]
+        compared = [buffer for buffer in asked if buffer.is_comparable()]
         uncounted = _changed_uncounted([*others, *compared])
         rest = list[Buffer]()
         for buffer in unchanged:
@@ -270,7 +273,8 @@ class Buffers:
         """What is bound to a tensor: attributes, variables, entries of lists and dicts."""
         yield from (slot for slot in self.found.slots if isinstance(slot.read(), torch.Tensor))
         short = [held for held in self.found.containers if len(held) <= MOST_ENTRIES]
-        for held in (*self.owners, *(held for held in short if type(held) is dict)):
+        parameters = [m._parameters for m, _ in self.found.modules if isinstance(m._parameters, dict)]
+        for held in (*self.owners, *parameters, *(held for held in short if type(held) is dict)):
             yield from (slot_in(held, key) for key, value in held.items() if isinstance(value, torch.Tensor))
         for held in short:
             if type(held) is list:
@@ -308,11 +312,16 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 
 def _changed_uncounted(buffers: Sequence[Buffer]) -> set[int]:
     """Those that have other values, by identity; those of one dtype and device are compared at once."""
+    found = set[int]()
     alike: dict[tuple[Any, ...], list[tuple[Buffer, torch.Tensor, torch.Tensor]]] = {}
     for buffer in buffers:
-        if buffer.value is not None and (own := own_entries(buffer.tensor.detach())).shape == buffer.value.shape:
-            alike.setdefault((own.dtype, own.device), []).append((buffer, own, buffer.value))
-    found = set[int]()
+        if buffer.value is None or buffer.tensor.shape != buffer.value.shape:
+            continue
+        own, value = own_entries(buffer.tensor.detach()), own_entries(buffer.value)
+        if own.shape == value.shape:
+            alike.setdefault((own.dtype, own.device), []).append((buffer, own, value))
+        else:
+            found.add(id(buffer))
     for group in alike.values():
         now = torch.cat([own.reshape(-1) for _, own, _ in group])
         before = torch.cat([value.reshape(-1) for _, _, value in group])
@@ -337,8 +346,8 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 def too_large(tensor: torch.Tensor) -> RecomputationError:
     """The error of a buffer of which no copy was made."""
     return RecomputationError(
-        f"a buffer of shape {tuple(tensor.shape)} was changed in place as func was evaluated: the backward would "
-        "change it once more",
+        f"a buffer of shape {tuple(tensor.shape)} was changed in place by the solve: the backward would change it once "
+        "more",
         required=f"buffers of at most {MOST_KEPT:,} entries, or ones that stay as they are",
         fix="change it after loss.backward(), or use odeint",
     )

@@ -10,10 +10,8 @@ result is another.
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +22,10 @@ from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, memory_of, place_of, version_of
 from rampde_fx.torchdiffeq.kept_buffers import Buffers, Keep
 from rampde_fx.torchdiffeq.problem import warn
+from rampde_fx.torchdiffeq.reproducibility import ZeroedMemory, sums_in_order, written_memory
 from rampde_fx.torchdiffeq.surroundings import Random, Surroundings, autocasts_of, random_of
 
+TRIES = 3  # of an evaluation whose memory is zero
 Function = Callable[..., Any]  # of states
 Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
 
@@ -43,6 +43,7 @@ class Recomputation:
         self.keeps_all = False
         self.random: Random | None = None
         self.doubts: dict[int, Doubts] = {}
+        self.warnings = set[str]()
 
     def __call__(self, function: Function, *states: State, then: Then | None = None) -> Any:
         """The function of these states; it must not hold a tensor that it has computed itself.
@@ -75,6 +76,12 @@ class Recomputation:
         if count not in self.doubts:
             self.doubts[count] = Doubts(*(torch.zeros_like(now.numbers, dtype=torch.bool) for _ in range(2)))
         return self.doubts[count]
+
+    def warn_once(self, message: str) -> None:
+        """Warn, unless it was warned so before in this solve."""
+        if message not in self.warnings:
+            self.warnings.add(message)
+            warn(message)
 
     def _gradients(self) -> list[tuple[int, int]]:
         """Which tensors stand in .grad of what func reads, and how often each was changed."""
@@ -155,6 +162,7 @@ class _Recomputed:
         self.saved: list[weakref.ref[_Saved]] = []
         self.lasting: set[int] = set()  # the numbers of those that are saved still when the function has ended
         self.numbers: torch.Tensor | None = None  # of the fingerprint
+        self.are_large: Sequence[bool] = ()
         self.is_first = True
         self.keep = Keep.FLAGGED  # of what this call has made
 
@@ -176,7 +184,7 @@ class _Recomputed:
         alive = [reference() for reference in self.saved]
         lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
         printed = self.recomputation.fingerprints.of(found, [leaves.get(k, value) for k, value in lasting.items()])
-        self.numbers = None if printed is None else printed.numbers
+        self.numbers, self.are_large = (None, ()) if printed is None else (printed.numbers, printed.are_large)
         self.lasting, self.is_first = set(lasting), False
         for saved in alive:
             if saved is not None:
@@ -249,7 +257,7 @@ class _Recomputed:
                 raise not_the_same(
                     f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
                 )
-            return found, self.recomputation.fingerprints.of(found, tensors)
+            return found, self.recomputation.fingerprints.of(found, tensors, self.are_large)
 
     def _compare(self, states: list[State], now: Fingerprint | None) -> None:
         """Raise if this is not the computation of the forward."""
@@ -269,20 +277,18 @@ class _Recomputed:
         filled, again = (self._printed(states, written_memory()) for _ in range(2))
         if plain is None or filled is None or again is None:
             return
-        in_order = sums_in_order(now.numbers.device)
-        differ = again.is_another(filled.numbers, None if in_order else self.unit)
+        differ = again.is_another(filled.numbers, None if sums_in_order(now.numbers.device) else self.unit)
         if bool(differ.any()):
             share = again.difference(filled.numbers)
             raise not_the_same(f"gives another result each time: two evaluations differ by {share:.1e} of their size")
         is_unwritten = self._is_unwritten(states, filled)
         is_noisy = (plain.numbers != now.numbers) | (again.numbers != filled.numbers)
-        if not in_order:  # what follows from a tensor that is noisy may be the same twice by chance
-            is_noisy |= is_noisy.any()
-        doubts.is_noisy.logical_or_(is_unwritten | is_noisy)
+        # What follows from a tensor that is noisy may be the same twice by chance.
+        doubts.is_noisy.logical_or_(is_unwritten | is_noisy.any())
         doubts.is_unknown.logical_or_(is_unwritten)
         for tensor, rest in filled.rests(is_unwritten.tolist()):
-            warn(
-                f"func saves a tensor of shape {tuple(tensor.shape)} for its derivative of which {rest} entries are "
+            self.recomputation.warn_once(
+                f"func saves a tensor of shape {tuple(tensor.shape)} for its derivative, of which {rest} entries are "
                 "written and the others are not: a change of these before the backward is not seen. Make it by "
                 "torch.zeros"
             )
@@ -293,16 +299,19 @@ class _Recomputed:
         These are filled each time that memory is, and are not where it is zero: a NaN of the user's is one always, or
         where a counter of the user's says so.
         """
-        first = filled.fills()
+        fewest = first = filled.fills()
         if not any(first):
             return torch.zeros_like(filled.numbers, dtype=torch.bool)
-        filled.leave_zeros()
-        plain, again = (self._printed(states, memory) for memory in (contextlib.nullcontext(), written_memory()))
-        counts = [first if found is None else found.fills() for found in (again, plain)]
-        is_unwritten = [a == b > c for a, b, c in zip(first, *counts, strict=True)]
+        for _ in range(TRIES):  # memory inside of operators may be what was filled before
+            filled.leave_zeros()
+            plain = self._printed(states, ZeroedMemory())
+            fewest = fewest if plain is None else [min(pair) for pair in zip(fewest, plain.fills(), strict=True)]
+        again = self._printed(states, written_memory())
+        most = first if again is None else again.fills()
+        is_unwritten = [a == b > c for a, b, c in zip(first, most, fewest, strict=True)]
         return torch.tensor(is_unwritten, device=filled.numbers.device)
 
-    def _printed(self, states: list[State], memory: contextlib.AbstractContextManager[None]) -> Fingerprint | None:
+    def _printed(self, states: list[State], memory: contextlib.AbstractContextManager[Any]) -> Fingerprint | None:
         """The fingerprint of one evaluation more."""
         with memory:
             return self._once_more(states, lambda tensor, number: None)[1]
@@ -325,30 +334,6 @@ class Doubts(NamedTuple):
 
     is_noisy: torch.Tensor
     is_unknown: torch.Tensor
-
-
-def sums_in_order(device: torch.device) -> bool:
-    """Whether all operators of a device are deterministic where that is asked for, up to rounding in float32."""
-    return device.type == "cpu"
-
-
-@contextmanager
-def written_memory() -> Iterator[None]:
-    """Memory is filled before it is handed out."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = True
-            yield
-        finally:
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-            torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def changed_in_place(what: str) -> RecomputationError:
