@@ -96,8 +96,8 @@ class Reached(NamedTuple):
         return [p for register in registers for p in register.values() if p is not None and not is_lazy(p)]
 
     def statistics(self) -> list[torch.Tensor]:
-        """Of the tensors, and of parameters that need no gradient, those that may be some: they have few entries."""
-        return small([*(tensor for tensor, _ in self.tensors), *self.parameters()])
+        """Of the tensors, and of parameters that need no gradient, those that may be some: as many as cost little."""
+        return [*small([tensor for tensor, _ in self.tensors]), *small(self.parameters())]
 
 
 def reached(function: Any) -> Reached:

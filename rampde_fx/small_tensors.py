@@ -65,8 +65,9 @@ def value_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Give a tensor the value that it had; no change is counted, which autograd would take for an error."""
-    own, given = own_entries(tensor.data), own_entries(value)
-    if tensor.shape == value.shape and all(n in (1, m) for m, n in zip(own.shape, given.shape, strict=True)):
-        own.copy_(given)
-    else:
-        tensor.data = value_of(value)
+    with torch.inference_mode(tensor.is_inference()):
+        own, given = own_entries(tensor.data), own_entries(value)
+        if tensor.shape == value.shape and all(n in (1, m) for m, n in zip(own.shape, given.shape, strict=True)):
+            own.copy_(given)
+        else:
+            tensor.data = value_of(value)

@@ -628,3 +628,31 @@ def test_an_event_function_may_change_a_buffer():
         found.append([*(parameter.grad for parameter in model.parameters()), model.level])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_parameters_that_are_frozen_take_no_room_of_statistics():
+    model = Net()
+    model.frozen = nn.Sequential(*(nn.Linear(2, 2) for _ in range(150))).requires_grad_(False)
+    model.sums = [torch.zeros(2000)]
+    model.register_forward_hook(lambda module, given, output: module.sums[0].add_(1).sum() * 0 + output)
+    odeint_adjoint(model, double(0.3, -0.7), times(), method="rk4").sum().backward()
+    assert model.sums[0][0] == model.nfe / 2
+
+
+def test_a_broadcast_buffer_of_inference_mode():
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        model = Net()
+        with torch.inference_mode():
+            model.register_buffer("level", torch.zeros(1, dtype=DOUBLE).expand(2))
+
+        def raised(module, given, output):
+            with torch.inference_mode():
+                module.level[0].add_(1)
+            return output * module.level[0].item()
+
+        model.register_forward_hook(raised)
+        solve(model, double(0.3, -0.7), times(), method="rk4").sum().backward()
+        found.append([*(parameter.grad for parameter in model.parameters()), model.level.clone()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

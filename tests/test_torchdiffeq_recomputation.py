@@ -9,7 +9,7 @@ from torch import nn
 from rampde_fx import errors
 from rampde_fx.small_tensors import has_equality
 from rampde_fx.torchdiffeq import odeint, odeint_adjoint, recomputation
-from rampde_fx.torchdiffeq.fingerprints import Fingerprints, _whole_direction
+from rampde_fx.torchdiffeq.fingerprints import LENGTH, Fingerprints, _whole_direction
 from tests.adjoint_solves import DOUBLE, Net, Normed, adjoint, double, options_of, times
 
 
@@ -620,3 +620,71 @@ def test_the_default_device_is_not_that_of_the_directions():
         found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def swapped(n):
+    """A matrix of as many columns as a direction is long, in which two blocks are transposed."""
+    before = torch.zeros(n, LENGTH)
+    before[:, :n] = torch.arange(float(n * n)).view(n, n) / n**2
+    after = before.clone()
+    after[:, :n] = before[:, :n].T
+    return before, after
+
+
+def test_a_matrix_that_is_transposed_is_another():
+    before, after = swapped(8)
+    prints = Fingerprints()
+    assert not prints.of(after, []).is_near(prints.of(before, []).numbers).all()
+
+
+def padded(dtype):
+    def func(t, y, weight):
+        rows = torch.empty((64, 3), dtype=dtype)
+        rows[:4] = y
+        return (rows * weight)[:4].real
+
+    return func
+
+
+def normalised(t, y, weight):
+    rows = y.new_empty((64, 3))
+    rows[:4] = y
+    return (rows / rows.norm(dim=1, keepdim=True) * weight)[:4]
+
+
+def compiled_beside(t, y, weight):
+    rows = y.new_empty((64, 3))
+    rows[:4] = y
+    return (COMPILED(rows) * weight)[:4]
+
+
+COMPILED = torch.compile(torch.tanh, backend="eager")
+PARTS = {
+    "complex": padded(torch.complex128),
+    "NaN for zeros": normalised,
+    "compiled": compiled_beside,
+}
+
+
+@pytest.mark.filterwarnings("ignore:func saves a tensor of shape")
+@pytest.mark.parametrize("name", PARTS)
+def test_what_follows_from_memory_that_nobody_has_written_is_no_false_alarm(name):
+    found = []
+    y0 = torch.rand(4, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    for solve in (odeint, adjoint):
+        weight = torch.ones(64, 1, dtype=DOUBLE, requires_grad=True)
+        y = solve(lambda t, y: PARTS[name](t, y, weight), y0, times(), method="rk4")  # noqa: B023
+        keep = [torch.full((64, 3), float(number), dtype=DOUBLE) for number in range(8)]
+        del keep
+        y.sum().backward()
+        found.append(weight.grad[:4])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+
+
+def test_a_complex_tensor_of_which_a_part_was_never_written_is_warned_of():
+    weight = torch.ones((), dtype=DOUBLE, requires_grad=True)
+    y = adjoint(lambda t, y: PARTS["complex"](t, y, weight), torch.ones(4, 3, dtype=DOUBLE), times(), method="rk4")
+    keep = [torch.full((64, 3), float(number), dtype=torch.complex128) for number in range(8)]
+    del keep
+    with pytest.warns(UserWarning, match=r"shape \(64, 3\) for its derivative, of which 12 entries are written"):
+        y.sum().backward()

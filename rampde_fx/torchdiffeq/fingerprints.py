@@ -72,9 +72,11 @@ class Fingerprint(NamedTuple):
 
     def rests(self, are_unwritten: Sequence[bool]) -> Iterator[tuple[torch.Tensor, int]]:
         """The floating tensors of which only a part is memory that was filled, and how many entries are not."""
-        for tensor, filled, is_unwritten in zip(self.tensors, self.fills(), are_unwritten, strict=False):
-            if is_unwritten and tensor.is_floating_point() and filled < tensor.numel():
-                yield tensor, tensor.numel() - filled
+        for tensor, is_unwritten in zip(self.tensors, are_unwritten, strict=False):
+            if is_unwritten and not _is_whole(tensor) and tensor.layout is torch.strided:
+                rest = tensor.numel() - int(tensor.isnan().sum())
+                if rest:
+                    yield tensor, rest
 
     def leave_zeros(self) -> None:
         """Have memory that is handed out next, for tensors of these sizes, be zero rather than what it was."""
@@ -100,7 +102,7 @@ class Fingerprints:
     """What makes them; it keeps the directions, and the projections of parameters, which many steps read."""
 
     def __init__(self) -> None:
-        self.directions: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self.directions: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         self.pass_of_leaves = -1
         self.leaves = Projections()
 
@@ -160,27 +162,30 @@ class Fingerprints:
             return number
         return self._projected(_with_stand_ins(flat))
 
-    def _projected(self, flat: torch.Tensor) -> torch.Tensor:
+    def _projected(self, flat: torch.Tensor, level: int = 0) -> torch.Tensor:
         """On a direction; on a product of directions where one would take as much memory."""
+        direction = self._direction(level, flat)
         if len(flat) <= LENGTH:
-            return torch.dot(flat, self._direction(len(flat), flat))
+            return torch.dot(flat, direction[: len(flat)])
         rows, rest = divmod(len(flat), LENGTH)
-        last = torch.dot(flat[rows * LENGTH :], self._direction(rest, flat))
-        return self._projected(
-            torch.cat([flat[: rows * LENGTH].view(rows, LENGTH) @ self._direction(LENGTH, flat), last[None]])
-        )
+        last = torch.dot(flat[rows * LENGTH :], direction[:rest])
+        of_rows = flat[: rows * LENGTH].view(rows, LENGTH) @ direction
+        return self._projected(torch.cat([of_rows, last[None]]), level + 1)
 
-    def _direction(self, length: int, like: torch.Tensor) -> torch.Tensor:
-        key = (like.device, like.dtype)
+    def _direction(self, level: int, like: torch.Tensor) -> torch.Tensor:
+        key = (level, like.device, like.dtype)
         if key not in self.directions:
-            self.directions[key] = _whole_direction().to(like.device, like.dtype)
-        return self.directions[key][:length]
+            self.directions[key] = _whole_direction(level).to(like.device, like.dtype)
+        return self.directions[key]
 
 
 @cache
-def _whole_direction() -> torch.Tensor:
-    """A random sign and a size between 1/2 and 3/2 for each entry: a smooth change is seen, and one of few entries."""
-    generator = torch.Generator().manual_seed(SEED)
+def _whole_direction(level: int) -> torch.Tensor:
+    """A random sign and a size between 1/2 and 3/2 for each entry: a smooth change is seen, and one of few entries.
+
+    Each level has another one: a product of one with itself would not see a matrix that is transposed.
+    """
+    generator = torch.Generator().manual_seed(SEED + level)
     sizes, signs = torch.rand(2, LENGTH, generator=generator, dtype=torch.float64, device="cpu")
     return (0.5 + sizes).copysign(signs - 0.5)
 

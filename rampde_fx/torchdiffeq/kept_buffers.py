@@ -121,9 +121,9 @@ class Buffer(NamedTuple):
                     write(tensor, self.value)
             yield
         finally:
+            _bind(owner, name, now)
             if current is not None and _is_writable(kept):
                 write(kept, current)
-            _bind(owner, name, now)
 
 
 @dataclass

@@ -22,10 +22,10 @@ from rampde_fx.torch_private import callers, dynamo
 from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, memory_of, place_of, version_of
 from rampde_fx.torchdiffeq.kept_buffers import Buffers, Keep
 from rampde_fx.torchdiffeq.problem import warn
-from rampde_fx.torchdiffeq.reproducibility import ZeroedMemory, sums_in_order, written_memory
+from rampde_fx.torchdiffeq.reproducibility import FilledMemory, sums_in_order, written_memory
 from rampde_fx.torchdiffeq.surroundings import Random, Surroundings, autocasts_of, random_of
 
-TRIES = 3  # of an evaluation whose memory is zero
+NUMBERS = (0, 1, 2)  # with which memory is filled, to tell what nobody has written
 Function = Callable[..., Any]  # of states
 Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
 
@@ -281,7 +281,7 @@ class _Recomputed:
         if bool(differ.any()):
             share = again.difference(filled.numbers)
             raise not_the_same(f"gives another result each time: two evaluations differ by {share:.1e} of their size")
-        is_unwritten = self._is_unwritten(states, filled)
+        is_unwritten = self._is_unwritten(states, filled, plain)
         is_noisy = (plain.numbers != now.numbers) | (again.numbers != filled.numbers)
         # What follows from a tensor that is noisy may be the same twice by chance.
         doubts.is_noisy.logical_or_(is_unwritten | is_noisy.any())
@@ -293,19 +293,20 @@ class _Recomputed:
                 "torch.zeros"
             )
 
-    def _is_unwritten(self, states: list[State], filled: Fingerprint) -> torch.Tensor:
+    def _is_unwritten(self, states: list[State], filled: Fingerprint, plain: Fingerprint) -> torch.Tensor:
         """Which tensors have entries that nobody has written, by one for which all memory was filled.
 
         These are filled each time that memory is, and are not where it is zero: a NaN of the user's is one always, or
         where a counter of the user's says so.
         """
-        fewest = first = filled.fills()
+        first, fewest = filled.fills(), plain.fills()
         if not any(first):
             return torch.zeros_like(filled.numbers, dtype=torch.bool)
-        for _ in range(TRIES):  # memory inside of operators may be what was filled before
+        for number in NUMBERS:  # memory inside of operators may be what was filled before
             filled.leave_zeros()
-            plain = self._printed(states, ZeroedMemory())
-            fewest = fewest if plain is None else [min(pair) for pair in zip(fewest, plain.fills(), strict=True)]
+            with contextlib.suppress(RecomputationError):  # code that is compiled is not, in such a mode
+                if (tried := self._printed(states, FilledMemory(number))) is not None:
+                    fewest = list(map(min, fewest, tried.fills()))
         again = self._printed(states, written_memory())
         most = first if again is None else again.fills()
         is_unwritten = [a == b > c for a, b, c in zip(first, most, fewest, strict=True)]

@@ -20,12 +20,16 @@ def sums_in_order(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class ZeroedMemory(TorchDispatchMode):
-    """Memory that code of the user's asks for is zero; of that inside of operators nothing is known."""
+class FilledMemory(TorchDispatchMode):
+    """Memory that code of the user's asks for is filled with a number; of that inside of operators nothing is known."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        return found.zero_() if func.overloadpacket in EMPTY else found
+        return found.fill_(self.number) if func.overloadpacket in EMPTY else found
 
 
 @contextmanager
