@@ -302,10 +302,13 @@ class _Recomputed:
         first, fewest = filled.fills(), plain.fills()
         if not any(first):
             return torch.zeros_like(filled.numbers, dtype=torch.bool)
-        for number in NUMBERS:  # memory inside of operators may be what was filled before
-            filled.leave_zeros()
-            with contextlib.suppress(RecomputationError):  # code that is compiled is not, in such a mode
-                if (tried := self._printed(states, FilledMemory(number))) is not None:
+        memories: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext(), *map(FilledMemory, NUMBERS)]
+        for memory in memories:
+            if all(few < many for few, many in zip(fewest, first, strict=True) if many):
+                break
+            filled.leave_zeros()  # memory may be what was filled before
+            with contextlib.suppress(RecomputationError):  # code that is compiled is not, in a mode
+                if (tried := self._printed(states, memory)) is not None:
                     fewest = list(map(min, fewest, tried.fills()))
         again = self._printed(states, written_memory())
         most = first if again is None else again.fills()
