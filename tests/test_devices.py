@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import rampde_fx
-from rampde_fx import AdjointScaling, PrecisionPolicy
+from rampde_fx import AdjointScaling, PrecisionPolicy, torchdiffeq
+from rampde_fx.errors import RecomputationError
 from tests.benchmarks.cases import AttentionVelocity, PotentialFlow
 from tests.benchmarks.contenders import solve_by_odeint
 from tests.benchmarks.measure import host_synchronisations, peak_bytes, saved_bytes, training_step
@@ -28,6 +29,13 @@ def where(request):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device, _, mode = request.param.partition(" ")
     return torch.device(device), mode or "default"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request):
+    """A device, where nothing is compiled by Inductor."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device(request.param)
 
 
 def compiled_for(where, model, **policy):
@@ -249,3 +257,91 @@ class TestCosts:
             saved.append(saved_bytes(loss, model) - of_the_loss)
         assert saved[1] <= 0.51 * saved[0]
         assert peaks[1] <= 0.6 * peaks[0]
+
+
+def test_statistics(where):
+    """Counted on the device; the same as those of the same steps uncompiled."""
+    device, _ = where
+    model = Solved(RK4(dim=5, width=16).velocity, method="dopri5", options={"stats": True}).to(device)
+    y, t = torch.randn(32, 5).to(device), torch.linspace(0, 1, 3, device=device)
+    function = compiled_for(where, model, velocity=torch.float32)
+    for _ in range(3):
+        _, found = function(y, t)
+    assert found.accepted.device.type == device.type
+    _, wanted = model(y, t)
+    assert [int(count) for count in found] == [int(count) for count in wanted]
+
+
+@pytest.mark.parametrize("budget", [0, 20_000, 10**9])
+def test_a_budget_of_memory(where, budget):
+    model, y, t = RK4(dim=5, width=16), torch.randn(32, 5), torch.linspace(0, 1, 8)
+    checkpoint = rampde_fx.MemoryBudget(max_bytes=budget) if budget else "auto"
+    found = errors(where, model, y, t, velocity=torch.float16, checkpoint=checkpoint)
+    assert TestGradients.largest(found) < BOUNDS[torch.float16]
+
+
+def test_a_check(device):
+    model, y = RK4(dim=5, width=16).to(device), torch.randn(32, 5).to(device)
+    policy = PrecisionPolicy(velocity=torch.float16)
+    found = rampde_fx.check(model, y, torch.linspace(0, 1, 4, device=device), policies=[policy])
+    (row,) = [row for row in found.rows if row.policy == policy]
+    assert 0 < row.error < BOUNDS[torch.float16]
+
+
+class Layers(nn.Module):
+    """A velocity of images, (batch, 4, 6, 6), that keeps statistics, draws numbers and adds entries in any order."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.evaluations = kind, 0
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        if kind == "a spectral norm":
+            self.conv = nn.utils.parametrizations.spectral_norm(self.conv)
+        self.norm = nn.BatchNorm2d(4)
+        self.register_buffer("index", torch.arange(5000) % 3)
+
+    def forward(self, t, y):
+        h = torch.tanh(self.norm(self.conv(y)))
+        if self.kind == "dropout":
+            return nn.functional.dropout(h, 0.3)
+        if self.kind == "sums at an index":  # atomic on a GPU
+            many = h.flatten(1).repeat(1, 40)[:, :5000]
+            sums = torch.zeros(len(h), 3, device=h.device).index_add(1, self.index, many)
+            return h + 1e-3 * sums.sum(1)[:, None, None, None]
+        if self.kind == "a counter":
+            self.evaluations += 1
+            return h + 1e-2 * self.evaluations
+        return h
+
+
+class TestRecomputation:
+    """The backward of an uncompiled odeint_adjoint, which evaluates the velocity once more."""
+
+    @staticmethod
+    def trained(solve, kind, device):
+        torch.manual_seed(0)
+        velocity = Layers(kind).to(device)
+        y = torch.randn(8, 4, 6, 6, device=device, requires_grad=True)
+        found = solve(velocity, y, torch.linspace(0, 1, 5, device=device), method="rk4")[-1]
+        found.square().mean().backward()
+        return [found.detach(), y.grad, *(p.grad for p in velocity.parameters()), *velocity.buffers()]
+
+    @pytest.mark.parametrize("kind", ["statistics", "dropout", "sums at an index", "a spectral norm"])
+    def test_what_differs_by_noise_is_no_error(self, device, kind):
+        wanted = self.trained(torchdiffeq.odeint, kind, device)
+        got = self.trained(torchdiffeq.odeint_adjoint, kind, device)
+        # A bias in front of a norm has no gradient but rounding.
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+    def test_a_counter_is_an_error(self, device):
+        with pytest.raises(RecomputationError, match="gives another result"):
+            self.trained(torchdiffeq.odeint_adjoint, "a counter", device)
+
+    def test_a_weight_that_is_changed_before_the_backward_is_an_error(self, device):
+        velocity = Layers("statistics").to(device)
+        y, t = torch.randn(8, 4, 6, 6, device=device), torch.linspace(0, 1, 5, device=device)
+        found = torchdiffeq.odeint_adjoint(velocity, y, t, method="rk4")
+        with torch.no_grad():
+            velocity.conv.weight.add_(1e-3)
+        with pytest.raises(RecomputationError, match="changed in place"):
+            found.sum().backward()

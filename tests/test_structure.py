@@ -9,7 +9,7 @@ from tests import durations
 from tests.sources import FILES, ROOT
 
 # From the top to the bottom: a file imports from its own part and from those below it.
-ORDER = """__main__ proof report shipping backend validation passes emit ir torchdiffeq solvers frontend runtime policy
+ORDER = """__main__ proof report shipping backend validation passes emit torchdiffeq ir solvers frontend runtime policy
     schedules policy_text torch_private reach small_tensors indices errors""".split()
 DATA = {"rampde_fx.solvers.tableau", "rampde_fx.ir.operator_table"}
 

@@ -54,6 +54,7 @@ class Operator:
         weight: Its first result is multiplied entry by entry by the argument at this position, a weight.
         without_summand: The operator of its product by itself.
         wide_overload: The overload that takes low factors and gives a wide result.
+        unwritten: Its result is memory that nothing has written.
         cpu_twin: CPUs without low arithmetic take the twin that cpu_products.py makes (with a name of ATen's without an
             overload).
     """
@@ -76,6 +77,7 @@ class Operator:
     weight: int | None = None
     without_summand: str = ""
     wide_overload: str = ""
+    unwritten: bool = False
     cpu_twin: bool = False
 
 
@@ -170,12 +172,15 @@ ROWS = {
     """as_strided_scatter complex constant_pad_nd diagonal_scatter embedding expand_copy flip gather im2col index_select
     reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d roll
     rot90 take tril triu""": Operator("follows", linear="all"),
-    """_unsafe_index amax amin aminmax arange argmax argmin channel_shuffle empty fill full index_fill kthvalue
+    """_unsafe_index amax amin aminmax arange argmax argmin channel_shuffle fill full index_fill kthvalue
     masked_scatter masked_select max median min mode pixel_shuffle pixel_unshuffle scalar_tensor select_backward
     slice_backward sort topk""": Operator("follows"),
     "max_pool2d_with_indices max_pool3d_with_indices native_dropout": Operator("follows", nan="shows"),
-    """zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full sym_size sym_stride
-    sym_numel""": Operator("follows", reads_shape=True),
+    "zeros_like ones_like full_like new_zeros new_ones new_full sym_size sym_stride sym_numel": Operator(
+        "follows", reads_shape=True
+    ),
+    "empty empty_permuted empty_strided": Operator("follows", unwritten=True),
+    "empty_like new_empty new_empty_strided": Operator("follows", reads_shape=True, unwritten=True),
     "alias lift_fresh_copy": Operator("follows", traced="dropped"),
     "detach lift_fresh": Operator(traced="dropped"),
     "view.default _unsafe_view": Operator(traced="reshape"),

@@ -31,14 +31,23 @@ class Clock:
         problem: In the user's direction of time.
         callbacks: The user's, by their names; they are given the user's times, and sizes that are positive.
         adjoint: Those of the backward, which then computes each step once more; None where autograd keeps every step.
+        has_event: Whether an event function of the user's looks at the steps.
 
     Raises:
         TimeGridError: if the times are not finite and strictly monotone.
     """
 
-    def __init__(self, problem: Problem, callbacks: dict[str, Any], adjoint: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        callbacks: dict[str, Any],
+        adjoint: dict[str, Any] | None = None,
+        *,
+        has_event: bool = False,
+    ) -> None:
         self.problem, self.callbacks, self.adjoint = problem, callbacks, adjoint or {}
-        self.recomputed = None if adjoint is None else Recomputation(problem.func, is_called_back=bool(callbacks))
+        is_called_back = has_event or bool(callbacks)
+        self.recomputed = None if adjoint is None else Recomputation(problem.func, is_called_back=is_called_back)
         refuse_mapped([problem.t])
         ordered_times.monotone(problem.t.detach().cpu())
         times = problem.t.tolist()
@@ -90,8 +99,6 @@ class Clock:
 
     def event(self, event_fn: Callable[[torch.Tensor, Any], torch.Tensor]) -> Event:
         """The user's function of time and state, as one of the rising time and of a state as a list."""
-        if self.recomputed is not None:
-            self.recomputed.buffers.is_called_back = True
         return lambda t, y: event_fn(self.users(t), self.problem.structured(y))
 
     def call(self, name: str, t: torch.Tensor, y: State, dt: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ class Recomputation:
         is_called_back: Whether code of the user's runs between steps.
     """
 
-    def __init__(self, func: Any, *, is_called_back: bool = False) -> None:
+    def __init__(self, func: Any, *, is_called_back: bool) -> None:
         self.buffers, self.fingerprints = Buffers(func, is_called_back=is_called_back), Fingerprints()
         self.keeps_all = False
         self.random: Random | None = None
@@ -307,7 +307,7 @@ class _Recomputed:
             if all(few < many for few, many in zip(fewest, first, strict=True) if many):
                 break
             filled.leave_zeros()  # memory may be what was filled before
-            with contextlib.suppress(RecomputationError):  # code that is compiled is not, in a mode
+            with contextlib.suppress(RecomputationError):  # a dispatch mode leaves compiled code uncompiled
                 if (tried := self._printed(states, memory)) is not None:
                     fewest = list(map(min, fewest, tried.fills()))
         again = self._printed(states, written_memory())

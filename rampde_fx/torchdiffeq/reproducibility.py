@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
+from rampde_fx.ir.operator_table import properties
 from rampde_fx.torch_private.fake_tensors import TorchDispatchMode
-
-aten = torch.ops.aten
-EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.empty_permuted}
 
 
 def sums_in_order(device: torch.device) -> bool:
@@ -29,7 +27,7 @@ class FilledMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        return found.fill_(self.number) if func.overloadpacket in EMPTY else found
+        return found.fill_(self.number) if properties(func).unwritten else found
 
 
 @contextmanager

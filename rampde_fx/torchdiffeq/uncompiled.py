@@ -68,7 +68,7 @@ def solution_now(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
 def event_now(call: Call, event_fn: Any) -> tuple[torch.Tensor, list[torch.Tensor], SolveStatistics]:
     """The time of the event, without a gradient, the states at the first time and at that time, the statistics."""
     marking.meet_loop()
-    clock = Clock(call.problem, call.callbacks, call.adjoint)
+    clock = Clock(call.problem, call.callbacks, call.adjoint, has_event=True)
     event = combined(clock.event(event_fn), clock.t[0], call.problem.y)
     kind = kind_of(call.method)
     if kind == "scipy":

@@ -22,7 +22,7 @@ def run_case(case: Case, contenders: list[Contender], options: argparse.Namespac
     race = _Race(case, options, progress, {name: reason for name, reason in reasons.items() if reason})
     progress.update(len(race.skipped))
     try:
-        for group in _groups([c for c in contenders if not reasons[c.name]], options.jobs):
+        for group in _groups([c for c in contenders if not reasons[c.name]], options):
             race.prepare(group)
         race.take_turns()
     finally:
@@ -30,11 +30,11 @@ def run_case(case: Case, contenders: list[Contender], options: argparse.Namespac
     return {"name": case.name, "what": case.what(), "results": race.results(), "skipped": race.skipped}
 
 
-def _groups(contenders: list[Contender], jobs: int) -> Iterator[list[Contender]]:
-    """Those that compile a few at a time; the others one by one, for their threads would wait for each other."""
-    compiling = [contender for contender in contenders if contender.backend is not None]
-    yield from (compiling[i : i + jobs] for i in range(0, len(compiling), jobs))
-    yield from ([contender] for contender in contenders if contender.backend is None)
+def _groups(contenders: list[Contender], options: argparse.Namespace) -> Iterator[list[Contender]]:
+    """A few at a time; on a CPU what does not compile one by one, for their threads would wait for each other."""
+    together = [contender for contender in contenders if contender.backend is not None or options.device == "cuda"]
+    yield from (together[i : i + options.jobs] for i in range(0, len(together), options.jobs))
+    yield from ([contender] for contender in contenders if contender not in together)
 
 
 class _Race:
