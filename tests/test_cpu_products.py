@@ -1,8 +1,9 @@
-"""Products in float16 on a CPU without float16 arithmetic are products in float32 of the same factors."""
+"""Products that a CPU takes in float32: of the same low factors, rounded once."""
 
 import pytest
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -34,6 +35,7 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def cpu_without_float16(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: dtype is not torch.float16)
+    monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: True)
 
 
 def lowered(product, args):
@@ -55,25 +57,125 @@ def test_every_product_has_a_case():
 def test_sums_in_float32_and_rounds_once(product):
     args = CALLS[product]
     graph = lowered(product, args)
-    assert operators_of(graph) == [str(product).replace("aten.", "rampde_fx.")]
-    got, exact = graph(*args), product(*(x.double() if isinstance(x, torch.Tensor) else x for x in args))
+    factors = sum(isinstance(arg, torch.Tensor) for arg in args)
+    results = product(*args) if isinstance(product(*args), tuple) else (product(*args),)
+    rounded = ["rampde_fx.rounded.default"] * len(results)
+    assert operators_of(graph) == ["rampde_fx.widened.default"] * factors + [str(product)] + rounded
+    got = graph(*args)
+    exact = product(*(x.double() if isinstance(x, torch.Tensor) else x for x in args))
     for result, wanted in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, exact)), strict=True):
         assert result.dtype is torch.float16 and result.shape == wanted.shape
         assert (result - wanted).abs().max() <= 1.01 * 2.0**-11 * wanted.abs().max()
-    twin = getattr(torch.ops.rampde_fx, product.overloadpacket.__name__)
-    torch.library.opcheck(twin, args, test_utils=("test_schema", "test_faketensor"))
+    graph.graph.lint()
 
 
-@pytest.mark.parametrize(("dtype", "device"), [("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "meta")])
-def test_other_products_stay(dtype, device):
+def test_a_result_that_is_not_asked_for_stays_none():
+    *args, _ = CALLS[aten.convolution_backward.default]
+    args = (*args, [True, False, True])
+    got = lowered(aten.convolution_backward.default, args)(*args)
+    assert [result is None for result in got] == [False, True, False]
+
+
+def test_a_factor_is_widened_once():
+    """Its transpose is that of the other."""
+
+    def twice(a, b):
+        return aten.mm(aten.mm(a, b), aten.permute(b, [1, 0]))
+
+    graph = lowered(twice, (A, B))
+    assert operators_of(graph).count("rampde_fx.widened.default") == 3
+    assert (graph(A, B) - twice(A.double(), B.double())).abs().max() < 1e-2
+
+
+def test_the_casts_are_what_they_say():
+    for x, args in ((A, ()), (A.float(), (torch.bfloat16,))):
+        operator = cpu_products.ROUNDED if args else cpu_products.WIDENED
+        assert torch.equal(operator(x, *args), x.to(*args or [torch.float32]))
+        torch.library.opcheck(operator, (x, *args), test_utils=("test_schema", "test_faketensor"))
+
+
+def faked(dtype, *shapes, device="cpu"):
     with FakeTensorMode():
-        args = [torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape in ((3, 5), (5, 7))]
-    assert operators_of(lowered(aten.mm.default, args)) == ["aten.mm.default"]
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
-def test_a_cpu_with_float16_arithmetic_keeps_them(monkeypatch):
+FEWER, ENOUGH = ((128, 128), (128, 63)), ((128, 128), (128, 64))
+
+
+@pytest.mark.parametrize(
+    ("product", "dtype", "shapes", "device", "stays"),
+    [
+        (aten.mm.default, torch.float32, FEWER, "cpu", True),
+        (aten.mm.default, torch.float16, ENOUGH, "meta", True),
+        (aten.mm.default, torch.float16, ENOUGH, "cpu", False),  # there is no arithmetic for it
+        (aten.mm.default, torch.bfloat16, FEWER, "meta", True),
+        (aten.mm.default, torch.bfloat16, FEWER, "cpu", False),
+        (aten.mm.default, torch.bfloat16, ENOUGH, "cpu", True),
+        (aten.addmm.default, torch.bfloat16, ((63,), *FEWER), "cpu", False),
+        (aten.addmm.default, torch.bfloat16, ((64,), *ENOUGH), "cpu", True),
+        (aten.bmm.default, torch.bfloat16, ((3, 64, 64), (3, 64, 64)), "cpu", False),
+        (aten.bmm.default, torch.bfloat16, ((4, 64, 64), (4, 64, 64)), "cpu", True),
+    ],
+)
+def test_products_of_few_multiplications_are_wide_in_every_dtype(product, dtype, shapes, device, stays):
+    found = operators_of(lowered(product, faked(dtype, *shapes, device=device)))
+    assert (found == [str(product)]) == stays
+    assert str(product) in found
+
+
+def test_small_convolutions_stay():
+    args = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in CALLS[aten.convolution.default]]
+    assert operators_of(lowered(aten.convolution.default, args)) == ["aten.convolution.default"]
+
+
+def test_products_of_any_size_stay():
+    a, b = draw(8, 5).bfloat16(), draw(5, 7).bfloat16()
+    graph = make_fx(aten.mm.default, tracing_mode="symbolic")(a, b)
+    cpu_products.replace_products()(graph.graph)
+    assert "rampde_fx.widened.default" not in operators_of(graph)
+
+
+def test_a_cpu_with_float16_arithmetic_keeps_large_ones(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
-    assert operators_of(lowered(aten.mm.default, (A, B))) == ["aten.mm.default"]
+    assert operators_of(lowered(aten.mm.default, faked(torch.float16, *ENOUGH))) == ["aten.mm.default"]
+    assert len(operators_of(lowered(aten.mm.default, faked(torch.float16, *FEWER)))) == 4
+
+
+def test_a_cpu_without_bfloat16_arithmetic_keeps_none(monkeypatch):
+    """Also where oneDNN would widen the factors itself."""
+    monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: False)
+    assert len(operators_of(lowered(aten.mm.default, faked(torch.bfloat16, *ENOUGH)))) == 4
+
+
+class Replacing(CustomGraphPass):
+    def __call__(self, graph):
+        cpu_products.replace_products()(graph)
+
+    def uuid(self):
+        return None
+
+
+@pytest.mark.inductor
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor leaves out roundings that it is asked for")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inductor_fuses_the_casts_and_keeps_their_roundings(dtype):
+    """Products by the unit matrix, which are exact: the roundings are all that is left."""
+
+    def layers(x, unit):
+        low = (3 * x).to(dtype)  # a factor that is read as it is, too
+        first = aten.mm(low, unit.to(dtype))
+        return first.float() + 1, aten.mm(first * first, unit.to(dtype)).float(), low
+
+    x, unit = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), torch.eye(16)
+    options = {"post_grad_custom_pre_pass": Replacing()}
+    got, codes = run_and_get_code(torch.compile(layers, options=options), x, unit)
+    low = (3 * x).to(dtype)
+    first = low.float()
+    for result, wanted in zip(got, (first + 1, (first * first).to(dtype).float(), low), strict=True):
+        assert torch.equal(result, wanted)
+    (code,) = codes
+    assert code.count("extern_kernels.mm(") == 2
+    assert code.count('extern "C"') == 3  # before, between and behind the products
 
 
 class Recorded(CustomGraphPass):
@@ -107,7 +209,7 @@ def test_inductor_lowers_with_them_behind_a_pass_of_the_users(monkeypatch):
     lowering = given["post_grad_custom_pre_pass"]
     graph = make_fx(aten.mm.default, tracing_mode="fake")(A, B)
     lowering(graph.graph)
-    assert operators_of(graph) == ["rampde_fx.mm.default"] and "aten.mm.default" in users.seen[0]
+    assert "rampde_fx.rounded.default" in operators_of(graph) and "aten.mm.default" in users.seen[0]
     assert "of the user's" in lowering.uuid()
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
     assert cpu_products.replace_products().uuid() not in lowering.uuid()

@@ -56,13 +56,14 @@ def contradictions(name, row):
         "a sum that is rounded once has a dtype": not row.rounded_once
         or (row.linear == "all" and any("dtype" in arguments(target) for target in targets)),
         "the argument by which it adds": row.adds_if == "" or any(row.adds_if in arguments(t) for t in targets),
+        "what nothing has written follows": not row.unwritten or row.dtype == "follows",
         "heads are of query, key and value": not row.aligned
         or all({"query", "key", "value"} <= set(arguments(target)) for target in targets),
         "a twin that is wide takes its dtype": not row.wide_overload
         or "out_dtype" in arguments(getattr(targets[0].overloadpacket, row.wide_overload, None) or targets[0]),
         "a product by itself is one": not row.without_summand
         or (row.first_is_summand and whole and _is_by_itself(row.without_summand)),
-        "a twin for the CPU is of a product": not row.cpu_twin
+        "what is wide on a CPU is a product": not row.wide_on_cpu
         or (whole and any(target._overloadname == "default" for target in targets)),
     }
     return [rule for rule, holds in rules.items() if not holds]
@@ -99,7 +100,8 @@ def test_no_row_is_incomplete_or_contradicts_itself(name):
         ("exp", Operator("wide", limit="bounded")),
         ("exp", Operator("wide", commutes=True)),
         ("exp", Operator("wide", rounded_once=True)),
-        ("exp", Operator("wide", cpu_twin=True)),
+        ("exp", Operator("wide", wide_on_cpu=True)),
+        ("exp", Operator("wide", unwritten=True)),
         ("isnan", Operator(linear="all", nan="asks")),
         ("zeros_like", Operator(reads_shape=True)),
         ("index_put", Operator("follows", adds_if="adds")),

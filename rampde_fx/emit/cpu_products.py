@@ -1,17 +1,22 @@
-"""Products in a dtype that the CPU has no arithmetic for: of the same low factors, in float32, rounded once.
+"""Products in low precision that a CPU takes faster in float32: of the same low factors, rounded once.
 
 Before:  c: f16[B, H] = aten.mm(a, b)
-After:   c: f16[B, H] = rampde_fx.mm(a, b)        which is mm(a.to(f32), b.to(f32)).to(f16)
+After:   x: f32[B, D] = rampde_fx.widened(a);    y: f32[D, H] = rampde_fx.widened(b)
+         p: f32[B, H] = aten.mm(x, y);           c: f16[B, H] = rampde_fx.rounded(p, f16)
 
-Such a CPU multiplies float16 matrices entry by entry, 10 to 30 times slower than float32. Sums in float32 of products
-of float16 factors are what a GPU computes. Each is an operator of its own, and not its three parts: Inductor would fuse
-the casts with what stands before and behind, and leave the roundings out. The rewritten graph is the same on every
-device; Inductor puts these in while it lowers it.
+A CPU without arithmetic for float16 multiplies its matrices entry by entry, 10 to 30 times slower than float32. Of one
+that has arithmetic the shortest product takes 14 us, in which float32 multiplies 128 x 64 x 64 numbers (measured by
+tests/benchmarks/products.py). Sums in float32 of products of low factors are what a GPU computes, too.
+
+Inductor fuses both casts with what stands before and behind, and keeps their roundings; those of torch's own casts it
+would leave out. (In torch 2.11 it leaves out these, too: nothing is less exact for it.) The rewritten graph is the same
+on every device; Inductor puts these in while it lowers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,33 +25,17 @@ from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.runtime import operators
-from rampde_fx.torch_private import kernels
+from rampde_fx.torch_private import inductor, kernels
 
-PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.cpu_twin))
+PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
 LOW_DTYPES = (torch.float16, torch.bfloat16)
+FEW = 2**20  # multiplications, with which a product takes as long in bfloat16 as in float32
 
-
-def _in_float32(product: Any) -> Callable[..., Any]:
-    """A product of low factors in float32: plain Python and no trees, for small products take microseconds."""
-
-    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = first.dtype
-        found = product(
-            first.float(), *(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs
-        )
-        if isinstance(found, torch.Tensor):
-            return found.to(dtype)
-        return tuple(result if result is None else result.to(dtype) for result in found)
-
-    return run
-
-
-_TWINS = {}
-for _product in PRODUCTS:
-    _name = operators.library.define(str(_product._schema).removeprefix("aten::"))
-    operators.library.impl(_name, _in_float32(_product), "CPU")
-    torch.library.register_fake(f"rampde_fx::{_name}", _product, lib=operators.library)
-    _TWINS[_product] = getattr(torch.ops.rampde_fx, _name).default
+operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
+operators.library.define("rounded(Tensor x, ScalarType dtype) -> Tensor", tags=(torch.Tag.pointwise,))
+operators.library.impl("widened", torch.Tensor.float, "CompositeExplicitAutograd")
+operators.library.impl("rounded", torch.Tensor.to, "CompositeExplicitAutograd")
+WIDENED, ROUNDED = torch.ops.rampde_fx.widened.default, torch.ops.rampde_fx.rounded.default
 
 
 @dataclass(frozen=True)
@@ -55,18 +44,30 @@ class ReplaceProducts:
 
     Attributes:
         dtypes: The dtypes that the CPU has no arithmetic for.
+        few: Products of matrices of fewer multiplications are replaced in every low dtype.
     """
 
     dtypes: tuple[torch.dtype, ...]
+    few: int = FEW
 
     def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            if node.target in _TWINS and all(map(self._is_replaced, node.all_input_nodes)):
-                node.target = _TWINS[node.target]
+        wide: dict[fx.Node, fx.Node] = {}
+        for node in list(graph.nodes):
+            if node.target in PRODUCTS and self._is_replaced(node):
+                _replace(graph, node, wide)
 
-    def _is_replaced(self, factor: fx.Node) -> bool:
-        value = graphs.value(factor)
-        return not isinstance(value, torch.Tensor) or (value.device.type == "cpu" and value.dtype in self.dtypes)
+    def _is_replaced(self, product: fx.Node) -> bool:
+        factors = [graphs.value(factor) for factor in product.all_input_nodes]
+        factors = [value for value in factors if isinstance(value, torch.Tensor)]
+        if any(value.device.type != "cpu" or value.dtype not in LOW_DTYPES for value in factors):
+            return False
+        return all(value.dtype in self.dtypes for value in factors) or self._is_small(product)
+
+    def _is_small(self, product: fx.Node) -> bool:
+        if operator_table.properties(product.target).product != "matrices":
+            return False
+        sizes = [*graphs.value(product).shape, graphs.value(product.all_input_nodes[-1]).shape[-2]]
+        return all(isinstance(size, int) for size in sizes) and math.prod(sizes) < self.few
 
     def uuid(self) -> str:
         """What the result depends on, for Inductor's caches."""
@@ -75,4 +76,51 @@ class ReplaceProducts:
 
 def replace_products() -> ReplaceProducts:
     """The pass for the CPU of this machine."""
-    return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not kernels.cpu_multiplies(dtype)))
+    inductor.lower_casts(WIDENED, ROUNDED)
+    has = {torch.float16: kernels.cpu_multiplies(torch.float16), torch.bfloat16: kernels.cpu_has_bfloat16()}
+    return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not has[dtype]))
+
+
+def _replace(graph: fx.Graph, product: fx.Node, wide: dict[fx.Node, fx.Node]) -> None:
+    """One product; wide has the factors that are widened already."""
+    with graph.inserting_before(product):
+        for factor in product.all_input_nodes:
+            _widen(graph, factor, wide)
+        args, kwargs = fx.map_arg((product.args, product.kwargs), wide.__getitem__)
+        found = _call(graph, product.target, *args, **kwargs)
+        if isinstance(graphs.value(product), torch.Tensor):
+            rounded = {product: _call(graph, ROUNDED, found, graphs.value(product).dtype)}
+        else:
+            rounded = {low: _rounded_item(graph, found, low) for low in product.users}
+    for low, result in rounded.items():
+        low.replace_all_uses_with(result)
+        graph.erase_node(low)
+    if product not in rounded:
+        graph.erase_node(product)
+
+
+def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> None:
+    """Have a factor in float32; a transposed one from the other, which may be a factor as well."""
+    if factor in wide:
+        return
+    if not isinstance(graphs.value(factor), torch.Tensor):  # a size
+        wide[factor] = factor
+    elif factor.target is torch.ops.aten.permute.default:
+        _widen(graph, factor.args[0], wide)
+        wide[factor] = _call(graph, factor.target, wide[factor.args[0]], *factor.args[1:])
+    else:
+        wide[factor] = _call(graph, WIDENED, factor)
+
+
+def _rounded_item(graph: fx.Graph, found: fx.Node, low: fx.Node) -> fx.Node:
+    """What stands for one of several results, taken by low; an absent one is None."""
+    item = _call(graph, operator.getitem, found, low.args[1])
+    value = graphs.value(low)
+    return _call(graph, ROUNDED, item, value.dtype) if isinstance(value, torch.Tensor) else item
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    known, named = fx.map_arg((args, kwargs), graphs.value)
+    node.meta["val"] = target(*known, **named)
+    return node

@@ -55,8 +55,8 @@ class Operator:
         without_summand: The operator of its product by itself.
         wide_overload: The overload that takes low factors and gives a wide result.
         unwritten: Its result is memory that nothing has written.
-        cpu_twin: CPUs without low arithmetic take the twin that cpu_products.py makes (with a name of ATen's without an
-            overload).
+        wide_on_cpu: A product that cpu_products.py has a CPU take in float32 where that is faster (with a name of
+            ATen's without an overload).
     """
 
     dtype: Literal["low", "wide", "follows", ""] = ""
@@ -78,24 +78,24 @@ class Operator:
     without_summand: str = ""
     wide_overload: str = ""
     unwritten: bool = False
-    cpu_twin: bool = False
+    wide_on_cpu: bool = False
 
 
 # A name stands for all overloads that have no row of their own. The package's own operators begin with rampde_fx::.
 ROWS = {
     # Products.
-    "mm bmm": Operator("low", product="matrices", linear="each", wide_overload="dtype", cpu_twin=True),
+    "mm bmm": Operator("low", product="matrices", linear="each", wide_overload="dtype", wide_on_cpu=True),
     "mm.dtype bmm.dtype mv dot vdot": Operator("low", product="matrices", linear="each"),
     "addmm": Operator(
-        "low", product="matrices", linear="each", first_is_summand=True, without_summand="mm", cpu_twin=True
+        "low", product="matrices", linear="each", first_is_summand=True, without_summand="mm", wide_on_cpu=True
     ),
     "baddbmm": Operator(
-        "low", product="matrices", linear="each", first_is_summand=True, without_summand="bmm", cpu_twin=True
+        "low", product="matrices", linear="each", first_is_summand=True, without_summand="bmm", wide_on_cpu=True
     ),
     "addmv": Operator("low", product="matrices", linear="each", first_is_summand=True, without_summand="mv"),
     "addmm.dtype baddbmm.dtype addbmm addr": Operator("low", product="matrices", linear="each", first_is_summand=True),
-    "convolution": Operator("low", product="tensors", linear="each", cpu_twin=True),
-    "convolution_backward": Operator("low", product="tensors", cpu_twin=True),
+    "convolution": Operator("low", product="tensors", linear="each", wide_on_cpu=True),
+    "convolution_backward": Operator("low", product="tensors", wide_on_cpu=True),
     # Of an attention on a CPU a query that is NaN attends to nothing.
     """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_fused_attention_overrideable""": Operator(

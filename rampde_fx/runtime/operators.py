@@ -204,10 +204,15 @@ def _narrow(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _mark_overflow(x: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
-    overflowed = torch.isinf(x)
+    overflowed = _is_infinite(x)
     for operand in operands:
-        overflowed = overflowed & ~torch.isinf(operand)
+        overflowed = overflowed & ~_is_infinite(operand)
     return torch.where(overflowed, float("nan"), x)
+
+
+def _is_infinite(x: torch.Tensor) -> torch.Tensor:
+    """As torch.isinf, which Inductor computes entry by entry on a CPU."""
+    return x.abs() == math.inf
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:

@@ -31,6 +31,9 @@ _torch = Names(
         "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop",
         "torch._inductor.compile_fx": "compile_fx_inner",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
+        "torch._inductor.ir": "Pointwise",
+        "torch._inductor.lowering": "register_lowering",
+        "torch._inductor.virtualized": "ops",
         "torch.utils.checkpoint": "_CachedTorchDispatchMode _CachingTorchDispatchMode",
     }
 )
@@ -220,6 +223,29 @@ class _Lowering(CustomGraphPass):
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
         keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
         return None if None in keys else (*keys, self.replayed, _digest_of_package())
+
+
+@functools.cache
+def lower_casts(widened: Any, rounded: Any) -> None:
+    """Have Inductor fuse two casts whose rounding it may not leave out: of x to float32, and of (x, dtype) to a dtype.
+
+    Of a number in lower precision Inductor has the one in float32 that was rounded. use_compute_types=False, by which
+    it emulates casts where that is asked for, asks for the rounded one.
+    """
+
+    def lower(x: Any, low: torch.dtype, result: torch.dtype) -> Any:
+        load = x.make_loader()
+
+        def entry(index: Any) -> Any:
+            low_entry = _torch.ops.to_dtype(load(index), low, use_compute_types=False)
+            wide = _torch.ops.to_dtype(low_entry, torch.float32)
+            return wide if result is torch.float32 else _torch.ops.to_dtype(wide, result)
+
+        return _torch.Pointwise.create(device=x.get_device(), dtype=result, inner_fn=entry, ranges=list(x.get_size()))
+
+    plain = {"type_promotion_kind": None}
+    _torch.register_lowering(widened, **plain)(lambda x: lower(x, x.get_dtype(), torch.float32))
+    _torch.register_lowering(rounded, **plain)(lambda x, dtype: lower(x, dtype, dtype))
 
 
 def cpp_wrapper_calls_loops() -> bool:
