@@ -105,14 +105,15 @@ def reached(function: Any) -> Reached:
     search = _Search()
     pending, seen = deque([("", function)]), dict[int, Any]()
     count = 0
-    while pending and count < MOST:
+    while pending:
         name, value = pending.popleft()
-        if id(value) in seen:
+        is_module = _is(value, nn.Module)  # which are looked into in any number
+        if id(value) in seen or (count >= MOST and not is_module):
             continue
         seen[id(value)] = value  # held, so that its identity is its own
         with contextlib.suppress(Exception):  # what an object of the user's raises where it is looked into
             for key, held in search.inside(name, value):
-                count += not _is(value, nn.Module)  # which are looked into in any number
+                count += not is_module
                 if not _is(held, LEAVES):
                     pending.append((key, held))
     return search.found

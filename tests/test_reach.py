@@ -336,6 +336,22 @@ CHANGES = {
     "an array that is frozen": changes(
         [numpy.zeros(2)], lambda held: held[0].setflags(write=False) or held.append(1), len
     ),
+    "an attribute of a tensor": changes(
+        torch.zeros(2), lambda held: setattr(held, "calls", 1), lambda held: vars(held).copy()
+    ),
+    "a hook of a tensor": changes(
+        torch.zeros(2, requires_grad=True),
+        lambda held: held.register_hook(lambda gradient: gradient),
+        lambda held: list(held._backward_hooks or ()),
+    ),
+    "what needs a gradient": changes(
+        torch.zeros(2), lambda held: held.requires_grad_(True), lambda held: held.requires_grad
+    ),
+    "which buffers are saved": changes(
+        nn.BatchNorm1d(2),
+        lambda held: held.register_buffer("running_mean", held.running_mean, persistent=False),
+        lambda held: [*held.state_dict()],
+    ),
     "torch's generator": changes(
         torch.Generator(), lambda held: torch.rand(1, generator=held), lambda held: held.get_state().tolist()
     ),

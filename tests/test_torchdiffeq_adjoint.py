@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rampde_fx import errors
+from rampde_fx.torch_private import saved_hooks
 from rampde_fx.torchdiffeq import odeint, odeint_adjoint, odeint_event
 from rampde_fx.torchdiffeq.options import ADAPTIVE
 from tests.adjoint_solves import (
@@ -130,6 +132,66 @@ def test_a_backward_may_run_twice():
     partial = torch.autograd.grad(loss, [model.last.bias], retain_graph=True)
     second = torch.autograd.grad(loss, list(model.parameters()))
     assert all(map(torch.equal, first, second)) and torch.equal(partial[0], first[-1])
+
+
+class OfState(nn.Module):
+    """A velocity that does not depend on time."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, y):
+        return self.net(y)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_modes_and_what_needs_gradients_may_change_before_the_backward(frozen):
+    """In the backward they are as they were, and behind it as they are."""
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.3)).double()
+        y = double(0.3, -0.7, 0.1, 0.5).reshape(2, 2).requires_grad_()
+        loss = solve(OfState(model), y, times(), method="rk4").square().sum()
+        model.eval()
+        if frozen:
+            model.requires_grad_(False)
+        loss.backward()
+        assert not any(module.training for module in model.modules())
+        assert not frozen or not any(p.requires_grad for p in model.parameters())
+        found.append([y.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+def test_modules_are_looked_into_behind_however_much_data():
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))).double()
+        model.table = [[float(i) for i in range(1000)] for _ in range(12)]
+        y = double(0.3, -0.7, 0.1, 0.5).reshape(2, 2).requires_grad_()
+        solve(OfState(model), y, times(), method="rk4").square().sum().backward()
+        found.append([y.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("fails", ["changed", "changed back"])
+def test_what_was_refused_once_is_not_taken_the_next_time(fails):
+    """The tensors of an evaluation that is another one are let go."""
+    model = Net()
+    model.register_forward_hook(lambda module, given, output: output * module.factor)
+    model.factor = double(1.5)
+    y0 = double(0.3, -0.7).requires_grad_()
+    end = odeint_adjoint(model, y0, double(0, 1), method="rk4")[-1]
+    wanted = torch.autograd.grad(end.sum(), y0, retain_graph=True)
+    model.factor = double(2.5)
+    for _ in range(6):
+        with pytest.raises(errors.RecomputationError):
+            torch.autograd.grad(end.sum(), y0, retain_graph=True)
+    if fails == "changed back":
+        model.factor = double(1.5)
+        assert torch.equal(torch.autograd.grad(end.sum(), y0)[0], wanted[0])
 
 
 # Velocities
@@ -300,22 +362,59 @@ def test_a_backward_in_inference_mode():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_a_velocity_that_calls_a_transform_is_warned_of():
-    """Its second derivative is within a transform, which bears no hooks: autograd keeps every step."""
-    model = Net()
+class Transformed(nn.Module):
+    """A velocity with a derivative by a transform, which counts, keeps statistics, notes and draws."""
 
-    def func(t, y):
-        return torch.func.vjp(lambda y: model(t, y), y)[1](torch.ones_like(y))[0] + nn.functional.dropout(y, 0.3)
+    TRANSFORMS: ClassVar = {
+        "vjp": lambda f, y, e: torch.func.vjp(f, y)[1](e)[0],
+        "jvp": lambda f, y, e: torch.func.jvp(f, (y,), (e,))[1],
+        "grad": lambda f, y, e: torch.func.grad(lambda y: (f(y) * e).sum())(y),
+        "jacrev in vmap": lambda f, y, e: torch.vmap(torch.func.jacrev(f))(y).sum(1) * e,
+        "jacfwd in vmap": lambda f, y, e: torch.vmap(torch.func.jacfwd(f))(y).sum(1) * e,
+        "hessian": lambda f, y, e: torch.func.hessian(lambda y: f(y).square().sum())(y).sum((2, 3)) * e,
+    }
 
-    parameters = tuple(model.parameters())[:-1]
-    given = {"method": "rk4"}
-    torch.manual_seed(1)
-    wanted = gradients(odeint, func, double(0.3, -0.7), times(), parameters, **given)
-    torch.manual_seed(1)
-    with pytest.warns(UserWarning, match=r"torch\.func transform") as told:
-        found = gradients(adjoint, func, double(0.3, -0.7), times(), parameters, **given)
-    assert len(told) == 1
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    def __init__(self, transform):
+        super().__init__()
+        self.transform, self.count, self.noted = self.TRANSFORMS[transform], 0, []
+        self.layer, self.norm = nn.Linear(2, 2, dtype=DOUBLE), nn.BatchNorm1d(2, dtype=DOUBLE)
+
+    def forward(self, t, y):
+        self.count += 1
+        y = self.norm(y)
+        found = self.transform(lambda y: torch.tanh(self.layer(y)), y, torch.randn(y.shape, dtype=DOUBLE))
+        self.noted.append(found.detach().square().sum())
+        return nn.functional.dropout(found, 0.3) * torch.sin(y)
+
+
+@pytest.mark.parametrize("transform", Transformed.TRANSFORMS)
+def test_a_velocity_that_calls_a_transform_is_evaluated_once_in_the_forward(transform):
+    """Transforms refuse hooks on saved tensors: what they save is kept, the rest is computed once more."""
+    found = []
+    for solve in (odeint, odeint_adjoint):
+        torch.manual_seed(0)
+        model, y = Transformed(transform), double(0.3, -0.7, 0.1, 0.5, 1.0, 0.2).reshape(3, 2).requires_grad_()
+        loss = solve(model, y, times(), method="rk4")[-1].square().sum()
+        noted = [model.count, *model.noted]
+        loss.backward()
+        found.append(
+            [loss, y.grad, *(p.grad for p in model.parameters()), *model.buffers(), *map(torch.as_tensor, noted)]
+        )
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+    assert found[0][-len(noted)] == 4 * (len(times()) - 1)
+
+
+def test_hooks_of_the_users_are_refused_by_a_transform_as_in_odeint():
+    func = Transformed("vjp")
+
+    def forward(t, y):
+        with torch.autograd.graph.save_on_cpu():
+            return func(t, y)
+
+    for solve in (odeint, adjoint):
+        with pytest.raises(RuntimeError, match="saved tensor hooks"):
+            solve(forward, double(0.3, -0.7, 0.1, 0.5).reshape(2, 2), times(), method="rk4")
+    assert torch.autograd.graph.disable_saved_tensors_hooks is saved_hooks._disabled
 
 
 @pytest.mark.parametrize("solve", [odeint, odeint_adjoint])

@@ -56,6 +56,12 @@ def wraps_others(value: torch.Tensor) -> bool:
     return type(value) not in PLAIN and bool(_torch.is_traceable_wrapper_subclass(value))
 
 
+def hooks_of(tensor: torch.Tensor) -> dict[int, Any]:
+    """The hooks on its gradient, by their numbers; those of a tensor that has some may be taken out."""
+    hooks: dict[int, Any] | None = getattr(tensor, "_backward_hooks", None)
+    return {} if hooks is None else hooks
+
+
 def is_mapped(value: torch.Tensor) -> bool:
     """Whether it has a value for each entry of a batch of torch.func.vmap."""
     while _torch.is_functorch_wrapped_tensor(value):
@@ -73,11 +79,6 @@ def is_compiled_autograd() -> bool:
 def backward_under_way() -> int:
     """The number of the backward pass that runs, -1 where none does."""
     return int(_torch._current_graph_task_id())
-
-
-def bears_no_hooks(error: RuntimeError) -> bool:
-    """Whether it is that of a torch.func transform, which hooks on saved tensors keep from its work."""
-    return "saved tensor hooks" in str(error)
 
 
 def scope(name: str) -> contextlib.AbstractContextManager[Any]:

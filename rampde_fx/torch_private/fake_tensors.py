@@ -12,13 +12,12 @@ from torch import fx
 
 from rampde_fx.torch_private import callers
 from rampde_fx.torch_private.names import Names
+from rampde_fx.torch_private.saved_hooks import no_saved_tensors_hooks
 
 _torch = Names(
     {
         "torch.amp.autocast_mode": "_enter_autocast _exit_autocast",
         "torch._C": "_DisableAutocast _is_any_autocast_enabled",
-        "torch._C._autograd": "_pop_saved_tensors_default_hooks _push_saved_tensors_default_hooks"
-        " _top_saved_tensors_default_hooks",
         "torch._C._functorch": "get_unwrapped is_functorch_wrapped_tensor",
         "torch._decomp": "get_decompositions",
         "torch._functorch.compile_utils": "fx_graph_cse",
@@ -94,7 +93,7 @@ def graph_of(
         function = _torch.dispatch_functionalize(function, _torch.FunctionalTensorMode())
     with contextlib.ExitStack() as stack:
         modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
-        others = (no_autocast(), _no_saved_tensors_hooks(), callers.no_compiled_autograd())
+        others = (no_autocast(), no_saved_tensors_hooks(), callers.no_compiled_autograd())
         for context in (*modes, *others, torch.autograd.set_detect_anomaly(False)):
             stack.enter_context(context)
         return _torch.make_fx(function, decomposition_table=dict(decompositions))(*args)
@@ -134,20 +133,6 @@ def no_autocast() -> Iterator[None]:
         for device in AUTOCAST:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-@contextlib.contextmanager
-def _no_saved_tensors_hooks() -> Iterator[None]:
-    """The user's hooks on saved tensors are not for the tensors of a trace."""
-    taken = []
-    while (hooks := _torch._top_saved_tensors_default_hooks(True)) is not None:
-        taken.append(hooks)
-        _torch._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(taken):
-            _torch._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def autocast_enabled() -> bool:

@@ -153,15 +153,17 @@ class Changed:
 
 
 class Before(NamedTuple):
-    """The buffers before an evaluation.
+    """What an evaluation finds.
 
     Attributes:
         number: Of the evaluation.
         buffers: Those that have changed so far.
+        flags: Which modules train, and which leaves require gradients.
     """
 
     number: int
     buffers: list[Buffer]
+    flags: tuple[list[bool], list[bool]]
 
 
 class Buffers:
@@ -192,6 +194,7 @@ class Buffers:
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
         self.changed: list[Changed] = []  # the others
         self.count = 0  # of evaluations
+        self.flags: tuple[list[bool], list[bool]] = ([], [])
 
     def before(self) -> Before:
         """What has changed so far, as it is before the evaluation that follows."""
@@ -201,7 +204,24 @@ class Buffers:
             self.unchanged = [Buffer.at(place) for place in places]
         else:  # a callback, or an evaluation that is not recorded: the first size of an adaptive step is found by one
             self._note_first_changes(OUTSIDE, [], by_values=self.is_called_back or self.count <= 1)
-        return Before(self.count, [Buffer.at(changed.first.place) for changed in self.changed])
+        return Before(self.count, [Buffer.at(changed.first.place) for changed in self.changed], self._flags())
+
+    def _flags(self) -> tuple[list[bool], list[bool]]:
+        """Those of now; the ones before, where they are the same."""
+        flags = [module.training for module, _ in self.found.modules], [leaf.requires_grad for leaf in self.leaves]
+        if flags != self.flags:
+            self.flags = flags
+        return self.flags
+
+    def _set_flags(self, flags: tuple[list[bool], list[bool]]) -> None:
+        """Have modules train, and leaves require gradients, as then."""
+        modes, needs = flags
+        for (module, _), mode in zip(self.found.modules, modes, strict=True):
+            if module.training != mode:
+                module.training = mode
+        for leaf, is_needed in zip(self.leaves, needs, strict=True):
+            if leaf.requires_grad != is_needed:
+                leaf.requires_grad_(is_needed)
 
     def note_changes(self, before: Before) -> None:
         """Note what the evaluation behind before() has changed, for the first time or again."""
@@ -265,6 +285,8 @@ class Buffers:
             self.bound = list(self._bound())
         with ExitStack() as stack:
             stack.callback(_put_back, self.bound, [slot.read() for slot in self.bound])
+            stack.callback(self._set_flags, self._flags())
+            self._set_flags(before.flags)
             for buffer, is_kept in zip(then, self._keeps(before, keep), strict=True):
                 stack.enter_context(buffer.back(is_kept=is_kept))
             yield

@@ -19,6 +19,7 @@ import torch
 from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
+from rampde_fx.torch_private.saved_hooks import hooks_outside_of_transforms
 from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, memory_of, place_of, version_of
 from rampde_fx.torchdiffeq.kept_buffers import Buffers, Keep
 from rampde_fx.torchdiffeq.problem import warn
@@ -27,6 +28,7 @@ from rampde_fx.torchdiffeq.surroundings import Random, Surroundings, autocasts_o
 
 NUMBERS = (0, 1, 2)  # with which memory is filled, to tell what nobody has written
 Function = Callable[..., Any]  # of states
+Compare = Callable[[torch.Tensor, int], None]  # is told what is saved, and its number
 Then = Callable[[list[State], Any], None]  # is told the states and the result of what was computed once more
 
 
@@ -40,7 +42,6 @@ class Recomputation:
 
     def __init__(self, func: Any, *, is_called_back: bool) -> None:
         self.buffers, self.fingerprints = Buffers(func, is_called_back=is_called_back), Fingerprints()
-        self.keeps_all = False
         self.random: Random | None = None
         self.doubts: dict[int, Doubts] = {}
         self.warnings = set[str]()
@@ -48,27 +49,18 @@ class Recomputation:
     def __call__(self, function: Function, *states: State, then: Then | None = None) -> Any:
         """The function of these states; it must not hold a tensor that it has computed itself.
 
-        A torch.func transform bears no hooks on saved tensors: of what is inside of one, or calls one, autograd keeps
-        every step. So it does of forward-mode differentiation.
+        Inside of a torch.func transform, and in forward-mode differentiation, autograd keeps every step. Of one that
+        func calls it keeps what is computed in it.
         """
-        if self.keeps_all or not torch.is_grad_enabled() or dynamo.is_transformed() or callers.in_dual_level():
+        if not torch.is_grad_enabled() or dynamo.is_transformed() or callers.in_dual_level():
             return function(*states)
         states = tuple([leaf.clone() if leaf.is_inference() else leaf for leaf in state] for state in states)
         surroundings, gradients = self._surroundings(states), self._gradients()
-        try:
-            found = _Recomputed(self, function, states, surroundings, then).first(states)
-        except RuntimeError as error:
-            if not callers.bears_no_hooks(error):
-                raise
-        else:
-            if self._gradients() != gradients:
-                raise adds_gradients()
-            self.buffers.note_changes(surroundings.before)
-            return found
-        self.keeps_all = True
-        warn("func calls a torch.func transform, which cannot be recomputed: autograd keeps every step of this solve")
-        surroundings.random.restore()
-        return function(*states)
+        found = _Recomputed(self, function, states, surroundings, then).first(states)
+        if self._gradients() != gradients:
+            raise adds_gradients()
+        self.buffers.note_changes(surroundings.before)
+        return found
 
     def doubts_of(self, now: Fingerprint) -> Doubts:
         """Those that are known of steps with as many tensors."""
@@ -119,14 +111,17 @@ class _Saved:
             raise changed_in_place(f"a tensor of shape {tuple(self.value.shape)} that func reads")
         return self.value
 
-    def again(self, tensor: torch.Tensor, *, is_counted: bool) -> None:
-        """The same tensor, computed once more; is_counted says whether its changes are counted as before."""
+    def compare(self, tensor: torch.Tensor, *, is_counted: bool) -> None:
+        """Raise if it cannot be the same; is_counted says whether its changes are counted as before."""
         if (tensor.shape, tensor.dtype, tensor.device) != self.look:
             saved, before = f"{tuple(tensor.shape)} of {tensor.dtype}", f"{tuple(self.look[0])} of {self.look[1]}"
             raise not_the_same(f"saves {saved} for its derivative, where the forward has saved {before}")
         if is_counted and version_of(tensor) != self.version and place_of(tensor) == self.place:
             raise changed_in_place(f"a tensor of shape {tuple(tensor.shape)} that func reads")
-        self.value, self.current = tensor.detach(), version_of(tensor)
+
+    def take(self, other: _Saved) -> None:
+        """Its value, which was computed once more."""
+        self.value, self.current = other.value, other.current
 
 
 class _Inputs(torch.autograd.Function):
@@ -179,7 +174,7 @@ class _Recomputed:
                 self.unit = max(self.unit, torch.finfo(tensor.dtype).eps)
             return saved
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+        with hooks_outside_of_transforms(pack, self._unpack):
             found = self.function(*states)
         alive = [reference() for reference in self.saved]
         lasting = {number: saved.value for number, saved in enumerate(alive) if saved and saved.value is not None}
@@ -210,54 +205,56 @@ class _Recomputed:
         copied = set() if as_before else {memory_of(leaf) for leaf in given}
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
 
-        def again(tensor: torch.Tensor, number: int) -> None:
+        def compare(tensor: torch.Tensor, number: int) -> None:
             saved = self.saved[number]() if number < len(self.saved) else None
             if saved is not None:
-                saved.again(tensor, is_counted=memory_of(tensor) not in copied)
+                saved.compare(tensor, is_counted=memory_of(tensor) not in copied)
 
-        found = self._in_any_way(states, again)
+        found, again = self._in_any_way(states, compare)
+        for reference, value in zip(self.saved, again, strict=True):
+            saved_before = reference()
+            if saved_before is not None and value is not None:
+                saved_before.take(value)
         if self.then is not None:
             self.then(states, found)
 
-    def _in_any_way(self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]) -> Any:
-        """The result of the forward, whatever is kept of what this call has made."""
+    def _in_any_way(self, states: list[State], compare: Compare) -> tuple[Any, list[_Saved | None]]:
+        """The result of the forward and what it saves, whatever is kept of what this call has made."""
         errors = list[RecomputationError]()
         for keep in self.surroundings.buffers.ways(self.surroundings.before):
             self.keep = keep
             try:
-                return self._as_before(states, is_saved)
+                return self._as_before(states, compare)
             except RecomputationError as error:
                 errors.append(error)
         raise errors[0]  # of what is most likely
 
-    def _as_before(self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]) -> Any:
-        """The result, which is that of the forward."""
-        found, now = self._once_more(states, is_saved)
+    def _as_before(self, states: list[State], compare: Compare) -> tuple[Any, list[_Saved | None]]:
+        """The result and what it saves, which are those of the forward."""
+        found, now, saved = self._once_more(states, compare)
         self._compare(states, now)
-        return found
+        return found, saved
 
-    def _once_more(
-        self, states: list[State], is_saved: Callable[[torch.Tensor, int], None]
-    ) -> tuple[Any, Fingerprint | None]:
-        """The result, and its fingerprint; is_saved is told of each tensor that is saved, and its number."""
-        count, tensors = 0, list[torch.Tensor]()
+    def _once_more(self, states: list[State], compare: Compare) -> tuple[Any, Fingerprint | None, list[_Saved | None]]:
+        """The result, its fingerprint, and what is saved; compare is told of each such tensor, and its number."""
+        again, tensors = list[_Saved | None](), list[torch.Tensor]()
 
         def pack(tensor: torch.Tensor) -> _Saved:
-            nonlocal count
-            is_saved(tensor, count)
-            if count in self.lasting:  # detached: what hooks hold must not hold their graph
+            compare(tensor, len(again))
+            if len(again) in self.lasting:  # detached: what hooks hold must not hold their graph
                 tensors.append(tensor if is_of_leaf(tensor) else tensor.detach())
-            count += 1
-            return _Saved(tensor)
+            saved = _Saved(tensor)
+            again.append(saved if len(again) < len(self.saved) and self.saved[len(again)]() is not None else None)
+            return saved
 
         with self.surroundings.again(self.keep):
-            with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.checked):
+            with hooks_outside_of_transforms(pack, _Saved.checked):
                 found = self.function(*states)
-            if count != len(self.saved):
+            if len(again) != len(self.saved):
                 raise not_the_same(
-                    f"saves {count} tensors for its derivative, where the forward has saved {len(self.saved)}"
+                    f"saves {len(again)} tensors for its derivative, where the forward has saved {len(self.saved)}"
                 )
-            return found, self.recomputation.fingerprints.of(found, tensors, self.are_large)
+            return found, self.recomputation.fingerprints.of(found, tensors, self.are_large), again
 
     def _compare(self, states: list[State], now: Fingerprint | None) -> None:
         """Raise if this is not the computation of the forward."""

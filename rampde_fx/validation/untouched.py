@@ -13,6 +13,7 @@ from torch import nn
 
 from rampde_fx.reach import OF_ALL_MODULES, attributes_of, base_of, reached
 from rampde_fx.small_tensors import is_plain, value_of, write
+from rampde_fx.torch_private import callers
 from rampde_fx.validation.known_states import putting_back
 
 
@@ -21,8 +22,8 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     """Put back what a function reads: variables, attributes of modules, objects and classes, entries of containers.
 
     So are the values of buffers, of small tensors beside them and of small arrays, generators of random numbers, which
-    gradients parameters have, and whether they require one; not the values of gradients and of parameters that are
-    trained, of which there may be too many to copy.
+    gradients, hooks and attributes tensors have, and whether they require a gradient; not the values of gradients and
+    of parameters that are trained, of which there may be too many to copy.
     """
     found = reached(function)
     modules = [module for module, _ in found.modules]
@@ -30,12 +31,15 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     registers = [held for module in modules for held in _registers(module)]
     # Dicts and sets last: their keys may hash by what is put back before.
     containers = sorted(found.containers, key=lambda held: base_of(held) not in (list, deque))
+    tensors = [*found.parameters(), *_buffers(modules), *(tensor for tensor, _ in found.tensors)]
+    attributes += [attributes_of(tensor) for tensor in tensors]
     put_back: list[Callable[[], Any]] = [
         *(partial(_write, x, value_of(x)) for x in (*_buffers(modules), *found.statistics()) if not x.is_inference()),
         *putting_back(found.others),
-        *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in found.parameters()),
+        *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in tensors if leaf.is_leaf),
         *(partial(slot.put_back, slot.read()) for slot in found.slots),
         *(partial(_refill, held, _entries(held)) for held in (*attributes, *registers, *containers)),
+        *(partial(_put_hooks_back, tensor, dict(callers.hooks_of(tensor))) for tensor in tensors),
     ]
     try:
         yield
@@ -45,9 +49,9 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
                 stack.callback(act)
 
 
-def _registers(module: nn.Module) -> list[dict[str, Any]]:
-    """The parameters, buffers, modules and hooks of a module; TorchScript has another thing there."""
-    return [held for name, held in vars(module).items() if name in OF_ALL_MODULES and isinstance(held, dict)]
+def _registers(module: nn.Module) -> list[Any]:
+    """The parameters, buffers, modules and hooks of a module, and which buffers it saves; not what TorchScript has."""
+    return [held for name, held in vars(module).items() if name in OF_ALL_MODULES and isinstance(held, dict | set)]
 
 
 def _buffers(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
@@ -63,11 +67,17 @@ def _write(buffer: torch.Tensor, value: torch.Tensor) -> None:
         write(buffer, value)
 
 
-def _ask(leaf: nn.Parameter, needs_gradient: bool, gradient: torch.Tensor | None) -> None:
+def _ask(leaf: torch.Tensor, needs_gradient: bool, gradient: torch.Tensor | None) -> None:
     if leaf.requires_grad != needs_gradient:
         leaf.requires_grad_(needs_gradient)
     if leaf.grad is not gradient:
         leaf.grad = gradient
+
+
+def _put_hooks_back(tensor: torch.Tensor, hooks: dict[int, Any]) -> None:
+    now = callers.hooks_of(tensor)
+    for key in now.keys() - hooks.keys():
+        del now[key]
 
 
 def _entries(held: Any) -> list[Any]:
