@@ -38,7 +38,7 @@ from torch.nn.parameter import is_lazy
 
 from rampde_fx.small_tensors import small
 
-MOST_ENTRIES, MOST = 1_000, 10_000  # of a container, and in all: behind these nothing is looked for
+MOST_ENTRIES, MOST = 1_000, 10_000  # of a container, and in all: behind these modules alone are looked for
 FOREIGN = {"torch", "rampde_fx"} | sys.stdlib_module_names - {"__main__"}
 INSTALLED = ("site-packages", "dist-packages")
 # Classes of Python's library whose attributes are looked into all the same.

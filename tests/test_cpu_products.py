@@ -135,6 +135,26 @@ def test_products_of_any_size_stay():
     assert "rampde_fx.widened.default" not in operators_of(graph)
 
 
+def test_a_factor_of_a_size_is_none():
+    def scaled(c, a, b, sized):
+        return aten.addmm(c, a, b, alpha=sized.shape[0])
+
+    args = [draw(*shape).bfloat16() for shape in ((7,), (8, 5), (5, 7), (4, 2))]
+    graph = make_fx(scaled, tracing_mode="symbolic")(*args)
+    cpu_products.ReplaceProducts((torch.bfloat16,))(graph.graph)
+    graph.recompile()
+    assert operators_of(graph).count("rampde_fx.widened.default") == 3
+    assert (graph(*args) - scaled(*(x.double() for x in args))).abs().max() < 0.3
+
+
+def test_a_bias_that_is_a_factor_too_is_not_taken_for_the_second():
+    x, a = faked(torch.bfloat16, (1, 200), (200, 200))
+    found = operators_of(lowered(lambda x, a: aten.addmm(x, x, a), (x, a)))
+    assert "rampde_fx.rounded.default" in found
+    x, a = faked(torch.bfloat16, (1200, 1200), (1200, 1200))
+    assert operators_of(lowered(lambda x, a: aten.addmm(x, x, a), (x, a))) == ["aten.addmm.default"]
+
+
 def test_a_cpu_with_float16_arithmetic_keeps_large_ones(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
     assert operators_of(lowered(aten.mm.default, faked(torch.float16, *ENOUGH))) == ["aten.mm.default"]
@@ -156,7 +176,7 @@ class Replacing(CustomGraphPass):
 
 
 @pytest.mark.inductor
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor leaves out roundings that it is asked for")
+@pytest.mark.skipif(not inductor.cpp_wrapper_calls_loops(), reason="Inductor leaves them out there")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_inductor_fuses_the_casts_and_keeps_their_roundings(dtype):
     """Products by the unit matrix, which are exact: the roundings are all that is left."""

@@ -307,6 +307,17 @@ def grows(container, add):
     return lambda: ((lambda: add(container)), lambda: list(container))
 
 
+def hook_that_goes():
+    held = torch.zeros(2, requires_grad=True)
+    handle = held.register_hook(lambda gradient: 2 * gradient)
+
+    def state():
+        (gradient,) = torch.autograd.grad(held.sum(), held)
+        return gradient.tolist()
+
+    return lambda: held is not None and handle.remove(), state
+
+
 CHANGES = {
     "a global": counts_in_a_global,
     "a variable": counts_in_a_variable,
@@ -343,6 +354,15 @@ CHANGES = {
         torch.zeros(2, requires_grad=True),
         lambda held: held.register_hook(lambda gradient: gradient),
         lambda held: list(held._backward_hooks or ()),
+    ),
+    "a hook that is taken away": hook_that_goes,
+    "a hook behind a sum": changes(
+        torch.zeros(2, requires_grad=True),
+        lambda held: held.register_post_accumulate_grad_hook(lambda parameter: None),
+        lambda held: list(held._post_accumulate_grad_hooks or ()),
+    ),
+    "a graph": changes(
+        torch.zeros(2), lambda held: held.add_(torch.ones(2, requires_grad=True)), lambda held: held.grad_fn
     ),
     "what needs a gradient": changes(
         torch.zeros(2), lambda held: held.requires_grad_(True), lambda held: held.requires_grad

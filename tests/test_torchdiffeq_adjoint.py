@@ -1,7 +1,9 @@
 """odeint_adjoint uncompiled: gradients of the steps that were taken, each of which the backward computes once more."""
 
 import gc
+import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -10,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rampde_fx import errors
-from rampde_fx.torch_private import saved_hooks
 from rampde_fx.torchdiffeq import odeint, odeint_adjoint, odeint_event
 from rampde_fx.torchdiffeq.options import ADAPTIVE
 from tests.adjoint_solves import (
@@ -404,17 +405,81 @@ def test_a_velocity_that_calls_a_transform_is_evaluated_once_in_the_forward(tran
     assert found[0][-len(noted)] == 4 * (len(times()) - 1)
 
 
+@pytest.mark.parametrize("inner", [odeint, adjoint])
+def test_a_velocity_that_solves_calls_a_transform(inner):
+    """Under the hooks of both solves."""
+    found = []
+    for solve in (odeint, adjoint):
+        torch.manual_seed(0)
+        model, y0 = Transformed("vjp"), double(0.3, -0.7, 0.1, 0.5).reshape(2, 2).requires_grad_()
+        model.norm = nn.Identity()
+
+        def func(t, y, solve=inner if solve is adjoint else odeint, model=model):
+            return solve(model, torch.sin(y), double(0, 0.5), method="euler")[-1]
+
+        loss = solve(func, y0, double(0, 0.5, 1), method="euler")[-1].square().sum()
+        found.append([loss, *torch.autograd.grad(loss, [y0, *model.parameters()])])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("first", [odeint, adjoint])
+def test_a_transform_in_a_part_that_was_compiled_apart(compiler, fullgraph, first):
+    layer, norm, found = nn.Linear(2, 2).double(), nn.BatchNorm1d(2).double(), []
+    compiled = torch.compile(lambda y: torch.func.vjp(layer, y)[1](y)[0], backend=compiler, fullgraph=fullgraph)
+    y0 = double(0.3, -0.7, 0.1, 0.5).reshape(2, 2).requires_grad_()
+    for solve in (first, odeint, adjoint):
+        loss = (
+            solve(lambda t, y: compiled(torch.sin(norm(y))), y0, double(0, 0.5, 1), method="euler")[-1].square().sum()
+        )
+        found.append([loss, *torch.autograd.grad(loss, [y0, layer.weight, norm.weight])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-13)
+    assert int(norm.num_batches_tracked) == 6
+
+
+def test_another_thread_compiles_a_transform_meanwhile():
+    def other():
+        compiled = torch.compile(lambda y: torch.func.vjp(torch.sin, y)[1](y)[0], backend="eager", fullgraph=True)
+        return compiled(double(0.3))
+
+    def func(t, y):
+        with ThreadPoolExecutor(1) as pool:
+            return y * pool.submit(other).result()
+
+    y0 = double(0.5).requires_grad_()
+    adjoint(func, y0, double(0, 1), method="euler")[-1].sum().backward()
+    assert y0.grad.item() == pytest.approx(1 + 0.3 * math.cos(0.3))
+
+
+def test_a_frozen_module_of_torchscript_has_no_mode():
+    class Script(nn.Module):
+        def forward(self, y):
+            return torch.sin(y)
+
+    part = torch.jit.freeze(torch.jit.script(Script().eval()))
+    found = []
+    for solve in (odeint, adjoint):
+        y0 = double(0.5).requires_grad_()
+        solve(lambda t, y: part(y), y0, times(), method="rk4").sum().backward()
+        found.append(y0.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
 def test_hooks_of_the_users_are_refused_by_a_transform_as_in_odeint():
     func = Transformed("vjp")
+    known = vars(torch._C._autograd).copy()
 
     def forward(t, y):
         with torch.autograd.graph.save_on_cpu():
             return func(t, y)
 
     for solve in (odeint, adjoint):
+        func.norm = nn.Identity()
         with pytest.raises(RuntimeError, match="saved tensor hooks"):
             solve(forward, double(0.3, -0.7, 0.1, 0.5).reshape(2, 2), times(), method="rk4")
-    assert torch.autograd.graph.disable_saved_tensors_hooks is saved_hooks._disabled
+    assert vars(torch._C._autograd) == known  # nothing of ours is left
 
 
 @pytest.mark.parametrize("solve", [odeint, odeint_adjoint])

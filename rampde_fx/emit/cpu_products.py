@@ -4,9 +4,10 @@ Before:  c: f16[B, H] = aten.mm(a, b)
 After:   x: f32[B, D] = rampde_fx.widened(a);    y: f32[D, H] = rampde_fx.widened(b)
          p: f32[B, H] = aten.mm(x, y);           c: f16[B, H] = rampde_fx.rounded(p, f16)
 
-A CPU without arithmetic for float16 multiplies its matrices entry by entry, 10 to 30 times slower than float32. Of one
-that has arithmetic the shortest product takes 14 us, in which float32 multiplies 128 x 64 x 64 numbers (measured by
-tests/benchmarks/products.py). Sums in float32 of products of low factors are what a GPU computes, too.
+A CPU without arithmetic for float16 multiplies its matrices entry by entry, 10 to 30 times slower than float32. On one
+that has arithmetic a product begins with 14 us, in which float32 multiplies 128 x 64 x 64 numbers; with twice as many
+both take as long (measured by tests/benchmarks/products.py). Sums in float32 of products of low factors are what a GPU
+computes, too.
 
 Inductor fuses both casts with what stands before and behind, and keeps their roundings; those of torch's own casts it
 would leave out. (In torch 2.11 it leaves out these, too: nothing is less exact for it.) The rewritten graph is the same
@@ -29,7 +30,7 @@ from rampde_fx.torch_private import inductor, kernels
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
 LOW_DTYPES = (torch.float16, torch.bfloat16)
-FEW = 2**20  # multiplications, with which a product takes as long in bfloat16 as in float32
+FEW = 2**20  # multiplications, with which both take as long
 
 operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.define("rounded(Tensor x, ScalarType dtype) -> Tensor", tags=(torch.Tag.pointwise,))
@@ -64,9 +65,11 @@ class ReplaceProducts:
         return all(value.dtype in self.dtypes for value in factors) or self._is_small(product)
 
     def _is_small(self, product: fx.Node) -> bool:
-        if operator_table.properties(product.target).product != "matrices":
+        row = operator_table.properties(product.target)
+        if row.product != "matrices":
             return False
-        sizes = [*graphs.value(product).shape, graphs.value(product.all_input_nodes[-1]).shape[-2]]
+        second = graphs.value(product.args[2 if row.first_is_summand else 1])
+        sizes = [*graphs.value(product).shape, second.shape[-2]]
         return all(isinstance(size, int) for size in sizes) and math.prod(sizes) < self.few
 
     def uuid(self) -> str:

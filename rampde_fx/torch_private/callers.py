@@ -56,10 +56,10 @@ def wraps_others(value: torch.Tensor) -> bool:
     return type(value) not in PLAIN and bool(_torch.is_traceable_wrapper_subclass(value))
 
 
-def hooks_of(tensor: torch.Tensor) -> dict[int, Any]:
-    """The hooks on its gradient, by their numbers; those of a tensor that has some may be taken out."""
-    hooks: dict[int, Any] | None = getattr(tensor, "_backward_hooks", None)
-    return {} if hooks is None else hooks
+def hooks_of(tensor: torch.Tensor) -> dict[str, dict[int, Any]]:
+    """The hooks on its gradient, and those behind its sum; no key where it never had any."""
+    found = {name: getattr(tensor, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    return {name: hooks for name, hooks in found.items() if hooks is not None}
 
 
 def is_mapped(value: torch.Tensor) -> bool:

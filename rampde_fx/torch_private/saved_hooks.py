@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,17 +15,11 @@ from rampde_fx.torch_private.names import Names
 _torch = Names(
     {
         "torch._C._autograd": "_pop_saved_tensors_default_hooks _push_saved_tensors_default_hooks"
-        " _top_saved_tensors_default_hooks",
+        " _top_saved_tensors_default_hooks _saved_tensors_hooks_disable _saved_tensors_hooks_enable",
+        "torch._C": "_autograd",
     }
 )
-_ours: ContextVar[Any] = ContextVar("what packs tensors, but for those of transforms", default=None)
-_disabled = torch.autograd.graph.disable_saved_tensors_hooks
-
-
-class _Users:
-    """How many evaluations, of any thread, want transforms to know of their hooks."""
-
-    lock, count = threading.Lock(), 0
+_ours: ContextVar[tuple[Any, ...]] = ContextVar("what packs tensors, but for those of transforms", default=())
 
 
 @contextlib.contextmanager
@@ -46,39 +40,72 @@ def no_saved_tensors_hooks() -> Iterator[None]:
 def hooks_outside_of_transforms(pack: Callable[..., Any], unpack: Callable[..., Any]) -> Iterator[None]:
     """torch.autograd.graph.saved_tensors_hooks, but what a torch.func transform saves is saved as without hooks.
 
-    A transform refuses to run under hooks. It asks by a function of torch's, in whose place another stands meanwhile.
+    A transform refuses to run under hooks, by two functions of torch's, in whose place others stand meanwhile. Compiled
+    code looks them up when it runs.
     """
-    token = _ours.set(pack)
+    token = _ours.set((*_ours.get(), pack))
     try:
-        with _known_to_transforms(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with _Swap.held(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         _ours.reset(token)
 
 
-@contextlib.contextmanager
-def _known_to_transforms() -> Iterator[None]:
-    with _Users.lock:
-        _Users.count += 1
-        torch.autograd.graph.disable_saved_tensors_hooks = _disabled_but_for_ours
-    try:
-        yield
-    finally:
-        with _Users.lock:
-            _Users.count -= 1
-            if not _Users.count:
-                torch.autograd.graph.disable_saved_tensors_hooks = _disabled
+class _Taken(threading.local):
+    """The hooks that are taken off while a transform runs in this thread, the last ones first."""
+
+    def __init__(self) -> None:
+        self.hooks: list[tuple[Any, Any]] = []
+
+    def push_back(self) -> None:
+        while self.hooks:
+            _torch._push_saved_tensors_default_hooks(*self.hooks.pop())
 
 
-@contextlib.contextmanager
-def _disabled_but_for_ours(message: str) -> Iterator[None]:
-    hooks = _torch._top_saved_tensors_default_hooks(True)
-    is_ours = hooks is not None and hooks[0] is _ours.get()
-    if is_ours:
+_taken = _Taken()
+
+
+def _disable(*args: Any, **kwargs: Any) -> None:
+    """Ours are taken off first; where others are left this raises."""
+    while (hooks := _torch._top_saved_tensors_default_hooks(True)) is not None and hooks[0] in _ours.get():
         _torch._pop_saved_tensors_default_hooks()
+        _taken.hooks.append(hooks)
     try:
-        with _disabled(message):
+        _Swap.of_torch["_saved_tensors_hooks_disable"](*args, **kwargs)
+    except RuntimeError:
+        _taken.push_back()
+        raise
+
+
+def _enable() -> None:
+    _Swap.of_torch["_saved_tensors_hooks_enable"]()
+    _taken.push_back()
+
+
+class _Swap:
+    """Has torch call ours, while a thread is in an evaluation that wants it."""
+
+    ours: ClassVar = {"_saved_tensors_hooks_disable": _disable, "_saved_tensors_hooks_enable": _enable}
+    of_torch: ClassVar[dict[str, Any]] = {}
+    lock, count = threading.Lock(), 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def held(cls) -> Iterator[None]:
+        with cls.lock:
+            cls.count += 1
+            if cls.count == 1:
+                cls.of_torch = {name: getattr(_torch, name) for name in cls.ours}
+                cls._set(cls.ours)
+        try:
             yield
-    finally:
-        if is_ours:
-            _torch._push_saved_tensors_default_hooks(*hooks)
+        finally:
+            with cls.lock:
+                cls.count -= 1
+                if not cls.count:
+                    cls._set(cls.of_torch)
+
+    @classmethod
+    def _set(cls, functions: dict[str, Any]) -> None:
+        for name, function in functions.items():
+            setattr(_torch._autograd, name, function)

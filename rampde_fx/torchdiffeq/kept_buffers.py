@@ -194,6 +194,8 @@ class Buffers:
         self.unchanged: list[Buffer] | None = None  # so far, as they were at first
         self.changed: list[Changed] = []  # the others
         self.count = 0  # of evaluations
+        # A frozen module of TorchScript has no mode.
+        self.trained = [m for m, _ in found.modules if isinstance(getattr(m, "training", None), bool)]
         self.flags: tuple[list[bool], list[bool]] = ([], [])
 
     def before(self) -> Before:
@@ -208,7 +210,7 @@ class Buffers:
 
     def _flags(self) -> tuple[list[bool], list[bool]]:
         """Those of now; the ones before, where they are the same."""
-        flags = [module.training for module, _ in self.found.modules], [leaf.requires_grad for leaf in self.leaves]
+        flags = [module.training for module in self.trained], [leaf.requires_grad for leaf in self.leaves]
         if flags != self.flags:
             self.flags = flags
         return self.flags
@@ -216,7 +218,7 @@ class Buffers:
     def _set_flags(self, flags: tuple[list[bool], list[bool]]) -> None:
         """Have modules train, and leaves require gradients, as then."""
         modes, needs = flags
-        for (module, _), mode in zip(self.found.modules, modes, strict=True):
+        for module, mode in zip(self.trained, modes, strict=True):
             if module.training != mode:
                 module.training = mode
         for leaf, is_needed in zip(self.leaves, needs, strict=True):

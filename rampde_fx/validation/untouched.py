@@ -39,7 +39,7 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
         *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in tensors if leaf.is_leaf),
         *(partial(slot.put_back, slot.read()) for slot in found.slots),
         *(partial(_refill, held, _entries(held)) for held in (*attributes, *registers, *containers)),
-        *(partial(_put_hooks_back, tensor, dict(callers.hooks_of(tensor))) for tensor in tensors),
+        *(partial(_put_hooks_back, tensor, _hooks(tensor)) for tensor in tensors),
     ]
     try:
         yield
@@ -68,16 +68,24 @@ def _write(buffer: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _ask(leaf: torch.Tensor, needs_gradient: bool, gradient: torch.Tensor | None) -> None:
-    if leaf.requires_grad != needs_gradient:
+    if not leaf.is_leaf:  # it was changed in place; a view cannot leave its graph
+        with contextlib.suppress(RuntimeError):
+            leaf.detach_()
+    if leaf.is_leaf and leaf.requires_grad != needs_gradient:
         leaf.requires_grad_(needs_gradient)
-    if leaf.grad is not gradient:
+    if leaf.is_leaf and leaf.grad is not gradient:
         leaf.grad = gradient
 
 
-def _put_hooks_back(tensor: torch.Tensor, hooks: dict[int, Any]) -> None:
-    now = callers.hooks_of(tensor)
-    for key in now.keys() - hooks.keys():
-        del now[key]
+def _hooks(tensor: torch.Tensor) -> dict[str, dict[int, Any]]:
+    return {name: dict(hooks) for name, hooks in callers.hooks_of(tensor).items()}
+
+
+def _put_hooks_back(tensor: torch.Tensor, before: dict[str, dict[int, Any]]) -> None:
+    for name, hooks in callers.hooks_of(tensor).items():
+        if hooks != (then := before.get(name, {})):
+            hooks.clear()
+            hooks.update(then)
 
 
 def _entries(held: Any) -> list[Any]:
