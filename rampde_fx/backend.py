@@ -285,6 +285,8 @@ def rampde_fx(
         if verifies and repeated:  # the graph is to be run as the user wrote it
             repetition.capture_in_full('options={"verify": True} runs the loop as it was captured')
         captured = graphs.copied(graph_module) if verifies and marked else None
+        # The user's, which are no steps.
+        has_own_loops = any(node.target in higher_order.LOOPS for node in graphs.all_nodes(graph_module))
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite, loops)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)
@@ -306,7 +308,8 @@ def rampde_fx(
     with inductor.compile_settings(), phase_log.compiling(names, compiler):
         watch = functools.partial(phase_log.lowering, names)
         compiled = inductor.compile_graph(
-            compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable, watch
+            *(compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable, watch),
+            has_ranges=not has_own_loops,
         )
     compiled = _guarded(compiled, emitted)
     return compiled if verification is None else on_first_call(compiled, verification)

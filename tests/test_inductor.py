@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.torch_version import TorchVersion
 
 import rampde_fx
@@ -189,6 +190,47 @@ def test_the_cpp_wrapper_has_no_monitor():
     )
     with rampde_fx.monitor(), pytest.raises(PolicyError, match="cpp_wrapper was asked for"):
         function(torch.randn(16, 5), torch.linspace(0, 1, 6))
+
+
+class OwnLoop(nn.Module):
+    """A flow behind a loop of the user's, which is no step."""
+
+    def __init__(self):
+        super().__init__()
+        self.flow = Euler()
+
+    def forward(self, y, t):
+        i = torch.zeros((), dtype=torch.int64)
+        _, y = torch.while_loop(lambda i, y: i < 2, lambda i, y: (i + 1, torch.tanh(y)), (i, y))
+        return self.flow(y, t)
+
+
+@pytest.mark.parametrize(
+    ("make", "policy", "backward"),
+    [
+        (Euler, {"dtype": torch.float16}, 6),  # within a loop of attempts
+        (Euler, {"dtype": torch.bfloat16, "checkpoint": 3}, 12),  # and each step once more
+        (OwnLoop, {"dtype": torch.float32}, None),
+    ],
+    ids=["scaled", "segments", "a loop of the user's"],
+)
+def test_a_profile_shows_the_steps(make, policy, backward):
+    function = compiled(make(), compiler="inductor", **policy)
+    y, t = torch.randn(16, 5), torch.linspace(0, 1, 7)
+    if backward is None:
+        steps = {"rampde_fx step": 0}
+        with torch.no_grad():
+            function(y, t)
+            with torch.profiler.profile() as profile:
+                function(y, t)
+    else:
+        steps = {"rampde_fx step": 6, "rampde_fx step of the backward": backward}
+        function(y, t).sum().backward()
+        with torch.profiler.profile() as profile:
+            function(y, t).sum().backward()
+    events = [event for event in profile.events() if event.name.startswith("rampde_fx step")]
+    assert {name: sum(event.name == name for event in events) for name in steps} == steps
+    assert all(any(child.name.startswith("aten::") for child in event.cpu_children) for event in events)
 
 
 def test_compensation_survives_the_optimiser():

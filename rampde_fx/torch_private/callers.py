@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,18 @@ def backward_under_way() -> int:
 def scope(name: str) -> contextlib.AbstractContextManager[Any]:
     """A range of this name in the profile that is being recorded; nothing where none is."""
     return torch.profiler.record_function(name) if _torch._profiler_enabled() else contextlib.nullcontext()
+
+
+def ranged(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
+    """The function of one argument, with a range of this name in a profile."""
+
+    def run(argument: Any) -> Any:
+        if not _torch._profiler_enabled():
+            return function(argument)
+        with torch.profiler.record_function(name):
+            return function(argument)
+
+    return run
 
 
 def no_compiled_autograd() -> contextlib.AbstractContextManager[None]:

@@ -19,6 +19,7 @@ _torch = Names(
 )
 autograd_function_apply = _torch.autograd_function_apply
 scan_op, while_loop_op = _torch.scan_op, _torch.while_loop_op
+LOOPS = (scan_op, while_loop_op)
 tag_activation_checkpoint = _torch.tag_activation_checkpoint
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ _torch = Names(
         "torch._inductor": "list_mode_options",
         "torch._inductor.config": ".",
         "torch._inductor.metrics": ".",
-        "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop",
+        "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop"
+        " PythonWrapperCodegen.define_subgraph_launcher_fn",
         "torch._inductor.compile_fx": "compile_fx_inner",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
         "torch._inductor.ir": "Pointwise",
@@ -99,10 +101,13 @@ def compile_graph(
     passes: LoweringPasses,
     replayable: Replayable | None,
     watch: Watch,
+    *,
+    has_ranges: bool = False,
 ) -> Callable[..., Any]:
     """Compile a graph with rewritten loops by one of torch's backends; Inductor applies passes of ours while it lowers.
 
-    The forward and the backward, which is compiled when it is first called, are watched each.
+    The forward and the backward, which is compiled when it is first called, are watched each. If the graph is to have
+    ranges, a profile shows each step of theirs: all loops are taken for ours.
 
     Inductor's own CUDA graphs leave loops out, and move what the host counts to the device. If loops are to be
     replayed, those that are replayable become CUDA graphs instead, and nothing else.
@@ -122,7 +127,7 @@ def compile_graph(
         patches[name] = _Lowering(ours, options.get(name, getattr(_torch.config, name)), replayable is not None)
     if replayable is not None:
         patches["triton.cudagraphs"] = False
-    inner = functools.partial(_compile_watched, watch, replayable)
+    inner = functools.partial(_compile_watched, watch, replayable, has_ranges)
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches, inner_compile=inner)
 
 
@@ -159,12 +164,15 @@ def is_setting(name: str) -> bool:
     return True
 
 
-def _compile_watched(watch: Watch, replayable: Replayable | None, *args: Any, **kwargs: Any) -> Any:
+def _compile_watched(watch: Watch, replayable: Replayable | None, has_ranges: bool, *args: Any, **kwargs: Any) -> Any:
     """Inductor's compilation of one graph, the backward's included, in which loops may be replayed."""
-    before = _torch.metrics.generated_kernel_count
-    with watch(kwargs.get("is_backward", False)) as told:
-        with _replaying(replayable) if replayable is not None else contextlib.nullcontext():
-            compiled = _torch.compile_fx_inner(*args, **kwargs)
+    before, is_backward = _torch.metrics.generated_kernel_count, kwargs.get("is_backward", False)
+    with watch(is_backward) as told, contextlib.ExitStack() as settings:
+        if replayable is not None:
+            settings.enter_context(_replaying(replayable))
+        if has_ranges:
+            settings.enter_context(_ranging(STEP_BACK if is_backward else STEP))
+        compiled = _torch.compile_fx_inner(*args, **kwargs)
         told(f"{_torch.metrics.generated_kernel_count - before} kernels")
     return compiled
 
@@ -177,6 +185,35 @@ def _replaying(replayable: Replayable) -> Iterator[None]:
             yield
     finally:
         _replays.reset(token)
+
+
+@contextlib.contextmanager
+def _ranging(name: str) -> Iterator[None]:
+    token = _range.set(name)
+    try:
+        with mock.patch.object(_torch.PythonWrapperCodegen, "define_subgraph_launcher_fn", _write_subgraph):
+            yield
+    finally:
+        _range.reset(token)
+
+
+STEP, STEP_BACK = "rampde_fx step", "rampde_fx step of the backward"  # in a profile
+_range: ContextVar[str] = ContextVar("the range of a step in the code that this thread compiles", default="")
+_write_plain_subgraph = _torch.define_subgraph_launcher_fn
+
+
+def _write_subgraph(wrapper: Any, name: str, code: Any) -> None:
+    """Write a function; the body of a loop without another one inside has a range."""
+    _write_plain_subgraph(wrapper, name, code)
+    if (
+        _range.get()
+        and re.search(r"while_loop_body_graph_[\d_]+$", name)
+        and "while should_loop" not in str(code.value)
+    ):
+        wrapper.subgraph_definitions.splice(
+            f"{name} = __import__('rampde_fx.torch_private.callers').torch_private.callers.ranged("
+            f"{name}, {_range.get()!r})"
+        )
 
 
 _replays: ContextVar[Replayable | None] = ContextVar("which loops this thread compiles to be replayed", default=None)
