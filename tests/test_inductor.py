@@ -65,7 +65,11 @@ def test_a_backward_that_is_repeated():
     rampde_fx.backward_counts(reset=True)
     agree(Steep(64), 1e-3 * (1 + torch.rand(16, 64)), torch.linspace(0, 1e-6, 4), 2.5e-3)
     (count,) = rampde_fx.backward_counts().values()
-    assert count.passes == count.repeated == 2 and count.overflowed == 0
+    assert count.passes == 2 and count.overflowed == 0
+    if torch.__version__ >= TorchVersion("2.13"):
+        assert count.repeated == 2
+    else:  # there Inductor leaves out roundings of products, and with them some of the overflows
+        assert count.repeated >= 1
 
 
 def test_equal_batch_sums_without_fullgraph():
@@ -209,7 +213,7 @@ class OwnLoop(nn.Module):
     ("make", "policy", "backward"),
     [
         (Euler, {"dtype": torch.float16}, 6),  # within a loop of attempts
-        (Euler, {"dtype": torch.bfloat16, "checkpoint": 3}, 12),  # and each step once more
+        (Euler, {"dtype": torch.bfloat16, "checkpoint": 3}, 10),  # and two of each three steps once more
         (OwnLoop, {"dtype": torch.float32}, None),
     ],
     ids=["scaled", "segments", "a loop of the user's"],
