@@ -1,7 +1,7 @@
 """Speed and memory of a training step, side by side with other packages.
 
 python -m tests.benchmarks --device cpu --quick             # five minutes on two cores
-python -m tests.benchmarks --device cpu --readme            # the four rows of the README, small and large, five minutes
+python -m tests.benchmarks --device cpu --readme            # the four rows of the README, small and large, ten minutes
 python -m tests.benchmarks --device cuda --jobs 4           # the cases of a GPU
 python -m tests.benchmarks --device cpu --scaling           # time and memory against steps, batch and width, drawn
 
