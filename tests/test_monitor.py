@@ -126,7 +126,7 @@ def test_nothing_is_in_the_graph_of_a_closed_monitor():
 
     model, y, t = RK4(), torch.randn(3, 5), torch.linspace(0, 1, 4)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inductor, "compile_graph", lambda _, graph, inputs, *__: backend(graph, inputs))
+        patched.setattr(inductor, "compile_graph", lambda _, graph, inputs, *__, **___: backend(graph, inputs))
         run = compiled(model, torch.float16)
         plain = gradients(run, model, y, t)
         with rampde_fx.monitor() as monitor:
