@@ -286,7 +286,7 @@ def rampde_fx(
             repetition.capture_in_full('options={"verify": True} runs the loop as it was captured')
         captured = graphs.copied(graph_module) if verifies and marked else None
         # The user's, which are no steps.
-        has_own_loops = any(node.target in higher_order.LOOPS for node in graphs.all_nodes(graph_module))
+        has_own_loops = marked and any(node.target in higher_order.LOOPS for node in graphs.all_nodes(graph_module))
         loops = rewrite(graph_module) if marked else []
         verification = None if captured is None else Verification(captured, rewrite, loops)
         has_host_loop = any(not loop.unrolled or loop.policy.adjoint_scaling is not None for loop in loops)

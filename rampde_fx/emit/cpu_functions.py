@@ -10,9 +10,8 @@ leaves small arguments few digits). It does not exceed 1, so that 1 - tanh^2 has
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import fx
@@ -50,10 +49,7 @@ class ReplaceTanh:
 def _written_out(graph: fx.Graph, x: fx.Node) -> fx.Node:
     """Nodes that compute tanh(x) in float32, in the dtype of x."""
 
-    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
-        node.meta["val"] = target(*fx.map_arg(args, graphs.value))
-        return node
+    call = partial(graphs.valued, graph)
 
     def polynomial(z: fx.Node, coefficients: tuple[float, ...]) -> fx.Node:
         found = call(aten.mul.Tensor, z, coefficients[-1])

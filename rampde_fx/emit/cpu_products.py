@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -90,9 +89,9 @@ def _replace(graph: fx.Graph, product: fx.Node, wide: dict[fx.Node, fx.Node]) ->
         for factor in product.all_input_nodes:
             _widen(graph, factor, wide)
         args, kwargs = fx.map_arg((product.args, product.kwargs), wide.__getitem__)
-        found = _call(graph, product.target, *args, **kwargs)
+        found = graphs.valued(graph, product.target, *args, **kwargs)
         if isinstance(graphs.value(product), torch.Tensor):
-            rounded = {product: _call(graph, ROUNDED, found, graphs.value(product).dtype)}
+            rounded = {product: graphs.valued(graph, ROUNDED, found, graphs.value(product).dtype)}
         else:
             rounded = {low: _rounded_item(graph, found, low) for low in product.users}
     for low, result in rounded.items():
@@ -110,20 +109,13 @@ def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> No
         wide[factor] = factor
     elif factor.target is torch.ops.aten.permute.default:
         _widen(graph, factor.args[0], wide)
-        wide[factor] = _call(graph, factor.target, wide[factor.args[0]], *factor.args[1:])
+        wide[factor] = graphs.valued(graph, factor.target, wide[factor.args[0]], *factor.args[1:])
     else:
-        wide[factor] = _call(graph, WIDENED, factor)
+        wide[factor] = graphs.valued(graph, WIDENED, factor)
 
 
 def _rounded_item(graph: fx.Graph, found: fx.Node, low: fx.Node) -> fx.Node:
     """What stands for one of several results, taken by low; an absent one is None."""
-    item = _call(graph, operator.getitem, found, low.args[1])
+    item = graphs.valued(graph, operator.getitem, found, low.args[1])
     value = graphs.value(low)
-    return _call(graph, ROUNDED, item, value.dtype) if isinstance(value, torch.Tensor) else item
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    known, named = fx.map_arg((args, kwargs), graphs.value)
-    node.meta["val"] = target(*known, **named)
-    return node
+    return graphs.valued(graph, ROUNDED, item, value.dtype) if isinstance(value, torch.Tensor) else item

@@ -39,6 +39,14 @@ def call(graph: fx.Graph, name: str, target: Any, *args: Any, **kwargs: Any) -> 
     return node
 
 
+def valued(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call of a function in a graph whose nodes have values ("val"), with its own."""
+    node: fx.Node = graph.call_function(target, args, kwargs)
+    known, named = fx.map_arg((args, kwargs), value)
+    node.meta["val"] = target(*known, **named)
+    return node
+
+
 def item(graph: fx.Graph, name: str, of: fx.Node, index: int) -> fx.Node:
     """A new node, named likewise, for one of the results of another one."""
     return call(graph, name, operator.getitem, of, index)

@@ -169,32 +169,24 @@ def _compile_watched(watch: Watch, replayable: Replayable | None, has_ranges: bo
     before, is_backward = _torch.metrics.generated_kernel_count, kwargs.get("is_backward", False)
     with watch(is_backward) as told, contextlib.ExitStack() as settings:
         if replayable is not None:
-            settings.enter_context(_replaying(replayable))
+            settings.enter_context(_writing("codegen_while_loop", _write_loop, _replays, replayable))
         if has_ranges:
-            settings.enter_context(_ranging(STEP_BACK if is_backward else STEP))
+            name = STEP_BACK if is_backward else STEP
+            settings.enter_context(_writing("define_subgraph_launcher_fn", _write_subgraph, _range, name))
         compiled = _torch.compile_fx_inner(*args, **kwargs)
         told(f"{_torch.metrics.generated_kernel_count - before} kernels")
     return compiled
 
 
 @contextlib.contextmanager
-def _replaying(replayable: Replayable) -> Iterator[None]:
-    token = _replays.set(replayable)
+def _writing(method: str, function: Any, variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Inductor's code is written by another method, which is told a value in this thread."""
+    token = variable.set(value)
     try:
-        with mock.patch.object(_torch.PythonWrapperCodegen, "codegen_while_loop", _write_loop):
+        with mock.patch.object(_torch.PythonWrapperCodegen, method, function):
             yield
     finally:
-        _replays.reset(token)
-
-
-@contextlib.contextmanager
-def _ranging(name: str) -> Iterator[None]:
-    token = _range.set(name)
-    try:
-        with mock.patch.object(_torch.PythonWrapperCodegen, "define_subgraph_launcher_fn", _write_subgraph):
-            yield
-    finally:
-        _range.reset(token)
+        variable.reset(token)
 
 
 STEP, STEP_BACK = "rampde_fx step", "rampde_fx step of the backward"  # in a profile

@@ -25,15 +25,25 @@ _ours: ContextVar[tuple[Any, ...]] = ContextVar("what packs tensors, but for tho
 @contextlib.contextmanager
 def no_saved_tensors_hooks() -> Iterator[None]:
     """The user's hooks on saved tensors are not for the tensors of a trace."""
-    taken = []
-    while (hooks := _torch._top_saved_tensors_default_hooks(True)) is not None:
-        taken.append(hooks)
-        _torch._pop_saved_tensors_default_hooks()
+    taken = _take_off(lambda pack: True)
     try:
         yield
     finally:
-        for pack, unpack in reversed(taken):
-            _torch._push_saved_tensors_default_hooks(pack, unpack)
+        _put_back(taken)
+
+
+def _take_off(is_meant: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
+    """The hooks on top that are meant, by what packs, the last ones first; they are off."""
+    taken = []
+    while (hooks := _torch._top_saved_tensors_default_hooks(True)) is not None and is_meant(hooks[0]):
+        taken.append(hooks)
+        _torch._pop_saved_tensors_default_hooks()
+    return taken
+
+
+def _put_back(taken: list[tuple[Any, Any]]) -> None:
+    while taken:
+        _torch._push_saved_tensors_default_hooks(*taken.pop())
 
 
 @contextlib.contextmanager
@@ -57,29 +67,23 @@ class _Taken(threading.local):
     def __init__(self) -> None:
         self.hooks: list[tuple[Any, Any]] = []
 
-    def push_back(self) -> None:
-        while self.hooks:
-            _torch._push_saved_tensors_default_hooks(*self.hooks.pop())
-
 
 _taken = _Taken()
 
 
 def _disable(*args: Any, **kwargs: Any) -> None:
     """Ours are taken off first; where others are left this raises."""
-    while (hooks := _torch._top_saved_tensors_default_hooks(True)) is not None and hooks[0] in _ours.get():
-        _torch._pop_saved_tensors_default_hooks()
-        _taken.hooks.append(hooks)
+    _taken.hooks += _take_off(lambda pack: pack in _ours.get())
     try:
         _Swap.of_torch["_saved_tensors_hooks_disable"](*args, **kwargs)
     except RuntimeError:
-        _taken.push_back()
+        _put_back(_taken.hooks)
         raise
 
 
 def _enable() -> None:
     _Swap.of_torch["_saved_tensors_hooks_enable"]()
-    _taken.push_back()
+    _put_back(_taken.hooks)
 
 
 class _Swap:

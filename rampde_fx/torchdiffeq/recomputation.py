@@ -206,17 +206,19 @@ class _Recomputed:
         states = [[next(leaves) for _ in range(size)] for size in self.sizes]
 
         def compare(tensor: torch.Tensor, number: int) -> None:
-            saved = self.saved[number]() if number < len(self.saved) else None
-            if saved is not None:
+            if (saved := self._alive(number)) is not None:
                 saved.compare(tensor, is_counted=memory_of(tensor) not in copied)
 
         found, again = self._in_any_way(states, compare)
-        for reference, value in zip(self.saved, again, strict=True):
-            saved_before = reference()
-            if saved_before is not None and value is not None:
-                saved_before.take(value)
+        for number, value in enumerate(again):
+            if value is not None and (saved := self._alive(number)) is not None:
+                saved.take(value)
         if self.then is not None:
             self.then(states, found)
+
+    def _alive(self, number: int) -> _Saved | None:
+        """The one of this number that the forward has saved, while something holds it."""
+        return self.saved[number]() if number < len(self.saved) else None
 
     def _in_any_way(self, states: list[State], compare: Compare) -> tuple[Any, list[_Saved | None]]:
         """The result of the forward and what it saves, whatever is kept of what this call has made."""
@@ -244,7 +246,7 @@ class _Recomputed:
             if len(again) in self.lasting:  # detached: what hooks hold must not hold their graph
                 tensors.append(tensor if is_of_leaf(tensor) else tensor.detach())
             saved = _Saved(tensor)
-            again.append(saved if len(again) < len(self.saved) and self.saved[len(again)]() is not None else None)
+            again.append(None if self._alive(len(again)) is None else saved)
             return saved
 
         with self.surroundings.again(self.keep):

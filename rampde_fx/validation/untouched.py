@@ -31,10 +31,11 @@ def untouched(function: Callable[..., Any]) -> Iterator[None]:
     registers = [held for module in modules for held in _registers(module)]
     # Dicts and sets last: their keys may hash by what is put back before.
     containers = sorted(found.containers, key=lambda held: base_of(held) not in (list, deque))
-    tensors = [*found.parameters(), *_buffers(modules), *(tensor for tensor, _ in found.tensors)]
+    buffers = list(_buffers(modules))
+    tensors = [*found.parameters(), *buffers, *(tensor for tensor, _ in found.tensors)]
     attributes += [attributes_of(tensor) for tensor in tensors]
     put_back: list[Callable[[], Any]] = [
-        *(partial(_write, x, value_of(x)) for x in (*_buffers(modules), *found.statistics()) if not x.is_inference()),
+        *(partial(_write, x, value_of(x)) for x in (*buffers, *found.statistics()) if not x.is_inference()),
         *putting_back(found.others),
         *(partial(_ask, leaf, leaf.requires_grad, leaf.grad) for leaf in tensors if leaf.is_leaf),
         *(partial(slot.put_back, slot.read()) for slot in found.slots),
@@ -71,9 +72,11 @@ def _ask(leaf: torch.Tensor, needs_gradient: bool, gradient: torch.Tensor | None
     if not leaf.is_leaf:  # it was changed in place; a view cannot leave its graph
         with contextlib.suppress(RuntimeError):
             leaf.detach_()
-    if leaf.is_leaf and leaf.requires_grad != needs_gradient:
+        if not leaf.is_leaf:
+            return
+    if leaf.requires_grad != needs_gradient:
         leaf.requires_grad_(needs_gradient)
-    if leaf.is_leaf and leaf.grad is not gradient:
+    if leaf.grad is not gradient:
         leaf.grad = gradient
 
 
