@@ -5,9 +5,10 @@ from __future__ import annotations
 from rampde_fx.emit.cpu_biases import SplitBiases
 from rampde_fx.emit.cpu_functions import ReplaceTanh
 from rampde_fx.emit.cpu_products import replace_products
+from rampde_fx.emit.native_steps import native
 from rampde_fx.torch_private.inductor import LoweringPasses
 
 
 def cpu_passes() -> LoweringPasses:
     """The passes for the CPU of this machine; they leave other devices alone."""
-    return LoweringPasses(before=(replace_products(), ReplaceTanh()), behind=(SplitBiases(),))
+    return LoweringPasses(before=(replace_products(), ReplaceTanh()), behind=(SplitBiases(),), code=native)

@@ -88,9 +88,10 @@ def scope(name: str) -> contextlib.AbstractContextManager[Any]:
 
 def ranged(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
     """The function of one argument, with a range of this name in a profile."""
+    profiles = _torch._profiler_enabled  # looked up once: it is asked in every step
 
     def run(argument: Any) -> Any:
-        if not _torch._profiler_enabled():
+        if not profiles():
             return function(argument)
         with torch.profiler.record_function(name):
             return function(argument)

@@ -32,6 +32,7 @@ _torch = Names(
         "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop"
         " PythonWrapperCodegen.define_subgraph_launcher_fn",
         "torch._inductor.compile_fx": "compile_fx_inner",
+        "torch._inductor.graph": "GraphLowering GraphLowering._compile_to_module_lines",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
         "torch._inductor.ir": "Pointwise",
         "torch._inductor.lowering": "register_lowering",
@@ -51,10 +52,12 @@ class LoweringPasses:
     Attributes:
         before: Before Inductor's own passes.
         behind: Behind them.
+        code: From the module in Python that Inductor writes to the one that is run.
     """
 
     before: Sequence[Any]
     behind: Sequence[Any]
+    code: Callable[[str], str]
 
 
 # Whether a loop with these condition and body may be replayed.
@@ -127,7 +130,9 @@ def compile_graph(
         patches[name] = _Lowering(ours, options.get(name, getattr(_torch.config, name)), replayable is not None)
     if replayable is not None:
         patches["triton.cudagraphs"] = False
-    inner = functools.partial(_compile_watched, watch, replayable, has_ranges)
+    # C++ that Inductor writes itself, and kernels with clocks of their own, stay as they are.
+    keeps_code = any(asks_for(name, options, mode) for name in ("cpp_wrapper", "cpp.enable_kernel_profile"))
+    inner = functools.partial(_compile_watched, watch, replayable, has_ranges, None if keeps_code else passes.code)
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches, inner_compile=inner)
 
 
@@ -164,26 +169,41 @@ def is_setting(name: str) -> bool:
     return True
 
 
-def _compile_watched(watch: Watch, replayable: Replayable | None, has_ranges: bool, *args: Any, **kwargs: Any) -> Any:
+def _compile_watched(
+    watch: Watch,
+    replayable: Replayable | None,
+    has_ranges: bool,
+    code: Callable[[str], str] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Inductor's compilation of one graph, the backward's included, in which loops may be replayed."""
     before, is_backward = _torch.metrics.generated_kernel_count, kwargs.get("is_backward", False)
     with watch(is_backward) as told, contextlib.ExitStack() as settings:
         if replayable is not None:
-            settings.enter_context(_writing("codegen_while_loop", _write_loop, _replays, replayable))
+            settings.enter_context(
+                _writing(_torch.PythonWrapperCodegen, "codegen_while_loop", _write_loop, _replays, replayable)
+            )
         if has_ranges:
             name = STEP_BACK if is_backward else STEP
-            settings.enter_context(_writing("define_subgraph_launcher_fn", _write_subgraph, _range, name))
+            settings.enter_context(
+                _writing(_torch.PythonWrapperCodegen, "define_subgraph_launcher_fn", _write_subgraph, _range, name)
+            )
+        if code is not None:
+            settings.enter_context(
+                _writing(_torch.GraphLowering, "_compile_to_module_lines", _load_module, _code, code)
+            )
         compiled = _torch.compile_fx_inner(*args, **kwargs)
         told(f"{_torch.metrics.generated_kernel_count - before} kernels")
     return compiled
 
 
 @contextlib.contextmanager
-def _writing(method: str, function: Any, variable: ContextVar[Any], value: Any) -> Iterator[None]:
+def _writing(writer: Any, method: str, function: Any, variable: ContextVar[Any], value: Any) -> Iterator[None]:
     """Inductor's code is written by another method, which is told a value in this thread."""
     token = variable.set(value)
     try:
-        with mock.patch.object(_torch.PythonWrapperCodegen, method, function):
+        with mock.patch.object(writer, method, function):
             yield
     finally:
         variable.reset(token)
@@ -206,6 +226,19 @@ def _write_subgraph(wrapper: Any, name: str, code: Any) -> None:
             f"{name} = __import__('rampde_fx.torch_private.callers').torch_private.callers.ranged("
             f"{name}, {_range.get()!r})"
         )
+
+
+_code: ContextVar[Callable[[str], str] | None] = ContextVar("what this thread makes of a module", default=None)
+_load_plain_module = _torch._compile_to_module_lines
+
+
+def _load_module(graph: Any, module: Any) -> Any:
+    """Load the module of a graph; its lines are not those of the nodes any more, if they are changed."""
+    change = _code.get()
+    changed = module.value if change is None else change(module.value)
+    if changed != module.value:
+        module.value, module.line_map = changed, []
+    return _load_plain_module(graph, module)
 
 
 _replays: ContextVar[Replayable | None] = ContextVar("which loops this thread compiles to be replayed", default=None)

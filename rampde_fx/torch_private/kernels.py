@@ -26,9 +26,12 @@ __all__ = ["StorageWeakRef"]
 
 def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     """An autograd kernel that computes without recording anything."""
+    mode: list[Any] = []  # what makes it, looked up once, and not when this package is imported
 
     def run(*args: Any) -> Any:
-        with _torch._AutoDispatchBelowAutograd():
+        if not mode:
+            mode.append(_torch._AutoDispatchBelowAutograd)
+        with mode[0]():
             return function(*args)
 
     return run

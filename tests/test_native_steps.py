@@ -1,0 +1,302 @@
+"""Steps in C++: what they compute, what they take, and which bodies stay in Python."""
+
+import itertools
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+import rampde_fx
+from rampde_fx.emit.native_steps import native
+from rampde_fx.torch_private import native_library
+
+KERNEL = """
+cpp_{name} = async_compile.cpp_pybinding([{types}], r'''
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C"  void  kernel({parameters})
+{{
+    for (int64_t i = 0; i < {count}; i += 1) {{ {body} }}
+}}
+''')
+"""
+SCALE = KERNEL.format(
+    name="scale",
+    types="'const float*', 'float*'",
+    parameters="const float* x, float* y",
+    count=6,
+    body="y[i] = 2 * x[i];",
+)
+ADD = KERNEL.format(
+    name="add",
+    types="'const float*', 'const float*', 'float*', 'const int64_t'",
+    parameters="const float* x, const float* y, float* z, const int64_t n",
+    count=4,
+    body="z[i] = x[i] + y[i] + n;",
+)
+BODY = """
+def while_loop_body_graph_0_0(args):
+    arg0_1, arg1_1, arg2_1, = args
+    args.clear()
+    assert_size_stride(arg0_1, (), (), 'input')
+    u0 = arg0_1.item()
+    buf0 = None
+    if not (u0 >= 0):
+        raise RuntimeError('u0 >= 0')
+    assert_size_stride(arg1_1, (2, 3), (3, 1), 'input')
+    assert_size_stride(arg2_1, (2, 3), (3, 1), 'input')
+    buf1 = empty_strided_cpu((2, 3), (3, 1), torch.float32)
+    cpp_scale(arg1_1, buf1)
+    buf2 = empty_strided_cpu((2, 2), (2, 1), torch.float32)
+    extern_kernels.mm(buf1, reinterpret_tensor(arg2_1, (3, 2), (1, 3), 0), out=buf2)
+    buf3 = reinterpret_tensor(buf1, (2, 2), (2, 1), 0); del buf1  # reuse
+    extern_kernels.mm(buf2, buf2, out=buf3)
+    buf4 = empty_strided_cpu((2, 2), (2, 1), torch.float32)
+    cpp_add(buf2, buf3, buf4, u0)
+    del buf2
+    del buf3
+    return (buf4, reinterpret_tensor(arg1_1, (3, ), (1, ), 3), arg2_1, )
+"""
+MODULE = SCALE + ADD + BODY
+
+
+def module_of(code):
+    """The names that Inductor's own module has, and those of the code."""
+    header = """
+import torch
+from torch._C._dynamo.guards import assert_size_stride, _empty_strided_cpu as empty_strided_cpu
+from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.select_algorithm import extern_kernels
+async_compile = AsyncCompile()
+"""
+    names = {}
+    exec(header + code + "\nasync_compile.wait(globals())", names)
+    return names
+
+
+@pytest.mark.inductor
+class TestRun:
+    def test_the_step_does_what_it_did_in_python(self):
+        written = native(MODULE)
+        assert "while_loop_body_graph_0_0_native(arg1_1, arg2_1, buf4, scratch, u0)" in written
+        x, weight = torch.randn(2, 3), torch.randn(2, 3)
+        results = [
+            module_of(code)["while_loop_body_graph_0_0"]([torch.tensor(3), x, weight]) for code in (MODULE, written)
+        ]
+        square = 2 * x @ weight.T
+        torch.testing.assert_close(results[1][0], square + square @ square + 3)
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        assert results[1][1].data_ptr() == x.data_ptr() + 3 * 4 and results[1][2] is weight
+
+    @pytest.mark.parametrize("shape", ["(2, ), (1, )", "(2, 2), (0, 1)", "(1, 2), (5, 1)"])
+    def test_a_product_and_a_sum(self, shape):
+        added = f"reinterpret_tensor(arg1_1, {shape}, 1)"
+        out = "alpha=1, beta=1, out=buf2"
+        code = MODULE.replace("mm(buf1,", f"addmm({added}, buf1,").replace("out=buf2", out)
+        x, weight = torch.randn(2, 3), torch.randn(2, 3)
+        assert "_native" in native(code)
+        got, *_ = module_of(native(code))["while_loop_body_graph_0_0"]([torch.tensor(3), x, weight])
+        square = x[0, 1:] + 2 * x @ weight.T
+        torch.testing.assert_close(got, square + square @ square + 3)
+
+    def test_what_python_refuses_is_refused(self):
+        step = module_of(native(MODULE))["while_loop_body_graph_0_0"]
+        with pytest.raises(RuntimeError, match="u0 >= 0"):
+            step([torch.tensor(-1), torch.ones(2, 3), torch.ones(2, 3)])
+        with pytest.raises(AssertionError, match="expected size"):
+            step([torch.tensor(1), torch.ones(3, 2), torch.ones(2, 3)])
+
+    def test_a_kernel_that_raises(self):
+        code = MODULE.replace("y[i] = 2 * x[i];", 'throw std::runtime_error("of the kernel");')
+        with pytest.raises(RuntimeError, match="of the kernel"):
+            module_of(native(code))["while_loop_body_graph_0_0"]([torch.tensor(1), torch.ones(2, 3), torch.ones(2, 3)])
+
+    def test_functions_of_a_library_check_what_they_get(self):
+        [step] = native_library.load_library([], ["step"], "static void step(char* x, int64_t n) {}")
+        step(torch.ones(1), 1)
+        with pytest.raises(RuntimeError, match="number of arguments"):
+            step(torch.ones(1))
+        with pytest.raises(TypeError):
+            step(torch.ones(1), "one")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_products_of_every_layout_and_size(self, dtype):
+        number = {torch.float32: "float", torch.float64: "double"}[dtype]
+        source = f"""static void multiply(
+    char* a, char* b, char* c, int64_t by_columns_a, int64_t by_columns_b, int64_t m, int64_t n, int64_t k,
+    int64_t lead_a, int64_t lead_b, int64_t lead_c, char* d, int64_t adds, int64_t row
+) {{
+    product<{number}>(by_columns_a, by_columns_b, m, n, k, reinterpret_cast<const {number}*>(a), lead_a,
+                      reinterpret_cast<const {number}*>(b), lead_b, reinterpret_cast<{number}*>(c), lead_c,
+                      adds ? reinterpret_cast<const {number}*>(d) : nullptr, row, 1);
+}}"""
+        [multiply] = native_library.load_library([], ["multiply"], source)
+        sizes = [0, 1, 2, 7, 33]
+        cases = itertools.product(sizes, sizes, sizes, (0, 1), (0, 1), (None, 0, 1))
+        for m, n, k, a_by_columns, b_by_columns, added_rows in cases:
+            wide = [torch.randn(*shape, dtype=dtype) for shape in ((m, k + 2), (k, n + 1))]
+            a, b = wide[0][:, :k], wide[1][:, :n]
+            given = [value.T.contiguous() if flag else value for value, flag in ((a, a_by_columns), (b, b_by_columns))]
+            added = torch.randn(m if added_rows else 1, n, dtype=dtype)
+            out = torch.full((m, n + 3), torch.nan, dtype=dtype)
+            multiply(
+                *(given[0], given[1], out, a_by_columns, b_by_columns, m, n, k),
+                *(given[0].stride(0) or 1, given[1].stride(0) or 1, n + 3),
+                *(added, added_rows is not None, n if added_rows else 0),
+            )
+            expected = a @ b if added_rows is None else a @ b + (added if added_rows else added[:1])
+            torch.testing.assert_close(out[:, :n], expected)
+            assert out[:, n:].isnan().all()
+
+
+class TestText:
+    def test_memory_is_used_again_and_results_have_their_own(self):
+        written = native(MODULE)
+        assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in written  # buf1, which buf3 is, and buf2
+        assert "buf4 = empty_strided_cpu((2, 2), (2, 1), torch.float32)" in written
+        later = MODULE.replace("mm(buf2, buf2, out=buf3)", "mm(buf2, buf3, out=buf5)").replace(
+            "    cpp_add(buf2, buf3, buf4, u0)",
+            "    cpp_add(buf5, buf5, buf4, u0)",
+        )
+        later = later.replace(
+            "    extern_kernels.mm(buf2, buf3",
+            "    cpp_scale(buf2, buf3)\n    buf6 = empty_strided_cpu((2, 2), (2, 1), torch.float32)\n"
+            "    cpp_scale(buf3, buf6)\n    buf5 = empty_strided_cpu((2, 2), (2, 1), torch.float32)\n"
+            "    extern_kernels.mm(buf6, buf6",
+        )
+        assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in native(later)  # four, of which two live
+
+    def test_kernels_that_only_steps_call_are_not_called_from_python(self):
+        assert "load_library([], ['while_loop_body_graph_0_0_native']" in native(MODULE)
+        assert "load_library(['cpp_add'], " in native(MODULE + "\ndef call(args):\n    cpp_add(*args)\n")
+
+    def test_sizes_that_are_symbols_are_computed_in_python(self):
+        code = MODULE.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
+        code = code.replace("(2, 2), (2, 1)", "(s0, 2), (2, 1)").replace("(2, 3), (3, 1)", "(s0, 3), (3, 1)")
+        written = native(code)
+        assert "buf2 = empty_strided_cpu((s0, 2), (2, 1), torch.float32)" in written
+        assert "while_loop_body_graph_0_0_native(arg1_1, buf1, arg2_1, buf2, buf4, s0, u0)" in written
+        assert "uint8" not in written
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("extern_kernels.mm(buf2, buf2, out=buf3)", "extern_kernels.bmm(buf2, buf2, out=buf3)"),
+            ("extern_kernels.mm(buf2, buf2, out=buf3)", "buf3 = torch.ops.aten.sort.default(buf2)"),
+            ("(3, 2), (1, 3), 0)", "(3, 2), (0, 1), 0)"),  # an expanded factor
+            ("(3, 2), (1, 3), 0)", "(3, 2), (6, 2), 0)"),
+            ("(2, 2), (2, 1), torch.float32", "(2, 2), (2, 1), torch.bfloat16"),
+            ("(2, 2), (2, 1), torch.float32", "(2, 2), (1, 2), torch.float32"),
+            ("mm(buf2, buf2, ", "addmm(arg0_1, buf2, buf2, alpha=1, beta=1, "),
+            ("mm(buf2, buf2, ", "addmm(arg1_1, buf2, buf2, alpha=1, beta=1, "),
+            ("mm(buf2, buf2, ", "addmm(buf2, buf2, buf2, alpha=2, beta=1, "),
+            ("buf0 = None", "u1 = buf2.item()"),
+            ("del buf2\n", "u1 = arg0_1.item()\n"),
+            ("if not (u0 >= 0)", "if not (buf4 >= 0)"),
+            ("buf4 = empty", "buf2 = empty"),
+            ("cpp_add(buf2, buf3, buf4, u0)", "cpp_add(buf2, buf3, buf4, u7)"),
+            ("cpp_add(buf2, buf3, buf4, u0)", "cpp_add(buf2, buf3, buf4)"),
+            ("cpp_add(buf2, buf3, buf4, u0)", "cpp_other(buf2, buf3, buf4, u0)"),
+            ("cpp_add(buf2, buf3, buf4, u0)", "cpp_add(buf2, buf9, buf4, u0)"),
+            ("    return (buf4", "    while u0:\n        pass\n    return (buf4"),
+            ("    return (buf4", "    return [buf4"),
+            ("mm(buf1, reinterpret_tensor(arg2_1, (3, 2), (1, 3), 0)", "mm(buf1, arg2_1"),
+        ],
+    )
+    def test_a_body_with_anything_else_stays_in_python(self, old, new):
+        assert old in MODULE
+        code = MODULE.replace(old, new).replace(
+            "arg2_1, )\n", "arg2_1, ]\n" if new.endswith("[buf4") else "arg2_1, )\n"
+        )
+        if "arg2_1" in new:
+            code = code.replace("    assert_size_stride(arg2_1, (2, 3), (3, 1), 'input')\n", "")
+        written = native(code)
+        assert "_native" not in written and code.split("def ")[1].strip() in written
+        assert "load_library(['cpp_scale'" in written
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ('extern "C"', 'static int counter;\nextern "C"'),
+            ('extern "C"', 'static int twice(int x)\n{\n    return 2 * x;\n}\nextern "C"'),
+            ("'const float*', 'float*'", "'const float*', 'PyObject'"),
+        ],
+    )
+    def test_a_kernel_that_is_more_than_one_function_stays_by_itself(self, old, new):
+        written = native(MODULE.replace(SCALE, SCALE.replace(old, new)))
+        assert "cpp_scale = async_compile" in written and "_native" not in written
+
+    def test_a_module_without_kernels_is_left_alone(self):
+        assert native(BODY) == BODY
+
+    def test_less_precise_products_are_not_taken_from_blas(self):
+        """Where a user asks torch for less precise products on the CPU, torch calls them."""
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("medium")
+            assert "_native" not in native(MODULE)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert "_native" in native(MODULE)
+
+    def test_no_blas_no_products(self, monkeypatch):
+        monkeypatch.setattr(native_library, "multiplies", lambda: False)
+        assert "_native" not in native(MODULE)
+
+
+class Flow(torch.nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).to(dtype)
+
+    def forward(self, y, t):
+        def velocity(t, y):
+            return self.layers(torch.cat([y, t.expand(y.shape[0], 1)], 1))
+
+        return rampde_fx.odeint(velocity, y, t, method="rk4")[-1].square().sum()
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "dynamic"),
+    [
+        (torch.float32, "step", False),
+        (torch.float64, "step", True),
+        (torch.float32, "sqrt", False),
+        (torch.bfloat16, "none", False),
+    ],
+)
+def test_compiled_loops(dtype, checkpoint, dynamic):
+    """Both bodies are in C++, and give what the compiler without any gives."""
+    torch.manual_seed(0)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    model, t = Flow(wide), torch.linspace(0, 1, 10, dtype=wide)
+    policy = rampde_fx.PrecisionPolicy(velocity=dtype, loop="scan", checkpoint=checkpoint)
+    found = []
+    for compiler in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        function = torch.compile(
+            rampde_fx.mixed_precision(model, policy=policy),
+            backend="rampde_fx",
+            options={"compiler": compiler},
+            dynamic=dynamic,
+        )
+        for batch in (5, 16) if dynamic else (5,):
+            y = torch.linspace(-1, 1, 3 * batch, dtype=wide).reshape(batch, 3).requires_grad_()
+            model.zero_grad()
+
+            def train(function=function, y=y):
+                loss = function(y, t)
+                loss.backward()
+                return loss
+
+            loss, codes = run_and_get_code(train)
+            found.append([loss, y.grad, *(p.grad.clone() for p in model.parameters())])
+            if compiler == "inductor" and batch == 5:
+                assert [code.count("_native(") for code in codes] == [2, {"sqrt": 4}.get(checkpoint, 2)]
+    half = len(found) // 2
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for expected, got in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(got, expected, **close)
