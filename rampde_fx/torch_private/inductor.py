@@ -34,8 +34,8 @@ _torch = Names(
         "torch._inductor.compile_fx": "compile_fx_inner",
         "torch._inductor.graph": "GraphLowering GraphLowering._compile_to_module_lines",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
-        "torch._inductor.ir": "Pointwise",
-        "torch._inductor.lowering": "register_lowering",
+        "torch._inductor.ir": "ExternKernel Pointwise Reduction",
+        "torch._inductor.lowering": "permute register_lowering",
         "torch._inductor.virtualized": "ops",
         "torch.utils.checkpoint": "_CachedTorchDispatchMode _CachingTorchDispatchMode",
     }
@@ -308,6 +308,49 @@ def lower_casts(widened: Any, rounded: Any) -> None:
     plain = {"type_promotion_kind": None}
     _torch.register_lowering(widened, **plain)(lambda x: lower(x, x.get_dtype(), torch.float32))
     _torch.register_lowering(rounded, **plain)(lambda x, dtype: lower(x, dtype, dtype))
+
+
+@functools.cache
+def lower_narrow_products(product: Any, narrow: int) -> None:
+    """Have Inductor write out products of matrices of which one has few rows or columns, as loops of its own.
+
+    A product of few summands is an expression for each entry, any other one a sum for each. The result is written along
+    what lies beside each other in the factors.
+    """
+    by_rows, by_columns = [1, 0], [0, 1]
+
+    def lower(left: Any, right: Any) -> Any:
+        left, right = (_torch.ExternKernel.realize_input(factor) for factor in (left, right))
+        (rows, inner), columns = left.get_size(), right.get_size()[1]
+        sums_rows = int(inner) > narrow and left.get_stride()[1] == 1
+        turned = int(columns) <= narrow < min(int(rows), int(inner)) and not sums_rows
+        if not turned:  # a copy may have any layout until it is asked for one
+            right = _torch.ExternKernel.require_stride_order(right, by_columns if sums_rows else by_rows)
+        load_left, load_right = left.make_loader(), right.make_loader()
+
+        def term(i: Any, j: Any, k: Any) -> Any:
+            return _torch.ops.mul(load_left([i, k]), load_right([k, j]))
+
+        device, dtype = left.get_device(), left.get_dtype()
+        if int(inner) <= narrow:
+
+            def entry(index: Any) -> Any:
+                return functools.reduce(_torch.ops.add, (term(index[0], index[1], k) for k in range(int(inner))))
+
+            return _torch.Pointwise.create(device=device, dtype=dtype, inner_fn=entry, ranges=[rows, columns])
+        found = _torch.Reduction.create(
+            device=device,
+            dst_dtype=dtype,
+            src_dtype=dtype,
+            inner_fn=lambda index, summed: term(index[turned], index[not turned], summed[0]),
+            ranges=[columns, rows] if turned else [rows, columns],
+            reduction_ranges=[inner],
+            reduction_type="sum",
+        )
+        found.realize()
+        return _torch.permute(found, [1, 0]) if turned else found
+
+    _torch.register_lowering(product, type_promotion_kind=None)(lower)
 
 
 def cpp_wrapper_calls_loops() -> bool:
