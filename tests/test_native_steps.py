@@ -1,13 +1,14 @@
 """Steps in C++: what they compute, what they take, and which bodies stay in Python."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
-from rampde_fx.emit.native_steps import native
+from rampde_fx.emit.native_code import native
 from rampde_fx.torch_private import native_library
 
 KERNEL = """
@@ -245,6 +246,136 @@ class TestText:
         assert "_native" not in native(MODULE)
 
 
+LOOP = """
+def while_loop_cond_graph_0_0(args):
+    other0_1, other1_1, other2_1, other3_1, = args
+    args.clear()
+    s1 = other3_1
+    assert_size_stride(other0_1, (), (), 'input')
+    buf0 = empty_strided_cpu((), (), torch.bool)
+    cpp_less(other0_1, buf0, s1)
+    del other0_1
+    return (buf0, )
+
+def while_loop_body_graph_0_0(args):
+    arg0_1, arg1_1, arg2_1, arg3_1, = args
+    args.clear()
+    s1 = arg3_1
+    assert_size_stride(arg0_1, (), (), 'input')
+    u0 = arg0_1.item()
+    if not (2*u0 < 2*s1 - 1):
+        raise RuntimeError('2*u0 < 2*s1 - 1')
+    assert_size_stride(arg1_1, (2, 2), (2, 1), 'input')
+    assert_size_stride(arg2_1, (8, ), (1, ), 'input')
+    buf1 = empty_strided_cpu((2, 2), (2, 1), torch.float32)
+    extern_kernels.mm(arg1_1, arg1_1, out=buf1)
+    buf10 = empty_strided_cpu((), (), torch.int64)
+    cpp_next(arg0_1, buf1, buf10, arg2_1, u0, 2*s1)
+    return (buf10, reinterpret_tensor(buf1, (2, 2), (2, 1), 0), arg2_1, )
+
+def call(args):
+    i, y, stack, primals_4, = args
+    buf6 = [None] * 3
+    buf6[0] = i
+    buf6[1] = y
+    buf6[2] = stack
+    while_loop_cond_graph_0_0_args = [buf6[0], buf6[1], buf6[2], primals_4]
+    (buf6_cond_result,) = while_loop_cond_graph_0_0(while_loop_cond_graph_0_0_args)
+    should_loop = buf6_cond_result
+    if not should_loop:
+        buf6[0] = i.clone()
+    while should_loop:
+
+        # subgraph: while_loop_body_graph_0_0
+        while_loop_body_graph_0_0_args = [buf6[0], buf6[1], buf6[2], primals_4]
+        (buf6[0], buf6[1], buf6[2]) = while_loop_body_graph_0_0(while_loop_body_graph_0_0_args)
+
+        # subgraph: while_loop_cond_graph_0_0
+        while_loop_cond_graph_0_0_args = [buf6[0], buf6[1], buf6[2], primals_4]
+        (buf6_cond_result,) = while_loop_cond_graph_0_0(while_loop_cond_graph_0_0_args)
+        should_loop = buf6_cond_result
+    return buf6
+"""
+LESS = KERNEL.format(
+    name="less",
+    types="'const int64_t*', 'bool*', 'const int64_t'",
+    parameters="const int64_t* x, bool* y, const int64_t n",
+    count=1,
+    body="y[i] = x[i] < n;",
+)
+NEXT = KERNEL.format(
+    name="next",
+    types="'const int64_t*', 'float*', 'int64_t*', 'float*', 'const int64_t', 'const int64_t'",
+    parameters="const int64_t* i0, float* y, int64_t* i1, float* stack, const int64_t u, const int64_t n",
+    count=1,
+    body="i1[0] = i0[0] + 1; y[0] += 0.5; stack[u] = y[3] + n;",
+)
+
+
+class TestLoops:
+    @pytest.mark.inductor
+    @pytest.mark.parametrize("steps", [0, 1, 2, 5])
+    def test_a_loop_does_what_it_did_in_python(self, steps):
+        code = LESS + NEXT + LOOP
+        assert "while_loop_body_graph_0_0_loop_native(arg0_1, arg1_1, " not in code
+        results = []
+        for text in (code, native(code)):
+            y = torch.tensor([[0.5, 0.25], [0.75, 0.1]])
+            given = [torch.tensor(0), y, torch.zeros(8), steps]
+            results.append(module_of(text)["call"](given))
+            assert given[1:3] == [] or torch.equal(y, torch.tensor([[0.5, 0.25], [0.75, 0.1]]))
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+        assert results[1][0] == steps
+
+    @pytest.mark.inductor
+    def test_what_a_step_checks_is_checked_in_every_step(self):
+        code = native(LESS + NEXT + LOOP.replace("2*u0 < 2*s1 - 1", "u0 < 3"))
+        with pytest.raises(RuntimeError, match="u0 < 3"):
+            module_of(code)["call"]([torch.tensor(0), torch.ones(2, 2), torch.zeros(8), 5])
+
+    @pytest.mark.inductor
+    def test_a_user_interrupts(self):
+        import _thread
+        import threading
+
+        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 1000000; j = j + 1) {}")
+        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        threading.Timer(0.5, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            call([torch.tensor(0), torch.ones(2, 2), torch.zeros(8), 10**9])
+
+    def test_while_a_profile_is_recorded_each_step_is_called_from_python(self):
+        assert re.search(r"^    if should_loop and not .*profiled\(\):$", native(LESS + NEXT + LOOP), re.MULTILINE)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("(buf10, reinter", "(arg0_1, reinter"),  # the number would be that of the first step
+            ("return (buf10, reinterpret_tensor(buf1, (2, 2), (2, 1), 0), arg2_1", "return (buf10, arg1_1, buf1"),
+            (
+                "reinterpret_tensor(buf1, (2, 2), (2, 1), 0), arg2_1",
+                "reinterpret_tensor(buf1, (2, 2), (1, 2), 0), arg2_1",
+            ),
+            ("2*s1)", "s1//2 + u0//2)"),
+            ("if not (2*u0 < 2*s1 - 1)", "if not (0 < 2*u0 < 2*s1 - 1)"),
+            ("if not (2*u0 < 2*s1 - 1)", "if (2*u0 < 2*s1 - 1)"),
+            ("buf10 = empty_strided_cpu((), (), torch.int64)", "buf10 = empty_strided_cpu((), (), torch.int32)"),
+            (
+                "    cpp_less(other0_1, buf0, s1)\n",
+                "    cpp_less(other0_1, buf0, s1)\n    cpp_less(other0_1, buf0, s1)\n",
+            ),
+            ("    return (buf0, )", "    return (other0_1, )"),
+            ("(buf6[0], buf6[1], buf6[2]) = while", "(buf6[0], buf6[2], buf6[1]) = while"),
+            ("    assert_size_stride(arg1_1, (2, 2), (2, 1), 'input')\n", ""),
+        ],
+    )
+    def test_any_other_loop_stays_in_python(self, old, new):
+        code = LESS + NEXT + LOOP
+        assert "_loop_native" in native(code) and old in code
+        assert "_loop_native" not in native(code.replace(old, new))
+
+
 class Flow(torch.nn.Module):
     def __init__(self, dtype):
         super().__init__()
@@ -295,7 +426,8 @@ def test_compiled_loops(dtype, checkpoint, dynamic):
             loss, codes = run_and_get_code(train)
             found.append([loss, y.grad, *(p.grad.clone() for p in model.parameters())])
             if compiler == "inductor" and batch == 5:
-                assert [code.count("_native(") for code in codes] == [2, {"sqrt": 4}.get(checkpoint, 2)]
+                counts = [len(re.findall(r"^static void \w+_loop_native\(", code, re.MULTILINE)) for code in codes]
+                assert counts == [1, 2 if checkpoint == "sqrt" else 1]
     half = len(found) // 2
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     for expected, got in zip(found[:half], found[half:], strict=True):

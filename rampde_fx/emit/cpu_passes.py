@@ -6,7 +6,7 @@ from rampde_fx.emit.cpu_biases import SplitBiases
 from rampde_fx.emit.cpu_functions import ReplaceTanh
 from rampde_fx.emit.cpu_narrow import replace_narrow_products
 from rampde_fx.emit.cpu_products import replace_products
-from rampde_fx.emit.native_steps import native
+from rampde_fx.emit.native_code import native
 from rampde_fx.torch_private.inductor import LoweringPasses
 
 

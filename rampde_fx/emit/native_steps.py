@@ -1,9 +1,7 @@
-"""Steps as one function in C++ each, and all kernels of a graph in one library, in what Inductor writes for a CPU.
+"""A step as one function in C++, in what Inductor writes for a CPU.
 
-Inductor calls every kernel and every product from Python, and has each kernel compiled by itself. A body of a loop that
-consists of kernels and products of matrices is written anew here: one call from Python runs all of it, in memory that
-one allocation takes. Any other body stays as it is. The C++ compiler runs once for a graph: reading its headers takes
-two seconds, a kernel a twentieth of one.
+Inductor calls every kernel and every product from Python. A body of a loop that consists of kernels and products of
+matrices is written anew here: one call from Python runs all of it, in memory that one allocation takes.
 """
 
 from __future__ import annotations
@@ -25,62 +23,20 @@ from rampde_fx.torch_private.wrapper_code import (
     Call,
     Function,
     Host,
-    Kernel,
     Product,
     Statement,
     UnreadError,
     View,
-    read_function,
-    read_kernels,
 )
 
 log = logging.getLogger(__name__)
 BODY = re.compile(r"(\w+_)?while_loop_body_graph_[\d_]+")
 ALIGNMENT = 64  # bytes, as of torch's own allocations
 NUMBER = {"torch.float32": "float", "torch.float64": "double"}  # of which products are called
-LOADER = "__import__('rampde_fx.torch_private.native_library').torch_private.native_library.load_library"
-
-
-def native(code: str) -> str:
-    """The module that Inductor wrote, with its kernels in one library, and bodies of loops in it where they can be."""
-    module = ast.parse(code)
-    kernels = read_kernels(module)
-    if not kernels:
-        return code
-    steps = list(_steps(module, kernels))
-    replaced = {kernel.lines: "" for kernel in kernels.values()} | {step.lines: step.host for step in steps}
-    rest = _replace(code, replaced)
-    called = [kernel for kernel in kernels.values() if re.search(rf"\b{kernel.name}\(", rest)]
-    names = [[function.name for function in functions] for functions in (called, steps)]
-    targets, source = ", ".join(itertools.chain(*names)), _source(kernels.values(), steps)
-    library = f"[{targets}] = {LOADER}({names[0]}, {names[1]}, r'''\n{source}\n''')"
-    return _replace(code, {**replaced, min(kernel.lines for kernel in kernels.values()): library})
-
-
-def _steps(module: ast.Module, kernels: dict[str, Kernel]) -> Iterable[Step]:
-    for statement in module.body:
-        if isinstance(statement, ast.FunctionDef) and BODY.fullmatch(statement.name):
-            try:
-                yield Step(read_function(statement, kernels))
-            except UnreadError as error:  # it stays in Python
-                log.debug("%s stays in Python: %s", statement.name, error)
-
-
-def _replace(code: str, texts: dict[tuple[int, int], str]) -> str:
-    lines, kept, begin = code.split("\n"), [], 0
-    for (first, last), text in sorted(texts.items()):
-        kept += [*lines[begin : first - 1], text]
-        begin = last
-    return "\n".join([*kept, *lines[begin:]])
-
-
-def _source(kernels: Iterable[Kernel], steps: Sequence[Step]) -> str:
-    includes = dict.fromkeys(line for kernel in kernels for line in kernel.includes)
-    return "\n".join([*includes, *(kernel.definition for kernel in kernels), *(step.source for step in steps)])
 
 
 @dataclass
-class _Storage:
+class Storage:
     """Memory of a parameter or of an allocation.
 
     Attributes:
@@ -95,10 +51,10 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Value:
+class Value:
     """A tensor in a storage, the whole of it or part; the texts of its sizes and strides, if known, and its offset."""
 
-    storage: _Storage
+    storage: Storage
     whole: bool
     size: tuple[str, ...] | None
     stride: tuple[str, ...] | None
@@ -109,8 +65,13 @@ class Step:
     """What a function in Python did, as one in C++ and one in Python that calls it.
 
     Attributes:
+        function: What was read.
         name: The name of the one in C++.
         source: It.
+        given: The tensors that it takes, by their names in Python.
+        numbers: The integers that it takes behind them: expressions in Python, and their names in C++.
+        allocations: Statements of Python that make those of its tensors that are no parameters, by their names.
+        results: What it returns.
         host: The one in Python.
         lines: Which lines of the module that replaces.
 
@@ -119,18 +80,34 @@ class Step:
     """
 
     def __init__(self, function: Function) -> None:
-        self.name, self.lines = f"{function.name}_native", function.lines
-        self._values: dict[str, _Value] = {}
-        self._numbers: dict[str, str] = {}  # in Python, and in C++
+        self.function, self.name, self.lines = function, f"{function.name}_native", function.lines
+        self._values: dict[str, Value] = {}
+        self.numbers: dict[str, str] = {}  # in Python, and in C++
         self._integers = {*function.parameters, *function.numbers}
         for name in function.parameters:
             shape = function.shapes.get(name, View(name))
-            self._values[name] = _Value(_Storage(name, None), True, _texts(shape.size), _texts(shape.stride))
+            self._values[name] = Value(Storage(name, None), True, _texts(shape.size), _texts(shape.stride))
         body = [line for at, statement in enumerate(function.statements) for line in self._write(at, statement)]
-        results = [self._value(view, len(function.statements)) for view in function.results]
-        tensors, scratch = self._place({id(result.storage) for result in results})
-        hosted = [statement.text for statement in function.statements if isinstance(statement, Host)]
-        self._finish(function, tensors, scratch, hosted, body, results)
+        self.results = [self._value(view, len(function.statements)) for view in function.results]
+        tensors, places = self._place({id(result.storage) for result in self.results})
+        used = [storage for storage in tensors if storage.uses[0] < len(function.statements)]
+        self.given = [*(storage.name for storage in used), *["scratch"] * bool(places)]
+        self.allocations = {storage.name: storage.allocation.text for storage in tensors if storage.allocation}
+        scratch = max((place + size for place, size in places.values()), default=0)
+        if places:
+            self.allocations["scratch"] = f"scratch = empty_strided_cpu(({scratch},), (1,), torch.uint8)"
+        memory = [f"char* const {name} = scratch + {place}L;" for name, (place, _) in places.items()]
+        parameters = [*(f"char* {name}" for name in self.given), *(f"int64_t {name}" for name in self.numbers.values())]
+        self.source = "\n    ".join([f"static void {self.name}({', '.join(parameters)}) {{", *memory, *body]) + "\n}"
+        self.host = host(
+            function.name,
+            [statement.text for statement in function.statements if isinstance(statement, Host)],
+            [
+                *self.allocations.values(),
+                f"{self.name}({', '.join([*self.given, *self.numbers])})",
+                returned(self.results),
+            ],
+        )
 
     def _write(self, at: int, statement: Statement) -> list[str]:
         """A statement in C++."""
@@ -138,7 +115,7 @@ class Step:
             case Allocate(name=name) | Bind(name=name) if name in self._values:
                 raise UnreadError(f"another {name}")
             case Allocate(name, size, stride):
-                self._values[name] = _Value(_Storage(name, statement), True, _texts(size), _texts(stride))
+                self._values[name] = Value(Storage(name, statement), True, _texts(size), _texts(stride))
             case Bind(name, view):
                 self._values[name] = self._value(view)
             case Call(kernel, args):
@@ -154,19 +131,19 @@ class Step:
                 return [self._product(*factors, self._value(out, at), sums)]
         return []
 
-    def _value(self, view: View, at: int | None = None) -> _Value:
+    def _value(self, view: View, at: int | None = None) -> Value:
         """What a view is of, used by a statement."""
         if view.name not in self._values:
             raise UnreadError(f"{view.name} is not a tensor")
         value = self._values[view.name]
         if view.offset is not None:
             offsets = [text for text in (value.offset, ast.unparse(view.offset)) if text != "0"]
-            value = _Value(value.storage, False, _texts(view.size), _texts(view.stride), " + ".join(offsets) or "0")
+            value = Value(value.storage, False, _texts(view.size), _texts(view.stride), " + ".join(offsets) or "0")
         if at is not None:
             value.storage.uses.append(at)
         return value
 
-    def _pointer(self, value: _Value, kind: str) -> str:
+    def _pointer(self, value: Value, kind: str) -> str:
         return f"reinterpret_cast<{kind}>({value.storage.name}) + {self._integer(value.offset)}"
 
     def _number(self, arg: ast.expr, kind: str) -> str:
@@ -180,9 +157,9 @@ class Step:
             return f"{text}L"
         if not {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} <= self._integers:
             raise UnreadError(f"{text} is not known before the step")
-        return self._numbers.setdefault(text, f"number{len(self._numbers)}")
+        return self.numbers.setdefault(text, f"number{len(self.numbers)}")
 
-    def _product(self, left: _Value, right: _Value, out: _Value, added: _Value | None) -> str:
+    def _product(self, left: Value, right: Value, out: Value, added: Value | None) -> str:
         """A product of matrices as a call of BLAS."""
         number = NUMBER.get(out.storage.allocation.dtype) if out.storage.allocation else None
         if number is None or not native_library.multiplies():
@@ -201,7 +178,7 @@ class Step:
         given = [*flags, *sizes, *factors, *self._added(added, rows, columns, kinds[0])]
         return f"product<{number}>({', '.join(given)});"
 
-    def _added(self, added: _Value | None, rows: str, columns: str, kind: str) -> list[str]:
+    def _added(self, added: Value | None, rows: str, columns: str, kind: str) -> list[str]:
         """What is added to a product, and how far apart its rows and its columns are."""
         if added is None:
             return ["nullptr", "0L", "0L"]
@@ -215,7 +192,7 @@ class Step:
             raise UnreadError(f"the shape of {added.storage.name}")
         return [self._pointer(added, kind), *map(self._integer, steps)]
 
-    def _leading(self, value: _Value) -> tuple[bool, str]:
+    def _leading(self, value: Value) -> tuple[bool, str]:
         """Whether a matrix is stored by columns, and how far apart two of these, or of its rows, are."""
         if value.size is None or value.stride is None or len(value.size) != 2:
             raise UnreadError(f"the shape of {value.storage.name}")
@@ -231,8 +208,8 @@ class Step:
                 return transposed, lead
         raise UnreadError(f"the strides of {value.storage.name}")
 
-    def _place(self, results: set[int]) -> tuple[list[_Storage], dict[str, int]]:
-        """Storages that are tensors in Python, and where the others are in the scratch memory.
+    def _place(self, results: set[int]) -> tuple[list[Storage], dict[str, tuple[int, int]]]:
+        """Storages that are tensors in Python; where the others are in the scratch memory, and how large each place is.
 
         A storage takes the place of one that is not used any more, if it fits. The sizes of some are symbols: each of
         these is a tensor.
@@ -248,36 +225,20 @@ class Step:
             fitting = [slot for slot in free if slot[0] >= count and slot[2] < storage.uses[0]]
             size, place, _ = min(fitting, default=(count, end, -1))
             free = [slot for slot in free if slot[1] != place] + [(size, place, storage.uses[-1])]
-            places[storage.name] = place
+            places[storage.name] = place, size
             end = max(end, place + size)
-        return tensors, places | {"": end}
+        return tensors, places
 
-    def _finish(
-        self,
-        function: Function,
-        tensors: Sequence[_Storage],
-        places: dict[str, int],
-        hosted: Sequence[str],
-        body: Sequence[str],
-        results: Sequence[_Value],
-    ) -> None:
-        used = [storage for storage in tensors if any(at < len(function.statements) for at in storage.uses)]
-        scratch = places.pop("")
-        given = [*(storage.name for storage in used), *["scratch"] * bool(places)]
-        parameters = [*(f"char* {name}" for name in given), *(f"int64_t {name}" for name in self._numbers.values())]
-        memory = [f"char* const {name} = scratch + {place}L;" for name, place in places.items()]
-        self.source = "\n    ".join([f"static void {self.name}({', '.join(parameters)}) {{", *memory, *body]) + "\n}"
-        allocations = [storage.allocation.text for storage in tensors if storage.allocation]
-        if places:
-            allocations.append(f"scratch = empty_strided_cpu(({scratch},), (1,), torch.uint8)")
-        returned = ", ".join(map(_result, results))
-        host = [
-            *(line for text in hosted for line in text.split("\n")),
-            *allocations,
-            f"{self.name}({', '.join([*given, *self._numbers])})",
-            f"return ({returned}{',' * bool(results)})",
-        ]
-        self.host = "\n    ".join([f"def {function.name}(args):", *host])
+
+def host(name: str, *texts: Iterable[str]) -> str:
+    """A function of args in Python."""
+    lines = [line for text in itertools.chain(*texts) for line in text.split("\n")]
+    return "\n    ".join([f"def {name}(args):", *lines])
+
+
+def returned(results: Sequence[Value]) -> str:
+    """Give the results."""
+    return f"return ({', '.join(map(_result, results))}{',' * bool(results)})"
 
 
 def _texts(values: Sequence[ast.expr] | None) -> tuple[str, ...] | None:
@@ -297,7 +258,7 @@ def _bytes(allocation: Allocate | None) -> int | None:
     return -(-entries * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
-def _result(value: _Value) -> str:
+def _result(value: Value) -> str:
     """A tensor in Python."""
     if value.whole:
         return value.storage.name

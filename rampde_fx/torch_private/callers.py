@@ -83,7 +83,12 @@ def backward_under_way() -> int:
 
 def scope(name: str) -> contextlib.AbstractContextManager[Any]:
     """A range of this name in the profile that is being recorded; nothing where none is."""
-    return torch.profiler.record_function(name) if _torch._profiler_enabled() else contextlib.nullcontext()
+    return torch.profiler.record_function(name) if profiled() else contextlib.nullcontext()
+
+
+def profiled() -> bool:
+    """Whether a profile is being recorded."""
+    return bool(_torch._profiler_enabled())
 
 
 def ranged(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:

@@ -25,6 +25,7 @@ _HEADERS = """
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <stdexcept>
 #include <tuple>
@@ -54,6 +55,18 @@ static void product(bool left_by_columns, bool right_by_columns, int64_t rows, i
     if (rows && columns && inner)  // BLAS writes by columns: the transposed product
         gemm(right_by_columns ? "T" : "N", left_by_columns ? "T" : "N", &columns, &rows, &inner, &one,
              right, &right_lead, left, &left_lead, &kept, out, &out_lead);
+}
+"""
+_SIGNALS = """
+// Ten times a second: whether the user interrupts.
+static void check_signals(std::chrono::steady_clock::time_point& last) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(100)) return;
+    last = now;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool interrupted = PyErr_CheckSignals();
+    PyGILState_Release(state);
+    if (interrupted) throw std::runtime_error("interrupted");
 }
 """
 _BINDINGS = """
@@ -126,7 +139,7 @@ def load_library(kernels: Sequence[str], steps: Sequence[str], source: str) -> l
     Args:
         kernels: Names of those that fill buffers.
         steps: Names of those that may take long, while other threads run Python.
-        source: All of them, and what they call, but products.
+        source: All of them, and what they call, but products and check_signals.
 
     Returns:
         Functions of tensors and numbers, in that order.
@@ -134,7 +147,12 @@ def load_library(kernels: Sequence[str], steps: Sequence[str], source: str) -> l
     functions = [f"FROM_PYTHON({name}, false)," for name in kernels] + [f"FROM_PYTHON({name}, true)," for name in steps]
     includes, definitions = _apart(source)
     text = (
-        includes + _HEADERS + _PRODUCT + definitions + _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
+        includes
+        + _HEADERS
+        + _PRODUCT
+        + _SIGNALS
+        + definitions
+        + _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
     )
     # A header that is compiled before takes longer to make than it saves: this runs once for a graph.
     with _torch.config.patch(cpp_cache_precompile_headers=False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 _KERNEL = re.compile(r'((?:\s*#include[^\n]*\n)*)\s*extern "C"\s+void\s+kernel(\(.*)', re.DOTALL)
@@ -114,7 +114,8 @@ class Function:
         statements: All but the last.
         results: What it returns.
         shapes: Sizes and strides that are asserted of parameters.
-        numbers: The integers that it has from parameters.
+        items: The integers that it reads from tensors, and from which parameters.
+        symbols: The integers that are parameters by another name.
         lines: The first and the last one.
     """
 
@@ -124,7 +125,13 @@ class Function:
     statements: list[Statement] = field(default_factory=list)
     results: tuple[View, ...] = ()
     shapes: dict[str, View] = field(default_factory=dict)
-    numbers: set[str] = field(default_factory=set)
+    items: dict[str, str] = field(default_factory=dict)
+    symbols: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> set[str]:
+        """All integers that have a name of their own."""
+        return {*self.items, *self.symbols}
 
 
 def read_kernels(module: ast.Module) -> dict[str, Kernel]:
@@ -164,6 +171,53 @@ def read_function(definition: ast.FunctionDef, kernels: dict[str, Kernel]) -> Fu
         case _:
             raise UnreadError(ast.unparse(last))
     return found
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop that calls a body until a condition is false.
+
+    Attributes:
+        body: The name of the body.
+        condition: That of the condition.
+        carried: What the body gives, in the order of its first parameters.
+        args: What both take.
+        line: Where it begins.
+        indent: How far it is indented.
+    """
+
+    body: str
+    condition: str
+    carried: tuple[str, ...]
+    args: tuple[str, ...]
+    line: int
+    indent: int
+
+
+def read_loops(module: ast.Module) -> Iterator[Loop]:
+    """The loops of a module, those in bodies of loops too."""
+    for statement in ast.walk(module):
+        match statement:
+            case ast.While(
+                test=ast.Name(id=flag),
+                body=[
+                    ast.Assign(targets=[ast.Name(id=given)], value=ast.List(elts=args)),
+                    ast.Assign(
+                        targets=[ast.Tuple(elts=carried)],
+                        value=ast.Call(func=ast.Name(id=body), args=[ast.Name(id=taken)], keywords=[]),
+                    ),
+                    ast.Assign(targets=[ast.Name(id=asked)], value=ast.List(elts=condition_args)),
+                    ast.Assign(
+                        targets=[ast.Tuple(elts=[ast.Name(id=result)])],
+                        value=ast.Call(func=ast.Name(id=condition), args=[ast.Name(id=told)], keywords=[]),
+                    ),
+                    ast.Assign(targets=[ast.Name(id=next_flag)], value=ast.Name(id=decided)),
+                ],
+                orelse=[],
+            ) if (flag, given, asked, result) == (next_flag, taken, told, decided) and flag == "should_loop":
+                texts = [tuple(map(ast.unparse, values)) for values in (carried, args, condition_args)]
+                if texts[1] == texts[2] and texts[1][: len(carried)] == texts[0]:
+                    yield Loop(body, condition, texts[0], texts[1], statement.lineno, statement.col_offset)
 
 
 def _read(statement: ast.stmt, function: Function, kernels: dict[str, Kernel]) -> Statement:
@@ -228,10 +282,10 @@ def _stays(statement: ast.stmt, function: Function) -> bool:
             _parameters(function, [name])
             if any(isinstance(earlier, Call | Product) for earlier in function.statements):
                 raise UnreadError("a number that is read behind the first kernel")
-            function.numbers.add(number)
+            function.items[number] = name
         case ast.Assign(targets=[ast.Name(id=number)], value=ast.Name(id=name)) if _SYMBOL.fullmatch(number):
             _parameters(function, [name])
-            function.numbers.add(number)
+            function.symbols[number] = name
         case ast.If(test=test, body=[ast.Raise()], orelse=[]):
             _parameters(function, [node.id for node in ast.walk(test) if isinstance(node, ast.Name)])
         case _:

@@ -1,0 +1,85 @@
+"""What Inductor writes for a graph on a CPU, with its kernels in one library, and its loops in C++ where they can be.
+
+Inductor has each kernel compiled by itself. Here the C++ compiler runs once for a graph: reading its headers takes two
+seconds, a kernel a twentieth of one. A loop that consists of kernels and products of matrices is one function in that
+library (native_loops.py), and so is a body (native_steps.py) whose loop is not. Whatever else stands there stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from rampde_fx.emit.native_loops import NativeLoop
+from rampde_fx.emit.native_steps import Step
+from rampde_fx.torch_private.wrapper_code import Kernel, UnreadError, read_function, read_kernels, read_loops
+
+log = logging.getLogger(__name__)
+LIBRARY = "__import__('rampde_fx.torch_private.native_library').torch_private.native_library"
+BODY = re.compile(r"(\w+_)?while_loop_body_graph_[\d_]+")
+
+
+def native(code: str) -> str:
+    """The module that Inductor wrote, with its kernels in one library, and its loops in it where they can be."""
+    module = ast.parse(code)
+    kernels = read_kernels(module)
+    if not kernels:
+        return code
+    steps = {step.function.name: step for step in _steps(module, kernels)}
+    loops = list(_loops(module, kernels, steps))
+    hosts = {name: step.host for name, step in steps.items()}
+    for name, (loop, _) in loops:
+        hosts[name] = f"{hosts[name]}\n\n{loop.host}"
+    replaced = {kernel.lines: "" for kernel in kernels.values()}
+    replaced |= {step.lines: hosts[name] for name, step in steps.items()}
+    replaced |= {(line, line - 1): loop.call for _, (loop, line) in loops}  # before a line, none is replaced
+    rest = _replace(code, replaced)
+    called = [kernel.name for kernel in kernels.values() if re.search(rf"\b{kernel.name}\(", rest)]
+    native_loops = [loop for _, (loop, _) in loops]
+    functions: list[Step | NativeLoop] = [*steps.values(), *native_loops]
+    targets, names = [*called, *(function.name for function in functions)], [function.name for function in functions]
+    source = _source(kernels.values(), [function.source for function in functions])
+    library = f"[{', '.join(targets)}] = {LIBRARY}.load_library({called}, {names}, r'''\n{source}\n''')"
+    return _replace(code, {**replaced, min(kernel.lines for kernel in kernels.values()): library})
+
+
+def _steps(module: ast.Module, kernels: dict[str, Kernel]) -> Iterator[Step]:
+    for statement in module.body:
+        if isinstance(statement, ast.FunctionDef) and BODY.fullmatch(statement.name):
+            try:
+                yield Step(read_function(statement, kernels))
+            except UnreadError as error:  # it stays in Python
+                log.debug("%s stays in Python: %s", statement.name, error)
+
+
+def _loops(
+    module: ast.Module, kernels: dict[str, Kernel], steps: dict[str, Step]
+) -> Iterator[tuple[str, tuple[NativeLoop, int]]]:
+    """For each loop the name of its body, what it becomes, and its line."""
+    functions = {statement.name: statement for statement in module.body if isinstance(statement, ast.FunctionDef)}
+    found = list(read_loops(module))
+    for loop in found:
+        if loop.body not in steps or loop.condition not in functions:
+            continue
+        try:
+            if sum(other.body == loop.body for other in found) > 1:
+                raise UnreadError("two loops with one body")
+            condition = read_function(functions[loop.condition], kernels)
+            yield loop.body, (NativeLoop(loop, steps[loop.body], condition), loop.line)
+        except UnreadError as error:
+            log.debug("the loop of %s stays in Python: %s", loop.body, error)
+
+
+def _replace(code: str, texts: dict[tuple[int, int], str]) -> str:
+    lines, kept, begin = code.split("\n"), [], 0
+    for (first, last), text in sorted(texts.items()):
+        kept += [*lines[begin : first - 1], text]
+        begin = last
+    return "\n".join([*kept, *lines[begin:]])
+
+
+def _source(kernels: Iterable[Kernel], functions: Sequence[str]) -> str:
+    includes = dict.fromkeys(line for kernel in kernels for line in kernel.includes)
+    return "\n".join([*includes, *(kernel.definition for kernel in kernels), *functions])
