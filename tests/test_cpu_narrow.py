@@ -98,6 +98,8 @@ def replaced(a, b, mode=None):
         ((0, 40), (40, 40), False),
         ((2**10, 8), (8, 2**7 - 1), True),
         ((2**10, 8), (8, 2**7), False),
+        ((8, 1024), (1024, 9), True),
+        ((8, 1025), (1025, 9), False),
     ],
 )
 def test_sizes(a, b, expected):

@@ -1,14 +1,18 @@
 """Steps in C++: what they compute, what they take, and which bodies stay in Python."""
 
+import _thread
 import itertools
 import re
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
-from rampde_fx.emit.native_code import native
+from rampde_fx.emit import native_code
 from rampde_fx.torch_private import native_library
 
 KERNEL = """
@@ -58,6 +62,12 @@ def while_loop_body_graph_0_0(args):
     return (buf4, reinterpret_tensor(arg1_1, (3, ), (1, ), 3), arg2_1, )
 """
 MODULE = SCALE + ADD + BODY
+
+
+def native(code):
+    """The text of a module that is written anew, or the same."""
+    written = native_code.native(code)
+    return code if written is None else written.text
 
 
 def module_of(code):
@@ -113,8 +123,59 @@ class TestRun:
         with pytest.raises(RuntimeError, match="of the kernel"):
             module_of(native(code))["while_loop_body_graph_0_0"]([torch.tensor(1), torch.ones(2, 3), torch.ones(2, 3)])
 
+    def test_a_kernel_that_raises_what_is_no_exception(self):
+        code = MODULE.replace("y[i] = 2 * x[i];", "throw 5;")
+        with pytest.raises(RuntimeError, match="unknown error"):
+            module_of(native(code))["while_loop_body_graph_0_0"]([torch.tensor(1), torch.ones(2, 3), torch.ones(2, 3)])
+
+    @pytest.mark.parametrize("lead", [2**31, 2**32 + 3])
+    def test_sizes_that_blas_cannot_read(self, lead):
+        """The rows of a factor lie further apart than an integer of 32 bits says."""
+        source = """static void multiply(char* a, char* b, char* c, int64_t lead) {
+    product<float>(false, false, 2, 2, 2, reinterpret_cast<const float*>(a), lead,
+                   reinterpret_cast<const float*>(b), 2, reinterpret_cast<float*>(c), 2, nullptr, 0, 0);
+}"""
+        [multiply] = native_library.load_library(["multiply"], source)
+        a = torch.empty(lead + 2)  # pages that nothing touches take no memory
+        a[:2], a[lead:] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+        b, out = torch.tensor([[5.0, 6.0], [7.0, 8.0]]), torch.full((2, 2), torch.nan)
+        multiply(a, b, out, lead)
+        assert torch.equal(out, torch.tensor([[19.0, 22.0], [43.0, 50.0]]))
+
+    def test_a_library_that_is_loaded_where_blas_is_not(self, monkeypatch):
+        """Of a cache that another build of torch filled: the sums are written out."""
+        text = native(MODULE)
+        monkeypatch.setattr(native_library, "_gemms", lambda: None)
+        x, weight = torch.randn(2, 3), torch.randn(2, 3)
+        got, *_ = module_of(text)["while_loop_body_graph_0_0"]([torch.tensor(3), x, weight])
+        square = 2 * x @ weight.T
+        torch.testing.assert_close(got, square + square @ square + 3)
+
+    def test_kernels_run_one_at_a_time(self):
+        """They share a flag of the process, by which an integer that is divided by zero is told."""
+        body = (
+            'static std::atomic<int> inside{0}; if (inside++) throw std::runtime_error("two kernels");'
+            " for (volatile int j = 0; j < 20000; j = j + 1) {} y[i] = x[i]; --inside;"
+        )
+        step = module_of(native(MODULE.replace("y[i] = 2 * x[i];", body)))["while_loop_body_graph_0_0"]
+        failures = []
+
+        def run():
+            try:
+                for _ in range(200):
+                    step([torch.tensor(1), torch.ones(2, 3), torch.ones(2, 3)])
+            except RuntimeError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+
     def test_functions_of_a_library_check_what_they_get(self):
-        [step] = native_library.load_library([], ["step"], "static void step(char* x, int64_t n) {}")
+        [step] = native_library.load_library(["step"], "static void step(char* x, int64_t n) {}")
         step(torch.ones(1), 1)
         with pytest.raises(RuntimeError, match="number of arguments"):
             step(torch.ones(1))
@@ -132,7 +193,7 @@ class TestRun:
                       reinterpret_cast<const {number}*>(b), lead_b, reinterpret_cast<{number}*>(c), lead_c,
                       adds ? reinterpret_cast<const {number}*>(d) : nullptr, row, 1);
 }}"""
-        [multiply] = native_library.load_library([], ["multiply"], source)
+        [multiply] = native_library.load_library(["multiply"], source)
         sizes = [0, 1, 2, 7, 33]
         cases = itertools.product(sizes, sizes, sizes, (0, 1), (0, 1), (None, 0, 1))
         for m, n, k, a_by_columns, b_by_columns, added_rows in cases:
@@ -169,8 +230,8 @@ class TestText:
         assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in native(later)  # four, of which two live
 
     def test_kernels_that_only_steps_call_are_not_called_from_python(self):
-        assert "load_library([], ['while_loop_body_graph_0_0_native']" in native(MODULE)
-        assert "load_library(['cpp_add'], " in native(MODULE + "\ndef call(args):\n    cpp_add(*args)\n")
+        assert "load_library(['while_loop_body_graph_0_0_native']" in native(MODULE)
+        assert "load_library(['cpp_add', 'while" in native(MODULE + "\ndef call(args):\n    cpp_add(*args)\n")
 
     def test_sizes_that_are_symbols_are_computed_in_python(self):
         code = MODULE.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
@@ -231,15 +292,31 @@ class TestText:
     def test_a_module_without_kernels_is_left_alone(self):
         assert native(BODY) == BODY
 
-    def test_less_precise_products_are_not_taken_from_blas(self):
-        """Where a user asks torch for less precise products on the CPU, torch calls them."""
+    @pytest.mark.parametrize("precision", ["medium", "high", "highest"])
+    def test_less_precise_products_are_not_taken_from_blas(self, precision):
+        """Where a user asks torch for products in bfloat16 on the CPU, torch calls them."""
         before = torch.get_float32_matmul_precision()
         try:
-            torch.set_float32_matmul_precision("medium")
-            assert "_native" not in native(MODULE)
+            torch.set_float32_matmul_precision(precision)
+            assert ("_native" in native(MODULE)) == (precision != "medium")
         finally:
             torch.set_float32_matmul_precision(before)
-        assert "_native" in native(MODULE)
+
+    def test_settings_that_torch_does_not_mix(self):
+        """Of these torch's older question for the precision of products is an error."""
+        code = "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        code += "from rampde_fx.torch_private import native_library; assert native_library.multiplies()"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_lines_that_are_counted_otherwise(self):
+        assert native_code.native(MODULE + "# \r\n") is None
+
+    def test_whatever_fails_leaves_the_module_as_it_is(self, monkeypatch, caplog):
+        broken = MODULE.replace("y[i] = 2 * x[i];", "no C++")
+        assert native_code.native_or_kept(broken) == broken
+        monkeypatch.setattr(native_code, "read_kernels", lambda module: 1 / 0)
+        assert native_code.native_or_kept(MODULE) == MODULE
+        assert [record.levelname for record in caplog.records if "is kept" in record.message] == ["WARNING"] * 2
 
     def test_no_blas_no_products(self, monkeypatch):
         monkeypatch.setattr(native_library, "multiplies", lambda: False)
@@ -336,9 +413,6 @@ class TestLoops:
 
     @pytest.mark.inductor
     def test_a_user_interrupts(self):
-        import _thread
-        import threading
-
         slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 1000000; j = j + 1) {}")
         call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
         threading.Timer(0.5, _thread.interrupt_main).start()

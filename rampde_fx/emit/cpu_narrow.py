@@ -24,6 +24,7 @@ from rampde_fx.torch_private import inductor
 aten = torch.ops.aten
 NARROW = 8  # rows, columns or summands, which Inductor writes one by one
 FEW = 2**20  # multiplications
+LONG = 1024  # summands, of which BLAS has more exact sums: it adds them in blocks
 DTYPES = (torch.float32, torch.float64)
 
 operators.library.define("narrow_product(Tensor left, Tensor right) -> Tensor")
@@ -37,11 +38,13 @@ class ReplaceNarrowProducts:
 
     Attributes:
         narrow: A product is replaced that has at most as many rows, columns or summands,
-        few: And fewer multiplications.
+        few: And fewer multiplications,
+        long: And at most as many summands.
     """
 
     narrow: int = NARROW
     few: int = FEW
+    long: int = LONG
 
     def __call__(self, graph: fx.Graph) -> None:
         copies: dict[tuple[fx.Node, bool], fx.Node] = {}
@@ -54,7 +57,7 @@ class ReplaceNarrowProducts:
         sizes = [*value.shape, graphs.value(product.args[0]).shape[1]]
         if value.device.type != "cpu" or value.dtype not in DTYPES or not all(isinstance(n, int) for n in sizes):
             return False
-        return 0 < min(sizes) <= self.narrow and math.prod(sizes) < self.few
+        return 0 < min(sizes) <= self.narrow and math.prod(sizes) < self.few and sizes[-1] <= self.long
 
     def uuid(self) -> str:
         """What the result depends on, for Inductor's caches."""

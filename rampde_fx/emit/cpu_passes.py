@@ -6,12 +6,14 @@ from rampde_fx.emit.cpu_biases import SplitBiases
 from rampde_fx.emit.cpu_functions import ReplaceTanh
 from rampde_fx.emit.cpu_narrow import replace_narrow_products
 from rampde_fx.emit.cpu_products import replace_products
-from rampde_fx.emit.native_code import native
+from rampde_fx.emit.native_code import native_or_kept
 from rampde_fx.torch_private.inductor import LoweringPasses
 
 
 def cpu_passes() -> LoweringPasses:
     """The passes for the CPU of this machine; they leave other devices alone."""
     return LoweringPasses(
-        before=(replace_products(), ReplaceTanh()), behind=(SplitBiases(), replace_narrow_products()), code=native
+        before=(replace_products(), ReplaceTanh()),
+        behind=(SplitBiases(), replace_narrow_products()),
+        code=native_or_kept,
     )

@@ -11,9 +11,11 @@ import ast
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rampde_fx.emit.native_loops import NativeLoop
 from rampde_fx.emit.native_steps import Step
+from rampde_fx.torch_private import native_library
 from rampde_fx.torch_private.wrapper_code import Kernel, UnreadError, read_function, read_kernels, read_loops
 
 log = logging.getLogger(__name__)
@@ -21,12 +23,44 @@ LIBRARY = "__import__('rampde_fx.torch_private.native_library').torch_private.na
 BODY = re.compile(r"(\w+_)?while_loop_body_graph_[\d_]+")
 
 
-def native(code: str) -> str:
-    """The module that Inductor wrote, with its kernels in one library, and its loops in it where they can be."""
+@dataclass(frozen=True)
+class Written:
+    """A module that was written anew.
+
+    Attributes:
+        text: Of the module.
+        names: The functions of its library.
+        source: That of the library.
+    """
+
+    text: str
+    names: list[str]
+    source: str
+
+
+def native_or_kept(code: str) -> str:
+    """The module that Inductor wrote, written anew as native does; itself, if that or its compilation fails."""
+    try:
+        written = native(code)
+        if written is None:
+            return code
+        native_library.load_library(written.names, written.source)
+    except Exception:  # whatever it is: Inductor's own module does the same, in more time
+        log.warning("what Inductor wrote is kept: its loops run in Python", exc_info=True)
+        return code
+    return written.text
+
+
+def native(code: str) -> Written | None:
+    """The module that Inductor wrote, with its kernels in one library, and its loops in it where they can be.
+
+    Returns:
+        None for a module without kernels, and for one whose lines are not those that Python's parser counts.
+    """
     module = ast.parse(code)
     kernels = read_kernels(module)
-    if not kernels:
-        return code
+    if not kernels or "\r" in code:
+        return None
     steps = {step.function.name: step for step in _steps(module, kernels)}
     loops = list(_loops(module, kernels, steps))
     hosts = {name: step.host for name, step in steps.items()}
@@ -37,12 +71,12 @@ def native(code: str) -> str:
     replaced |= {(line, line - 1): loop.call for _, (loop, line) in loops}  # before a line, none is replaced
     rest = _replace(code, replaced)
     called = [kernel.name for kernel in kernels.values() if re.search(rf"\b{kernel.name}\(", rest)]
-    native_loops = [loop for _, (loop, _) in loops]
-    functions: list[Step | NativeLoop] = [*steps.values(), *native_loops]
-    targets, names = [*called, *(function.name for function in functions)], [function.name for function in functions]
-    source = _source(kernels.values(), [function.source for function in functions])
-    library = f"[{', '.join(targets)}] = {LIBRARY}.load_library({called}, {names}, r'''\n{source}\n''')"
-    return _replace(code, {**replaced, min(kernel.lines for kernel in kernels.values()): library})
+    functions: list[Step | NativeLoop] = [*steps.values(), *(loop for _, (loop, _) in loops)]
+    names = [*called, *(function.name for function in functions)]
+    source = "\n" + _source(kernels.values(), [function.source for function in functions]) + "\n"
+    library = f"[{', '.join(names)}] = {LIBRARY}.load_library({names}, r'''{source}''')"
+    first = min(kernel.lines for kernel in kernels.values())
+    return Written(_replace(code, {**replaced, first: library}), names, source)
 
 
 def _steps(module: ast.Module, kernels: dict[str, Kernel]) -> Iterator[Step]:

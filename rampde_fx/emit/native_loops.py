@@ -170,7 +170,7 @@ class NativeLoop:
             "int64_t count = 0;",
             "auto last = std::chrono::steady_clock::now();",
             "do {",
-            "    check_signals(last);",
+            "    pause(last);",
             *(f"    {line}" for line in begin),
             *(f"    char* const {name} = count % 2 ? {name}_1 : {name}_0;" for name in self._turned),
             f"    {step}",

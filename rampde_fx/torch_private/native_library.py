@@ -32,7 +32,8 @@ _HEADERS = """
 #include <type_traits>
 #include <utility>
 """
-# BLAS reads integers of 32 or of 64 bits: where the low ones come first, a small one of 64 is either.
+# BLAS reads integers of 32 or of 64 bits: where the low ones come first, a small one of 64 is either. Where there is no
+# BLAS any more, or a size is no small one, the sums are written out.
 _PRODUCT = """
 template <typename T>
 using Gemm = void (*)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*, const T*, const T*,
@@ -48,25 +49,35 @@ static void product(bool left_by_columns, bool right_by_columns, int64_t rows, i
     const T one = 1, kept = added ? 1 : 0;
     for (int64_t* lead : {&left_lead, &right_lead, &out_lead}) *lead = std::max<int64_t>(*lead, 1);
     const auto gemm = [] { if constexpr (std::is_same_v<T, float>) return sgemm; else return dgemm; }();
-    if (added || !inner)  // MKL leaves the result as it is where nothing is summed
+    const bool fits = std::max({rows, columns, inner, left_lead, right_lead, out_lead}) <= INT32_MAX;
+    if (added || !inner || !gemm || !fits)  // MKL leaves the result as it is where nothing is summed
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t j = 0; j < columns; ++j)
                 out[i * out_lead + j] = added ? added[i * added_row + j * added_column] : T(0);
-    if (rows && columns && inner)  // BLAS writes by columns: the transposed product
+    if (!gemm || !fits) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t k = 0; k < inner; ++k)
+                for (int64_t j = 0; j < columns; ++j)
+                    out[i * out_lead + j] += left[left_by_columns ? k * left_lead + i : i * left_lead + k] *
+                                             right[right_by_columns ? j * right_lead + k : k * right_lead + j];
+    } else if (rows && columns && inner) {
+        // Kernels hold the GIL, for they share a flag; a large product lets other threads run Python, as torch's does.
+        PyThreadState* const state = rows * columns * inner < (1 << 20) ? nullptr : PyEval_SaveThread();
+        // BLAS writes by columns: the transposed product
         gemm(right_by_columns ? "T" : "N", left_by_columns ? "T" : "N", &columns, &rows, &inner, &one,
              right, &right_lead, left, &left_lead, &kept, out, &out_lead);
+        if (state) PyEval_RestoreThread(state);
+    }
 }
 """
-_SIGNALS = """
-// Ten times a second: whether the user interrupts.
-static void check_signals(std::chrono::steady_clock::time_point& last) {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last < std::chrono::milliseconds(100)) return;
-    last = now;
-    const PyGILState_STATE state = PyGILState_Ensure();
-    const bool interrupted = PyErr_CheckSignals();
-    PyGILState_Release(state);
-    if (interrupted) throw std::runtime_error("interrupted");
+_PAUSE = """
+// Between two steps: other threads run Python where they wait for it, and the user may interrupt.
+static void pause(std::chrono::steady_clock::time_point& last) {
+    if (std::chrono::steady_clock::now() - last < std::chrono::milliseconds(5)) return;
+    PyThreadState* const state = PyEval_SaveThread();
+    PyEval_RestoreThread(state);
+    if (PyErr_CheckSignals()) throw std::runtime_error("interrupted");
+    last = std::chrono::steady_clock::now();
 }
 """
 _BINDINGS = """
@@ -86,31 +97,27 @@ static T argument(PyObject* given) {
 }
 
 template <typename... T, size_t... I>
-static void call(void (*function)(T...), PyObject* const* args, bool releases, std::index_sequence<I...>) {
-    std::tuple<T...> given{argument<T>(args[I])...};
-    struct Release {
-        PyThreadState* state;
-        explicit Release(bool releases) : state(releases ? PyEval_SaveThread() : nullptr) {}
-        ~Release() { if (state) PyEval_RestoreThread(state); }
-    } release(releases);
-    function(std::get<I>(given)...);
+static void call(void (*function)(T...), PyObject* const* args, std::index_sequence<I...>) {
+    function(argument<T>(args[I])...);
 }
 
 template <typename... T>
-static PyObject* run(void (*function)(T...), PyObject* const* args, Py_ssize_t count, bool releases) {
+static PyObject* run(void (*function)(T...), PyObject* const* args, Py_ssize_t count) {
     try {
         if (count != sizeof...(T)) throw std::invalid_argument("a wrong number of arguments");
-        call(function, args, releases, std::index_sequence_for<T...>{});
+        call(function, args, std::index_sequence_for<T...>{});
         Py_RETURN_NONE;
     } catch (const std::exception& error) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
+    } catch (...) {
+        PyErr_SetString(PyExc_RuntimeError, "unknown error");
     }
+    return nullptr;
 }
 
-template <auto function, bool releases>
+template <auto function>
 static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return run(function, args, count, releases);
+    return run(function, args, count);
 }
 
 static PyObject* connect(PyObject*, PyObject* args) {
@@ -122,43 +129,42 @@ static PyObject* connect(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
-#define FROM_PYTHON(name, releases) \\
-    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&from_python<name, releases>)), METH_FASTCALL, ""}
+#define FROM_PYTHON(name) \\
+    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&from_python<name>)), METH_FASTCALL, ""}
 static PyMethodDef functions[] = {
     {"connect", connect, METH_VARARGS, ""},
     FUNCTIONS
     {nullptr, nullptr, 0, nullptr}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "library", nullptr, -1, functions};
-PyMODINIT_FUNC PyInit_library() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit_library() {
+    PyObject* const module = PyModule_Create(&definition);
+#ifdef Py_GIL_DISABLED
+    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+    return module;
+}
 """
 
 
-def load_library(kernels: Sequence[str], steps: Sequence[str], source: str) -> list[Callable[..., None]]:
+def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]:
     """Compile and load functions in C++.
 
     Args:
-        kernels: Names of those that fill buffers.
-        steps: Names of those that may take long, while other threads run Python.
-        source: All of them, and what they call, but products and check_signals.
+        names: Those that Python calls, with tensors and numbers.
+        source: All of them, and what they call, but product and pause.
 
     Returns:
-        Functions of tensors and numbers, in that order.
+        The functions, in the order of the names.
     """
-    functions = [f"FROM_PYTHON({name}, false)," for name in kernels] + [f"FROM_PYTHON({name}, true)," for name in steps]
+    functions = [f"FROM_PYTHON({name})," for name in names]
     includes, definitions = _apart(source)
-    text = (
-        includes
-        + _HEADERS
-        + _PRODUCT
-        + _SIGNALS
-        + definitions
-        + _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
-    )
+    bound = _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
+    text = includes + _HEADERS + _PRODUCT + _PAUSE + definitions + bound
     # A header that is compiled before takes longer to make than it saves: this runs once for a graph.
     with _torch.config.patch(cpp_cache_precompile_headers=False):
         library = _cache().load(text)
     library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)))
-    return [getattr(library, name) for name in (*kernels, *steps)]
+    return [getattr(library, name) for name in names]
 
 
 def _apart(source: str) -> tuple[str, str]:
@@ -175,9 +181,11 @@ def _cache() -> Any:
 
 
 def multiplies() -> bool:
-    """Whether products of float32 and float64 can be had from torch's BLAS, with the precision that is asked for."""
-    asked = (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.fp32_precision)
-    return _gemms() is not None and torch.get_float32_matmul_precision() != "medium" and not {*asked} & {"bf16", "tf32"}
+    """Whether products of float32 and float64 are to be had from torch's BLAS: it has no less precise ones.
+
+    torch.set_float32_matmul_precision("medium") is a setting of oneDNN's, too; it cannot always be asked for itself.
+    """
+    return _gemms() is not None and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
 
 
 @functools.cache
