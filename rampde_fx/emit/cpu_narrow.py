@@ -5,8 +5,8 @@ After:   p: f32[B, H] = rampde_fx.narrow_product(a, b)      p[i, j] = a[i, 0] b[
 
 Flows have few dimensions: their first layer multiplies by a matrix of a few columns, their last one by one of a few
 rows, and so do their derivatives. BLAS takes 3 to 11 us for 128 x 4 x 64 entries, by their layout, and these sums one
-to three. What a sum reads beside each other has to lie beside each other: a weight that
-does not is copied, once for all products of a step.
+to three. What a sum reads beside each other has to lie beside each other: a weight that does not is copied, once for
+all products of a step.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import logging
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -29,8 +28,6 @@ from rampde_fx.torch_private.wrapper_code import (
     View,
 )
 
-log = logging.getLogger(__name__)
-BODY = re.compile(r"(\w+_)?while_loop_body_graph_[\d_]+")
 ALIGNMENT = 64  # bytes, as of torch's own allocations
 NUMBER = {"torch.float32": "float", "torch.float64": "double"}  # of which products are called
 
