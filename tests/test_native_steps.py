@@ -62,6 +62,17 @@ def while_loop_body_graph_0_0(args):
     return (buf4, reinterpret_tensor(arg1_1, (3, ), (1, ), 3), arg2_1, )
 """
 MODULE = SCALE + ADD + BODY
+# More intermediates, one behind the other.
+LATER = MODULE.replace("mm(buf2, buf2, out=buf3)", "mm(buf2, buf3, out=buf5)").replace(
+    "    cpp_add(buf2, buf3, buf4, u0)",
+    "    cpp_add(buf5, buf5, buf4, u0)",
+)
+LATER = LATER.replace(
+    "    extern_kernels.mm(buf2, buf3",
+    "    cpp_scale(buf2, buf3)\n    buf6 = empty_strided_cpu((2, 2), (2, 1), torch.float32)\n"
+    "    cpp_scale(buf3, buf6)\n    buf5 = empty_strided_cpu((2, 2), (2, 1), torch.float32)\n"
+    "    extern_kernels.mm(buf6, buf6",
+)
 
 
 def native(code):
@@ -217,17 +228,7 @@ class TestText:
         written = native(MODULE)
         assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in written  # buf1, which buf3 is, and buf2
         assert "buf4 = empty_strided_cpu((2, 2), (2, 1), torch.float32)" in written
-        later = MODULE.replace("mm(buf2, buf2, out=buf3)", "mm(buf2, buf3, out=buf5)").replace(
-            "    cpp_add(buf2, buf3, buf4, u0)",
-            "    cpp_add(buf5, buf5, buf4, u0)",
-        )
-        later = later.replace(
-            "    extern_kernels.mm(buf2, buf3",
-            "    cpp_scale(buf2, buf3)\n    buf6 = empty_strided_cpu((2, 2), (2, 1), torch.float32)\n"
-            "    cpp_scale(buf3, buf6)\n    buf5 = empty_strided_cpu((2, 2), (2, 1), torch.float32)\n"
-            "    extern_kernels.mm(buf6, buf6",
-        )
-        assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in native(later)  # four, of which two live
+        assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in native(LATER)  # four, of which two live
 
     def test_kernels_that_only_steps_call_are_not_called_from_python(self):
         assert "load_library(['while_loop_body_graph_0_0_native']" in native(MODULE)
@@ -240,6 +241,17 @@ class TestText:
         assert "buf2 = empty_strided_cpu((s0, 2), (2, 1), torch.float32)" in written
         assert "while_loop_body_graph_0_0_native(arg1_1, buf1, arg2_1, buf2, buf4, s0, u0)" in written
         assert "uint8" not in written
+
+    @pytest.mark.inductor
+    def test_tensors_whose_sizes_are_symbols_take_the_place_of_those_of_the_same_sizes(self):
+        code = LATER.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
+        code = code.replace("empty_strided_cpu((2, 2), (2, 1)", "empty_strided_cpu((s0, 2), (2, 1)")
+        written = native(code)
+        assert "char* const buf6 = buf2;" in written and "buf6 = empty" not in written
+        assert "buf5 = empty_strided_cpu((s0, 2)" in written  # buf6 is still read
+        given = [torch.tensor(3), torch.randn(2, 3), torch.randn(2, 3), 2]
+        results = [module_of(text)["while_loop_body_graph_0_0"]([*given]) for text in (code, written)]
+        torch.testing.assert_close(results[1], results[0])
 
     @pytest.mark.parametrize(
         ("old", "new"),
@@ -469,7 +481,7 @@ class Flow(torch.nn.Module):
     [
         (torch.float32, "step", False),
         (torch.float64, "step", True),
-        (torch.float32, "sqrt", False),
+        (torch.float32, "sqrt", True),
         (torch.bfloat16, "none", False),
     ],
 )

@@ -27,8 +27,9 @@ FEW = 2**20  # multiplications
 LONG = 1024  # summands, of which BLAS has more exact sums: it adds them in blocks
 DTYPES = (torch.float32, torch.float64)
 
-operators.library.define("narrow_product(Tensor left, Tensor right) -> Tensor")
-operators.library.impl("narrow_product", torch.mm, "CompositeExplicitAutograd")
+operators.library.define("narrow_product(Tensor left, Tensor right, bool sums_rows) -> Tensor")
+operators.library.impl("narrow_product", lambda left, right, _: torch.mm(left, right), "CompositeExplicitAutograd")
+# sums_rows: whether both factors are read along what is summed
 PRODUCT = torch.ops.rampde_fx.narrow_product.default
 
 
@@ -73,13 +74,13 @@ def replace_narrow_products() -> ReplaceNarrowProducts:
 def _replace(graph: fx.Graph, product: fx.Node, narrow: int, copies: dict[tuple[fx.Node, bool], fx.Node]) -> None:
     left, right = product.args
     rows, inner = graphs.value(left).shape
-    sums_rows = inner > narrow and graphs.value(left).stride(1) == 1  # reads both factors along what is summed
+    sums_rows = inner > narrow and graphs.value(left).stride(1) == 1
     with graph.inserting_before(product):
         if inner <= narrow or (rows <= narrow and not sums_rows):
             right = _copied(graph, right, False, copies)
         elif sums_rows:
             right = _copied(graph, right, True, copies)
-        replaced = graphs.valued(graph, PRODUCT, left, right)
+        replaced = graphs.valued(graph, PRODUCT, left, right, sums_rows)
     product.replace_all_uses_with(replaced)
     graph.erase_node(product)
 

@@ -64,14 +64,14 @@ def native(code: str) -> Written | None:
     steps = {step.function.name: step for step in _steps(module, kernels)}
     loops = list(_loops(module, kernels, steps))
     hosts = {name: step.host for name, step in steps.items()}
-    for name, (loop, _) in loops:
-        hosts[name] = f"{hosts[name]}\n\n{loop.host}"
+    for loop in loops:
+        hosts[loop.body] = f"{hosts[loop.body]}\n\n{loop.host}"
     replaced = {kernel.lines: "" for kernel in kernels.values()}
     replaced |= {step.lines: hosts[name] for name, step in steps.items()}
-    replaced |= {(line, line - 1): loop.call for _, (loop, line) in loops}  # before a line, none is replaced
+    replaced |= {(loop.line, loop.line - 1): loop.call for loop in loops}  # before a line, none is replaced
     rest = _replace(code, replaced)
     called = [kernel.name for kernel in kernels.values() if re.search(rf"\b{kernel.name}\(", rest)]
-    functions: list[Step | NativeLoop] = [*steps.values(), *(loop for _, (loop, _) in loops)]
+    functions: list[Step | NativeLoop] = [*steps.values(), *loops]
     names = [*called, *(function.name for function in functions)]
     source = "\n" + _source(kernels.values(), [function.source for function in functions]) + "\n"
     library = f"[{', '.join(names)}] = {LIBRARY}.load_library({names}, r'''{source}''')"
@@ -88,10 +88,7 @@ def _steps(module: ast.Module, kernels: dict[str, Kernel]) -> Iterator[Step]:
                 log.debug("%s stays in Python: %s", statement.name, error)
 
 
-def _loops(
-    module: ast.Module, kernels: dict[str, Kernel], steps: dict[str, Step]
-) -> Iterator[tuple[str, tuple[NativeLoop, int]]]:
-    """For each loop the name of its body, what it becomes, and its line."""
+def _loops(module: ast.Module, kernels: dict[str, Kernel], steps: dict[str, Step]) -> Iterator[NativeLoop]:
     functions = {statement.name: statement for statement in module.body if isinstance(statement, ast.FunctionDef)}
     found = list(read_loops(module))
     for loop in found:
@@ -101,7 +98,7 @@ def _loops(
             if sum(other.body == loop.body for other in found) > 1:
                 raise UnreadError("two loops with one body")
             condition = read_function(functions[loop.condition], kernels)
-            yield loop.body, (NativeLoop(loop, steps[loop.body], condition), loop.line)
+            yield NativeLoop(loop, steps[loop.body], condition)
         except UnreadError as error:
             log.debug("the loop of %s stays in Python: %s", loop.body, error)
 

@@ -22,10 +22,10 @@ from rampde_fx.emit.native_steps import Step, host, returned
 from rampde_fx.torch_private.wrapper_code import Allocate, Call, Function, Host, Loop, UnreadError, View
 
 PROFILED = "__import__('rampde_fx.torch_private.callers').torch_private.callers.profiled"
-_PLAIN: tuple[type[ast.AST], ...] = (
-    *(ast.BinOp, ast.UnaryOp, ast.Name, ast.Constant, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.USub),
-    *(ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq),
-)
+_SIGNS: dict[type[ast.AST], str] = {
+    **{ast.Add: "+", ast.Sub: "-", ast.Mult: "*"},
+    **{ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="},
+}
 
 
 class NativeLoop:
@@ -36,6 +36,8 @@ class NativeLoop:
         source: It.
         host: The one in Python that calls it.
         call: What stands before the loop in Python.
+        body: The name of the body.
+        line: Where the loop begins.
 
     Raises:
         UnreadError: It cannot be written in C++.
@@ -43,7 +45,7 @@ class NativeLoop:
 
     def __init__(self, loop: Loop, step: Step, condition: Function) -> None:
         self._step, self._function = step, step.function
-        self.name = f"{loop.body}_loop_native"
+        self.name, self.body, self.line = f"{loop.body}_loop_native", loop.body, loop.line
         parameters = self._function.parameters
         if len({*parameters}) != len(loop.args) or len(condition.parameters) != len(loop.args):
             raise UnreadError("parameters that are not those of the loop")
@@ -145,22 +147,22 @@ class NativeLoop:
             return self._expression(ast.parse(text, mode="eval").body)
         for symbol in names & {*(symbols or {})}:
             text = re.sub(rf"\b{symbol}\b", (symbols or {})[symbol], text)
-        if not names:
+        if re.fullmatch(r"-?\d+", text):
             return f"{text}L"
         return self._passed.setdefault(text, f"passed{len(self._passed)}")
 
     def _expression(self, value: ast.expr) -> str:
         """An expression that means the same in C++."""
-        if not all(isinstance(node, _PLAIN) for node in ast.walk(value)):
-            raise UnreadError(ast.unparse(value))
-        if isinstance(value, ast.Compare) and len(value.ops) != 1:
-            raise UnreadError(ast.unparse(value))
-        names = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
-        text = re.sub(r"\b(\d+)\b", r"\1L", re.sub(r"\b([a-z]\w*)\b", r"<\1>", ast.unparse(value)))
-        for name in names:
-            known = name if name in self._function.items else self._integer(name)
-            text = text.replace(f"<{name}>", known)
-        return text
+        if not any(isinstance(node, ast.Name) and node.id in self._function.items for node in ast.walk(value)):
+            return self._integer(ast.unparse(value))
+        match value:
+            case ast.Name(id=name):
+                return name
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return f"(-{self._expression(operand)})"
+            case ast.BinOp(left, op, right) | ast.Compare(left, [op], [right]) if type(op) in _SIGNS:
+                return f"({self._expression(left)} {_SIGNS[type(op)]} {self._expression(right)})"
+        raise UnreadError(ast.unparse(value))
 
     def _source(self, begin: Sequence[str], step: str, condition: str) -> str:
         parameters = [f"char* {name}" for name in (*self._taken, *self._pairs(), "turns")]

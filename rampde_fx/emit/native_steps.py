@@ -17,6 +17,7 @@ import torch
 
 from rampde_fx.torch_private import native_library
 from rampde_fx.torch_private.wrapper_code import (
+    MODULES,
     Allocate,
     Bind,
     Call,
@@ -80,20 +81,19 @@ class Step:
         self.function, self.name, self.lines = function, f"{function.name}_native", function.lines
         self._values: dict[str, Value] = {}
         self.numbers: dict[str, str] = {}  # in Python, and in C++
-        self._integers = {*function.parameters, *function.numbers}
+        self._integers = {*function.parameters, *function.numbers, *MODULES}
         for name in function.parameters:
             shape = function.shapes.get(name, View(name))
             self._values[name] = Value(Storage(name, None), True, _texts(shape.size), _texts(shape.stride))
         body = [line for at, statement in enumerate(function.statements) for line in self._write(at, statement)]
         self.results = [self._value(view, len(function.statements)) for view in function.results]
-        tensors, places = self._place({id(result.storage) for result in self.results})
+        tensors, places, scratch = self._place({id(result.storage) for result in self.results})
         used = [storage for storage in tensors if storage.uses[0] < len(function.statements)]
-        self.given = [*(storage.name for storage in used), *["scratch"] * bool(places)]
+        self.given = [*(storage.name for storage in used), *["scratch"] * bool(scratch)]
         self.allocations = {storage.name: storage.allocation.text for storage in tensors if storage.allocation}
-        scratch = max((place + size for place, size in places.values()), default=0)
-        if places:
+        if scratch:
             self.allocations["scratch"] = f"scratch = empty_strided_cpu(({scratch},), (1,), torch.uint8)"
-        memory = [f"char* const {name} = scratch + {place}L;" for name, (place, _) in places.items()]
+        memory = [f"char* const {name} = {place};" for name, place in places.items()]
         parameters = [*(f"char* {name}" for name in self.given), *(f"int64_t {name}" for name in self.numbers.values())]
         self.source = "\n    ".join([f"static void {self.name}({', '.join(parameters)}) {{", *memory, *body]) + "\n}"
         self.host = host(
@@ -205,26 +205,51 @@ class Step:
                 return transposed, lead
         raise UnreadError(f"the strides of {value.storage.name}")
 
-    def _place(self, results: set[int]) -> tuple[list[Storage], dict[str, tuple[int, int]]]:
-        """Storages that are tensors in Python; where the others are in the scratch memory, and how large each place is.
+    def _place(self, results: set[int]) -> tuple[list[Storage], dict[str, str], int]:
+        """Storages that are tensors in Python; where each of the others is, in C++; how large the scratch memory is.
 
-        A storage takes the place of one that is not used any more, if it fits. The sizes of some are symbols: each of
-        these is a tensor.
+        A storage takes the place of one that is not used any more, if it fits: in the scratch memory, or, if sizes are
+        symbols, in a tensor of the same sizes.
         """
         storages = {id(value.storage): value.storage for value in self._values.values() if value.storage.uses}
         tensors, places, end = [], {}, 0
-        free: list[tuple[int, int, int]] = []  # how large, where, and its last use
+        free: dict[str, tuple[_Room, int]] = {}  # what fits where, and the last use of that
         for storage in sorted(storages.values(), key=lambda storage: storage.uses[0]):
-            count = None if id(storage) in results else _bytes(storage.allocation)
-            if count is None:
+            if storage.allocation is None or id(storage) in results:
                 tensors.append(storage)
                 continue
-            fitting = [slot for slot in free if slot[0] >= count and slot[2] < storage.uses[0]]
-            size, place, _ = min(fitting, default=(count, end, -1))
-            free = [slot for slot in free if slot[1] != place] + [(size, place, storage.uses[-1])]
-            places[storage.name] = place, size
-            end = max(end, place + size)
-        return tensors, places
+            room = _room(storage.allocation)
+            fitting = [
+                (other.count, place)
+                for place, (other, last) in free.items()
+                if last < storage.uses[0] and other.shape == room.shape and other.count >= room.count
+            ]
+            if fitting:
+                place = min(fitting)[1]
+                room = free[place][0]
+            elif room.shape:
+                place = storage.name
+                tensors.append(storage)
+            else:
+                place = f"scratch + {end}L"
+                end += room.count
+            free[place] = room, storage.uses[-1]
+            if place != storage.name:
+                places[storage.name] = place
+        return tensors, places, end
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a storage takes.
+
+    Attributes:
+        shape: Its dtype, sizes and strides, if some of these are symbols; otherwise empty.
+        count: Bytes, with what aligns the next one, if none is.
+    """
+
+    shape: tuple[str, ...]
+    count: int
 
 
 def host(name: str, *texts: Iterable[str]) -> str:
@@ -242,17 +267,14 @@ def _texts(values: Sequence[ast.expr] | None) -> tuple[str, ...] | None:
     return None if values is None else tuple(map(ast.unparse, values))
 
 
-def _bytes(allocation: Allocate | None) -> int | None:
-    """What it takes, with what aligns the next one; None for a parameter, and for one whose sizes are symbols."""
-    if allocation is None:
-        return None
+def _room(allocation: Allocate) -> _Room:
     texts = [list(map(ast.unparse, values)) for values in (allocation.size, allocation.stride)]
     if not all(text.isdigit() for values in texts for text in values):
-        return None
+        return _Room((allocation.dtype, *texts[0], *texts[1]), 0)
     size, stride = (list(map(int, values)) for values in texts)
-    entries = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else 0
+    entries = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else 1
     dtype: torch.dtype = getattr(torch, allocation.dtype.removeprefix("torch."))
-    return -(-entries * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return _Room((), -(-entries * dtype.itemsize // ALIGNMENT) * ALIGNMENT)
 
 
 def _result(value: Value) -> str:

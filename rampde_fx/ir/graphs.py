@@ -199,8 +199,8 @@ def draws_random_numbers(node: fx.Node) -> bool:
 
 def ceil_sqrt(size: int | torch.SymInt) -> int | torch.SymInt:
     """The square root of a positive size, rounded up."""
-    if isinstance(size, torch.SymInt):
-        return torch.sym_int(torch.sym_sqrt(size - 1)) + 1
+    if isinstance(size, torch.SymInt):  # floor: Inductor cannot spell sym_int, which truncates
+        return math.floor(torch.sym_sqrt(size - 1)) + 1
     return math.isqrt(size - 1) + 1
 
 

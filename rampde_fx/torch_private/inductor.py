@@ -319,10 +319,9 @@ def lower_narrow_products(product: Any, narrow: int) -> None:
     """
     by_rows, by_columns = [1, 0], [0, 1]
 
-    def lower(left: Any, right: Any) -> Any:
+    def lower(left: Any, right: Any, sums_rows: bool) -> Any:
         left, right = (_torch.ExternKernel.realize_input(factor) for factor in (left, right))
         (rows, inner), columns = left.get_size(), right.get_size()[1]
-        sums_rows = int(inner) > narrow and left.get_stride()[1] == 1
         turned = int(columns) <= narrow < min(int(rows), int(inner)) and not sums_rows
         if not turned:  # a copy may have any layout until it is asked for one
             right = _torch.ExternKernel.require_stride_order(right, by_columns if sums_rows else by_rows)

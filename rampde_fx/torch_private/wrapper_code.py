@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 _KERNEL = re.compile(r'((?:\s*#include[^\n]*\n)*)\s*extern "C"\s+void\s+kernel(\(.*)', re.DOTALL)
 _TYPE = re.compile(r"(const )?([\w:]+\*|int64_t|float|double)")
 _SYMBOL = re.compile(r"[su]\d+")
+MODULES = {"math", "torch"}  # expressions of sizes call their functions
 _TOP_LEVEL_BRACE = re.compile(r"^\}", re.MULTILINE)
 
 
@@ -70,13 +71,6 @@ class Bind:
 
 
 @dataclass(frozen=True)
-class Delete:
-    """Names that end."""
-
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Call:
     """A kernel is called, with tensors and integers."""
 
@@ -101,7 +95,7 @@ class Host:
     text: str
 
 
-Statement = Allocate | Bind | Delete | Call | Product | Host
+Statement = Allocate | Bind | Call | Product | Host
 
 
 @dataclass
@@ -164,7 +158,8 @@ def read_function(definition: ast.FunctionDef, kernels: dict[str, Kernel]) -> Fu
     found = Function(definition.name, (definition.lineno, definition.end_lineno or definition.lineno))
     *body, last = definition.body
     for statement in body:
-        found.statements.append(_read(statement, found, kernels))
+        if not isinstance(statement, ast.Delete):  # names end: where memory ends is seen from its uses
+            found.statements.append(_read(statement, found, kernels))
     match last:
         case ast.Return(value=ast.Tuple(elts=values)):
             found.results = tuple(map(_view, values))
@@ -231,8 +226,6 @@ def _read(statement: ast.stmt, function: Function, kernels: dict[str, Kernel]) -
             return Allocate(name, _items(size), _items(stride), ast.unparse(dtype), ast.unparse(statement))
         case ast.Assign(targets=[ast.Name(id=name)], value=value):
             return Bind(name, _view(value))
-        case ast.Delete(targets=targets):
-            return Delete(tuple(ast.unparse(target) for target in targets))
         case ast.Expr(value=ast.Call(func=ast.Name(id=name), args=args, keywords=[])) if name in kernels:
             kernel = kernels[name]
             if len(args) != len(kernel.types):
@@ -294,7 +287,7 @@ def _stays(statement: ast.stmt, function: Function) -> bool:
 
 
 def _parameters(function: Function, names: Sequence[str]) -> None:
-    known = {*function.parameters, *function.numbers}
+    known = {*function.parameters, *function.numbers, *MODULES}
     if not known.issuperset(names):
         raise UnreadError(f"a statement of Python about {sorted({*names} - known)}")
 
