@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
 from rampde_fx.emit import native_code
-from rampde_fx.torch_private import native_library
+from rampde_fx.torch_private import kernels, native_library
 
 KERNEL = """
 cpp_{name} = async_compile.cpp_pybinding([{types}], r'''
@@ -100,7 +100,7 @@ async_compile = AsyncCompile()
 class TestRun:
     def test_the_step_does_what_it_did_in_python(self):
         written = native(MODULE)
-        assert "while_loop_body_graph_0_0_native(arg1_1, arg2_1, buf4, scratch, u0)" in written
+        assert "while_loop_body_graph_0_0_native(arg1_1, arg2_1, buf4, scratch0, u0)" in written
         x, weight = torch.randn(2, 3), torch.randn(2, 3)
         results = [
             module_of(code)["while_loop_body_graph_0_0"]([torch.tensor(3), x, weight]) for code in (MODULE, written)
@@ -226,9 +226,9 @@ class TestRun:
 class TestText:
     def test_memory_is_used_again_and_results_have_their_own(self):
         written = native(MODULE)
-        assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in written  # buf1, which buf3 is, and buf2
+        assert "scratch0 = empty_strided_cpu((128,), (1,), torch.uint8)" in written  # buf1, which buf3 is, and buf2
         assert "buf4 = empty_strided_cpu((2, 2), (2, 1), torch.float32)" in written
-        assert "scratch = empty_strided_cpu((128,), (1,), torch.uint8)" in native(LATER)  # four, of which two live
+        assert "scratch0 = empty_strided_cpu((128,), (1,), torch.uint8)" in native(LATER)  # four, of which two live
 
     def test_kernels_that_only_steps_call_are_not_called_from_python(self):
         assert "load_library(['while_loop_body_graph_0_0_native']" in native(MODULE)
@@ -238,17 +238,16 @@ class TestText:
         code = MODULE.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
         code = code.replace("(2, 2), (2, 1)", "(s0, 2), (2, 1)").replace("(2, 3), (3, 1)", "(s0, 3), (3, 1)")
         written = native(code)
-        assert "buf2 = empty_strided_cpu((s0, 2), (2, 1), torch.float32)" in written
-        assert "while_loop_body_graph_0_0_native(arg1_1, buf1, arg2_1, buf2, buf4, s0, u0)" in written
-        assert "uint8" not in written
+        assert "scratch0 = empty_strided_cpu((20 * ((s0 + 63)//64*64),), (1,), torch.uint8)" in written  # buf1, buf2
+        assert "buf4 = empty_strided_cpu((s0, 2), (2, 1), torch.float32)" in written
+        assert "_native(arg1_1, arg2_1, buf4, scratch0, s0, u0, (s0 + 63)//64*64)" in written
 
     @pytest.mark.inductor
-    def test_tensors_whose_sizes_are_symbols_take_the_place_of_those_of_the_same_sizes(self):
+    def test_memory_whose_size_is_a_symbol_is_used_again(self):
         code = LATER.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
         code = code.replace("empty_strided_cpu((2, 2), (2, 1)", "empty_strided_cpu((s0, 2), (2, 1)")
         written = native(code)
-        assert "char* const buf6 = buf2;" in written and "buf6 = empty" not in written
-        assert "buf5 = empty_strided_cpu((s0, 2)" in written  # buf6 is still read
+        assert "scratch1 = empty_strided_cpu((16 * ((s0 + 63)//64*64),)" in written  # buf2 and buf6, then buf6 and buf5
         given = [torch.tensor(3), torch.randn(2, 3), torch.randn(2, 3), 2]
         results = [module_of(text)["while_loop_body_graph_0_0"]([*given]) for text in (code, written)]
         torch.testing.assert_close(results[1], results[0])
@@ -307,10 +306,11 @@ class TestText:
     @pytest.mark.parametrize("precision", ["medium", "high", "highest"])
     def test_less_precise_products_are_not_taken_from_blas(self, precision):
         """Where a user asks torch for products in bfloat16 on the CPU, torch calls them."""
-        before = torch.get_float32_matmul_precision()
+        before, usual = torch.get_float32_matmul_precision(), native_code.NativeOrKept().uuid()
         try:
             torch.set_float32_matmul_precision(precision)
             assert ("_native" in native(MODULE)) == (precision != "medium")
+            assert (native_code.NativeOrKept().uuid() == usual) == (precision != "medium")  # of Inductor's caches
         finally:
             torch.set_float32_matmul_precision(before)
 
@@ -325,10 +325,12 @@ class TestText:
 
     def test_whatever_fails_leaves_the_module_as_it_is(self, monkeypatch, caplog):
         broken = MODULE.replace("y[i] = 2 * x[i];", "no C++")
-        assert native_code.native_or_kept(broken) == broken
+        assert native_code.NativeOrKept()(broken) == broken
+        quoted = LESS + NEXT + LOOP.replace("raise RuntimeError('2*u0 < 2*s1 - 1')", "raise RuntimeError(\"'''\")")
+        assert native_code.NativeOrKept()(quoted) == quoted  # no module of Python any more
         monkeypatch.setattr(native_code, "read_kernels", lambda module: 1 / 0)
-        assert native_code.native_or_kept(MODULE) == MODULE
-        assert [record.levelname for record in caplog.records if "is kept" in record.message] == ["WARNING"] * 2
+        assert native_code.NativeOrKept()(MODULE) == MODULE
+        assert [record.levelname for record in caplog.records if "is kept" in record.message] == ["WARNING"] * 3
 
     def test_no_blas_no_products(self, monkeypatch):
         monkeypatch.setattr(native_library, "multiplies", lambda: False)
@@ -431,6 +433,28 @@ class TestLoops:
         with pytest.raises(KeyboardInterrupt):
             call([torch.tensor(0), torch.ones(2, 2), torch.zeros(8), 10**9])
 
+    @pytest.mark.inductor
+    def test_memory_that_a_parameter_gives_up_in_mid_loop_is_held(self):
+        """Where other threads, or handlers of signals, run Python."""
+        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 200000; j = j + 1) {}")
+        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        y, seen = torch.ones(2, 2) / 2, []
+        memory = kernels.StorageWeakRef(y.untyped_storage())
+
+        def give_up():
+            y.data = y.data.clone()
+            seen.append(memory.expired())
+
+        threading.Timer(0.2, give_up).start()
+        call([torch.tensor(0), y, torch.zeros(8), 20000])
+        assert seen == [False] and memory.expired()
+
+    @pytest.mark.inductor
+    def test_an_integer_of_more_than_64_bits(self):
+        call = module_of(native(LESS + NEXT + LOOP.replace("u0, 2*s1)", f"u0, {2**64})")))["call"]
+        with pytest.raises(OverflowError):
+            call([torch.tensor(0), torch.ones(2, 2), torch.zeros(8), 5])
+
     def test_while_a_profile_is_recorded_each_step_is_called_from_python(self):
         assert re.search(r"^    if should_loop and not .*profiled\(\):$", native(LESS + NEXT + LOOP), re.MULTILINE)
 
@@ -446,6 +470,13 @@ class TestLoops:
             ("2*s1)", "s1//2 + u0//2)"),
             ("if not (2*u0 < 2*s1 - 1)", "if not (0 < 2*u0 < 2*s1 - 1)"),
             ("if not (2*u0 < 2*s1 - 1)", "if (2*u0 < 2*s1 - 1)"),
+            ("raise RuntimeError", "raise AssertionError"),
+            (  # the first step's number is not that of every step
+                "    buf10 = ",
+                "    buf7 = empty_strided_cpu((1 + u0, 2), (2, 1), torch.float32)\n"
+                "    extern_kernels.mm(reinterpret_tensor(arg2_1, (1 + u0, 2), (2, 1), 0), arg1_1, out=buf7)\n"
+                "    buf10 = ",
+            ),
             ("buf10 = empty_strided_cpu((), (), torch.int64)", "buf10 = empty_strided_cpu((), (), torch.int32)"),
             (
                 "    cpp_less(other0_1, buf0, s1)\n",

@@ -6,7 +6,7 @@ from rampde_fx.emit.cpu_biases import SplitBiases
 from rampde_fx.emit.cpu_functions import ReplaceTanh
 from rampde_fx.emit.cpu_narrow import replace_narrow_products
 from rampde_fx.emit.cpu_products import replace_products
-from rampde_fx.emit.native_code import native_or_kept
+from rampde_fx.emit.native_code import NativeOrKept
 from rampde_fx.torch_private.inductor import LoweringPasses
 
 
@@ -15,5 +15,5 @@ def cpu_passes() -> LoweringPasses:
     return LoweringPasses(
         before=(replace_products(), ReplaceTanh()),
         behind=(SplitBiases(), replace_narrow_products()),
-        code=native_or_kept,
+        code=NativeOrKept(),
     )

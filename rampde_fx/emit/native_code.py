@@ -38,17 +38,25 @@ class Written:
     source: str
 
 
-def native_or_kept(code: str) -> str:
-    """The module that Inductor wrote, written anew as native does; itself, if that or its compilation fails."""
-    try:
-        written = native(code)
-        if written is None:
+@dataclass(frozen=True)
+class NativeOrKept:
+    """From the module that Inductor wrote to the one that native makes of it; to itself, if that fails."""
+
+    def __call__(self, code: str) -> str:
+        try:
+            written = native(code)
+            if written is None:
+                return code
+            compile(written.text, "<what Inductor wrote, written anew>", "exec")
+            native_library.load_library(written.names, written.source)
+        except Exception:  # whatever it is: Inductor's own module does the same, in more time
+            log.warning("what Inductor wrote is kept: its loops run in Python", exc_info=True)
             return code
-        native_library.load_library(written.names, written.source)
-    except Exception:  # whatever it is: Inductor's own module does the same, in more time
-        log.warning("what Inductor wrote is kept: its loops run in Python", exc_info=True)
-        return code
-    return written.text
+        return written.text
+
+    def uuid(self) -> str:
+        """What the result depends on, for Inductor's caches."""
+        return repr((self, native_library.multiplies()))
 
 
 def native(code: str) -> Written | None:

@@ -64,6 +64,7 @@ class NativeLoop:
         self._taken = [name for name in self._taken if name not in self._turned]
         self.source = self._source([*items, *checks], f"{step.name}({given});", asked[0])
         self.host = host(f"{loop.body}_loop", kept, self._allocations(), self._called(), self._ends())
+        self._require_constants()
         call = f"({', '.join(loop.carried)},) = {loop.body}_loop([{', '.join(loop.args)}])"
         before = [f"if should_loop and not {PROFILED}():", f"    {call}", "    should_loop = False"]
         self.call = "\n".join(" " * loop.indent + line for line in before)
@@ -95,6 +96,12 @@ class NativeLoop:
         if not integers.issuperset(self._function.items.values()):
             raise UnreadError("a number that is no integer of the loop's")
 
+    def _require_constants(self) -> None:
+        """What stands in front of the loop reads no number of a step's."""
+        names = {node.id for node in ast.walk(ast.parse(self.host)) if isinstance(node, ast.Name)}
+        if read := names & {*self._function.items}:
+            raise UnreadError(f"{', '.join(sorted(read))} in front of the loop")
+
     def _asked(self, condition: Function) -> tuple[str, set[str]]:
         """The call of the condition's kernel, and the parameters that it reads."""
         places = dict(zip(condition.parameters, self._function.parameters, strict=True))
@@ -114,7 +121,7 @@ class NativeLoop:
             elif arg.offset is not None:
                 raise UnreadError("a condition on a part")
             elif arg.name == name:
-                given.append(f"reinterpret_cast<{kind}>(&more)")
+                given.append(f"reinterpret_cast<{kind}>(&more_)")
             else:
                 read.add(places[arg.name])
                 given.append(f"reinterpret_cast<{kind}>({places[arg.name]})")
@@ -129,12 +136,16 @@ class NativeLoop:
             match ast.parse(statement.text).body:
                 case [ast.Assign(targets=[ast.Name(id=number)])] if number in self._function.items:
                     continue
-                case [ast.If(test=test, body=[ast.Raise(exc=ast.Call(args=[ast.Constant(value=str(told))]))])]:
-                    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-                        checks.append(
-                            f"if (!({self._expression(test.operand)})) throw std::runtime_error({_text(told)});"
-                        )
-                        continue
+                case [
+                    ast.If(
+                        test=ast.UnaryOp(op=ast.Not(), operand=test),
+                        body=[
+                            ast.Raise(exc=ast.Call(func=ast.Name("RuntimeError"), args=[ast.Constant(value=str(told))]))
+                        ],
+                    )
+                ]:
+                    checks.append(f"if (!({self._expression(test)})) throw std::runtime_error({_text(told)});")
+                case [ast.If()]:
                     raise UnreadError(statement.text)
                 case _:
                     kept.append(statement.text)
@@ -147,7 +158,7 @@ class NativeLoop:
             return self._expression(ast.parse(text, mode="eval").body)
         for symbol in names & {*(symbols or {})}:
             text = re.sub(rf"\b{symbol}\b", (symbols or {})[symbol], text)
-        if re.fullmatch(r"-?\d+", text):
+        if re.fullmatch(r"-?\d{1,18}", text):
             return f"{text}L"
         return self._passed.setdefault(text, f"passed{len(self._passed)}")
 
@@ -168,19 +179,18 @@ class NativeLoop:
         parameters = [f"char* {name}" for name in (*self._taken, *self._pairs(), "turns")]
         parameters += [f"int64_t {name}" for name in self._passed.values()]
         lines = [
-            "bool more = false;",
-            "int64_t count = 0;",
-            "auto last = std::chrono::steady_clock::now();",
+            "bool more_ = false;",
+            "int64_t count_ = 0;",
             "do {",
-            "    pause(last);",
+            "    let_python_run();",
             *(f"    {line}" for line in begin),
-            *(f"    char* const {name} = count % 2 ? {name}_1 : {name}_0;" for name in self._turned),
+            *(f"    char* const {name} = count_ % 2 ? {name}_1 : {name}_0;" for name in self._turned),
             f"    {step}",
             *(f"    {parameter} = {name};" for name, parameter in self._turned.items()),
-            "    ++count;",
+            "    ++count_;",
             f"    {condition}",
-            "} while (more);",
-            "*reinterpret_cast<int64_t*>(turns) = count;",
+            "} while (more_);",
+            "*reinterpret_cast<int64_t*>(turns) = count_;",
         ]
         return "\n    ".join([f"static void {self.name}({', '.join(parameters)}) {{", *lines]) + "\n}"
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
+from rampde_fx.emit.scratch import ONE, Room, places, room
 from rampde_fx.torch_private import native_library
 from rampde_fx.torch_private.wrapper_code import (
     MODULES,
@@ -29,7 +27,6 @@ from rampde_fx.torch_private.wrapper_code import (
     View,
 )
 
-ALIGNMENT = 64  # bytes, as of torch's own allocations
 NUMBER = {"torch.float32": "float", "torch.float64": "double"}  # of which products are called
 
 
@@ -87,13 +84,12 @@ class Step:
             self._values[name] = Value(Storage(name, None), True, _texts(shape.size), _texts(shape.stride))
         body = [line for at, statement in enumerate(function.statements) for line in self._write(at, statement)]
         self.results = [self._value(view, len(function.statements)) for view in function.results]
-        tensors, places, scratch = self._place({id(result.storage) for result in self.results})
+        tensors, inner = self._storages()
+        memory, scratch = self._place(inner)
         used = [storage for storage in tensors if storage.uses[0] < len(function.statements)]
-        self.given = [*(storage.name for storage in used), *["scratch"] * bool(scratch)]
+        self.given = [*(storage.name for storage in used), *scratch]
         self.allocations = {storage.name: storage.allocation.text for storage in tensors if storage.allocation}
-        if scratch:
-            self.allocations["scratch"] = f"scratch = empty_strided_cpu(({scratch},), (1,), torch.uint8)"
-        memory = [f"char* const {name} = {place};" for name, place in places.items()]
+        self.allocations |= scratch
         parameters = [*(f"char* {name}" for name in self.given), *(f"int64_t {name}" for name in self.numbers.values())]
         self.source = "\n    ".join([f"static void {self.name}({', '.join(parameters)}) {{", *memory, *body]) + "\n}"
         self.host = host(
@@ -150,7 +146,7 @@ class Step:
 
     def _integer(self, text: str) -> str:
         """An integer in C++: a constant, or a parameter that Python computes."""
-        if re.fullmatch(r"-?\d+", text):
+        if re.fullmatch(r"-?\d{1,18}", text):
             return f"{text}L"
         if not {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} <= self._integers:
             raise UnreadError(f"{text} is not known before the step")
@@ -205,51 +201,33 @@ class Step:
                 return transposed, lead
         raise UnreadError(f"the strides of {value.storage.name}")
 
-    def _place(self, results: set[int]) -> tuple[list[Storage], dict[str, str], int]:
-        """Storages that are tensors in Python; where each of the others is, in C++; how large the scratch memory is.
+    def _storages(self) -> tuple[list[Storage], list[Storage]]:
+        """Those that are tensors in Python, and those that are memory in C++ alone, by their first uses."""
+        found = {id(value.storage): value.storage for value in self._values.values() if value.storage.uses}
+        kept = {id(result.storage) for result in self.results}
+        tensors, inner = list[Storage](), list[Storage]()
+        for key, storage in sorted(found.items(), key=lambda item: item[1].uses[0]):
+            (tensors if storage.allocation is None or key in kept else inner).append(storage)
+        return tensors, inner
 
-        A storage takes the place of one that is not used any more, if it fits: in the scratch memory, or, if sizes are
-        symbols, in a tensor of the same sizes.
-        """
-        storages = {id(value.storage): value.storage for value in self._values.values() if value.storage.uses}
-        tensors, places, end = [], {}, 0
-        free: dict[str, tuple[_Room, int]] = {}  # what fits where, and the last use of that
-        for storage in sorted(storages.values(), key=lambda storage: storage.uses[0]):
-            if storage.allocation is None or id(storage) in results:
-                tensors.append(storage)
-                continue
-            room = _room(storage.allocation)
-            fitting = [
-                (other.count, place)
-                for place, (other, last) in free.items()
-                if last < storage.uses[0] and other.shape == room.shape and other.count >= room.count
+    def _place(self, inner: Sequence[Storage]) -> tuple[list[str], dict[str, str]]:
+        """Where each storage is, in C++; and statements of Python that allocate what they lie in, by its names."""
+        groups: dict[str, list[tuple[Storage, Room]]] = {}
+        for storage in inner:
+            assert storage.allocation is not None
+            needed = room(storage.allocation)
+            groups.setdefault(needed.unit, []).append((storage, needed))
+        lines, scratch = [], {}
+        for i, (unit, group) in enumerate(groups.items()):
+            begins, end = places([(needed.count, storage.uses[0], storage.uses[-1]) for storage, needed in group])
+            factor = "" if unit == ONE else f" * {self._integer(unit)}"
+            lines += [
+                f"char* const {storage.name} = scratch{i} + {begin}L{factor};"
+                for (storage, _), begin in zip(group, begins, strict=True)
             ]
-            if fitting:
-                place = min(fitting)[1]
-                room = free[place][0]
-            elif room.shape:
-                place = storage.name
-                tensors.append(storage)
-            else:
-                place = f"scratch + {end}L"
-                end += room.count
-            free[place] = room, storage.uses[-1]
-            if place != storage.name:
-                places[storage.name] = place
-        return tensors, places, end
-
-
-@dataclass(frozen=True)
-class _Room:
-    """What a storage takes.
-
-    Attributes:
-        shape: Its dtype, sizes and strides, if some of these are symbols; otherwise empty.
-        count: Bytes, with what aligns the next one, if none is.
-    """
-
-    shape: tuple[str, ...]
-    count: int
+            count = str(end) if unit == ONE else f"{end} * ({unit})"
+            scratch[f"scratch{i}"] = f"scratch{i} = empty_strided_cpu(({count},), (1,), torch.uint8)"
+        return lines, scratch
 
 
 def host(name: str, *texts: Iterable[str]) -> str:
@@ -265,16 +243,6 @@ def returned(results: Sequence[Value]) -> str:
 
 def _texts(values: Sequence[ast.expr] | None) -> tuple[str, ...] | None:
     return None if values is None else tuple(map(ast.unparse, values))
-
-
-def _room(allocation: Allocate) -> _Room:
-    texts = [list(map(ast.unparse, values)) for values in (allocation.size, allocation.stride)]
-    if not all(text.isdigit() for values in texts for text in values):
-        return _Room((allocation.dtype, *texts[0], *texts[1]), 0)
-    size, stride = (list(map(int, values)) for values in texts)
-    entries = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else 1
-    dtype: torch.dtype = getattr(torch, allocation.dtype.removeprefix("torch."))
-    return _Room((), -(-entries * dtype.itemsize // ALIGNMENT) * ALIGNMENT)
 
 
 def _result(value: Value) -> str:

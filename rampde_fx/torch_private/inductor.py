@@ -52,12 +52,12 @@ class LoweringPasses:
     Attributes:
         before: Before Inductor's own passes.
         behind: Behind them.
-        code: From the module in Python that Inductor writes to the one that is run.
+        code: From the module in Python that Inductor writes to the one that is run; it has a uuid, too.
     """
 
     before: Sequence[Any]
     behind: Sequence[Any]
-    code: Callable[[str], str]
+    code: Any
 
 
 # Whether a loop with these condition and body may be replayed.
@@ -126,13 +126,14 @@ def compile_graph(
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **_options(options, mode),
     }
-    for name, ours in (("post_grad_custom_pre_pass", passes.before), ("post_grad_custom_post_pass", passes.behind)):
-        patches[name] = _Lowering(ours, options.get(name, getattr(_torch.config, name)), replayable is not None)
-    if replayable is not None:
-        patches["triton.cudagraphs"] = False
     # C++ that Inductor writes itself, and kernels with clocks of their own, stay as they are.
     keeps_code = any(asks_for(name, options, mode) for name in ("cpp_wrapper", "cpp.enable_kernel_profile"))
-    inner = functools.partial(_compile_watched, watch, replayable, has_ranges, None if keeps_code else passes.code)
+    code = None if keeps_code else passes.code
+    for name, ours in (("post_grad_custom_pre_pass", passes.before), ("post_grad_custom_post_pass", passes.behind)):
+        patches[name] = _Lowering(ours, options.get(name, getattr(_torch.config, name)), replayable is not None, code)
+    if replayable is not None:
+        patches["triton.cudagraphs"] = False
+    inner = functools.partial(_compile_watched, watch, replayable, has_ranges, code)
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches, inner_compile=inner)
 
 
@@ -273,8 +274,8 @@ CustomGraphPass: Any = _torch.CustomGraphPass
 class _Lowering(CustomGraphPass):
     """Passes of ours over each graph that Inductor lowers, behind the user's: None, one or, as of 2.13, several."""
 
-    def __init__(self, ours: Sequence[Any], users: Any, replayed: bool) -> None:
-        self.replayed = replayed  # what is generated from a graph depends on it
+    def __init__(self, ours: Sequence[Any], users: Any, replayed: bool, code: Any) -> None:
+        self.replayed, self.code = replayed, code  # what is generated from a graph depends on them
         self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), *ours]
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -284,7 +285,8 @@ class _Lowering(CustomGraphPass):
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
         keys = tuple(getattr(graph_pass, "uuid", lambda: None)() for graph_pass in self.passes)
-        return None if None in keys else (*keys, self.replayed, _digest_of_package())
+        code = None if self.code is None else self.code.uuid()
+        return None if None in keys else (*keys, self.replayed, code, _digest_of_package())
 
 
 @functools.cache

@@ -27,10 +27,57 @@ _HEADERS = """
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#ifdef __GLIBCXX__
+#include <cxxabi.h>
+#endif
 #include <stdexcept>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+"""
+_GIVEN = """
+using Clock = std::chrono::steady_clock;
+static PyObject* idle;
+
+// What a call from Python was given.
+struct Given {
+    PyObject* const* args;
+    Py_ssize_t count;
+    Given* outer;
+    PyObject* held = nullptr;
+    Clock::time_point last = Clock::now();
+
+    static Given*& current() { static thread_local Given* given = nullptr; return given; }
+    Given(PyObject* const* args, Py_ssize_t count) : args(args), count(count), outer(current()) { current() = this; }
+    ~Given() {
+        current() = outer;
+        if (PyGILState_Check()) Py_XDECREF(held);  // not where the interpreter has ended this thread
+    }
+
+    // Other code in Python runs next, and may give a tensor other memory (parameter.data = ...): the old one stays.
+    void hold() {
+        if (held) return;
+        held = PyList_New(0);
+        for (Py_ssize_t i = 0; held && i < count; ++i) {
+            if (PyLong_Check(args[i]) || PyFloat_Check(args[i])) continue;
+            PyObject* const storage = PyObject_CallMethod(args[i], "untyped_storage", nullptr);
+            if (!storage || PyList_Append(held, storage)) Py_CLEAR(held);
+            Py_XDECREF(storage);
+        }
+        if (!held) throw std::runtime_error("the memory of a tensor cannot be held");
+    }
+};
+
+// A function in Python that does nothing: before it begins, threads that wait run, and handlers of signals.
+static void let_python_run() {
+    Given& given = *Given::current();
+    if (Clock::now() - given.last < std::chrono::milliseconds(1)) return;
+    given.hold();
+    PyObject* const done = PyObject_CallNoArgs(idle);
+    if (!done) throw std::runtime_error("interrupted");
+    Py_DECREF(done);
+    given.last = Clock::now();
+}
 """
 # BLAS reads integers of 32 or of 64 bits: where the low ones come first, a small one of 64 is either. Where there is no
 # BLAS any more, or a size is no small one, the sums are written out.
@@ -61,23 +108,17 @@ static void product(bool left_by_columns, bool right_by_columns, int64_t rows, i
                     out[i * out_lead + j] += left[left_by_columns ? k * left_lead + i : i * left_lead + k] *
                                              right[right_by_columns ? j * right_lead + k : k * right_lead + j];
     } else if (rows && columns && inner) {
-        // Kernels hold the GIL, for they share a flag; a large product lets other threads run Python, as torch's does.
-        PyThreadState* const state = rows * columns * inner < (1 << 20) ? nullptr : PyEval_SaveThread();
+        // Kernels hold the GIL, for they share a flag; while a product runs that takes long, other threads run Python.
+        const int64_t size = rows * columns * inner;
+        const bool takes_long = size >= (1 << 26);
+        if (takes_long) Given::current()->hold();
+        PyThreadState* const state = takes_long ? PyEval_SaveThread() : nullptr;
         // BLAS writes by columns: the transposed product
         gemm(right_by_columns ? "T" : "N", left_by_columns ? "T" : "N", &columns, &rows, &inner, &one,
              right, &right_lead, left, &left_lead, &kept, out, &out_lead);
         if (state) PyEval_RestoreThread(state);
+        if (size >= (1 << 20)) let_python_run();
     }
-}
-"""
-_PAUSE = """
-// Between two steps: other threads run Python where they wait for it, and the user may interrupt.
-static void pause(std::chrono::steady_clock::time_point& last) {
-    if (std::chrono::steady_clock::now() - last < std::chrono::milliseconds(5)) return;
-    PyThreadState* const state = PyEval_SaveThread();
-    PyEval_RestoreThread(state);
-    if (PyErr_CheckSignals()) throw std::runtime_error("interrupted");
-    last = std::chrono::steady_clock::now();
 }
 """
 _BINDINGS = """
@@ -103,10 +144,15 @@ static void call(void (*function)(T...), PyObject* const* args, std::index_seque
 
 template <typename... T>
 static PyObject* run(void (*function)(T...), PyObject* const* args, Py_ssize_t count) {
+    const Given given(args, count);
     try {
         if (count != sizeof...(T)) throw std::invalid_argument("a wrong number of arguments");
         call(function, args, std::index_sequence_for<T...>{});
         Py_RETURN_NONE;
+#ifdef __GLIBCXX__
+    } catch (abi::__forced_unwind&) {  // the interpreter ends this thread
+        throw;
+#endif
     } catch (const std::exception& error) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
     } catch (...) {
@@ -122,7 +168,8 @@ static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count)
 
 static PyObject* connect(PyObject*, PyObject* args) {
     unsigned long long data, single, twice;
-    if (!PyArg_ParseTuple(args, "KKK", &data, &single, &twice)) return nullptr;
+    if (!PyArg_ParseTuple(args, "KKKO", &data, &single, &twice, &idle)) return nullptr;
+    Py_INCREF(idle);
     data_of = reinterpret_cast<decltype(data_of)>(data);
     sgemm = reinterpret_cast<decltype(sgemm)>(single);
     dgemm = reinterpret_cast<decltype(dgemm)>(twice);
@@ -151,7 +198,7 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
 
     Args:
         names: Those that Python calls, with tensors and numbers.
-        source: All of them, and what they call, but product and pause.
+        source: All of them, and what they call, but product and let_python_run.
 
     Returns:
         The functions, in the order of the names.
@@ -159,12 +206,15 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     functions = [f"FROM_PYTHON({name})," for name in names]
     includes, definitions = _apart(source)
     bound = _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
-    text = includes + _HEADERS + _PRODUCT + _PAUSE + definitions + bound
+    text = includes + _HEADERS + _GIVEN + _PRODUCT + definitions + bound
     # A header that is compiled before takes longer to make than it saves: this runs once for a graph.
     with _torch.config.patch(cpp_cache_precompile_headers=False):
         library = _cache().load(text)
-    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)))
+    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)), _idle)
     return [getattr(library, name) for name in names]
+
+
+def _idle() -> None: ...
 
 
 def _apart(source: str) -> tuple[str, str]:
