@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rampde_fx
 from rampde_fx.emit import cpu_functions
 from rampde_fx.emit.cpu_biases import SplitBiases
-from rampde_fx.emit.cpu_functions import ReplaceTanh
+from rampde_fx.emit.cpu_functions import ReplaceTanh, replace_tanh
 from rampde_fx.errors import StepSizeError, TimeGridError
 from rampde_fx.torch_private import inductor
 from tests.benchmarks.tanh import fit
@@ -60,6 +62,33 @@ def test_tanh_is_never_beyond_one():
     x = torch.linspace(3, 12, 200_001)
     got = lowered(torch.tanh, x, by=ReplaceTanh())(x)
     assert got.max() == 1 and (got[x > 9.02] == 1).all() and (1 - got * got >= 0).all()
+
+
+class ReplacingTanh(CustomGraphPass):
+    def __call__(self, graph):
+        replace_tanh()(graph)
+
+    def uuid(self):
+        return None
+
+
+@pytest.mark.inductor
+def test_tanh_as_inductor_writes_it():
+    """By fused multiply-adds, in vectors and alone: as accurate, and what is special."""
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-38, -1e-40, 9.0, 20.0, 3e38])
+    x = torch.cat([special, arguments(torch.float32), torch.linspace(8, 10, 20_001), special])
+
+    def both(x, entry):
+        return torch.tanh(x), torch.tanh(entry)
+
+    compiled = torch.compile(both, options={"post_grad_custom_pre_pass": ReplacingTanh()})
+    (got, alone), (code,) = run_and_get_code(compiled, x, torch.tensor(-0.3))
+    torch.testing.assert_close(alone, torch.tanh(torch.tensor(-0.3)), rtol=12 * LAST_PLACE[torch.float32], atol=0)
+    assert "fmadd(" in code and "std::fma(" in code and "tanh()" not in code and "std::tanh" not in code
+    wanted, known = torch.tanh(x.double()), ~x.isnan()
+    wrong = (got.double() - wanted).abs() > 12 * LAST_PLACE[torch.float32] * wanted.abs() + 1e-45
+    assert not wrong[known].any() and torch.equal(got.isnan(), ~known)
+    assert got[known].abs().max() == 1 and torch.equal(got[known].signbit(), x[known].signbit())
 
 
 def test_the_coefficients_are_those_of_the_fit():

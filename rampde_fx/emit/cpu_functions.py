@@ -1,22 +1,25 @@
 """tanh on a CPU, in float32: a quotient of polynomials, where torch calls a function that takes as long as a product.
 
 Before:  h: f32[B, H] = aten.tanh(x)
-After:   h: f32[B, H] = clamp(y P(y^2) / Q(y^2), -1, 1)        with y = clamp(x, -9.01, 9.01)
+After:   h: f32[B, H] = rampde_fx.quotient_tanh(x)
+             which is clamp(y P(y^2) / Q(y^2), -1, 1), with y = clamp(x, -9.01, 9.01)
 
 A layer of 64 units spends more time in tanh than in its product. The quotient is of relative accuracy everywhere, at
 zero too, to six units in the last place (torch's own is at one; that of Inductor's use_decompose_tanh is absolute, and
 leaves small arguments few digits). It does not exceed 1, so that 1 - tanh^2 has no wrong sign. float64 keeps torch's.
+Inductor, which rounds each product and each sum by itself, is told to sum the polynomials by fused multiply-adds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import fx
 
 from rampde_fx.ir import graphs
+from rampde_fx.runtime import operators
+from rampde_fx.torch_private import inductor
 
 aten = torch.ops.aten
 
@@ -29,6 +32,23 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _quotient_tanh(x: torch.Tensor) -> torch.Tensor:
+    def polynomial(z: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tensor:
+        found = torch.full_like(z, coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            found = found * z + coefficient
+        return found
+
+    y = x.clamp(-LARGEST, LARGEST)
+    z = y * y
+    return (y * polynomial(z, NUMERATOR) / polynomial(z, DENOMINATOR)).clamp(-1, 1)
+
+
+operators.library.define("quotient_tanh(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
+operators.library.impl("quotient_tanh", _quotient_tanh, "CompositeExplicitAutograd")
+QUOTIENT = torch.ops.rampde_fx.quotient_tanh.default
+
+
 @dataclass(frozen=True)
 class ReplaceTanh:
     """A pass over what Inductor lowers: writes tanh out, in place."""
@@ -37,8 +57,8 @@ class ReplaceTanh:
         for node in graph.find_nodes(op="call_function", target=aten.tanh.default):
             value = graphs.value(node.args[0])
             if value.device.type == "cpu" and value.dtype in _DTYPES:
-                with graph.inserting_before(node), value.fake_mode:
-                    node.replace_all_uses_with(_written_out(graph, node.args[0]))
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(_replaced(graph, node.args[0], value.dtype))
                 graph.erase_node(node)
 
     def uuid(self) -> str:
@@ -46,24 +66,15 @@ class ReplaceTanh:
         return repr((self, NUMERATOR, DENOMINATOR, LARGEST))
 
 
-def _written_out(graph: fx.Graph, x: fx.Node) -> fx.Node:
+def replace_tanh() -> ReplaceTanh:
+    """The pass for the CPU of this machine."""
+    inductor.lower_quotient(QUOTIENT, NUMERATOR, DENOMINATOR, LARGEST)
+    return ReplaceTanh()
+
+
+def _replaced(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Nodes that compute tanh(x) in float32, in the dtype of x."""
-
-    call = partial(graphs.valued, graph)
-
-    def polynomial(z: fx.Node, coefficients: tuple[float, ...]) -> fx.Node:
-        found = call(aten.mul.Tensor, z, coefficients[-1])
-        for coefficient in coefficients[-2:0:-1]:
-            found = call(aten.mul.Tensor, call(aten.add.Tensor, found, coefficient), z)
-        return call(aten.add.Tensor, found, coefficients[0])
-
-    def within(value: fx.Node, bound: float) -> fx.Node:
-        return call(aten.clamp_max.default, call(aten.clamp_min.default, value, -bound), bound)
-
-    dtype = graphs.value(x).dtype
-    wide = x if dtype is torch.float32 else call(_CONVERT, x, torch.float32)
-    y = within(wide, LARGEST)
-    z = call(aten.mul.Tensor, y, y)
-    above = call(aten.mul.Tensor, y, polynomial(z, NUMERATOR))
-    tanh = within(call(aten.div.Tensor, above, polynomial(z, DENOMINATOR)), 1.0)
-    return tanh if dtype is torch.float32 else call(_CONVERT, tanh, dtype)
+    if dtype is torch.float32:
+        return graphs.valued(graph, QUOTIENT, x)
+    wide = graphs.valued(graph, _CONVERT, x, torch.float32)
+    return graphs.valued(graph, _CONVERT, graphs.valued(graph, QUOTIENT, wide), dtype)

@@ -313,6 +313,43 @@ def lower_casts(widened: Any, rounded: Any) -> None:
 
 
 @functools.cache
+def lower_quotient(function: Any, numerator: Sequence[float], denominator: Sequence[float], largest: float) -> None:
+    """Have Inductor write out a function of x as y P(y^2) / Q(y^2), by fused multiply-adds, with y = x up to a size.
+
+    Args:
+        function: An operator of x, in float32, with results from -1 to 1.
+        numerator: The coefficients of P, that of the constant first.
+        denominator: Those of Q.
+        largest: The largest y.
+    """
+
+    def constant(value: float) -> Any:
+        return _torch.ops.constant(value, torch.float32)
+
+    def within(value: Any, bound: float) -> Any:
+        return _torch.ops.minimum(_torch.ops.maximum(value, constant(-bound)), constant(bound))
+
+    def polynomial(z: Any, coefficients: Sequence[float]) -> Any:
+        terms = map(constant, reversed(coefficients))
+        return functools.reduce(lambda found, term: _torch.ops.fma(found, z, term), terms)
+
+    def lower(x: Any) -> Any:
+        load = x.make_loader()
+
+        def entry(index: Any) -> Any:
+            y = within(load(index), largest)
+            z = _torch.ops.mul(y, y)
+            above = _torch.ops.mul(y, polynomial(z, numerator))
+            return within(_torch.ops.truediv(above, polynomial(z, denominator)), 1.0)
+
+        return _torch.Pointwise.create(
+            device=x.get_device(), dtype=torch.float32, inner_fn=entry, ranges=list(x.get_size())
+        )
+
+    _torch.register_lowering(function, type_promotion_kind=None)(lower)
+
+
+@functools.cache
 def lower_narrow_products(product: Any, narrow: int) -> None:
     """Have Inductor write out products of matrices of which one has few rows or columns, as loops of its own.
 
@@ -336,7 +373,11 @@ def lower_narrow_products(product: Any, narrow: int) -> None:
         if int(inner) <= narrow:
 
             def entry(index: Any) -> Any:
-                return functools.reduce(_torch.ops.add, (term(index[0], index[1], k) for k in range(int(inner))))
+                i, j = index
+                found = term(i, j, 0)
+                for k in range(1, int(inner)):
+                    found = _torch.ops.fma(load_left([i, k]), load_right([k, j]), found)
+                return found
 
             return _torch.Pointwise.create(device=device, dtype=dtype, inner_fn=entry, ranges=[rows, columns])
         found = _torch.Reduction.create(
