@@ -185,6 +185,28 @@ class TestRun:
             thread.join()
         assert failures == []
 
+    @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="vectors of another size")
+    def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them(self):
+        """Beside and between all that bfloat16 has: subnormal numbers, infinities and NaN too."""
+        source = """#include <torch/csrc/inductor/cpp_prefix.h>
+static void to_low(char* x, char* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) {
+        auto wide = at::vec::VectorizedN<float,2>::loadu(reinterpret_cast<const float*>(x) + i, 32);
+        auto low = at::vec::convert<at::BFloat16,1,float,2>(wide);
+        low.store(reinterpret_cast<at::BFloat16*>(y) + i, 32);
+    }
+}"""
+        [to_low] = native_library.load_library(["to_low"], source)
+        high = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+        rest = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+        x = (high[:, None] + rest).flatten().view(torch.float32)
+        for given in (x, x[torch.randperm(len(x))]):
+            low = torch.empty(len(given), dtype=torch.bfloat16)
+            to_low(given, low, len(given))
+            wanted = given.bfloat16()
+            same = low.view(torch.int16) == wanted.view(torch.int16)
+            assert (same | (low.isnan() & wanted.isnan())).all()
+
     def test_functions_of_a_library_check_what_they_get(self):
         [step] = native_library.load_library(["step"], "static void step(char* x, int64_t n) {}")
         step(torch.ones(1), 1)
