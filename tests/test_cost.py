@@ -205,7 +205,7 @@ graphs: 1, graph breaks: 0""",
             """\
 6 kernels, 8 products
 1 kernels, 0 products
-19 kernels, 24 products
+21 kernels, 24 products
 3 kernels, 0 products""",
         )
 

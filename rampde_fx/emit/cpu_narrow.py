@@ -19,7 +19,7 @@ from torch import fx
 
 from rampde_fx.ir import graphs
 from rampde_fx.runtime import operators
-from rampde_fx.torch_private import inductor
+from rampde_fx.torch_private import lowerings
 
 aten = torch.ops.aten
 NARROW = 8  # rows, columns or summands, which Inductor writes one by one
@@ -67,7 +67,7 @@ class ReplaceNarrowProducts:
 
 def replace_narrow_products() -> ReplaceNarrowProducts:
     """The pass for the CPU of this machine."""
-    inductor.lower_narrow_products(PRODUCT, NARROW)
+    lowerings.lower_narrow_products(PRODUCT, NARROW)
     return ReplaceNarrowProducts()
 
 

@@ -25,7 +25,7 @@ from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.runtime import operators
-from rampde_fx.torch_private import inductor, kernels
+from rampde_fx.torch_private import kernels, lowerings
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
 LOW_DTYPES = (torch.float16, torch.bfloat16)
@@ -78,7 +78,7 @@ class ReplaceProducts:
 
 def replace_products() -> ReplaceProducts:
     """The pass for the CPU of this machine."""
-    inductor.lower_casts(WIDENED, ROUNDED)
+    lowerings.lower_casts(WIDENED, ROUNDED)
     has = {torch.float16: kernels.cpu_multiplies(torch.float16), torch.bfloat16: kernels.cpu_has_bfloat16()}
     return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not has[dtype]))
 

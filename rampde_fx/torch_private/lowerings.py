@@ -1,0 +1,126 @@
+"""Lowerings of operators of ours: what Inductor writes for them, with which it fuses what is beside them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rampde_fx.torch_private.names import Names
+
+_torch = Names(
+    {
+        "torch._inductor.ir": "ExternKernel Pointwise Reduction",
+        "torch._inductor.lowering": "permute register_lowering",
+        "torch._inductor.virtualized": "V ops",
+    }
+)
+
+
+@functools.cache
+def lower_casts(widened: Any, rounded: Any) -> None:
+    """Have Inductor fuse two casts whose rounding it may not leave out: of x to float32, and of (x, dtype) to a dtype.
+
+    Of a number in lower precision Inductor has the one in float32 that was rounded. use_compute_types=False, by which
+    it emulates casts where that is asked for, asks for the rounded one.
+    """
+
+    def lower(x: Any, low: torch.dtype, result: torch.dtype) -> Any:
+        load = x.make_loader()
+
+        def entry(index: Any) -> Any:
+            low_entry = _torch.ops.to_dtype(load(index), low, use_compute_types=False)
+            wide = _torch.ops.to_dtype(low_entry, torch.float32)
+            return wide if result is torch.float32 else _torch.ops.to_dtype(wide, result)
+
+        return _torch.Pointwise.create(device=x.get_device(), dtype=result, inner_fn=entry, ranges=list(x.get_size()))
+
+    plain = {"type_promotion_kind": None}
+    _torch.register_lowering(widened, **plain)(lambda x: lower(x, x.get_dtype(), torch.float32))
+    _torch.register_lowering(rounded, **plain)(lambda x, dtype: lower(x, dtype, dtype))
+
+
+@functools.cache
+def lower_quotient(function: Any, numerator: Sequence[float], denominator: Sequence[float], largest: float) -> None:
+    """Have Inductor write out a function of x as y P(y^2) / Q(y^2), by fused multiply-adds, with y = x up to a size.
+
+    Args:
+        function: An operator of x with results from -1 to 1, computed in float32, and rounded once to the dtype of x.
+        numerator: The coefficients of P, that of the constant first.
+        denominator: Those of Q.
+        largest: The largest y.
+    """
+
+    def constant(value: float) -> Any:
+        return _torch.ops.constant(value, torch.float32)
+
+    def within(value: Any, bound: float) -> Any:
+        return _torch.ops.minimum(_torch.ops.maximum(value, constant(-bound)), constant(bound))
+
+    def polynomial(z: Any, coefficients: Sequence[float]) -> Any:
+        terms = map(constant, reversed(coefficients))
+        return functools.reduce(lambda found, term: _torch.ops.fma(found, z, term), terms)
+
+    def lower(x: Any) -> Any:
+        load, dtype = x.make_loader(), x.get_dtype()
+
+        def entry(index: Any) -> Any:
+            y = within(load(index), largest)  # in float32, whatever the dtype
+            z = _torch.ops.mul(y, y)
+            above = _torch.ops.mul(y, polynomial(z, numerator))
+            return within(_torch.ops.truediv(above, polynomial(z, denominator)), 1.0)
+
+        found = _torch.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=entry, ranges=list(x.get_size()))
+        if len(_torch.V.graph.current_node.users) > 1:
+            found.realize()  # Inductor would compute it anew for each
+        return found
+
+    _torch.register_lowering(function, type_promotion_kind=None)(lower)
+
+
+@functools.cache
+def lower_narrow_products(product: Any, narrow: int) -> None:
+    """Have Inductor write out products of matrices of which one has few rows or columns, as loops of its own.
+
+    A product of few summands is an expression for each entry, any other one a sum for each. The result is written along
+    what lies beside each other in the factors.
+    """
+    by_rows, by_columns = [1, 0], [0, 1]
+
+    def lower(left: Any, right: Any, sums_rows: bool) -> Any:
+        left, right = (_torch.ExternKernel.realize_input(factor) for factor in (left, right))
+        (rows, inner), columns = left.get_size(), right.get_size()[1]
+        turned = int(columns) <= narrow < min(int(rows), int(inner)) and not sums_rows
+        if not turned:  # a copy may have any layout until it is asked for one
+            right = _torch.ExternKernel.require_stride_order(right, by_columns if sums_rows else by_rows)
+        load_left, load_right = left.make_loader(), right.make_loader()
+
+        def term(i: Any, j: Any, k: Any) -> Any:
+            return _torch.ops.mul(load_left([i, k]), load_right([k, j]))
+
+        device, dtype = left.get_device(), left.get_dtype()
+        if int(inner) <= narrow:
+
+            def entry(index: Any) -> Any:
+                i, j = index
+                found = term(i, j, 0)
+                for k in range(1, int(inner)):
+                    found = _torch.ops.fma(load_left([i, k]), load_right([k, j]), found)
+                return found
+
+            return _torch.Pointwise.create(device=device, dtype=dtype, inner_fn=entry, ranges=[rows, columns])
+        found = _torch.Reduction.create(
+            device=device,
+            dst_dtype=dtype,
+            src_dtype=dtype,
+            inner_fn=lambda index, summed: term(index[turned], index[not turned], summed[0]),
+            ranges=[columns, rows] if turned else [rows, columns],
+            reduction_ranges=[inner],
+            reduction_type="sum",
+        )
+        found.realize()
+        return _torch.permute(found, [1, 0]) if turned else found
+
+    _torch.register_lowering(product, type_promotion_kind=None)(lower)
