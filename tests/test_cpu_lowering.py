@@ -91,6 +91,20 @@ def test_tanh_as_inductor_writes_it():
     assert got[known].abs().max() == 1 and torch.equal(got[known].signbit(), x[known].signbit())
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("passed_on", [lambda h: h, torch.Tensor.float, torch.Tensor.t], ids=["itself", "cast", "view"])
+def test_tanh_in_low_precision_is_computed_once(passed_on):
+    def several(x):
+        h = passed_on(torch.tanh(x))
+        return h.sum(0), h.sum(1), h * 2
+
+    compiled = torch.compile(several, options={"post_grad_custom_pre_pass": ReplacingTanh()})
+    x = torch.randn(64, 64).bfloat16()
+    found, (code,) = run_and_get_code(compiled, x)
+    assert code.count("9.01)") == 2  # both bounds, once
+    torch.testing.assert_close(found, several(x), rtol=2e-2, atol=0.2)
+
+
 def test_the_coefficients_are_those_of_the_fit():
     found, numerator, denominator = fit()
     assert found < 2.2e-8

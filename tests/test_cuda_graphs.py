@@ -295,16 +295,20 @@ class TestLaunchesAlone:
         assert cuda_graphs._involves_host(read)
 
 
-def test_caches_tell_replayed_code_from_other_code():
-    keys = {inductor._Lowering([lambda graph: None], None, replayed).uuid() for replayed in (False, True)}
-    assert keys == {None}  # a pass without a key is not cached
+def test_caches_tell_code_from_other_code():
+    """What is replayed from what is not, and each way in which loops in C++ are written."""
 
     class Keyed:
-        def uuid(self):
-            return "key"
+        def __init__(self, key):
+            self.key = key
 
-    keys = {inductor._Lowering([Keyed()], None, replayed).uuid() for replayed in (False, True)}
-    assert len(keys) == 2
+        def uuid(self):
+            return self.key
+
+    written = [(replayed, code) for replayed in (False, True) for code in (None, Keyed("one"), Keyed("other"))]
+    keys = {inductor._Lowering([lambda graph: None], None, *how).uuid() for how in written}
+    assert keys == {None}  # a pass without a key is not cached
+    assert len({inductor._Lowering([Keyed("key")], None, *how).uuid() for how in written}) == 6
 
 
 def test_a_wrapper_in_cpp_has_no_graphs():

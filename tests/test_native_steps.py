@@ -3,9 +3,11 @@
 import _thread
 import itertools
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -260,16 +262,18 @@ class TestText:
         code = MODULE.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
         code = code.replace("(2, 2), (2, 1)", "(s0, 2), (2, 1)").replace("(2, 3), (3, 1)", "(s0, 3), (3, 1)")
         written = native(code)
-        assert "scratch0 = empty_strided_cpu((20 * ((s0 + 63)//64*64),), (1,), torch.uint8)" in written  # buf1, buf2
+        assert "scratch0 = empty_strided_cpu((20 * (((s0) + 63)//64*64),), (1,), torch.uint8)" in written  # buf1, buf2
         assert "buf4 = empty_strided_cpu((s0, 2), (2, 1), torch.float32)" in written
-        assert "_native(arg1_1, arg2_1, buf4, scratch0, s0, u0, (s0 + 63)//64*64)" in written
+        assert "_native(arg1_1, arg2_1, buf4, scratch0, s0, u0, ((s0) + 63)//64*64)" in written
 
     @pytest.mark.inductor
     def test_memory_whose_size_is_a_symbol_is_used_again(self):
         code = LATER.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
         code = code.replace("empty_strided_cpu((2, 2), (2, 1)", "empty_strided_cpu((s0, 2), (2, 1)")
         written = native(code)
-        assert "scratch1 = empty_strided_cpu((16 * ((s0 + 63)//64*64),)" in written  # buf2 and buf6, then buf6 and buf5
+        assert (
+            "scratch1 = empty_strided_cpu((16 * (((s0) + 63)//64*64),)" in written
+        )  # buf2 and buf6, then buf6 and buf5
         given = [torch.tensor(3), torch.randn(2, 3), torch.randn(2, 3), 2]
         results = [module_of(text)["while_loop_body_graph_0_0"]([*given]) for text in (code, written)]
         torch.testing.assert_close(results[1], results[0])
@@ -472,6 +476,51 @@ class TestLoops:
         assert seen == [False] and memory.expired()
 
     @pytest.mark.inductor
+    def test_memory_that_is_moved_in_mid_loop_is_an_error(self):
+        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 200000; j = j + 1) {}")
+        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        y = torch.ones(2, 2) / 2
+        threading.Timer(0.2, y.share_memory_).start()
+        with pytest.raises(RuntimeError, match="moved while a compiled loop ran"):
+            call([torch.tensor(0), y, torch.zeros(8), 20000])
+
+    @pytest.mark.inductor
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no handlers of signals")
+    def test_a_handler_of_a_signal_calls_the_loop_that_runs(self):
+        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 200000; j = j + 1) {}")
+        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        y, inner = torch.ones(2, 2) / 2, []
+
+        def called(*_):
+            inner.append(call([torch.tensor(0), y, torch.zeros(8), 100])[0])
+            y.data = y.data.clone()
+
+        before = signal.signal(signal.SIGALRM, called)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        try:
+            found = call([torch.tensor(0), y, torch.zeros(8), 10000])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert found[0] == 10000 and len(inner) >= 2 and set(map(int, inner)) == {100}
+
+    @pytest.mark.inductor
+    @pytest.mark.parametrize("size", [128, 512], ids=["between products", "while a product runs"])
+    def test_other_threads_run(self, size):
+        source = f"""static void many(char* a, char* b, char* c, int64_t count) {{
+    for (int64_t i = 0; i < count; ++i)
+        product<float>(false, false, {size}, {size}, {size}, reinterpret_cast<const float*>(a), {size},
+                       reinterpret_cast<const float*>(b), {size}, reinterpret_cast<float*>(c), {size}, nullptr, 0, 0);
+}}"""
+        [many] = native_library.load_library(["many"], source)
+        a, b, c = torch.randn(3, size, size)
+        done = []
+        threading.Timer(0.1, lambda: done.append(time.monotonic())).start()
+        many(a, b, c, 20000 * 128**3 // size**3)
+        assert done and done[0] < time.monotonic() - 0.1
+        torch.testing.assert_close(c, a @ b, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.inductor
     def test_an_integer_of_more_than_64_bits(self):
         call = module_of(native(LESS + NEXT + LOOP.replace("u0, 2*s1)", f"u0, {2**64})")))["call"]
         with pytest.raises(OverflowError):
@@ -492,6 +541,8 @@ class TestLoops:
             ("2*s1)", "s1//2 + u0//2)"),
             ("if not (2*u0 < 2*s1 - 1)", "if not (0 < 2*u0 < 2*s1 - 1)"),
             ("if not (2*u0 < 2*s1 - 1)", "if (2*u0 < 2*s1 - 1)"),
+            ("if not (2*u0 < 2*s1 - 1)", "if not (0.5*u0 < 2*s1 - 1)"),
+            ("cpp_less(other0_1, buf0, s1)", "cpp_less(other0_1, buf0, other3_1)"),
             ("raise RuntimeError", "raise AssertionError"),
             (  # the first step's number is not that of every step
                 "    buf10 = ",

@@ -49,18 +49,20 @@ def test_whatever_lives_together_lies_apart():
         ("(3, 6)", "(6, 1)", "float64", "1", 192),
         ("(0, 5)", "(5, 1)", "float32", "1", 64),
         ("(4, 1)", "(0, 1)", "float32", "1", 64),
-        ("(s0, 5)", "(5, 1)", "float32", "(s0 + 63)//64*64", 20),
-        ("(4, s0, 5)", "(5, 20, 1)", "int64", "(s0 + 63)//64*64", 160),
-        ("(2 * s0, )", "(1, )", "bool", "(2 * s0 + 63)//64*64", 1),
-        ("(4, s0)", "(8, 1)", "float32", "(((4)*(8) + (s0)*(1))*4 + 63)//64*64", 1),
-        ("(s0, s1)", "(s1, 1)", "float32", "(((s0)*(s1) + (s1)*(1))*4 + 63)//64*64", 1),
+        ("(s0, 5)", "(5, 1)", "float32", "((s0) + 63)//64*64", 20),
+        ("(4, s0, 5)", "(5, 20, 1)", "int64", "((s0) + 63)//64*64", 160),
+        ("(2 * s0, )", "(1, )", "bool", "((2 * s0) + 63)//64*64", 1),
+        ("(s0 & 248, 5)", "(5, 1)", "float32", "((s0 & 248) + 63)//64*64", 20),
+        ("(s0 if s1 < s0 else 9, 5)", "(5, 1)", "float32", "((s0 if s1 < s0 else 9) + 63)//64*64", 20),
+        ("(4, s0)", "(8, 1)", "float32", "((((4)*(8) + (s0)*(1))*4) + 63)//64*64", 1),
+        ("(s0, s1)", "(s1, 1)", "float32", "((((s0)*(s1) + (s1)*(1))*4) + 63)//64*64", 1),
     ],
 )
 def test_what_a_tensor_takes(size, stride, dtype, unit, count):
     values = [tuple(ast.parse(text, mode="eval").body.elts) for text in (size, stride)]
     found = room(Allocate("buf0", *values, f"torch.{dtype}", ""))
     assert (found.unit, found.count) == (unit, count)
-    for s0, s1 in ((1, 1), (3, 7), (64, 1), (0, 5)):
+    for s0, s1 in ((1, 1), (3, 7), (64, 1), (0, 5), (255, 300)):
         names = {"s0": s0, "s1": s1}
         taken = eval(unit, names) * count
         sizes, strides = (eval(text, names) for text in (size, stride))

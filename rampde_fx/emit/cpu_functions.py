@@ -13,11 +13,13 @@ Inductor, which rounds each product and each sum by itself, is told to sum the p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from rampde_fx.ir import graphs
+from rampde_fx.emit import cpu_products
+from rampde_fx.ir import graphs, operator_table
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import lowerings
 
@@ -65,5 +67,10 @@ class ReplaceTanh:
 
 def replace_tanh() -> ReplaceTanh:
     """The pass for the CPU of this machine."""
-    lowerings.lower_quotient(QUOTIENT, NUMERATOR, DENOMINATOR, LARGEST)
+    lowerings.lower_quotient(QUOTIENT, NUMERATOR, DENOMINATOR, LARGEST, _passes_on)
     return ReplaceTanh()
+
+
+def _passes_on(target: Any) -> bool:
+    casts = torch.ops.prims.convert_element_type.default, cpu_products.WIDENED
+    return target in casts or operator_table.is_view(target)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from rampde_fx.emit.native_steps import Step, host, returned
-from rampde_fx.torch_private.wrapper_code import Allocate, Call, Function, Host, Loop, UnreadError, View
+from rampde_fx.torch_private.wrapper_code import KNOWN, Allocate, Call, Function, Host, Loop, UnreadError, View
 
 PROFILED = "__import__('rampde_fx.torch_private.callers').torch_private.callers.profiled"
 _SIGNS: dict[type[ast.AST], str] = {
@@ -156,6 +156,8 @@ class NativeLoop:
         names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
         if symbols is None and names & {*self._function.items}:
             return self._expression(ast.parse(text, mode="eval").body)
+        if symbols is not None and not names <= {*symbols, *KNOWN}:
+            raise UnreadError(f"{text} in a condition")
         for symbol in names & {*(symbols or {})}:
             text = re.sub(rf"\b{symbol}\b", (symbols or {})[symbol], text)
         if re.fullmatch(r"-?\d{1,18}", text):
@@ -164,6 +166,8 @@ class NativeLoop:
 
     def _expression(self, value: ast.expr) -> str:
         """An expression that means the same in C++."""
+        if isinstance(value, ast.Constant) and type(value.value) is not int:
+            raise UnreadError(ast.unparse(value))
         if not any(isinstance(node, ast.Name) and node.id in self._function.items for node in ast.walk(value)):
             return self._integer(ast.unparse(value))
         match value:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from rampde_fx.emit.scratch import ONE, Room, places, room
 from rampde_fx.torch_private import native_library
 from rampde_fx.torch_private.wrapper_code import (
-    MODULES,
+    KNOWN,
     Allocate,
     Bind,
     Call,
@@ -78,7 +78,7 @@ class Step:
         self.function, self.name, self.lines = function, f"{function.name}_native", function.lines
         self._values: dict[str, Value] = {}
         self.numbers: dict[str, str] = {}  # in Python, and in C++
-        self._integers = {*function.parameters, *function.numbers, *MODULES}
+        self._integers = {*function.parameters, *function.numbers, *KNOWN}
         for name in function.parameters:
             shape = function.shapes.get(name, View(name))
             self._values[name] = Value(Storage(name, None), True, _texts(shape.size), _texts(shape.stride))
@@ -131,7 +131,8 @@ class Step:
         value = self._values[view.name]
         if view.offset is not None:
             offsets = [text for text in (value.offset, ast.unparse(view.offset)) if text != "0"]
-            value = Value(value.storage, False, _texts(view.size), _texts(view.stride), " + ".join(offsets) or "0")
+            offset = offsets[0] if len(offsets) == 1 else " + ".join(f"({text})" for text in offsets) or "0"
+            value = Value(value.storage, False, _texts(view.size), _texts(view.stride), offset)
         if at is not None:
             value.storage.uses.append(at)
         return value

@@ -1,4 +1,4 @@
-"""Where the intermediate results of a step in C++ lie: in as little memory as their lifetimes allow.
+"""Where the intermediate results of a step in C++ lie: those that do not live at the same time share memory.
 
 Those whose sizes are numbers share one allocation; those of which one size is a symbol, one for each symbol. The
 largest is placed first, and each as low as it fits beside those that live at the same time.
@@ -65,4 +65,4 @@ def places(wanted: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
 
 def _rounded(number: str) -> str:
     """The next multiple of ALIGNMENT."""
-    return f"({number} + {ALIGNMENT - 1})//{ALIGNMENT}*{ALIGNMENT}"
+    return f"(({number}) + {ALIGNMENT - 1})//{ALIGNMENT}*{ALIGNMENT}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from rampde_fx.torch_private.names import Names
 
@@ -43,14 +44,21 @@ def lower_casts(widened: Any, rounded: Any) -> None:
 
 
 @functools.cache
-def lower_quotient(function: Any, numerator: Sequence[float], denominator: Sequence[float], largest: float) -> None:
-    """Have Inductor write out a function of x as y P(y^2) / Q(y^2), by fused multiply-adds, with y = x up to a size.
+def lower_quotient(
+    function: Any,
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    largest: float,
+    passes_on: Callable[[Any], bool],
+) -> None:
+    """Have Inductor write out a function of x as y P(y^2) / Q(y^2), by fused multiply-adds, where y is x, clamped.
 
     Args:
         function: An operator of x with results from -1 to 1, computed in float32, and rounded once to the dtype of x.
         numerator: The coefficients of P, that of the constant first.
         denominator: Those of Q.
-        largest: The largest y.
+        largest: To which, and its negative, y is clamped.
+        passes_on: Whether an operator's result is its operand's, in another dtype or shape.
     """
 
     def constant(value: float) -> Any:
@@ -73,11 +81,15 @@ def lower_quotient(function: Any, numerator: Sequence[float], denominator: Seque
             return within(_torch.ops.truediv(above, polynomial(z, denominator)), 1.0)
 
         found = _torch.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=entry, ranges=list(x.get_size()))
-        if len(_torch.V.graph.current_node.users) > 1:
+        if _readers(_torch.V.graph.current_node, passes_on) > 1:
             found.realize()  # Inductor would compute it anew for each
         return found
 
     _torch.register_lowering(function, type_promotion_kind=None)(lower)
+
+
+def _readers(node: fx.Node, passes_on: Callable[[Any], bool]) -> int:
+    return sum(_readers(user, passes_on) if passes_on(user.target) else 1 for user in node.users)
 
 
 @functools.cache

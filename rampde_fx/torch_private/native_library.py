@@ -15,6 +15,7 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
+        "torch._C": "DisableTorchFunction",
         "torch._C._dynamo.guards": "_torchinductor_pyobject_tensor_data_ptr",
         "torch._inductor.codecache": "CppPythonBindingsCodeCache",
         "torch._inductor.config": ".",
@@ -34,37 +35,58 @@ _HEADERS = """
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 """
 _GIVEN = """
 using Clock = std::chrono::steady_clock;
-static PyObject* idle;
+static void* (*data_of)(PyObject*);
+static PyObject *idle, *storage_of, *place_of;
 
 // What a call from Python was given.
 struct Given {
     PyObject* const* args;
     Py_ssize_t count;
     Given* outer;
-    PyObject* held = nullptr;
+    PyObject* held = nullptr;  // a storage for each tensor
+    std::vector<std::pair<void*, size_t>> places;  // where each tensor, and its storage, was; zeros for a number
     Clock::time_point last = Clock::now();
 
     static Given*& current() { static thread_local Given* given = nullptr; return given; }
     Given(PyObject* const* args, Py_ssize_t count) : args(args), count(count), outer(current()) { current() = this; }
     ~Given() {
         current() = outer;
-        if (PyGILState_Check()) Py_XDECREF(held);  // not where the interpreter has ended this thread
+        if (PyGILState_Check()) Py_XDECREF(held);  // the interpreter ends a thread without the GIL: then it stays
     }
 
-    // Other code in Python runs next, and may give a tensor other memory (parameter.data = ...): the old one stays.
+    // Other code in Python runs next, and may give a tensor another storage (parameter.data = ...): the old one stays.
     void hold() {
         if (held) return;
         held = PyList_New(0);
         for (Py_ssize_t i = 0; held && i < count; ++i) {
-            if (PyLong_Check(args[i]) || PyFloat_Check(args[i])) continue;
-            PyObject* const storage = PyObject_CallMethod(args[i], "untyped_storage", nullptr);
+            const bool number = PyLong_Check(args[i]) || PyFloat_Check(args[i]);
+            PyObject* const storage = number ? Py_NewRef(Py_None) : PyObject_CallOneArg(storage_of, args[i]);
             if (!storage || PyList_Append(held, storage)) Py_CLEAR(held);
+            else if (number) places.emplace_back(nullptr, 0);
+            else places.emplace_back(data_of(args[i]), place(storage));
             Py_XDECREF(storage);
         }
         if (!held) throw std::runtime_error("the memory of a tensor cannot be held");
+    }
+
+    // It may also have given a storage other memory (share_memory_, resize_): the old one is gone.
+    void check() {
+        for (Py_ssize_t i = 0; i < count; ++i)
+            if (places[i].first && data_of(args[i]) != places[i].first &&
+                place(PyList_GetItem(held, i)) != places[i].second)
+                throw std::runtime_error("the memory of a tensor was moved while a compiled loop ran");
+    }
+
+    static size_t place(PyObject* storage) {
+        PyObject* const found = PyObject_CallOneArg(place_of, storage);
+        if (!found) throw std::runtime_error("the memory of a tensor cannot be found");
+        const size_t place = PyLong_AsSize_t(found);
+        Py_DECREF(found);
+        return place;
     }
 };
 
@@ -76,6 +98,7 @@ static void let_python_run() {
     PyObject* const done = PyObject_CallNoArgs(idle);
     if (!done) throw std::runtime_error("interrupted");
     Py_DECREF(done);
+    given.check();
     given.last = Clock::now();
 }
 """
@@ -117,12 +140,13 @@ static void product(bool left_by_columns, bool right_by_columns, int64_t rows, i
         gemm(right_by_columns ? "T" : "N", left_by_columns ? "T" : "N", &columns, &rows, &inner, &one,
              right, &right_lead, left, &left_lead, &kept, out, &out_lead);
         if (state) PyEval_RestoreThread(state);
+        if (takes_long) Given::current()->check();
         if (size >= (1 << 20)) let_python_run();
     }
 }
 """
 # torch rounds by integers, in twenty instructions. The processor's takes subnormal numbers for zeros: torch has those.
-_ROUND = "at::vec::convert<at::BFloat16,1,float,2>("
+_TORCH_ROUNDS = "at::vec::convert<at::BFloat16,1,float,2>("
 _ROUNDED = """
 static inline at::vec::Vectorized<at::BFloat16> to_bfloat16(const at::vec::VectorizedN<float, 2>& x) {
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
@@ -135,8 +159,6 @@ static inline at::vec::Vectorized<at::BFloat16> to_bfloat16(const at::vec::Vecto
 }
 """
 _BINDINGS = """
-static void* (*data_of)(PyObject*);
-
 template <typename T>
 static T argument(PyObject* given) {
     if constexpr (std::is_pointer_v<T>) {
@@ -157,7 +179,7 @@ static void call(void (*function)(T...), PyObject* const* args, std::index_seque
 
 template <typename... T>
 static PyObject* run(void (*function)(T...), PyObject* const* args, Py_ssize_t count) {
-    const Given given(args, count);
+    Given given(args, count);
     try {
         if (count != sizeof...(T)) throw std::invalid_argument("a wrong number of arguments");
         call(function, args, std::index_sequence_for<T...>{});
@@ -181,8 +203,9 @@ static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count)
 
 static PyObject* connect(PyObject*, PyObject* args) {
     unsigned long long data, single, twice;
-    if (!PyArg_ParseTuple(args, "KKKO", &data, &single, &twice, &idle)) return nullptr;
-    Py_INCREF(idle);
+    if (!PyArg_ParseTuple(args, "KKKOOO", &data, &single, &twice, &idle, &storage_of, &place_of))
+        return nullptr;
+    for (PyObject* function : {idle, storage_of, place_of}) Py_INCREF(function);
     data_of = reinterpret_cast<decltype(data_of)>(data);
     sgemm = reinterpret_cast<decltype(sgemm)>(single);
     dgemm = reinterpret_cast<decltype(dgemm)>(twice);
@@ -197,11 +220,7 @@ static PyMethodDef functions[] = {
     {nullptr, nullptr, 0, nullptr}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "library", nullptr, -1, functions};
 PyMODINIT_FUNC PyInit_library() {
-    PyObject* const module = PyModule_Create(&definition);
-#ifdef Py_GIL_DISABLED
-    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
-#endif
-    return module;
+    return PyModule_Create(&definition);
 }
 """
 
@@ -219,17 +238,27 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     functions = [f"FROM_PYTHON({name})," for name in names]
     includes, definitions = _apart(source)
     bound = _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
-    rounded = _ROUNDED if _ROUND in definitions else ""
-    definitions = definitions.replace(_ROUND, "to_bfloat16(")
+    rounded = _ROUNDED if _TORCH_ROUNDS in definitions else ""
+    definitions = definitions.replace(_TORCH_ROUNDS, "to_bfloat16(")
     text = includes + _HEADERS + _GIVEN + _PRODUCT + rounded + definitions + bound
     # A header that is compiled before takes longer to make than it saves: this runs once for a graph.
     with _torch.config.patch(cpp_cache_precompile_headers=False):
         library = _cache().load(text)
-    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)), _idle)
+    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)), _idle, _storage, _place)
     return [getattr(library, name) for name in names]
 
 
 def _idle() -> None: ...
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    with _torch.DisableTorchFunction():  # modes of the user's do not see it
+        return tensor.untyped_storage()
+
+
+def _place(storage: torch.UntypedStorage) -> int:
+    with _torch.DisableTorchFunction():
+        return storage.data_ptr()
 
 
 def _apart(source: str) -> tuple[str, str]:

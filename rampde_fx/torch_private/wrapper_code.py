@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 _KERNEL = re.compile(r'((?:\s*#include[^\n]*\n)*)\s*extern "C"\s+void\s+kernel(\(.*)', re.DOTALL)
 _TYPE = re.compile(r"(const )?([\w:]+\*|int64_t|float|double)")
 _SYMBOL = re.compile(r"[su]\d+")
-MODULES = {"math", "torch"}  # expressions of sizes call their functions
+KNOWN = {"math", "torch", "max", "min", "abs", "int", "round"}  # what expressions of sizes call, or call a part of
 _TOP_LEVEL_BRACE = re.compile(r"^\}", re.MULTILINE)
 
 
@@ -287,7 +287,7 @@ def _stays(statement: ast.stmt, function: Function) -> bool:
 
 
 def _parameters(function: Function, names: Sequence[str]) -> None:
-    known = {*function.parameters, *function.numbers, *MODULES}
+    known = {*function.parameters, *function.numbers, *KNOWN}
     if not known.issuperset(names):
         raise UnreadError(f"a statement of Python about {sorted({*names} - known)}")
 
