@@ -271,9 +271,8 @@ class TestText:
         code = LATER.replace("arg2_1, = args", "arg2_1, arg3_1, = args").replace("clear()", "clear()\n    s0 = arg3_1")
         code = code.replace("empty_strided_cpu((2, 2), (2, 1)", "empty_strided_cpu((s0, 2), (2, 1)")
         written = native(code)
-        assert (
-            "scratch1 = empty_strided_cpu((16 * (((s0) + 63)//64*64),)" in written
-        )  # buf2 and buf6, then buf6 and buf5
+        # buf2 and buf6, then buf6 and buf5
+        assert "scratch1 = empty_strided_cpu((16 * (((s0) + 63)//64*64),)" in written
         given = [torch.tensor(3), torch.randn(2, 3), torch.randn(2, 3), 2]
         results = [module_of(text)["while_loop_body_graph_0_0"]([*given]) for text in (code, written)]
         torch.testing.assert_close(results[1], results[0])
@@ -429,6 +428,12 @@ NEXT = KERNEL.format(
 )
 
 
+def slow_call(count):
+    """A loop of any number of steps, each of which counts."""
+    slow = NEXT.replace("y[0] += 0.5;", f"for (volatile int64_t j = 0; j < {count}; j = j + 1) {{}}")
+    return module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+
+
 class TestLoops:
     @pytest.mark.inductor
     @pytest.mark.parametrize("steps", [0, 1, 2, 5])
@@ -453,8 +458,7 @@ class TestLoops:
 
     @pytest.mark.inductor
     def test_a_user_interrupts(self):
-        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 1000000; j = j + 1) {}")
-        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        call = slow_call(1_000_000)
         threading.Timer(0.5, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
             call([torch.tensor(0), torch.ones(2, 2), torch.zeros(8), 10**9])
@@ -462,8 +466,7 @@ class TestLoops:
     @pytest.mark.inductor
     def test_memory_that_a_parameter_gives_up_in_mid_loop_is_held(self):
         """Where other threads, or handlers of signals, run Python."""
-        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 200000; j = j + 1) {}")
-        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        call = slow_call(200_000)
         y, seen = torch.ones(2, 2) / 2, []
         memory = kernels.StorageWeakRef(y.untyped_storage())
 
@@ -477,8 +480,7 @@ class TestLoops:
 
     @pytest.mark.inductor
     def test_memory_that_is_moved_in_mid_loop_is_an_error(self):
-        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 200000; j = j + 1) {}")
-        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        call = slow_call(200_000)
         y = torch.ones(2, 2) / 2
         threading.Timer(0.2, y.share_memory_).start()
         with pytest.raises(RuntimeError, match="moved while a compiled loop ran"):
@@ -487,8 +489,7 @@ class TestLoops:
     @pytest.mark.inductor
     @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no handlers of signals")
     def test_a_handler_of_a_signal_calls_the_loop_that_runs(self):
-        slow = NEXT.replace("y[0] += 0.5;", "for (volatile int64_t j = 0; j < 200000; j = j + 1) {}")
-        call = module_of(native(LESS + slow.replace("stack[u]", "stack[0]") + LOOP))["call"]
+        call = slow_call(200_000)
         y, inner = torch.ones(2, 2) / 2, []
 
         def called(*_):

@@ -219,9 +219,7 @@ static PyMethodDef functions[] = {
     FUNCTIONS
     {nullptr, nullptr, 0, nullptr}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "library", nullptr, -1, functions};
-PyMODINIT_FUNC PyInit_library() {
-    return PyModule_Create(&definition);
-}
+PyMODINIT_FUNC PyInit_library() { return PyModule_Create(&definition); }
 """
 
 
