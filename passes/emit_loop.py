@@ -295,7 +295,7 @@ class _Backward:
             and value.dtype is torch.float16
             and graphs.value(self.emission.inputs[slot.carry]).dtype is not torch.float16
         ]
-        return torch.stack([value.isnan().any() for value in narrow]).any().logical_not() if narrow else None
+        return torch.stack([value.ne(value).any() for value in narrow]).any().logical_not() if narrow else None
 
     def _sweep(self, given: Given) -> Found:
         """The reverse loop: what the adjoint gives."""

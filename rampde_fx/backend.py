@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from rampde_fx.emit import cuda_graphs
-from rampde_fx.emit.cpu_passes import cpu_passes
+from rampde_fx.emit.inductor_passes import inductor_passes
 from rampde_fx.emit.kept_steps import KeptSteps, evaluated_once, search_of, why_twice
 from rampde_fx.errors import PolicyError, RampdeError, RewriteError, raising
 from rampde_fx.frontend import unrewritten
@@ -308,7 +308,7 @@ def rampde_fx(
     with inductor.compile_settings(), phase_log.compiling(names, compiler):
         watch = functools.partial(phase_log.lowering, names)
         compiled = inductor.compile_graph(
-            *(compiler, graph_module, example_inputs, options, mode, cpu_passes(), replayable, watch),
+            *(compiler, graph_module, example_inputs, options, mode, inductor_passes(), replayable, watch),
             has_ranges=not has_own_loops,
         )
     compiled = _guarded(compiled, emitted)

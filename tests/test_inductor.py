@@ -44,6 +44,38 @@ def test_buffers_of_the_outer_graph_are_not_donated_to_the_bodies_of_loops():
     assert max(relative_errors(got, gradients(plain, plain, y, t))) < 1e-6
 
 
+class OutOfRange(torch.nn.Module):
+    """A velocity that saturates at infinity, of a state and a parameter of which float16 may make one."""
+
+    def __init__(self, offset, parts):
+        super().__init__()
+        self.offset, self.parts = torch.nn.Parameter(torch.full((4,), offset)), parts
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            z = y
+            for _ in range(self.parts):
+                z = z - self.offset
+            y = y + dt * torch.tanh(z)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("state", "offset", "parts", "nan_forward"),
+    [(1.2e5, 3e4, 4, False), (0.0, 1e5, 1, True)],
+    ids=["state", "parameter"],
+)
+def test_an_infinity_of_float16_is_told_where_its_rounding_is_left_out(state, offset, parts, nan_forward):
+    """Inductor has what is rounded to float16 in float32: memory holds infinities that no number in a kernel is."""
+    model = OutOfRange(offset, parts)
+    y = (state + torch.randn(8, 4)).requires_grad_()
+    result = compiled(model, torch.float16, "inductor")(y, torch.linspace(0, 1, 5))
+    assert bool(result.isnan().any()) is nan_forward
+    result.sum().backward()
+    assert y.grad.isnan().all()
+    assert model.offset.grad.isnan().all()
+
+
 class Pooled(torch.nn.Module):
     """A loop whose cotangent comes from a convolution: Inductor lays it out channels last."""
 

@@ -104,9 +104,9 @@ def _kind(value: Any) -> str:
 
 def _fold_casts(body: fx.GraphModule) -> None:
     """A cast up and back down again is nothing."""
-    cast = torch.ops.aten._to_copy.default
+    cast, narrows = torch.ops.aten._to_copy.default, torch.ops.rampde_fx.narrow.default
     for node in list(body.graph.nodes):
-        wide = node.args[0] if node.target is cast and list(node.kwargs) == ["dtype"] else None
+        wide = node.args[0] if node.target in (cast, narrows) and list(node.kwargs) == ["dtype"] else None
         if isinstance(wide, fx.Node) and wide.target is cast and list(wide.kwargs) == ["dtype"]:
             narrow = wide.args[0]
             low, high = graphs.value(narrow).dtype, graphs.value(wide).dtype

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx.emit.cpu_passes import cpu_passes
+from rampde_fx.emit.inductor_passes import inductor_passes
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import begins_iteration
 from rampde_fx.ir.loops import LoopNode
@@ -45,4 +45,4 @@ def compile_alone(compiler: str, graph_module: fx.GraphModule, example_inputs: S
     """A rewritten graph, compiled by one of the backend's compilers."""
     with inductor.compile_settings():
         watch = functools.partial(phase_log.lowering, [])
-        return inductor.compile_graph(compiler, graph_module, example_inputs, {}, None, cpu_passes(), None, watch)
+        return inductor.compile_graph(compiler, graph_module, example_inputs, {}, None, inductor_passes(), None, watch)

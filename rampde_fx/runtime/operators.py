@@ -1,7 +1,8 @@
 """The operators that rampde_fx adds to torch: markers, and what a rewritten graph shows as one node.
 
 Any other backend decomposes the markers step and end to plain slices of t, gradients included; enter and leave are for
-this one. The rest appears in rewritten graphs only; DECOMPOSITIONS spells out at emission what Inductor is to fuse.
+this one. The rest appears in rewritten graphs only. What Inductor is to fuse is spelt out at emission, by
+DECOMPOSITIONS, or has a lowering (emit/inductor_passes.py).
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ library.define("monotone(Tensor t) -> Tensor")
 # The user's detach() in a step, as an operation of its own: tracing leaves detach nodes that mean nothing.
 library.define("stop_gradient(Tensor x) -> Tensor")
 # A tensor in a dtype of less range; what is finite and lies beyond it becomes NaN, for a velocity may hide an inf.
-library.define("narrow(Tensor x, *, ScalarType dtype) -> Tensor")
+library.define("narrow(Tensor x, *, ScalarType dtype) -> Tensor", tags=(torch.Tag.pointwise,))
 # The result of an operation on the operands, elementwise ones: NaN where it is infinite and they are finite.
-library.define("mark_overflow(Tensor x, Tensor[] operands) -> Tensor")
+library.define("mark_overflow(Tensor x, Tensor[] operands) -> Tensor", tags=(torch.Tag.pointwise,))
 # Random numbers as a function of a seed, the index of a step, the draw within the step and the entry: of the shape,
 # dtype and device of like.
 for _name, _more in (("uniform", ""), ("normal", ""), ("bernoulli", ", float p")):
@@ -204,15 +205,10 @@ def _narrow(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _mark_overflow(x: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
-    overflowed = _is_infinite(x)
+    overflowed = x.isinf()
     for operand in operands:
-        overflowed = overflowed & ~_is_infinite(operand)
+        overflowed = overflowed & ~operand.isinf()
     return torch.where(overflowed, float("nan"), x)
-
-
-def _is_infinite(x: torch.Tensor) -> torch.Tensor:
-    """As torch.isinf, which Inductor computes entry by entry on a CPU."""
-    return x.abs() == math.inf
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -365,8 +361,6 @@ for _name, _fake in _fakes.items():
     torch.library.register_fake(f"rampde_fx::{_name}", _fake, lib=library)
 
 DECOMPOSITIONS: dict[Any, _Function] = {
-    torch.ops.rampde_fx.narrow.default: _narrow,
-    torch.ops.rampde_fx.mark_overflow.default: _mark_overflow,
     torch.ops.rampde_fx.count_underflow.default: _count_underflow,
 }
 for _name, _function in _distributions.items():

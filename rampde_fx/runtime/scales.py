@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 EXPONENT_BITS = 0x7F800000  # of a float32
@@ -78,8 +80,28 @@ def exponent_for(factor: torch.Tensor) -> torch.Tensor:
 
 
 def are_finite(values: torch.Tensor) -> torch.Tensor:
-    """Which numbers of a tensor are finite, one by one; of a complex one its parts."""
-    return torch.isfinite(torch.view_as_real(values) if values.is_complex() else values)
+    """Which numbers of a tensor are finite in memory, one by one; of a complex one its parts.
+
+    Inductor has numbers of lower precision in float32, and leaves their rounding out: what would be rounded to an
+    infinity is not finite.
+
+    >>> are_finite(torch.tensor([65504.0, float("inf"), float("nan")], dtype=torch.float16)).tolist()
+    [True, False, False]
+    """
+    sizes = (torch.view_as_real(values) if values.is_complex() else values).abs()
+    if sizes.dtype.itemsize >= 4:
+        return sizes < math.inf
+    return sizes.to(torch.float32) < least_infinite(sizes.dtype)
+
+
+def least_infinite(dtype: torch.dtype) -> float:
+    """The least number that a dtype rounds to infinity.
+
+    >>> least_infinite(torch.float16)
+    65520.0
+    """
+    info = torch.finfo(dtype)
+    return info.max / (2 - info.eps) * (2 - info.eps / 2)  # half a unit in the last place above its largest
 
 
 def vanishing_entries(scaled: torch.Tensor) -> torch.Tensor:

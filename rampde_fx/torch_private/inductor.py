@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -42,19 +42,29 @@ lookup_backend = _torch.lookup_backend
 CACHEABLE = {"torch.ops.higher_order.scan": "rampde_fx", "torch.ops.higher_order.while_loop": "rampde_fx"}
 
 
+class GraphPass(Protocol):
+    """A pass over a graph, which it changes in place."""
+
+    def __call__(self, graph: fx.Graph, /) -> None: ...
+    def uuid(self) -> str:
+        """What the result depends on, for Inductor's caches."""
+
+
+class CodePass(Protocol):
+    """From the module in Python that Inductor writes to the one that is run."""
+
+    def __call__(self, code: str, /) -> str: ...
+    def uuid(self) -> str:
+        """What the result depends on, for Inductor's caches."""
+
+
 @dataclass(frozen=True)
 class LoweringPasses:
-    """Passes over each graph that Inductor lowers, which change it in place; each has a uuid for Inductor's caches.
+    """What changes a graph that Inductor lowers: before Inductor's own passes, behind them, and what it writes."""
 
-    Attributes:
-        before: Before Inductor's own passes.
-        behind: Behind them.
-        code: From the module in Python that Inductor writes to the one that is run; it has a uuid, too.
-    """
-
-    before: Sequence[Any]
-    behind: Sequence[Any]
-    code: Any
+    before: Sequence[GraphPass]
+    behind: Sequence[GraphPass]
+    code: CodePass
 
 
 # Whether a loop with these condition and body may be replayed.
@@ -226,7 +236,7 @@ def _write_subgraph(wrapper: Any, name: str, code: Any) -> None:
         )
 
 
-_code: ContextVar[Callable[[str], str] | None] = ContextVar("what this thread makes of a module", default=None)
+_code: ContextVar[CodePass | None] = ContextVar("what this thread makes of a module", default=None)
 _load_plain_module = _torch._compile_to_module_lines
 
 
@@ -271,7 +281,7 @@ CustomGraphPass: Any = _torch.CustomGraphPass
 class _Lowering(CustomGraphPass):
     """Passes of ours over each graph that Inductor lowers, behind the user's: None, one or, as of 2.13, several."""
 
-    def __init__(self, ours: Sequence[Any], users: Any, replayed: bool, code: Any) -> None:
+    def __init__(self, ours: Sequence[GraphPass], users: Any, replayed: bool, code: CodePass | None) -> None:
         self.replayed, self.code = replayed, code  # what is generated from a graph depends on them
         self.passes = [*(users if isinstance(users, Sequence) else filter(None, [users])), *ours]
 

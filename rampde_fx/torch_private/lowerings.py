@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from rampde_fx.torch_private.names import Names
 _torch = Names(
     {
         "torch._inductor.ir": "ExternKernel Pointwise Reduction",
-        "torch._inductor.lowering": "permute register_lowering",
+        "torch._inductor.lowering": "expand permute register_lowering",
         "torch._inductor.virtualized": "V ops",
     }
 )
@@ -41,6 +42,60 @@ def lower_casts(widened: Any, rounded: Any) -> None:
     plain = {"type_promotion_kind": None}
     _torch.register_lowering(widened, **plain)(lambda x: lower(x, x.get_dtype(), torch.float32))
     _torch.register_lowering(rounded, **plain)(lambda x, dtype: lower(x, dtype, dtype))
+
+
+@functools.cache
+def lower_overflows(narrow: Any, mark_overflow: Any, least_infinite: Callable[[torch.dtype], float]) -> None:
+    """Have Inductor fuse the marks of overflows: NaN for what is finite, and an infinity in memory.
+
+    They are told by magnitude: Inductor has numbers of lower precision in float32, and leaves their rounding out.
+
+    Args:
+        narrow: An operator of (x, *, dtype): x in a dtype of less range.
+        mark_overflow: An operator of (x, operands): x, marked where it overflows and no operand is infinite.
+        least_infinite: The least number that a dtype rounds to infinity.
+    """
+
+    def exceeds(value: Any, dtype: torch.dtype, bound: float) -> Any:
+        return _torch.ops.ge(_torch.ops.abs(value), _torch.ops.constant(bound, _computed(dtype)))
+
+    def marked(value: Any, dtype: torch.dtype, overflows: Any) -> Any:
+        return _torch.ops.where(overflows, _torch.ops.constant(math.nan, _computed(dtype)), value)
+
+    def lower_narrow(x: Any, *, dtype: torch.dtype) -> Any:
+        load, wide = x.make_loader(), x.get_dtype()
+
+        def entry(index: Any) -> Any:
+            value = load(index)
+            finite = _torch.ops.lt(_torch.ops.abs(value), _torch.ops.constant(math.inf, _computed(wide)))
+            overflows = _torch.ops.logical_and(exceeds(value, wide, least_infinite(dtype)), finite)
+            return _torch.ops.to_dtype(marked(value, wide, overflows), dtype)
+
+        return _torch.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=entry, ranges=list(x.get_size()))
+
+    def lower_mark(x: Any, operands: Sequence[Any]) -> Any:
+        load, dtype, size = x.make_loader(), x.get_dtype(), list(x.get_size())
+        others = [(_torch.expand(operand, size).make_loader(), operand.get_dtype()) for operand in operands]
+
+        def entry(index: Any) -> Any:
+            value = load(index)
+            overflows = exceeds(value, dtype, least_infinite(dtype))
+            for load_operand, own in others:
+                bound = _torch.ops.constant(least_infinite(own), _computed(own))
+                finite = _torch.ops.lt(_torch.ops.abs(load_operand(index)), bound)
+                overflows = _torch.ops.logical_and(overflows, finite)
+            return marked(value, dtype, overflows)
+
+        return _torch.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=entry, ranges=size)
+
+    plain = {"type_promotion_kind": None}
+    _torch.register_lowering(narrow, **plain)(lower_narrow)
+    _torch.register_lowering(mark_overflow, **plain)(lower_mark)
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    """In what Inductor computes with numbers of a dtype."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 @functools.cache

@@ -40,15 +40,17 @@ _HEADERS = """
 _GIVEN = """
 using Clock = std::chrono::steady_clock;
 static void* (*data_of)(PyObject*);
-static PyObject *idle, *storage_of, *place_of;
+static PyObject *idle, *storages_of, *place_of;
 
 // What a call from Python was given.
 struct Given {
+    struct Tensor { PyObject* itself; void* data; size_t storage; };  // where it and its storage were
+
     PyObject* const* args;
     Py_ssize_t count;
     Given* outer;
-    PyObject* held = nullptr;  // a storage for each tensor
-    std::vector<std::pair<void*, size_t>> places;  // where each tensor, and its storage, was; zeros for a number
+    PyObject* held = nullptr;  // for each tensor its storage, and where that was
+    std::vector<Tensor> tensors;
     Clock::time_point last = Clock::now();
 
     static Given*& current() { static thread_local Given* given = nullptr; return given; }
@@ -61,28 +63,27 @@ struct Given {
     // Other code in Python runs next, and may give a tensor another storage (parameter.data = ...): the old one stays.
     void hold() {
         if (held) return;
-        held = PyList_New(0);
-        for (Py_ssize_t i = 0; held && i < count; ++i) {
-            const bool number = PyLong_Check(args[i]) || PyFloat_Check(args[i]);
-            PyObject* const storage = number ? Py_NewRef(Py_None) : PyObject_CallOneArg(storage_of, args[i]);
-            if (!storage || PyList_Append(held, storage)) Py_CLEAR(held);
-            else if (number) places.emplace_back(nullptr, 0);
-            else places.emplace_back(data_of(args[i]), place(storage));
-            Py_XDECREF(storage);
-        }
-        if (!held) throw std::runtime_error("the memory of a tensor cannot be held");
+        for (Py_ssize_t i = 0; i < count; ++i)
+            if (!PyLong_Check(args[i]) && !PyFloat_Check(args[i])) tensors.push_back({args[i], data_of(args[i]), 0});
+        PyObject* const list = PyList_New(tensors.size());
+        if (!list) throw std::runtime_error("the memory of tensors cannot be held");
+        for (size_t i = 0; i < tensors.size(); ++i) PyList_SET_ITEM(list, i, Py_NewRef(tensors[i].itself));
+        held = PyObject_CallOneArg(storages_of, list);
+        Py_DECREF(list);
+        if (!held) throw std::runtime_error("the memory of tensors cannot be held");
+        for (size_t i = 0; i < tensors.size(); ++i)
+            tensors[i].storage = PyLong_AsSize_t(PyTuple_GetItem(PyList_GetItem(held, i), 1));
     }
 
     // It may also have given a storage other memory (share_memory_, resize_): the old one is gone.
     void check() {
-        for (Py_ssize_t i = 0; i < count; ++i)
-            if (places[i].first && data_of(args[i]) != places[i].first &&
-                place(PyList_GetItem(held, i)) != places[i].second)
+        for (size_t i = 0; i < tensors.size(); ++i)
+            if (data_of(tensors[i].itself) != tensors[i].data && place(i) != tensors[i].storage)
                 throw std::runtime_error("the memory of a tensor was moved while a compiled loop ran");
     }
 
-    static size_t place(PyObject* storage) {
-        PyObject* const found = PyObject_CallOneArg(place_of, storage);
+    size_t place(size_t tensor) {
+        PyObject* const found = PyObject_CallOneArg(place_of, PyTuple_GetItem(PyList_GetItem(held, tensor), 0));
         if (!found) throw std::runtime_error("the memory of a tensor cannot be found");
         const size_t place = PyLong_AsSize_t(found);
         Py_DECREF(found);
@@ -90,10 +91,11 @@ struct Given {
     }
 };
 
-// A function in Python that does nothing: before it begins, threads that wait run, and handlers of signals.
+// A function in Python that does nothing: before it begins, threads that wait run, and handlers of signals. For code in
+// Python they wait as long (sys.getswitchinterval).
 static void let_python_run() {
     Given& given = *Given::current();
-    if (Clock::now() - given.last < std::chrono::milliseconds(1)) return;
+    if (Clock::now() - given.last < std::chrono::milliseconds(5)) return;
     given.hold();
     PyObject* const done = PyObject_CallNoArgs(idle);
     if (!done) throw std::runtime_error("interrupted");
@@ -203,9 +205,9 @@ static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count)
 
 static PyObject* connect(PyObject*, PyObject* args) {
     unsigned long long data, single, twice;
-    if (!PyArg_ParseTuple(args, "KKKOOO", &data, &single, &twice, &idle, &storage_of, &place_of))
+    if (!PyArg_ParseTuple(args, "KKKOOO", &data, &single, &twice, &idle, &storages_of, &place_of))
         return nullptr;
-    for (PyObject* function : {idle, storage_of, place_of}) Py_INCREF(function);
+    for (PyObject* function : {idle, storages_of, place_of}) Py_INCREF(function);
     data_of = reinterpret_cast<decltype(data_of)>(data);
     sgemm = reinterpret_cast<decltype(sgemm)>(single);
     dgemm = reinterpret_cast<decltype(dgemm)>(twice);
@@ -242,16 +244,18 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     # A header that is compiled before takes longer to make than it saves: this runs once for a graph.
     with _torch.config.patch(cpp_cache_precompile_headers=False):
         library = _cache().load(text)
-    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)), _idle, _storage, _place)
+    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)), _idle, _storages, _place)
     return [getattr(library, name) for name in names]
 
 
 def _idle() -> None: ...
 
 
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+def _storages(tensors: list[torch.Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
+    """The storages, and where they are."""
     with _torch.DisableTorchFunction():  # modes of the user's do not see it
-        return tensor.untyped_storage()
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return [(storage, storage.data_ptr()) for storage in storages]
 
 
 def _place(storage: torch.UntypedStorage) -> int:
