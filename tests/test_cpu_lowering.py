@@ -13,6 +13,7 @@ import rampde_fx
 from rampde_fx.emit import cpu_functions
 from rampde_fx.emit.cpu_biases import SplitBiases
 from rampde_fx.emit.cpu_functions import ReplaceTanh, replace_tanh
+from rampde_fx.emit.inductor_passes import inductor_passes
 from rampde_fx.errors import StepSizeError, TimeGridError
 from rampde_fx.torch_private import inductor
 from tests.benchmarks.tanh import fit
@@ -110,6 +111,30 @@ def test_other_tanh_stays(dtype, device):
     with FakeTensorMode():
         x = torch.empty(3, dtype=getattr(torch, dtype), device=device)
     assert targets(lowered(torch.tanh, x, by=ReplaceTanh())) == [aten.tanh.default]
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_overflows_are_marked_where_inductor_leaves_the_rounding_out(wide):
+    """As eagerly, where each is rounded: in one kernel, in vectors and alone; the user's infinities stay."""
+    inductor_passes()
+    narrow, mark = torch.ops.rampde_fx.narrow, torch.ops.rampde_fx.mark_overflow
+
+    def marked(x, offset, entry):
+        low, added = narrow(x, dtype=torch.float16), narrow(offset, dtype=torch.float16)
+        total = mark(low + added, [low, added])
+        doubled = mark(total + total, [])
+        return low, total, total.float(), torch.clamp(doubled, max=1.0).float(), narrow(entry, dtype=torch.float16)
+
+    sizes = torch.tensor([0.0, 1.0, 3e4, 6e4, 65504.0, 65520.0, 1e5, 3e38, math.inf, math.nan], dtype=wide)
+    x = torch.cat([sizes, -sizes]).repeat(5)
+    for offset, edge in ((torch.tensor(5e3), 65520.0), (torch.tensor(-math.inf), -65520.0), (x.flip(0), 65519.99)):
+        args = x, offset.to(wide), torch.tensor(edge, dtype=wide)
+        found, code = written(marked, *args)
+        assert code.count('extern "C"') == 1 and "ops.rampde_fx" not in code
+        for got, wanted in zip(found, marked(*args), strict=True):
+            assert got.dtype is wanted.dtype
+            torch.testing.assert_close(got, wanted, rtol=2.0**-10, atol=0, equal_nan=True)
 
 
 BIAS, X, W = torch.randn(7), torch.randn(3, 5), torch.randn(5, 7)

@@ -1,17 +1,18 @@
-"""Products in low precision that a CPU takes faster in float32: of the same low factors, rounded once.
+"""Products in low precision that a CPU takes faster in float32: of the same low factors.
 
 Before:  c: f16[B, H] = aten.mm(a, b)
 After:   x: f32[B, D] = rampde_fx.widened(a);    y: f32[D, H] = rampde_fx.widened(b)
-         p: f32[B, H] = aten.mm(x, y);           c: f16[B, H] = rampde_fx.rounded(p, f16)
+         p: f32[B, H] = aten.mm(x, y);           c: f16[B, H] = prims.convert_element_type(p, f16)
 
 A CPU without arithmetic for float16 multiplies its matrices entry by entry, 10 to 30 times slower than float32. On one
 that has arithmetic a product begins with 14 us, in which float32 multiplies 128 x 64 x 64 numbers; with twice as many
 both take as long (measured by tests/benchmarks/products.py). Sums in float32 of products of low factors are what a GPU
 computes, too.
 
-Inductor fuses both casts with what stands before and behind, and keeps their roundings; those of torch's own casts it
-would leave out. (In torch 2.11 it leaves out these, too: nothing is less exact for it.) The rewritten graph is the same
-on every device; Inductor puts these in while it lowers it.
+Inductor fuses the casts with what stands before and behind. The factors are rounded: behind torch's own cast Inductor
+would leave that out. (In torch 2.11 it does all the same: nothing is less exact for it.) A result is rounded where it
+is stored, as that of any operation in a kernel of Inductor's. The rewritten graph is the same on every device; Inductor
+puts these in while it lowers it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,8 @@ LOW_DTYPES = (torch.float16, torch.bfloat16)
 FEW = 2**20  # multiplications, with which both take as long
 
 operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
-operators.library.define("rounded(Tensor x, ScalarType dtype) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("widened", torch.Tensor.float, "CompositeExplicitAutograd")
-operators.library.impl("rounded", torch.Tensor.to, "CompositeExplicitAutograd")
-WIDENED, ROUNDED = torch.ops.rampde_fx.widened.default, torch.ops.rampde_fx.rounded.default
+WIDENED, CAST = torch.ops.rampde_fx.widened.default, torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class ReplaceProducts:
 
 def replace_products() -> ReplaceProducts:
     """The pass for the CPU of this machine."""
-    lowerings.lower_casts(WIDENED, ROUNDED)
+    lowerings.lower_widened(WIDENED)
     has = {torch.float16: kernels.cpu_multiplies(torch.float16), torch.bfloat16: kernels.cpu_has_bfloat16()}
     return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not has[dtype]))
 
@@ -91,13 +90,13 @@ def _replace(graph: fx.Graph, product: fx.Node, wide: dict[fx.Node, fx.Node]) ->
         args, kwargs = fx.map_arg((product.args, product.kwargs), wide.__getitem__)
         found = graphs.valued(graph, product.target, *args, **kwargs)
         if isinstance(graphs.value(product), torch.Tensor):
-            rounded = {product: graphs.valued(graph, ROUNDED, found, graphs.value(product).dtype)}
+            results = {product: graphs.valued(graph, CAST, found, graphs.value(product).dtype)}
         else:
-            rounded = {low: _rounded_item(graph, found, low) for low in product.users}
-    for low, result in rounded.items():
+            results = {low: _low_item(graph, found, low) for low in product.users}
+    for low, result in results.items():
         low.replace_all_uses_with(result)
         graph.erase_node(low)
-    if product not in rounded:
+    if product not in results:
         graph.erase_node(product)
 
 
@@ -114,8 +113,8 @@ def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> No
         wide[factor] = graphs.valued(graph, WIDENED, factor)
 
 
-def _rounded_item(graph: fx.Graph, found: fx.Node, low: fx.Node) -> fx.Node:
+def _low_item(graph: fx.Graph, found: fx.Node, low: fx.Node) -> fx.Node:
     """What stands for one of several results, taken by low; an absent one is None."""
     item = graphs.valued(graph, operator.getitem, found, low.args[1])
     value = graphs.value(low)
-    return graphs.valued(graph, ROUNDED, item, value.dtype) if isinstance(value, torch.Tensor) else item
+    return graphs.valued(graph, CAST, item, value.dtype) if isinstance(value, torch.Tensor) else item

@@ -22,26 +22,24 @@ _torch = Names(
 
 
 @functools.cache
-def lower_casts(widened: Any, rounded: Any) -> None:
-    """Have Inductor fuse two casts whose rounding it may not leave out: of x to float32, and of (x, dtype) to a dtype.
+def lower_widened(widened: Any) -> None:
+    """Have Inductor fuse a cast of x to float32 that is of what memory holds: rounded.
 
     Of a number in lower precision Inductor has the one in float32 that was rounded. use_compute_types=False, by which
     it emulates casts where that is asked for, asks for the rounded one.
     """
 
-    def lower(x: Any, low: torch.dtype, result: torch.dtype) -> Any:
-        load = x.make_loader()
+    def lower(x: Any) -> Any:
+        load, low = x.make_loader(), x.get_dtype()
 
         def entry(index: Any) -> Any:
-            low_entry = _torch.ops.to_dtype(load(index), low, use_compute_types=False)
-            wide = _torch.ops.to_dtype(low_entry, torch.float32)
-            return wide if result is torch.float32 else _torch.ops.to_dtype(wide, result)
+            return _torch.ops.to_dtype(_torch.ops.to_dtype(load(index), low, use_compute_types=False), torch.float32)
 
-        return _torch.Pointwise.create(device=x.get_device(), dtype=result, inner_fn=entry, ranges=list(x.get_size()))
+        return _torch.Pointwise.create(
+            device=x.get_device(), dtype=torch.float32, inner_fn=entry, ranges=list(x.get_size())
+        )
 
-    plain = {"type_promotion_kind": None}
-    _torch.register_lowering(widened, **plain)(lambda x: lower(x, x.get_dtype(), torch.float32))
-    _torch.register_lowering(rounded, **plain)(lambda x, dtype: lower(x, dtype, dtype))
+    _torch.register_lowering(widened, type_promotion_kind=None)(lower)
 
 
 @functools.cache
