@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +32,16 @@ def gradients(
 
 
 def relative_errors(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
-    """Relative errors in the Euclidean norm; dtypes and shapes must agree."""
+    """Relative errors in the Euclidean norm; dtypes and shapes must agree, and NaN with NaN.
+
+    Where one of both is NaN the error is infinite: max() passes over a NaN that is not the first of a list.
+    """
     assert [(g.dtype, g.shape) for g in got] == [(w.dtype, w.shape) for w in wanted]
-    floor = torch.finfo(torch.float32).tiny
-    return [
-        ((g.double() - w.double()).norm() / (w.double().norm() + floor)).item()
-        for g, w in zip(got, wanted, strict=True)
-    ]
+    return [_relative_error(g.double(), w.double()) for g, w in zip(got, wanted, strict=True)]
+
+
+def _relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    both = got.isnan() & wanted.isnan()
+    got, wanted = got.masked_fill(both, 0), wanted.masked_fill(both, 0)
+    error = (got - wanted).norm() / (wanted.norm() + torch.finfo(torch.float32).tiny)
+    return math.inf if error.isnan() else error.item()

@@ -71,6 +71,7 @@ OVERFLOWS = {
     "a histogram": lambda y: torch.histc(beyond(y).detach(), 4, 0, 4e5).sum() * torch.tanh(y / 300),
     "a largest distance": lambda y: torch.tanh(torch.cdist(beyond(y) * 1e-6, y / 300, p=float("inf")).sum() + 0 * y),
     "a relu's derivative": lambda y: torch.func.grad(lambda z: torch.relu(z - 3e5).sum())(beyond(y)) * y / 300,
+    "a number that is chosen": lambda y: torch.tanh(torch.where(y > 0, y.mean() * 300, y) - 9e4),
     "a count": lambda y: torch.tanh(y * (beyond(y) < 1e6).sum() / 300),
 }
 
@@ -85,13 +86,17 @@ def beyond(y):
     return y @ (MATRIX.abs().to(y) * 300)
 
 
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", OVERFLOWS)
-def test_an_overflow_in_float16_is_not_hidden(name):
+def test_an_overflow_in_float16_is_not_hidden(name, compiler):
     """Right, or not finite: the values, and the gradients."""
     flow = stepped(OVERFLOWS[name])
     wanted = outcome(flow, LARGE, torch.float64)
     without = outcome(stepped(torch.zeros_like), LARGE, torch.float64)  # the increments are compared: they are small
-    found = outcome(compiled(flow, torch.float16), LARGE, torch.float32)
+    found = outcome(compiled(flow, torch.float16, compiler), LARGE, torch.float32)
     for got, want, start in zip(found, wanted, without, strict=True):
         right = (got - want).norm() <= 2e-2 * (want - start).norm() + 1e-4
         assert right or not got.isfinite().all(), f"{name}: {got - start} instead of {want - start}"
@@ -120,12 +125,12 @@ INFINITIES = {
 }
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", INFINITIES)
-def test_infinities_of_the_users_and_constants_beyond_the_range_are_right(name):
+def test_infinities_of_the_users_and_constants_beyond_the_range_are_right(name, compiler):
     flow, y = stepped(INFINITIES[name]), torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
-    errors = relative_errors(
-        [x.double() for x in outcome(compiled(flow, torch.float16), y, torch.float32)], outcome(flow, y, torch.float64)
-    )
+    found = outcome(compiled(flow, torch.float16, compiler), y, torch.float32)
+    errors = relative_errors([x.double() for x in found], outcome(flow, y, torch.float64))
     assert max(errors) <= 5e-3, errors
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx.emit import cpu_products
+from rampde_fx.emit import compared, cpu_products
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import lowerings
@@ -60,5 +60,5 @@ def replace_tanh() -> ReplaceTanh:
 
 
 def _passes_on(target: Any) -> bool:
-    casts = torch.ops.prims.convert_element_type.default, cpu_products.WIDENED
+    casts = torch.ops.prims.convert_element_type.default, cpu_products.WIDENED, compared.ROUNDED
     return target in casts or operator_table.is_view(target)

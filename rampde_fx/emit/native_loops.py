@@ -113,6 +113,8 @@ class NativeLoop:
                 pass
             case _:
                 raise UnreadError("a condition of more than one kernel")
+        if unknown := {*condition.symbols.values()} - {*places}:
+            raise UnreadError(f"a condition on {', '.join(sorted(unknown))}")
         symbols = {symbol: places[name] for symbol, name in condition.symbols.items()}
         given, read = [], set()
         for arg, kind in zip(args, kernel.types, strict=True):

@@ -279,7 +279,14 @@ def can_overflow(target: Any, args: Any, kwargs: Any) -> bool:
         return False
     row = properties(target)
     within = operator_table.is_view(target) or row.dtype == "follows" or row.limit != ""
+    if within and operator_table.is_elementwise(target):  # its number is rounded to the tensors' dtype, inside
+        within = not any(map(_is_wide_number, tree_leaves((args, kwargs))))
     return not within and float("inf") not in map(abs, operator_table.numbers(target, args, kwargs))
+
+
+def _is_wide_number(operand: Any) -> bool:
+    value = graphs.value(operand) if isinstance(operand, fx.Node) else operand
+    return is_float(value) and value.ndim == 0 and value.dtype not in HALF
 
 
 def entrywise_operands(node: fx.Node) -> list[fx.Node]:

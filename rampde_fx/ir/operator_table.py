@@ -44,6 +44,7 @@ class Operator:
         nan: What becomes of a NaN in an operand. "hides": the result may be a number. "shows": floating results have
             it, others cannot. "asks": it tests for NaN or infinity. "handles": it replaces them. "chooses": it ignores
             entries that it does not choose. By default the result has it.
+        compares: It, or its derivative, compares numbers that it was given with each other.
         reads_shape: It reads the shape of its operand alone.
         aligned: Its half-precision kernel takes heads of whole groups of 16 bytes alone.
         commutes: Its first two operands may be exchanged.
@@ -68,6 +69,7 @@ class Operator:
     rounded_once: bool = False
     limit: Literal["bounded", "finite", ""] = ""
     nan: Literal["hides", "shows", "asks", "handles", "chooses", ""] = ""
+    compares: bool = False
     reads_shape: bool = False
     aligned: bool = False
     commutes: bool = False
@@ -118,7 +120,7 @@ ROWS = {
     "div.Tensor_mode div.Scalar_mode": Operator(product="entries"),  # they round the quotient
     "neg": Operator(linear="all", update="scale", limit="bounded"),
     "pow": Operator("wide", takes_tensors=True),
-    "lt le gt ge eq ne": Operator(takes_tensors=True),
+    "lt le gt ge eq ne": Operator(takes_tensors=True, compares=True),
     "addcmul addcdiv rsub": Operator(traced="apart"),
     # Functions of entries.
     """abs asinh ceil clamp clamp_max clamp_min copysign elu floor fmod frac gelu hardshrink hardsigmoid hardtanh
@@ -172,9 +174,9 @@ ROWS = {
     """as_strided_scatter complex constant_pad_nd diagonal_scatter embedding expand_copy flip gather im2col index_select
     reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d roll
     rot90 take tril triu""": Operator("follows", linear="all"),
-    """_unsafe_index amax amin aminmax arange argmax argmin channel_shuffle fill full index_fill kthvalue
-    masked_scatter masked_select max median min mode pixel_shuffle pixel_unshuffle scalar_tensor select_backward
-    slice_backward sort topk""": Operator("follows"),
+    "amax amin aminmax argmax argmin kthvalue max median min mode sort topk": Operator("follows", compares=True),
+    """_unsafe_index arange channel_shuffle fill full index_fill masked_scatter masked_select pixel_shuffle
+    pixel_unshuffle scalar_tensor select_backward slice_backward""": Operator("follows"),
     "max_pool2d_with_indices max_pool3d_with_indices native_dropout": Operator("follows", nan="shows"),
     "zeros_like ones_like full_like new_zeros new_ones new_full sym_size sym_stride sym_numel": Operator(
         "follows", reads_shape=True

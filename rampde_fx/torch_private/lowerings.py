@@ -15,7 +15,7 @@ from rampde_fx.torch_private.names import Names
 _torch = Names(
     {
         "torch._inductor.ir": "ExternKernel Pointwise Reduction",
-        "torch._inductor.lowering": "expand permute register_lowering",
+        "torch._inductor.lowering": "expand fallback_handler permute register_lowering",
         "torch._inductor.virtualized": "V ops",
     }
 )
@@ -23,23 +23,41 @@ _torch = Names(
 
 @functools.cache
 def lower_widened(widened: Any) -> None:
-    """Have Inductor fuse a cast of x to float32 that is of what memory holds: rounded.
+    """Have Inductor fuse a cast of x to float32 that is of what memory holds: rounded."""
+    _torch.register_lowering(widened, type_promotion_kind=None)(lambda x: _rounded(x, torch.float32))
+
+
+@functools.cache
+def lower_rounded(rounded: Any) -> None:
+    """Have Inductor fuse the rounding of x to its dtype."""
+
+    def lower(x: Any) -> Any:
+        if x.get_device().type == "cpu" and not _rounds_on_cpu():
+            return _torch.fallback_handler(rounded, add_to_fallback_set=False)(x)
+        return _rounded(x, x.get_dtype())
+
+    _torch.register_lowering(rounded, type_promotion_kind=None)(lower)
+
+
+def _rounds_on_cpu() -> bool:
+    """Whether Inductor's C++ has a rounding that it may not leave out; that of torch 2.11 has none."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def _rounded(x: Any, result: torch.dtype) -> Any:
+    """x, rounded to its dtype, in another one.
 
     Of a number in lower precision Inductor has the one in float32 that was rounded. use_compute_types=False, by which
     it emulates casts where that is asked for, asks for the rounded one.
     """
+    load, low = x.make_loader(), x.get_dtype()
 
-    def lower(x: Any) -> Any:
-        load, low = x.make_loader(), x.get_dtype()
+    def entry(index: Any) -> Any:
+        low_entry = _torch.ops.to_dtype(load(index), low, use_compute_types=False)
+        wide = _torch.ops.to_dtype(low_entry, torch.float32)
+        return wide if result is torch.float32 else _torch.ops.to_dtype(wide, result)
 
-        def entry(index: Any) -> Any:
-            return _torch.ops.to_dtype(_torch.ops.to_dtype(load(index), low, use_compute_types=False), torch.float32)
-
-        return _torch.Pointwise.create(
-            device=x.get_device(), dtype=torch.float32, inner_fn=entry, ranges=list(x.get_size())
-        )
-
-    _torch.register_lowering(widened, type_promotion_kind=None)(lower)
+    return _torch.Pointwise.create(device=x.get_device(), dtype=result, inner_fn=entry, ranges=list(x.get_size()))
 
 
 @functools.cache
