@@ -7,6 +7,7 @@ import functools
 import hashlib
 import operator
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _torch = Names(
         "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop"
         " PythonWrapperCodegen.define_subgraph_launcher_fn",
         "torch._inductor.compile_fx": "compile_fx_inner",
+        "torch._inductor.cpu_vec_isa": "pick_vec_isa",
         "torch._inductor.graph": "GraphLowering GraphLowering._compile_to_module_lines",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
         "torch.utils.checkpoint": "_CachedTorchDispatchMode _CachingTorchDispatchMode",
@@ -97,6 +99,20 @@ def compile_settings() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _vector_instructions() -> threading.Thread:
+    """Has Inductor find out which vector instructions there are while graphs are traced: it compiles a program for each
+    kind, and loads it in another process."""
+
+    def find() -> None:
+        with contextlib.suppress(Exception):  # Inductor asks again, and meets it where it can be told
+            _torch.pick_vec_isa()
+
+    thread = threading.Thread(target=find, name="rampde_fx: vector instructions", daemon=True)
+    thread.start()
+    return thread
+
+
 def _validate_operands(operands: Sequence[Any]) -> None:
     if not any(isinstance(operand, fx.Proxy) for operand in operands):
         _torch.validate_subgraph_args_types(operands)
@@ -129,6 +145,8 @@ def compile_graph(
     _torch.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
+    if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs):
+        _vector_instructions()
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **_options(options, mode),
@@ -288,6 +306,8 @@ class _Lowering(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for graph_pass in self.passes:
             graph_pass(graph)
+        if _vector_instructions.cache_info().currsize:
+            _vector_instructions().join()  # Inductor asks next
 
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""
