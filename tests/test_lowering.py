@@ -129,8 +129,9 @@ INFINITIES = {
 @pytest.mark.parametrize("name", INFINITIES)
 def test_infinities_of_the_users_and_constants_beyond_the_range_are_right(name, compiler):
     flow, y = stepped(INFINITIES[name]), torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
-    found = outcome(compiled(flow, torch.float16, compiler), y, torch.float32)
-    errors = relative_errors([x.double() for x in found], outcome(flow, y, torch.float64))
+    found, wanted = outcome(compiled(flow, torch.float16, compiler), y, torch.float32), outcome(flow, y, torch.float64)
+    found, wanted = zip(*((x, w) for x, w in zip(found, wanted, strict=True) if not w.isnan().any()), strict=True)
+    errors = relative_errors([x.double() for x in found], wanted)
     assert max(errors) <= 5e-3, errors
 
 

@@ -6,8 +6,9 @@ After:   r: bf16[B, D] = rampde_fx.rounded(x);    s: bf16[B, 1] = rampde_fx.roun
 
 Inductor has numbers of lower precision in float32, and leaves their rounding out, but for those that one kernel stores
 and another one loads. So x may be compared with what x was rounded to: nothing is the maximum, and the derivative of a
-maximum, which divides by how many entries are, is 0 / 0. What such a number follows from entry by entry is rounded,
-too: a difference that is zero in memory is zero.
+maximum, which divides by how many entries are, is 0 / 0. Or a guard, where(x < 1, x, 0), is made of another x than what
+it guards. What such a number follows from entry by entry is rounded, too: a difference that is zero in memory is zero.
+How many entries are below a number of the code may be counted of either.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 operators.library.define("rounded(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("rounded", torch.clone, "CompositeExplicitAutograd")
-ROUNDED, CAST = torch.ops.rampde_fx.rounded.default, torch.ops.prims.convert_element_type.default
+ROUNDED = torch.ops.rampde_fx.rounded.default
+CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,45 @@ def round_compared() -> RoundCompared:
 
 
 def _compared(graph: fx.Graph) -> set[fx.Node]:
-    """What is compared with tensors, and what it follows from entry by entry."""
+    """What is compared, and what it follows from entry by entry."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if _compares_tensors(node) or (node in found and _passes_on(node.target)):
+        if _compares(node) or (node in found and _passes_on(node.target)):
             found |= {operand for operand in node.all_input_nodes if graphs.is_float(operand)}
     return found
 
 
-def _compares_tensors(node: fx.Node) -> bool:
-    """Whether a node compares entries of tensors with each other: a number, in the code, is rounded nowhere."""
+def _compares(node: fx.Node) -> bool:
+    """Whether a node compares entries with each other, or with a number by which entries are chosen."""
     if not operator_table.properties(node.target).compares:
         return False
-    return not operator_table.is_elementwise(node.target) or sum(map(graphs.is_float, node.all_input_nodes)) > 1
+    with_number = operator_table.is_elementwise(node.target) and sum(map(graphs.is_float, node.all_input_nodes)) < 2
+    return not with_number or _chooses(node)
+
+
+def _chooses(mask: fx.Node) -> bool:
+    """Whether truth values, in whatever dtype, meet entries, and are not only counted."""
+    return any(map(_meets_entries, mask.users))
+
+
+def _meets_entries(user: fx.Node) -> bool:
+    """Whether what reads truth values lets them meet entries; another graph may: of an output, and in a loop."""
+    target, by_entries = user.target, operator_table.is_elementwise(user.target)
+    if target in CASTS or operator_table.is_view(target) or (by_entries and _is_bool(user)):
+        return _chooses(user)
+    follows = operator_table.properties(target).dtype == "follows"
+    return by_entries or follows or not isinstance(target, torch._ops.OpOverload)
+
+
+def _is_bool(node: fx.Node) -> bool:
+    value = graphs.value(node)
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
 
 
 def _passes_on(target: Any) -> bool:
     row = operator_table.properties(target)
     by_entries = operator_table.is_elementwise(target) or operator_table.is_view(target)
-    return by_entries or target in (operator.getitem, CAST) or row.dtype == "follows"
+    return by_entries or target in (operator.getitem, *CASTS) or row.dtype == "follows"
 
 
 def _is_computed(node: fx.Node) -> bool:
