@@ -174,6 +174,7 @@ def _without_records(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if node.target is operators.monotone:
             node.target = ordered_times.zero_if_ordered
+        node.target = operators.MARKS.get(node.target, node.target)
         for user in list(node.users) if node.target in RECORDS else ():
             user.replace_all_uses_with(next(operand for operand in user.all_input_nodes if operand is not node))
     graph_module.graph.eliminate_dead_code()

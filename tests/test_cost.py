@@ -146,8 +146,8 @@ graphs: 1, graph breaks: 0""",
             "cnf",
             torch.float16,
             """\
-step: 16 products, 25 casts, 4 maxima, 224 others
-adjoint step: 47 products, 104 casts, 8 maxima, 487 others
+step: 16 products, 16 casts, 4 maxima, 125 others
+adjoint step: 47 products, 96 casts, 8 maxima, 393 others
 host reads: 1
 bytes saved: 13956
 graphs: 1, graph breaks: 0""",
@@ -158,8 +158,8 @@ graphs: 1, graph breaks: 0""",
             "otflow",
             torch.float16,
             """\
-step: 28 products, 57 casts, 4 maxima, 499 others
-adjoint step: 79 products, 276 casts, 16 maxima, 1567 others
+step: 28 products, 32 casts, 4 maxima, 261 others
+adjoint step: 79 products, 252 casts, 16 maxima, 1334 others
 host reads: 1
 bytes saved: 14148
 graphs: 1, graph breaks: 0""",
@@ -182,12 +182,12 @@ graphs: 1, graph breaks: 0""",
             "conv",
             torch.float16,
             """\
-step: 8 products, 18 casts, 6 maxima, 180 others
-adjoint step: 15 products, 45 casts, 4 maxima, 239 others
-step: 8 products, 18 casts, 6 maxima, 180 others
-adjoint step: 15 products, 45 casts, 4 maxima, 239 others
-step: 8 products, 18 casts, 6 maxima, 180 others
-adjoint step: 15 products, 45 casts, 4 maxima, 239 others
+step: 8 products, 8 casts, 6 maxima, 106 others
+adjoint step: 15 products, 36 casts, 4 maxima, 160 others
+step: 8 products, 8 casts, 6 maxima, 106 others
+adjoint step: 15 products, 36 casts, 4 maxima, 160 others
+step: 8 products, 8 casts, 6 maxima, 106 others
+adjoint step: 15 products, 36 casts, 4 maxima, 160 others
 host reads: 3
 bytes saved: 543700
 graphs: 1, graph breaks: 0""",

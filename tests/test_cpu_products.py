@@ -183,17 +183,19 @@ def test_inductor_fuses_the_casts_and_rounds_the_factors(dtype):
     def layers(x, unit):
         low = (3 * x).to(dtype)  # a factor that is read as it is, too
         first = aten.mm(low, unit.to(dtype))
-        return first.float() + 1, aten.mm(first * first, unit.to(dtype)).float(), low
+        again = aten.mm((3 * first.float()).to(dtype), unit.to(dtype))  # of a cast that is written before
+        return first.float() + 1, aten.mm(first * first, unit.to(dtype)).float(), again.float(), low
 
     x, unit = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), torch.eye(16)
     options = {"post_grad_custom_pre_pass": Replacing()}
     got, codes = run_and_get_code(torch.compile(layers, options=options), x, unit)
     low = (3 * x).to(dtype)
     first = low.float()
-    for result, wanted in zip(got, (first + 1, (first * first).to(dtype).float(), low), strict=True):
+    thrice = (3 * first).to(dtype).float()
+    for result, wanted in zip(got, (first + 1, (first * first).to(dtype).float(), thrice, low), strict=True):
         assert torch.equal(result, wanted)
     (code,) = codes
-    assert code.count("extern_kernels.mm(") == 2
+    assert code.count("extern_kernels.mm(") == 3
     assert code.count('extern "C"') == 3  # before, between and behind the products
 
 

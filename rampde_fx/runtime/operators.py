@@ -360,6 +360,11 @@ _fakes: dict[str, _Function] = {
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"rampde_fx::{_name}", _fake, lib=library)
 
+# What these two compute, by operators of torch alone.
+MARKS: dict[Any, _Function] = {
+    torch.ops.rampde_fx.narrow.default: _narrow,
+    torch.ops.rampde_fx.mark_overflow.default: _mark_overflow,
+}
 DECOMPOSITIONS: dict[Any, _Function] = {
     torch.ops.rampde_fx.count_underflow.default: _count_underflow,
 }
