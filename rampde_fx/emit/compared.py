@@ -21,10 +21,9 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
+from rampde_fx.ir.lowering import HALF
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import lowerings
-
-LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 operators.library.define("rounded(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("rounded", torch.clone, "CompositeExplicitAutograd")
@@ -99,6 +98,6 @@ def _passes_on(target: Any) -> bool:
 def _is_computed(node: fx.Node) -> bool:
     """Whether a number in low precision is made by a kernel that may leave its rounding out."""
     value = graphs.value(node)
-    low = isinstance(value, torch.Tensor) and value.dtype in LOW_DTYPES
+    low = isinstance(value, torch.Tensor) and value.dtype in HALF
     passed_on = node.op != "call_function" or operator_table.is_view(node.target) or operator_table.is_product(node)
     return low and not passed_on

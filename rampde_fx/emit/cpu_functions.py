@@ -60,5 +60,5 @@ def replace_tanh() -> ReplaceTanh:
 
 
 def _passes_on(target: Any) -> bool:
-    casts = torch.ops.prims.convert_element_type.default, cpu_products.WIDENED, compared.ROUNDED
+    casts = *compared.CASTS, compared.ROUNDED, cpu_products.WIDENED
     return target in casts or operator_table.is_view(target)

@@ -72,8 +72,11 @@ def lower_overflows(narrow: Any, mark_overflow: Any, least_infinite: Callable[[t
         least_infinite: The least number that a dtype rounds to infinity.
     """
 
-    def exceeds(value: Any, dtype: torch.dtype, bound: float) -> Any:
+    def reaches(value: Any, dtype: torch.dtype, bound: float) -> Any:
         return _torch.ops.ge(_torch.ops.abs(value), _torch.ops.constant(bound, _computed(dtype)))
+
+    def within(value: Any, dtype: torch.dtype, bound: float) -> Any:
+        return _torch.ops.lt(_torch.ops.abs(value), _torch.ops.constant(bound, _computed(dtype)))
 
     def marked(value: Any, dtype: torch.dtype, overflows: Any) -> Any:
         return _torch.ops.where(overflows, _torch.ops.constant(math.nan, _computed(dtype)), value)
@@ -83,8 +86,8 @@ def lower_overflows(narrow: Any, mark_overflow: Any, least_infinite: Callable[[t
 
         def entry(index: Any) -> Any:
             value = load(index)
-            finite = _torch.ops.lt(_torch.ops.abs(value), _torch.ops.constant(math.inf, _computed(wide)))
-            overflows = _torch.ops.logical_and(exceeds(value, wide, least_infinite(dtype)), finite)
+            finite = within(value, wide, math.inf)
+            overflows = _torch.ops.logical_and(reaches(value, wide, least_infinite(dtype)), finite)
             return _torch.ops.to_dtype(marked(value, wide, overflows), dtype)
 
         return _torch.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=entry, ranges=list(x.get_size()))
@@ -95,10 +98,9 @@ def lower_overflows(narrow: Any, mark_overflow: Any, least_infinite: Callable[[t
 
         def entry(index: Any) -> Any:
             value = load(index)
-            overflows = exceeds(value, dtype, least_infinite(dtype))
+            overflows = reaches(value, dtype, least_infinite(dtype))
             for load_operand, own in others:
-                bound = _torch.ops.constant(least_infinite(own), _computed(own))
-                finite = _torch.ops.lt(_torch.ops.abs(load_operand(index)), bound)
+                finite = within(load_operand(index), own, least_infinite(own))
                 overflows = _torch.ops.logical_and(overflows, finite)
             return marked(value, dtype, overflows)
 
