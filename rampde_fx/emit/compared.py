@@ -28,7 +28,6 @@ from rampde_fx.torch_private import lowerings
 operators.library.define("rounded(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("rounded", torch.clone, "CompositeExplicitAutograd")
 ROUNDED = torch.ops.rampde_fx.rounded.default
-CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _chooses(mask: fx.Node) -> bool:
 def _meets_entries(user: fx.Node) -> bool:
     """Whether what reads truth values lets them meet entries; another graph may: of an output, and in a loop."""
     target, by_entries = user.target, operator_table.is_elementwise(user.target)
-    if target in CASTS or operator_table.is_view(target) or (by_entries and _is_bool(user)):
+    if operator_table.is_cast(target) or operator_table.is_view(target) or (by_entries and _is_bool(user)):
         return _chooses(user)
     follows = operator_table.properties(target).dtype == "follows"
     return by_entries or follows or not isinstance(target, torch._ops.OpOverload)
@@ -92,7 +91,7 @@ def _is_bool(node: fx.Node) -> bool:
 def _passes_on(target: Any) -> bool:
     row = operator_table.properties(target)
     by_entries = operator_table.is_elementwise(target) or operator_table.is_view(target)
-    return by_entries or target in (operator.getitem, *CASTS) or row.dtype == "follows"
+    return by_entries or target is operator.getitem or row.dtype == "follows"
 
 
 def _is_computed(node: fx.Node) -> bool:

@@ -25,11 +25,11 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
+from rampde_fx.ir.lowering import HALF
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import kernels, lowerings
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
-LOW_DTYPES = (torch.float16, torch.bfloat16)
 FEW = 2**20  # multiplications, with which both take as long
 
 operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
@@ -58,7 +58,7 @@ class ReplaceProducts:
     def _is_replaced(self, product: fx.Node) -> bool:
         factors = [graphs.value(factor) for factor in product.all_input_nodes]
         factors = [value for value in factors if isinstance(value, torch.Tensor)]
-        if any(value.device.type != "cpu" or value.dtype not in LOW_DTYPES for value in factors):
+        if any(value.device.type != "cpu" or value.dtype not in HALF for value in factors):
             return False
         return all(value.dtype in self.dtypes for value in factors) or self._is_small(product)
 
@@ -79,7 +79,7 @@ def replace_products() -> ReplaceProducts:
     """The pass for the CPU of this machine."""
     lowerings.lower_widened(WIDENED)
     has = {torch.float16: kernels.cpu_multiplies(torch.float16), torch.bfloat16: kernels.cpu_has_bfloat16()}
-    return ReplaceProducts(tuple(dtype for dtype in LOW_DTYPES if not has[dtype]))
+    return ReplaceProducts(tuple(dtype for dtype in HALF if not has[dtype]))
 
 
 def _replace(graph: fx.Graph, product: fx.Node, wide: dict[fx.Node, fx.Node]) -> None:

@@ -161,6 +161,7 @@ ROWS = {
     "expand": Operator(update="copy"),
     "rampde_fx::stop_gradient": Operator(linear="all", update="copy"),
     "_to_copy": Operator("follows", linear="all", update="cast", from_host=True),
+    "convert_element_type": Operator("follows", linear="all", update="cast"),  # in what Inductor lowers
     "rampde_fx::narrow": Operator(update="cast"),
     "where": Operator(linear="all", update="choose", limit="bounded", nan="chooses", takes_tensors=True),
     "cat stack": Operator("follows", linear="all", update="join"),
@@ -237,6 +238,11 @@ def is_view(target: Any) -> bool:
     """Whether an operator returns another view of its first operand."""
     schema = getattr(target, "_schema", None)
     return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def is_cast(target: Any) -> bool:
+    """Whether an operator returns its operand in another dtype."""
+    return properties(target).update == "cast"
 
 
 def is_elementwise(target: Any) -> bool:

@@ -180,7 +180,7 @@ class _Drawing:
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a node changes the dtype of a floating tensor."""
-    casts = operator_table.properties(node.target).update == "cast"
+    casts = operator_table.is_cast(node.target)
     return casts and graphs.value(node.args[0]).dtype != graphs.value(node).dtype
 
 

@@ -318,7 +318,7 @@ class _Lowering(CustomGraphPass):
 
 def cpp_wrapper_calls_loops() -> bool:
     """Whether code that Inductor writes in C++ can call a loop; that of torch 2.11 fails on its condition."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    return torch.__version__ >= (2, 13)
 
 
 @functools.cache

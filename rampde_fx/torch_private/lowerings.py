@@ -41,7 +41,7 @@ def lower_rounded(rounded: Any) -> None:
 
 def _rounds_on_cpu() -> bool:
     """Whether Inductor's C++ has a rounding that it may not leave out; that of torch 2.11 has none."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    return torch.__version__ >= (2, 13)
 
 
 def _rounded(x: Any, result: torch.dtype) -> Any:
