@@ -96,7 +96,7 @@ wheel-test: dist ## test the wheel, installed in an environment of its own, outs
 	cd $(WHEEL)/rampde_fx-* && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -m "not inductor and not slow" $(INSTALLED)
 
 demo: export MPLBACKEND := Agg
-demo: $(STAMP) ## train a flow in float32 and in the low dtype of this machine; three to four minutes, one page
+demo: $(STAMP) ## train a flow in float32 and in the low dtype of this machine; about two minutes, one page
 	$(BIN)/python examples/demo.py
 
 clean: ## remove the environments, caches and outputs

@@ -1,6 +1,6 @@
 """A density flow, trained in float32 and in the low dtype that suits this machine, side by side.
 
-It takes three to four minutes on two cores, nearly all of them for the check and the two compilations. It writes one
+It takes about two minutes on two cores, most of them for the check and the two compilations. It writes one
 page, demo.html: a table, the two densities with their difference, and the losses. The flow and the data are those of
 density.py, at a size where products rule; on a processor without arithmetic in a low dtype, where bfloat16 is imitated
 and slow, at a small one.

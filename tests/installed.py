@@ -56,4 +56,6 @@ def test_a_downstream_file_sees_types(tmp_path):
         "import rampde_fx\nreveal_type(rampde_fx.steps)\nreveal_type(rampde_fx.PrecisionPolicy().accumulation)\n"
     )
     found = run("-m", "mypy", "use.py", cwd=tmp_path)
-    assert 'Revealed type is "def (t: ' in found and "Literal['plain', 'compensated']" in found, found
+    # One Literal, or a union of two: by the version of mypy.
+    assert 'Revealed type is "def (t: ' in found, found
+    assert found.count("Literal[") > 0 and "'plain'" in found and "'compensated'" in found, found
