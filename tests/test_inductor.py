@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch.torch_version import TorchVersion
 
 import rampde_fx
 from rampde_fx.errors import PolicyError
-from rampde_fx.torch_private import inductor
 from tests.comparison import compiled, gradients, relative_errors
 from tests.models import Euler, Flow, LogDensity, Midpoint, Solved, ThreeStep, Trajectory, TwoLoops, Velocity
 from tests.test_accumulation import DRIFT, drift
@@ -358,29 +356,3 @@ def test_caches_that_are_shipped_as_one_file(tmp_path):
 @pytest.mark.parametrize("how", [{"method": "rk4", "options": {"step_size": 0.3}}, {"method": "bosh3", "rtol": 1e-2}])
 def test_odeint_with_a_number_of_steps_that_the_times_decide(how):
     agree(Solved(**how), torch.randn(16, 5), torch.linspace(0, 1, 3), 2e-2 if "rtol" in how else 4e-3)
-
-
-@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
-def test_vector_instructions_are_looked_for_while_graphs_are_traced(compiler, monkeypatch):
-    """What goes wrong there Inductor meets again, where it can be told."""
-    given, found, waits = {}, [], threading.Event()
-
-    def stub(graph_module, inputs, *, config_patches=None, inner_compile=None):
-        given.update(config_patches or {})
-        return graph_module
-
-    def fails():
-        waits.wait(10)
-        found.append(threading.current_thread() is threading.main_thread())
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(inductor, "lookup_backend", lambda name: stub)
-    monkeypatch.setattr(inductor._torch, "pick_vec_isa", fails, raising=False)
-    inductor._vector_instructions.cache_clear()
-    compiled(Euler(), torch.float32, compiler)(torch.randn(3, 5), torch.linspace(0, 1, 4))
-    assert found == []
-    waits.set()
-    if compiler == "inductor":
-        given["post_grad_custom_pre_pass"](torch.fx.Graph())
-    assert found == [False] * (compiler == "inductor")
-    inductor._vector_instructions.cache_clear()

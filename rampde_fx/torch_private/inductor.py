@@ -7,7 +7,6 @@ import functools
 import hashlib
 import operator
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from unittest import mock
 import torch
 from torch import fx
 
+from rampde_fx.torch_private import cpp_compiler
 from rampde_fx.torch_private.names import Names
 
 _torch = Names(
@@ -33,7 +33,6 @@ _torch = Names(
         "torch._inductor.codegen.wrapper": "PythonWrapperCodegen PythonWrapperCodegen.codegen_while_loop"
         " PythonWrapperCodegen.define_subgraph_launcher_fn",
         "torch._inductor.compile_fx": "compile_fx_inner",
-        "torch._inductor.cpu_vec_isa": "pick_vec_isa",
         "torch._inductor.graph": "GraphLowering GraphLowering._compile_to_module_lines",
         "torch._inductor.custom_graph_pass": "CustomGraphPass",
         "torch.utils.checkpoint": "_CachedTorchDispatchMode _CachingTorchDispatchMode",
@@ -99,20 +98,6 @@ def compile_settings() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _vector_instructions() -> threading.Thread:
-    """Has Inductor find out which vector instructions there are while graphs are traced: it compiles a program for each
-    kind, and loads it in another process."""
-
-    def find() -> None:
-        with contextlib.suppress(Exception):  # Inductor asks again, and meets it where it can be told
-            _torch.pick_vec_isa()
-
-    thread = threading.Thread(target=find, name="rampde_fx: vector instructions", daemon=True)
-    thread.start()
-    return thread
-
-
 def _validate_operands(operands: Sequence[Any]) -> None:
     if not any(isinstance(operand, fx.Proxy) for operand in operands):
         _torch.validate_subgraph_args_types(operands)
@@ -145,8 +130,8 @@ def compile_graph(
     _torch.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
-    if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs):
-        _vector_instructions()
+    if {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)} == {"cpu"}:
+        cpp_compiler.prepare()
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **_options(options, mode),
@@ -306,8 +291,7 @@ class _Lowering(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for graph_pass in self.passes:
             graph_pass(graph)
-        if _vector_instructions.cache_info().currsize:
-            _vector_instructions().join()  # Inductor asks next
+        cpp_compiler.wait_for_vectors()
 
     def uuid(self) -> Any:
         """The key by which Inductor caches what the passes made; None, not at all, if the user's has none."""

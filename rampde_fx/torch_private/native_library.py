@@ -6,19 +6,16 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from rampde_fx.torch_private import cpp_compiler
 from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
         "torch._C": "DisableTorchFunction",
         "torch._C._dynamo.guards": "_torchinductor_pyobject_tensor_data_ptr",
-        "torch._inductor.codecache": "CppPythonBindingsCodeCache",
-        "torch._inductor.config": ".",
     }
 )
 
@@ -241,9 +238,8 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     rounded = _ROUNDED if _TORCH_ROUNDS in definitions else ""
     definitions = definitions.replace(_TORCH_ROUNDS, "to_bfloat16(")
     text = includes + _HEADERS + _GIVEN + _PRODUCT + rounded + definitions + bound
-    # A header that is compiled before takes longer to make than it saves: this runs once for a graph.
-    with _torch.config.patch(cpp_cache_precompile_headers=False):
-        library = _cache().load(text)
+    cpp_compiler.wait_for_vectors()
+    library = cpp_compiler.library_cache().load(text)
     library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *(_gemms() or (0, 0)), _idle, _storages, _place)
     return [getattr(library, name) for name in names]
 
@@ -270,12 +266,6 @@ def _apart(source: str) -> tuple[str, str]:
     return "\n".join(lines[:count]), "\n".join(lines[count:])
 
 
-@functools.cache
-def _cache() -> Any:
-    """Inductor's cache of libraries, one for each source; the functions that are looked for are those of ours."""
-    return type("Library", (_torch.CppPythonBindingsCodeCache,), {"entry_function": "library"})
-
-
 def multiplies() -> bool:
     """Whether products of float32 and float64 are to be had from torch's BLAS: it has no less precise ones.
 
@@ -288,7 +278,7 @@ def multiplies() -> bool:
 def _gemms() -> tuple[int, int] | None:
     """Where torch's BLAS has the products of float32 and of float64; None if it has none that can be found."""
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library = cpp_compiler.torch_library()
         single, double = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in ("sgemm_", "dgemm_"))
     except (OSError, AttributeError):
         return None
