@@ -22,6 +22,7 @@ from pathlib import Path
 import image_data
 import torch
 import training
+import training_options
 from common import positive, rk4
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -182,7 +183,7 @@ def draw_predictions(images: image_data.Images, logits: Tensor, path: Path) -> N
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = training.parser(
+    parser = training_options.parser(
         "Train an image classifier of three convolutional neural ODEs in mixed precision. The defaults suit the "
         "digits; for STL-10 take --width 64 --batch 128 --side 128 and a GPU.",
         out="examples/out/classify",
@@ -203,7 +204,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--side", metavar="N", type=positive, help="pixels to which the images are resized, default none: 8 or 96"
     )
-    options = training.parse(parser, arguments)
+    options = training_options.parse(parser, arguments)
     if options.side and options.side % 4:
         parser.error(f"--side {options.side}: must be a multiple of 4, for it is halved twice")
     return options

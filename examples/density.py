@@ -19,6 +19,7 @@ import density_data
 import density_plots
 import torch
 import training
+import training_options
 from common import positive
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
@@ -163,7 +164,7 @@ class Density(training.Workload):
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = training.parser(
+    parser = training_options.parser(
         "Train a continuous normalizing flow in mixed precision: RK4, exact divergence, Adam. The defaults suit "
         "8gaussians and digits; 2spirals and checkerboard need about --iterations 1500 --lr 0.005.",
         out="examples/out/density",
@@ -174,7 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data", choices=density_data.NAMES, default="8gaussians", help="default %(default)s")
     for option, default, what in (("--steps", 8, "RK4 steps"), ("--width", 64, "width of both hidden layers")):
         parser.add_argument(option, metavar="N", type=positive, default=default, help=f"{what}, default %(default)s")
-    return training.parse(parser, arguments)
+    return training_options.parse(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

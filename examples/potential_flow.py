@@ -23,6 +23,7 @@ import potential_plots
 import tabular_data
 import torch
 import training
+import training_options
 from common import positive
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
@@ -262,7 +263,7 @@ class Transport(training.Workload):
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = training.parser(
+    parser = training_options.parser(
         "Train OT-Flow, a continuous normalizing flow along the gradient of a potential, in mixed precision: RK4, "
         "exact trace, Adam. Loss: alpha_C times the negative log-density, plus transport cost, plus alpha_R times the "
         "violation of the Hamilton-Jacobi-Bellman equation. There is no early stopping: see the validation loss.",
@@ -282,7 +283,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.add_argument(
             option, metavar="WEIGHT", type=float, default=weight, help=f"weight of {what}, default %(default)s"
         )
-    return training.parse(parser, arguments)
+    return training_options.parse(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ density_plots = importlib.import_module("density_plots")
 image_data = importlib.import_module("image_data")
 roundoff = importlib.import_module("roundoff")
 training = importlib.import_module("training")
+training_options = importlib.import_module("training_options")
 training_results = importlib.import_module("training_results")
 
 
@@ -89,9 +90,9 @@ class Euler(torch.nn.Module):
 
 
 def options(out: Path, *arguments: str) -> argparse.Namespace:
-    parser = training.parser("", str(out), iterations=6, batch=4, lr=0.1)
+    parser = training_options.parser("", str(out), iterations=6, batch=4, lr=0.1)
     named = () if {"--dtype", "--compare"} & {*arguments} else ("--dtype", "float16")
-    return training.parse(parser, ["--device", "cpu", "--compiler", "aot_eager", *named, *arguments])
+    return training_options.parse(parser, ["--device", "cpu", "--compiler", "aot_eager", *named, *arguments])
 
 
 def table_rows(out: Path) -> list[dict[str, str]]:
@@ -169,7 +170,7 @@ def test_a_table_of_dtypes_and_seeds(tmp_path):
     workload = Line()
     assert training.run(workload, options(tmp_path, "--compare", "--seed", "3", "5")) == 0
     rows = table_rows(tmp_path)
-    assert [(row["dtype"], row["seed"]) for row in rows] == [(d, s) for d in training.POLICIES for s in "35"]
+    assert [(row["dtype"], row["seed"]) for row in rows] == [(d, s) for d in training_options.POLICIES for s in "35"]
     # One seed, one error in every dtype, up to its roundoff; float32 and bfloat16 are not scaled.
     for row, reference in zip(rows, rows[:2] * 4, strict=True):
         assert float(row["error"]) == pytest.approx(float(reference["error"]), rel=2e-2)
@@ -246,7 +247,7 @@ def test_cells_say_mean_deviation_and_how_many_diverged():
 
 
 def test_compare_stands_for_all_dtypes(tmp_path, capsys):
-    assert options(tmp_path, "--compare").dtype == list(training.POLICIES)
+    assert options(tmp_path, "--compare").dtype == list(training_options.POLICIES)
     with pytest.raises(SystemExit):
         options(tmp_path, "--compare", "--dtype", "float16")
     assert "give one or the other" in capsys.readouterr().err
@@ -255,8 +256,8 @@ def test_compare_stands_for_all_dtypes(tmp_path, capsys):
 @pytest.mark.parametrize(("has_bfloat16", "chosen"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_default_and_stands_for_a_dtype(tmp_path, monkeypatch, has_bfloat16, chosen):
     monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: has_bfloat16)
-    parser = training.parser("", str(tmp_path), iterations=6, batch=4, lr=0.1)
-    assert training.parse(parser, ["--device", "cpu"]).dtype == [chosen]
+    parser = training_options.parser("", str(tmp_path), iterations=6, batch=4, lr=0.1)
+    assert training_options.parse(parser, ["--device", "cpu"]).dtype == [chosen]
     assert options(tmp_path, "--dtype", "float32", "auto").dtype == list(dict.fromkeys(["float32", chosen]))
 
 
@@ -313,7 +314,7 @@ def test_classifier_trains(tmp_path):
 def test_resumed_classifier_repeats_the_uninterrupted_one(tmp_path):
     options = classify.parse_arguments([*TINY_CLASSIFIER, "--iterations", "20"])
     workload = classify.Classification(options)
-    settings = training.Settings("float32", 0, 20, 40, 1e-2, "cpu", "aot_eager", {})
+    settings = training_options.Settings("float32", 0, 20, 40, 1e-2, "cpu", "aot_eager", {})
 
     def fresh() -> object:
         torch.manual_seed(0)

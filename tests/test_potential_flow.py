@@ -18,7 +18,7 @@ common = importlib.import_module("common")
 mmd = importlib.import_module("mmd")
 potential_flow = importlib.import_module("potential_flow")
 tabular_data = importlib.import_module("tabular_data")
-training = importlib.import_module("training")
+training_options = importlib.import_module("training_options")
 
 
 def random_potential(dim: int, layers: int) -> torch.nn.Module:
@@ -215,7 +215,7 @@ def test_trains_in_float16_as_in_float32(cancer):
     module = cancer.module()
     module.load_state_dict(plain.state_dict())
     reference = trained(cancer, plain, plain, iterations=8)
-    model = common.compiled(module, training.POLICIES["float16"], "aot_eager")
+    model = common.compiled(module, training_options.POLICIES["float16"], "aot_eager")
     losses = trained(cancer, model, module, iterations=8)
     assert losses[-1] < 0.95 * losses[0]
     # A few unit roundoffs of float16, 4.9e-4.

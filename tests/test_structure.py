@@ -96,6 +96,11 @@ def test_files_and_functions_stay_short(name):
     assert all(length(function) <= 50 for function in functions), max(functions, key=length).name
 
 
+def test_examples_stay_short():
+    lengths = {path.name: path.read_text().count("\n") for path in (ROOT / "examples").glob("*.py")}
+    assert "training.py" in lengths and max(lengths.values()) <= 400, lengths
+
+
 def test_no_meta_key_says_what_a_type_could_say():
     """Nodes carry the metadata of torch, the roles that partition_velocity writes, and nothing else of ours."""
     ours = {"role", "rank", "outside", "user_name", "recompute"}
