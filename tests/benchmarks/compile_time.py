@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks.compile_time [--loop odeint] [--policy float16] [--compiler inductor] [--steps 8 1024]
 
-Every row is a process of its own with an empty cache, and a second one that finds what the first one left there.
+Every row is a process of its own with empty caches, and a second one that finds what the first one left there.
 Dynamo's capture is apart from what follows it: the rewrite, AOTAutograd and the compiler, of forward and backward.
 Running what was compiled does not count. Nodes are those of the captured graph, and of the rewritten one with all its
-submodules.
+submodules. --loop network is no loop: torch.compile alone, of one evaluation of the velocity, for comparison.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import lookup_backend
 
 import rampde_fx
 from rampde_fx import PrecisionPolicy
@@ -40,20 +41,29 @@ class Odeint(nn.Module):
         return rampde_fx.odeint(self.velocity, y, t, method="rk4")[-1]
 
 
-LOOPS = {"steps": RK4, "odeint": Odeint}
+class Network(Odeint):
+    """One evaluation."""
+
+    def forward(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.velocity(t[0], y)
+
+
+LOOPS = {"steps": RK4, "odeint": Odeint, "network": Network}
 
 
 def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tuple[float, ...]:
     """Seconds in Dynamo, seconds in rewrite and compiler, and nodes before and after, of the first training step."""
     spent = called = 0.0
     nodes: list[int] = []
+    of_torch = loop == "network"
+    compile_by = lookup_backend(compiler) if of_torch else functools.partial(backend, options={"compiler": compiler})
 
     @functools.wraps(backend)
     def timed(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal spent
         nodes.append(_nodes(graph_module))
         start = time.perf_counter()
-        compiled = backend(graph_module, inputs, options={"compiler": compiler})
+        compiled = compile_by(graph_module, inputs)
         spent += time.perf_counter() - start
         nodes.append(_nodes(graph_module))
 
@@ -64,7 +74,8 @@ def measure(loop: str, steps: int, policy: PrecisionPolicy, compiler: str) -> tu
 
         return call
 
-    model = rampde_fx.mixed_precision(LOOPS[loop](dim=16, width=64, layers=3), policy=policy)
+    model = LOOPS[loop](dim=16, width=64, layers=3)
+    model = model if of_torch else rampde_fx.mixed_precision(model, policy=policy)
     function = torch.compile(model, backend=timed, fullgraph=True)
     y, t = torch.randn(64, 16), torch.linspace(0, 1, steps + 1)
     start = time.perf_counter()
@@ -88,7 +99,7 @@ def in_a_process(options: argparse.Namespace, steps: int, cache: str) -> tuple[f
     """The same, in a process that keeps its caches in a folder."""
     command = [sys.executable, "-m", "tests.benchmarks.compile_time", "--one", "--steps", str(steps)]
     command += ["--loop", options.loop, "--policy", str(options.policy), "--compiler", options.compiler]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}  # compiled headers are there
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return tuple(map(float, output.split()))
 
@@ -96,7 +107,7 @@ def in_a_process(options: argparse.Namespace, steps: int, cache: str) -> tuple[f
 def main() -> None:
     """Print one row per number of steps, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loop", default="steps", choices=list(LOOPS), help="for t, dt in steps(...), or odeint")
+    parser.add_argument("--loop", default="steps", choices=list(LOOPS), help="for t, dt in steps(...); odeint; none")
     parser.add_argument("--policy", default="float16", type=PrecisionPolicy.parse, help='such as "bfloat16, loop=scan"')
     parser.add_argument("--compiler", default="inductor", choices=["inductor", "aot_eager"])
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 128])
