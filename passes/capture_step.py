@@ -31,23 +31,23 @@ from rampde_fx.errors import MutationError, RampdeError, UnsupportedLoopError
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run
 from rampde_fx.ir.effects import Observer, detaches, gradient_modes, shares_memory
+from rampde_fx.ir.lowering import HALF
 from rampde_fx.ir.sources import ORDER, CarrySource, Key, Source, TimeSource, carries_among
 from rampde_fx.torch_private import fake_tensors
 
-HALF = {torch.float16, torch.bfloat16}
 DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
 
 
 def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> CapturedStep:
     """The first iteration of a run of the marked loop as functional ATen."""
-    if marked.differentiated:
+    if marked.with_gradients:
         _check_writes(run)
     inputs, step, outputs = _torch_step(graph_module, marked, run)
     written = _written(marked) if marked.autocast else set()
     values = [_fake(source, marked, written) for source in inputs]
     for node, source, value in zip(graphs.placeholders(step), inputs, values, strict=True):
         node.meta["example_value"] = graphs.value(source.values[0]) if source.values else value
-    functional, after = _functional(_Captured(step, differentiated=marked.differentiated), values)
+    functional, after = _functional(_Captured(step, with_gradients=marked.with_gradients), values)
     return CapturedStep(inputs, functional, outputs, after)
 
 
@@ -203,9 +203,9 @@ class _Captured(fx.Interpreter):
     transforms in the velocity, which turn it on.
     """
 
-    def __init__(self, step: fx.GraphModule, *, differentiated: bool) -> None:
+    def __init__(self, step: fx.GraphModule, *, with_gradients: bool) -> None:
         super().__init__(step)
-        self.differentiated = differentiated
+        self.with_gradients = with_gradients
         self.observer = Observer()
         known = [node for node in graphs.body(step) if not self.observer.effects(node).unknown]
         self.written = self.observer.written_among(known)
@@ -226,7 +226,7 @@ class _Captured(fx.Interpreter):
         written = [] if effects.unknown else [n.all_input_nodes[i] for i in effects.writes]
         if graphs.function_name(n) == "detach_":
             written, result = n.all_input_nodes, self.env[n.all_input_nodes[0]]
-        elif "out" in n.kwargs and not self.differentiated:
+        elif "out" in n.kwargs and not self.with_gradients:
             with torch.no_grad():  # the caller's, which the graph does not show: with gradients on there is no out=
                 result = super().run_node(n)
         elif shares_memory(n) and fake_tensors.storage_of(graphs.value(n)) in self.written:
@@ -267,11 +267,11 @@ class _Captured(fx.Interpreter):
         return any(value.shape == shown.shape and value.stride() == shown.stride() for value in same)
 
     def _computes_without_gradients(self) -> bool:
-        return self.differentiated and not torch.is_grad_enabled()
+        return self.with_gradients and not torch.is_grad_enabled()
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator):  # find_loops lets those in that run their body
-            return _Captured(args[0], differentiated=self.differentiated).run(*args[1:])
+            return _Captured(args[0], with_gradients=self.with_gradients).run(*args[1:])
         if getattr(target, "__name__", "") == "_enter_inference_mode":  # no_grad, of tensors that are traced
             before = torch.is_grad_enabled()
             torch._C._set_grad_enabled(not args[0])

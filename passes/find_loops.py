@@ -14,7 +14,7 @@ Ensures:  loops in graph order, those of checkpointed bodies included; iteration
 Raises:   TransformError for a loop inside a torch.func transform; UnsupportedLoopError for a loop that was left early,
           a loop inside a loop or inside another higher-order operation, and a loop outside mixed_precision; for a
           function with a backward of its own in a step, which tracing would lose; for a parameter that tensor
-          parallelism shards.
+          parallelism shards. StateError for an odeint whose velocity returns what is no derivative of its state.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
             if open_loop.from_odeint and (problem := loops[-1].left().problem):
                 raise velocity_error(problem, user_line(open_loop.markers[0]))
             for nodes in open_loop.iterations:
-                _check_iteration(nodes, open_loop.differentiated)
+                _check_iteration(nodes, open_loop.with_gradients)
             open_loop = None
         elif (body := _body_with_loop(node)) is not None:
             marker = first_marker(body)
@@ -171,23 +171,23 @@ def _refuse_nested(marker: fx.Node, outer: MarkedLoop) -> None:
     _refuse(marker, f"{inner} begins before {around} around it has ended ({how})", fix)
 
 
-def _check_iteration(nodes: list[fx.Node], differentiated: bool) -> None:
+def _check_iteration(nodes: list[fx.Node], with_gradients: bool) -> None:
     """Refuse what changes the meaning of a step without being in its dataflow."""
     modes = [node for node in nodes if node.target is torch._C._set_grad_enabled]
-    if modes and modes[-1].args[0] is not differentiated:
+    if modes and modes[-1].args[0] is not with_gradients:
         _refuse(modes[-1], "a step leaves gradients off, or on in a loop under no_grad", "move the switch out")
-    levels, gradients = 0, differentiated  # of reverse mode, the only one that the switch is for
+    levels, gradients = 0, with_gradients  # of reverse mode, the only one that the switch is for
     for node in with_bodies(nodes):
         _check_operands(node)
         levels += _opens(node, "_grad_increment_nesting") - _opens(node, "_grad_decrement_nesting")
         gradients = node.args[0] if node in modes else gradients
-        if levels and not (gradients or differentiated) and isinstance(value(node), torch.Tensor):
+        if levels and not (gradients or with_gradients) and isinstance(value(node), torch.Tensor):
             _refuse(
                 node,
                 "what torch.func differentiates turns gradients off inside, in a loop under no_grad",
                 "detach() what is constant instead",
             )
-        _check_operation(node, differentiated)
+        _check_operation(node, with_gradients)
 
 
 def _check_operands(node: fx.Node) -> None:
@@ -198,7 +198,7 @@ def _check_operands(node: fx.Node) -> None:
             _refuse(node, found, FIX_TENSOR_PARALLEL)
 
 
-def _check_operation(node: fx.Node, differentiated: bool) -> None:
+def _check_operation(node: fx.Node, with_gradients: bool) -> None:
     """Refuse an operation whose meaning a trace of its body would lose."""
     if _opens(node, "_enter_autocast"):
         _refuse(node, "a step enters torch.autocast", "leave it out: the policy alone sets the loop's dtypes")
@@ -206,7 +206,7 @@ def _check_operation(node: fx.Node, differentiated: bool) -> None:
         _refuse(node, "a step calls a torch.autograd.Function, which has a backward of its own", FIX_OWN_BACKWARD)
     if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
         _refuse(node, f"a step holds the higher-order operation {node.target.name()}", "write it out in plain torch")
-    if differentiated and (backward := own_backward(node)):
+    if with_gradients and (backward := own_backward(node)):
         _refuse(node, f"a step calls '{node.name}', which has a backward of its own, {backward}", FIX_OWN_BACKWARD)
 
 

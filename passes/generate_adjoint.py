@@ -1,8 +1,8 @@
 """Generate the adjoint of a step: its exact transpose, which recomputes the step.
 
 Before:  step(y, dt, w):  k = velocity_0(y, w);  y_next = y + dt * k
-After:   adjoint(a, total_w, y, dt, w):  k, saved = velocity_0_forward(y, w);  b = dt * a
-         dy, dw = velocity_0_pullback(saved, b);  return a + dy, total_w + dw
+After:   adjoint(a, total_w, y, dt, w):  k, residuals = velocity_0_forward(y, w);  b = dt * a
+         dy, dw = velocity_0_pullback(residuals, b);  return a + dy, total_w + dw
 
 For a step y_next = Phi(y, w) it maps the cotangent a of y_next to (dPhi/dy)^T a, and adds (dPhi/dw)^T a to what later
 steps gave. Every node is transposed by torch's own derivative of that one operation; every velocity evaluation is one
@@ -185,10 +185,10 @@ class _Transposition:
         call = self.graph.call_module(split.forward, args)
         self.evaluations[node] = Evaluation(node.name, call.name, None)
         self.env[node] = call
-        computed, saved = itertools.count(split.outputs), f"saved_{len(self.evaluations)}"
+        computed, prefix = itertools.count(split.outputs), f"residual_{len(self.evaluations)}"
         names = [entry.name for entry in graphs.placeholders(self.adjoint.get_submodule(split.pullback))]
         self.residuals[node] = [
-            args[i] if i is not None else graphs.item(self.graph, f"{saved}_{name}", call, next(computed))
+            args[i] if i is not None else graphs.item(self.graph, f"{prefix}_{name}", call, next(computed))
             for i, name in zip(split.residuals, names, strict=False)
         ]
         self.used[node] = split

@@ -62,9 +62,9 @@ def _columns(marked: MarkedLoop, target: Any, base: fx.Node) -> list[Column] | N
 
 def _computed_plainly(marked: MarkedLoop, own: set[fx.Node]) -> bool:
     """Whether some nodes of the loop compute with gradients exactly if the loop does."""
-    modes = [gradient_modes(nodes, outer=marked.differentiated) for nodes in marked.iterations]
+    modes = [gradient_modes(nodes, outer=marked.with_gradients) for nodes in marked.iterations]
     pairs = (pair for both in zip(marked.iterations, modes, strict=True) for pair in zip(*both, strict=True))
-    return all(mode is marked.differentiated for node, mode in pairs if node in own)
+    return all(mode is marked.with_gradients for node, mode in pairs if node in own)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Trajectory:
         """What makes of the value that a step writes a row as the tensor takes it."""
         value, base = write.args[2], graphs.value(self.base)
         with write.graph.inserting_before(write):
-            make = maker(write.graph, write.meta, gradients=self.marked.differentiated)
+            make = maker(write.graph, write.meta, gradients=self.marked.with_gradients)
             spread = (
                 [] if graphs.value(value).shape == self._shape(write) else [make("expand", value, self._shape(write))]
             )
@@ -188,7 +188,7 @@ class _Trajectory:
         for k, node in enumerate(column):
             if k < lag:
                 with node.graph.inserting_before(first):
-                    make = maker(node.graph, node.meta, gradients=self.marked.differentiated)
+                    make = maker(node.graph, node.meta, gradients=self.marked.with_gradients)
                     node.replace_all_uses_with(make("clone", make(operator.getitem, *node.args)))
             else:
                 node.replace_all_uses_with(rows[k - lag])
@@ -196,7 +196,7 @@ class _Trajectory:
     def _write_behind(self, rows: Rows | None, write: fx.Node, values: Column) -> None:
         assert rows is not None, "is_whole"
         grid, base = self.marked.markers[0].args[0], graphs.value(self.base)
-        make = maker(write.graph, write.meta, gradients=self.marked.differentiated)
+        make = maker(write.graph, write.meta, gradients=self.marked.with_gradients)
         if self.marked.repeats:
             whole = make(operators.collect, grid, len(values), values[:-1], values[-1:])
         else:

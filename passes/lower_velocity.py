@@ -5,8 +5,10 @@ After:   k: f32[B, D] = velocity_0(y, w, b)
          velocity_0:  y_lo, w_lo, b_lo: f16 = cast(...);  k_lo: f16 = addmm(b_lo, y_lo, w_lo);  return cast(k_lo)
 
 Every evaluation is a submodule with casts of its own, so that each stage's gradient of a weight is widened before the
-stages are added up. Equal evaluations share one submodule. Inside, CUDA autocast's policy holds on every device:
-matrix products and convolutions low; norms, softmax, exp, log, pow and reductions fp32; the rest follows its inputs.
+stages are added up. Equal evaluations share one submodule. Inside, CUDA autocast's lists hold on every device: matrix
+products and convolutions are low; norms, softmax, exp, log, pow and reductions float32; what works entry by entry, or
+moves entries, follows its inputs. Complex numbers are wide, and so is what the operator table does not know. In float16
+products of entries are float32 too, and so is what a comparison reads (rampde_fx/ir/lowering.py).
 
 Requires: a Loop whose step is labelled by partition_velocity.
 Ensures:  state and time nodes keep their dtype; a velocity takes and returns the accumulation dtype; a state beyond
@@ -58,7 +60,7 @@ def lower_velocity(loop: PartitionedLoop) -> LoweredLoop:
         legalize_graph(step)
     graphs.refresh(step)
     found = tuple(Fallback(name, reason, count) for (name, reason), count in fallbacks.items())
-    result = loop.then(LoweredLoop, step=step, stages=tuple(names), fallbacks=found, low_operations=low)
+    result = loop.then(LoweredLoop, step=step, evaluation_names=tuple(names), fallbacks=found, low_operations=low)
     note = f"nothing of the loop is evaluated in {word_of(loop.policy.dtype)}"
     return result.then(LoweredLoop, notes=(*loop.notes, note)) if result.stays_wide else result
 

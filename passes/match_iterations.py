@@ -183,7 +183,7 @@ def _hoist_varying(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[
     """
     if len({len(nodes) for nodes in iterations}) != 1:
         return iterations
-    modes = [gradient_modes(nodes, outer=marked.differentiated) for nodes in iterations]
+    modes = [gradient_modes(nodes, outer=marked.with_gradients) for nodes in iterations]
     columns = list(zip(*iterations, strict=True))
     movable = [  # () where the iterations compute under different modes: nothing of it is moved
         column if len(set(mode)) == 1 else () for column, mode in zip(columns, zip(*modes, strict=True), strict=True)
@@ -191,7 +191,7 @@ def _hoist_varying(marked: MarkedLoop, iterations: list[list[fx.Node]]) -> list[
     moved = _varying(movable, _computed_outside(marked, iterations, movable))
     for column, gradients in zip(columns, modes[0], strict=True):
         if column[0] in moved:
-            _move(list(column), marked.markers[0], gradients, marked.differentiated)
+            _move(list(column), marked.markers[0], gradients, marked.with_gradients)
     return [[node for node in nodes if node not in moved] for nodes in iterations]
 
 

@@ -22,7 +22,7 @@ note says so. addmm(y, h, w) is taken apart, where y varies, to show the sum.
 
 Requires: a Loop whose step is functional, with invariants hoisted.
 Ensures:  every placeholder and call has a role; every velocity call has a rank; meta["outside"] says of each
-          placeholder whether it is a parameter, a context or a control.
+          placeholder whether it is an invariant, or a per-step input that is not 0-d: 0-d ones are taken for times.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _roles(step: fx.GraphModule, loop: WidenedLoop, *, promote_outputs: bool) ->
     results = graphs.results(step)[: loop.carries]
     for i, node in enumerate(graphs.placeholders(step)):
         time = loop.carries <= i < loop.first_invariant and graphs.value(node).ndim == 0
-        node.meta["outside"] = i >= loop.carries and not time  # a parameter, a context or a control
+        node.meta["outside"] = i >= loop.carries and not time
     roles = find_roles(nodes, loop.carries)
     linear = find_linear(nodes, results, loop.carries)
     if not all(roles[node] == "state" for node in linear):
@@ -270,12 +270,16 @@ def find_roles(nodes: list[fx.Node], carries: int, known: Set[fx.Node] = frozens
 
 
 def find_promoted(results: list[fx.Node], roles: Roles, velocity: Set[fx.Node] = frozenset()) -> set[fx.Node]:
-    """The velocity nodes between the states of a step and a next carry, or a term without a step size that a linear
-    path adds, or what the step gives beside the carries; none that is velocity for another reason.
+    """The velocity nodes that become state: those on a path from a state to one of the results.
 
-    y * decay + dt * k, relu(y + dt * k), relu(y) + 0.1 * y: all that lies on a path from a state to the next carry is
-    accumulation, unless a product lies on the path. A carried velocity (a multistep method's k) is reached through
-    these alone and stays low.
+    A path ends at a product of whole tensors, and at the given velocity nodes, which stay low. In y * decay + dt * k,
+    relu(y + dt * k), relu(y) + 0.1 * y all of the path is accumulation. A carried velocity (a multistep method's k)
+    follows from products alone, and stays low.
+
+    Args:
+        results: Next carries; terms without a step size that a linear path adds; what a step gives beside the carries.
+        roles: The roles so far.
+        velocity: What stays velocity.
     """
     promoted: set[fx.Node] = set()
     for result in results:

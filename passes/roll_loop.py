@@ -2,6 +2,7 @@
 
 Before:  step(t, 0), nodes of iteration 0, step(t, 1), nodes of iteration 1, ..., end(t)
          or the first iterations, then repeat(t, values), where all later ones repeat these
+         or enter(t, dt, states), nodes of one iteration, leave(states, nexts) or leave_search(...), from odeint
 After:   carry_1, ..., output_1, ... = loop(initial carries, stacked per-step inputs, invariants)
 
 Requires: a Run whose operands stand before the loop, and its CapturedStep with all states found.
@@ -63,7 +64,7 @@ def _loop(marked: MarkedLoop, run: Run, captured: CapturedStep, steps: Any) -> L
     inputs, step = captured.inputs, captured.step
 
     def needs_grad(source: Source) -> bool:
-        if not marked.differentiated:
+        if not marked.with_gradients:
             return False
         if isinstance(source, TimeSource):
             return graphs.value(_times(marked, source.key)).requires_grad
@@ -139,7 +140,7 @@ def _replace(
         operands = in_dtypes_of_step(graph, captured, operands)
         operands = _own_memory(graph, operands, _written_behind(following) if loop.differentiated else set())
         # Torch would differentiate a scan that no gradient comes back to.
-        if marked.differentiated and not loop.differentiated:
+        if marked.with_gradients and not loop.differentiated:
             operands = [_without_gradient(graph, node) for node in operands]
         search = {} if marked.searches or not run.from_odeint else {"search": marked.leave().search}
         call = graph.call_module(name, tuple(operands), search)
@@ -171,9 +172,9 @@ def _replace(
 def _shared(graph: fx.Graph, target: fx.Node, run: Run) -> bool:
     """Whether a node outside of the run, other than the target, shows the target's memory, or reads the target."""
     inside = {node for nodes in run.iterations for node in nodes}
-    storage = fake_tensors.storage_of(graphs.value(target))
+    memory = fake_tensors.storage_of(graphs.value(target))
     others = (node for node in graph.nodes if node is not target and node not in inside)
-    return any(fake_tensors.storage_of(graphs.value(n)) == storage or target in n.all_input_nodes for n in others)
+    return any(fake_tensors.storage_of(graphs.value(n)) == memory or target in n.all_input_nodes for n in others)
 
 
 def _getitem(graph: fx.Graph, node: fx.Node, index: Any) -> fx.Node:
@@ -186,12 +187,12 @@ def _own_memory(graph: fx.Graph, operands: list[fx.Node], written: set[int]) -> 
     """
     seen, made = set[int](), list[fx.Node]()
     for node in operands:
-        storage = _storage(node)
-        cloned = storage is not None and storage in seen | written
+        memory = _memory(node)
+        cloned = memory is not None and memory in seen | written
         made.append(graph.call_method("clone", (node,)) if cloned else node)
         if cloned and lasts(node):
             higher_order.recompute_in_backward(made[-1])
-        seen |= set() if storage is None else {storage}
+        seen |= set() if memory is None else {memory}
     return made
 
 
@@ -255,7 +256,7 @@ def _rewire(
     _check_names(run, marked, written)
     for key in run.outputs:
         nodes = [_value_of(run, marked, k, key) for k in range(last + 1)]
-        if key in stacked and written.isdisjoint(map(_storage, nodes)):
+        if key in stacked and written.isdisjoint(map(_memory, nodes)):
             _rewrite_stacks(graph, nodes, stacked[key], {node for rest in marked.iterations for node in rest})
         pieces: Callable[[int], fx.Node] = _unbound(graph, stacked.get(key))
         for k, node in enumerate(nodes):
@@ -281,12 +282,12 @@ def _repeated_results(
     )
 
 
-def _storage(node: fx.Node | None) -> int | None:
+def _memory(node: fx.Node | None) -> int | None:
     return None if node is None else fake_tensors.storage_of(graphs.value(node))
 
 
 def _written_behind(node: fx.Node) -> set[int]:
-    """The storages that are written to behind a node."""
+    """The memory that is written to behind a node."""
     observer, node, found = Observer(), node.next, set()
     while node.op != "root":
         found |= observer.written(node)
@@ -299,18 +300,18 @@ def _check_names(run: Run, marked: MarkedLoop, written: set[int]) -> None:
     for k in range(len(run.iterations)):
         names: dict[int, fx.Node] = {}
         for node in (_value_of(run, marked, k, key) for key, read in run.outputs.items() if k in read):
-            storage = _storage(node)
-            if node is None or storage is None or storage not in written or node in names.values():
+            memory = _memory(node)
+            if node is None or memory is None or memory not in written or node in names.values():
                 continue
-            if storage in names:
+            if memory in names:
                 raise MutationError(
-                    f"'{graphs.user_name(node)}' and '{graphs.user_name(names[storage])}' of a step show the same"
+                    f"'{graphs.user_name(node)}' and '{graphs.user_name(names[memory])}' of a step show the same"
                     " memory, and it is updated in place after the loop",
                     required="in-place updates of what leaves the loop under one name",
                     fix="collect a clone(), or write y = y * 2 instead of y *= 2",
                     where=graphs.user_line(node),
                 )
-            names[storage] = node
+            names[memory] = node
 
 
 def _replace_findings(graph: fx.Graph, marked: MarkedLoop, call: fx.Node) -> None:

@@ -1,8 +1,8 @@
 """Scale the adjoint by powers of two around every velocity VJP, one for each output of the velocity.
 
-Before:  dy, dw = velocity_0_pullback(saved, b, c)
+Before:  dy, dw = velocity_0_pullback(residuals, b, c)
 After:   s_b, s_c, s, r_b, r_c, vanished = adjoint_scale(target, b, c)         with s = min(s_b, s_c), r_b = s / s_b
-         dy_s, dw_s = velocity_0_pullback(saved, r_b, r_c, b * s_b, c * s_c);  dy = dy_s / s;  dw = dw_s / s_c
+         dy_s, dw_s = velocity_0_pullback(residuals, r_b, r_c, b * s_b, c * s_c);  dy = dy_s / s;  dw = dw_s / s_c
 
 The scale of a cotangent is the power of two that brings its largest entry into [target, 2 target) when it is cast down,
 so that scaling and unscaling round nothing; no state is kept from step to step or from call to call. A cotangent that

@@ -42,8 +42,8 @@ from rampde_fx.runtime.scales import power_of_two_scale
 CAST = torch.ops.aten._to_copy.default
 NARROW = torch.ops.rampde_fx.narrow.default
 COUNT = torch.ops.rampde_fx.count_underflow.default
-# Where the largest entry is put: twice this is below the largest number of the dtype. A dtype that is not here has
-# float32's range, and no scale.
+# The targets of scaled states: where the largest entry is put. Twice this is below the largest number of the dtype. A
+# dtype that is not here has float32's range, and no scale.
 TARGETS = {torch.float16: 2.0**14, torch.float8_e4m3fn: 2.0**7}
 
 

@@ -1,7 +1,7 @@
 """Let the adjoint return what a monitor records of every velocity VJP.
 
-Before:  dy, dw = velocity_0_pullback(saved, b * s);  return ...
-After:   dy, dw = velocity_0_pullback(saved, b * s);  r = adjoint_statistics(s, b, dy, dw);  return ..., r
+Before:  dy, dw = velocity_0_pullback(residuals, b * s);  return ...
+After:   dy, dw = velocity_0_pullback(residuals, b * s);  r = adjoint_statistics(s, b, dy, dw);  return ..., r
 
 r holds the scale, the largest and the smallest magnitude of the cotangent, how many of its entries become zero in the
 velocity dtype, and how many entries of the gradients are not finite. The entries that vanish are found by their

@@ -29,12 +29,12 @@ from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.loops import DifferentiatedLoop, SummedLoop
+from rampde_fx.ir.lowering import HALF
 from rampde_fx.ir.operator_table import properties
 
 aten = torch.ops.aten
 CAST = aten._to_copy.default
 ADD = aten.add.Tensor
-HALF = (torch.float16, torch.bfloat16)
 WIDE = {"dtype": torch.float32}
 
 

@@ -57,7 +57,7 @@ require_all()
 
 READ_FROM_SEARCH = "the forward is the search's, which keeps the steps that count: the velocity is evaluated once"
 COMPILERS = ("inductor", "aot_eager", "eager")
-OWN_OPTIONS = ("compiler", "verify")
+OWN_OPTIONS = {"compiler": "inductor", "verify": False}  # what they are where nothing is said
 # From one rolled loop to a loop that can be emitted. The order is part of the method, and of the passes' types.
 STEP_PASSES: Pipeline[Loop, CompensatedLoop] = (
     Pipeline.of(hoist_invariants)
@@ -318,7 +318,8 @@ def rampde_fx(
 def _own_options(given: dict[str, Any], mode: str | None) -> tuple[str, bool, dict[str, Any]]:
     """The compiler, whether to verify, and the options that are Inductor's."""
     options = dict(given)
-    compiler, verifies = options.pop("compiler", "inductor"), options.pop("verify", False)
+    own = {name: options.pop(name, default) for name, default in OWN_OPTIONS.items()}
+    compiler, verifies = own["compiler"], own["verify"]
     if not isinstance(verifies, bool):
         raise PolicyError(
             f'options={{"verify": {verifies!r}}}', required="True or False", fix='write options={"verify": True}'

@@ -34,10 +34,12 @@ LoopForm = Literal["auto", "scan", "unroll"]
 
 @dataclass(frozen=True)
 class AdjointScaling:
-    """Dynamic power-of-two scaling of the adjoint, one scale per velocity VJP.
+    """Dynamic power-of-two scaling of the adjoint, one scale for each output of a velocity.
 
-    Before each VJP the cotangent v is multiplied by S = 2^ceil(log2(target / max|v|)) in the accumulation dtype, cast
-    down, pulled back, widened and divided by S. S is a power of two, so scaling and unscaling are exact.
+    Before each VJP the cotangent v of an output is multiplied by S = 2^ceil(log2(target / max|v|)) in the accumulation
+    dtype, and cast down. Each gradient of the VJP is widened, and divided by a scale of its own: the least S of the
+    cotangents that it follows from, times what makes up for small factors on its way. All scales are powers of two, so
+    that scaling and unscaling are exact.
 
     Args:
         target: Magnitude that the largest cotangent is brought to, a positive power of two. Small targets leave room
@@ -56,16 +58,14 @@ class AdjointScaling:
     max_attempts: int = 3
 
     def __post_init__(self) -> None:
-        _refuse(_wrong_scaling(*_in_parts(self, AdjointScaling)))
+        _refuse(_wrong_scaling(self.target, self.max_attempts))
 
     def __str__(self) -> str:
         return text_of(self)
 
 
-_NESTED: dict[str, type[Any]] = {
-    "scaling": AdjointScaling,
-    "checkpoint": MemoryBudget,
-}  # fields with fields of their own
+# What a field of a policy may be that has fields of its own.
+_NESTED: dict[str, tuple[type[Any], ...]] = {"scaling": (AdjointScaling,), "checkpoint": (MemoryBudget,)}
 # Found, required, fix; empty where nothing is wrong.
 _Problem = tuple[str, ...]
 
@@ -101,11 +101,12 @@ class _Encoded:
     encoded: str
 
 
-def _in_parts(value: Any, kind: type[Any] | None) -> Any:
-    """A value with fields of its own as the tuple of these, which is a constant to Dynamo; others as they are."""
-    if kind is not None and isinstance(value, kind):
-        return tuple([getattr(value, field.name) for field in fields(value)])  # of the class Dynamo gives none
-    return str(value) if isinstance(value, tuple) else value  # a tuple of the user's stands for nothing
+def _in_parts(value: Any, kinds: tuple[type[Any], ...]) -> Any:
+    """A value of one of the kinds as a tuple, its class and its fields, a constant to Dynamo; others as they are."""
+    for kind in kinds:
+        if isinstance(value, kind):
+            return (kind, *[getattr(value, field.name) for field in fields(value)])  # of the class Dynamo gives none
+    return str(value) if isinstance(value, tuple) else value  # a tuple of the user's is no value of any field
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class PrecisionPolicy(_Encoded):
     checkpoint: Checkpoint | int | MemoryBudget = "step"
 
     def __post_init__(self) -> None:
-        in_order = [_in_parts(getattr(self, field.name), _NESTED.get(field.name)) for field in fields(self)]
+        in_order = [_in_parts(getattr(self, field.name), _NESTED.get(field.name, ())) for field in fields(self)]
         _refuse(_wrong_policy(*in_order))
         object.__setattr__(self, "encoded", _encode(*in_order))
 
@@ -284,7 +285,7 @@ def _wrong_policy(
     loop: Any,
     checkpoint: Any,
 ) -> _Problem:
-    """What is wrong with the fields of a policy; AdjointScaling and MemoryBudget come as the tuples of their fields."""
+    """What is wrong with the fields of a policy; those of a class in _NESTED come as tuples (_in_parts)."""
     for name, dtype in (("velocity", velocity), ("storage", storage)):
         allowed = DTYPES_OF[name].values()
         if dtype not in allowed and not (name == "storage" and dtype is None):
@@ -322,9 +323,8 @@ def _wrong_policy(
 
 @dynamo.constant
 def _encode(*in_order: Any) -> str:
-    """The fields of a policy as text; AdjointScaling and MemoryBudget come as the tuples of their fields."""
-    named = zip(fields(PrecisionPolicy), in_order, strict=True)
-    velocity, *others = (_NESTED[f.name](*value) if isinstance(value, tuple) else value for f, value in named)
+    """The fields of a policy as text; those of a class in _NESTED come as tuples (_in_parts)."""
+    velocity, *others = (value[0](*value[1:]) if isinstance(value, tuple) else value for value in in_order)
     return ", ".join([word_of(velocity), *changed(fields(PrecisionPolicy)[1:], others)])
 
 
@@ -337,8 +337,8 @@ def _value(name: str, word: str) -> Any:
             required = f"one of {', '.join(dtypes)}"
             raise PolicyError(f"PrecisionPolicy({name}={word!r})", required=required, fix=f"write {nearest[0]}")
         return dtypes[word]
-    kind = _NESTED.get(name)
-    if kind is not None and (given := re.fullmatch(rf"{kind.__name__}\((.*)\)", word)):
-        words = words_of(kind, given[1].split(",") if given[1].strip() else ())
-        return kind(**{field: number_of(text) for field, text in words.items()})
+    for kind in _NESTED.get(name, ()):
+        if given := re.fullmatch(rf"{kind.__name__}\((.*)\)", word):
+            words = words_of(kind, given[1].split(",") if given[1].strip() else ())
+            return kind(**{field: number_of(text) for field, text in words.items()})
     return number_of(word)

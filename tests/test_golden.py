@@ -66,15 +66,15 @@ class GraphModule(torch.nn.Module):
     def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5, 5]", y: "f16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]", target: "f32[]"):
         y_wide: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
         velocity_0_forward = self.velocity_0_forward(y_wide, weight, t)
-        saved_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
-        saved_1_t_1: "f16[5, 3]" = velocity_0_forward[2]
-        saved_1_t_2: "f16[5, 5]" = velocity_0_forward[3]
+        residual_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        residual_1_t_1: "f16[5, 3]" = velocity_0_forward[2]
+        residual_1_t_2: "f16[5, 5]" = velocity_0_forward[3]
         mul_1: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_1)
         scale_0: "f32[]" = adjoint_scale_0[0]
         vanished: "f32[]" = adjoint_scale_0[1]
         mul_1_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_1, scale_0)
-        velocity_0_pullback = self.velocity_0_pullback(saved_1_tanh, saved_1_t_1, saved_1_t_2, mul_1_scaled)
+        velocity_0_pullback = self.velocity_0_pullback(residual_1_tanh, residual_1_t_1, residual_1_t_2, mul_1_scaled)
         grad_y: "f32[3, 5]" = velocity_0_pullback[0]
         grad_y_unscaled: "f32[3, 5]" = aten.div.Tensor(grad_y, scale_0)
         grad_weight: "f32[5, 5]" = velocity_0_pullback[1]
@@ -141,11 +141,11 @@ class GraphModule(torch.nn.Module):
     def forward(self, adjoint_y: "f32[3, 5]", total_weight: "f32[5, 5]", y: "bf16[3, 5]", t: "f32[]", dt: "f32[]", weight: "f32[5, 5]"):
         y_wide: "f32[3, 5]" = aten._to_copy.default(y, dtype = torch.float32)
         velocity_0_forward = self.velocity_0_forward(y_wide, weight, t)
-        saved_1_tanh: "bf16[3, 5]" = velocity_0_forward[1]
-        saved_1_t_1: "bf16[5, 3]" = velocity_0_forward[2]
-        saved_1_t_2: "bf16[5, 5]" = velocity_0_forward[3]
+        residual_1_tanh: "bf16[3, 5]" = velocity_0_forward[1]
+        residual_1_t_1: "bf16[5, 3]" = velocity_0_forward[2]
+        residual_1_t_2: "bf16[5, 5]" = velocity_0_forward[3]
         mul_1: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, dt)
-        velocity_0_pullback = self.velocity_0_pullback(saved_1_tanh, saved_1_t_1, saved_1_t_2, mul_1)
+        velocity_0_pullback = self.velocity_0_pullback(residual_1_tanh, residual_1_t_1, residual_1_t_2, mul_1)
         grad_y: "f32[3, 5]" = velocity_0_pullback[0]
         grad_weight: "f32[5, 5]" = velocity_0_pullback[1]
         adjoint_y_next: "f32[3, 5]" = aten.add.Tensor(adjoint_y, grad_y)
@@ -248,10 +248,10 @@ class GraphModule(torch.nn.Module):
         t_1: "f32[6, 7]" = aten.t.default(velocity_linear_0_weight)
         t_2: "f32[7, 5]" = aten.t.default(velocity_linear_1_weight)
         velocity_0_forward = self.velocity_0_forward(velocity_linear_0_bias, cat, t_1, velocity_linear_1_bias, t_2)
-        saved_1_narrow_1: "f16[3, 6]" = velocity_0_forward[1]
-        saved_1_tanh: "f16[3, 7]" = velocity_0_forward[2]
-        saved_1_t: "f16[5, 7]" = velocity_0_forward[3]
-        saved_1_t_3: "f16[7, 6]" = velocity_0_forward[4]
+        residual_1_narrow_1: "f16[3, 6]" = velocity_0_forward[1]
+        residual_1_tanh: "f16[3, 7]" = velocity_0_forward[2]
+        residual_1_t: "f16[5, 7]" = velocity_0_forward[3]
+        residual_1_t_3: "f16[7, 6]" = velocity_0_forward[4]
         k_1: "f32[3, 5]" = velocity_0_forward[0]
         div: "f32[]" = aten.div.Tensor(dt, 2)
         add: "f32[]" = aten.add.Tensor(t, div)
@@ -260,19 +260,19 @@ class GraphModule(torch.nn.Module):
         expand_1: "f32[3, 1]" = aten.expand.default(add, [3, 1])
         cat_1: "f32[3, 6]" = aten.cat.default([add_1, expand_1], 1)
         velocity_0_forward_1 = self.velocity_0_forward(velocity_linear_0_bias, cat_1, t_1, velocity_linear_1_bias, t_2)
-        saved_2_narrow_1: "f16[3, 6]" = velocity_0_forward_1[1]
-        saved_2_tanh: "f16[3, 7]" = velocity_0_forward_1[2]
-        saved_2_t: "f16[5, 7]" = velocity_0_forward_1[3]
-        saved_2_t_3: "f16[7, 6]" = velocity_0_forward_1[4]
+        residual_2_narrow_1: "f16[3, 6]" = velocity_0_forward_1[1]
+        residual_2_tanh: "f16[3, 7]" = velocity_0_forward_1[2]
+        residual_2_t: "f16[5, 7]" = velocity_0_forward_1[3]
+        residual_2_t_3: "f16[7, 6]" = velocity_0_forward_1[4]
         k_2: "f32[3, 5]" = velocity_0_forward_1[0]
         mul_1: "f32[3, 5]" = aten.mul.Tensor(div, k_2)
         add_3: "f32[3, 5]" = aten.add.Tensor(y_wide, mul_1)
         cat_2: "f32[3, 6]" = aten.cat.default([add_3, expand_1], 1)
         velocity_0_forward_2 = self.velocity_0_forward(velocity_linear_0_bias, cat_2, t_1, velocity_linear_1_bias, t_2)
-        saved_3_narrow_1: "f16[3, 6]" = velocity_0_forward_2[1]
-        saved_3_tanh: "f16[3, 7]" = velocity_0_forward_2[2]
-        saved_3_t: "f16[5, 7]" = velocity_0_forward_2[3]
-        saved_3_t_3: "f16[7, 6]" = velocity_0_forward_2[4]
+        residual_3_narrow_1: "f16[3, 6]" = velocity_0_forward_2[1]
+        residual_3_tanh: "f16[3, 7]" = velocity_0_forward_2[2]
+        residual_3_t: "f16[5, 7]" = velocity_0_forward_2[3]
+        residual_3_t_3: "f16[7, 6]" = velocity_0_forward_2[4]
         k_3: "f32[3, 5]" = velocity_0_forward_2[0]
         add_4: "f32[]" = aten.add.Tensor(t, dt)
         mul_2: "f32[3, 5]" = aten.mul.Tensor(dt, k_3)
@@ -280,10 +280,10 @@ class GraphModule(torch.nn.Module):
         expand_3: "f32[3, 1]" = aten.expand.default(add_4, [3, 1])
         cat_3: "f32[3, 6]" = aten.cat.default([add_5, expand_3], 1)
         velocity_0_forward_3 = self.velocity_0_forward(velocity_linear_0_bias, cat_3, t_1, velocity_linear_1_bias, t_2)
-        saved_4_narrow_1: "f16[3, 6]" = velocity_0_forward_3[1]
-        saved_4_tanh: "f16[3, 7]" = velocity_0_forward_3[2]
-        saved_4_t: "f16[5, 7]" = velocity_0_forward_3[3]
-        saved_4_t_3: "f16[7, 6]" = velocity_0_forward_3[4]
+        residual_4_narrow_1: "f16[3, 6]" = velocity_0_forward_3[1]
+        residual_4_tanh: "f16[3, 7]" = velocity_0_forward_3[2]
+        residual_4_t: "f16[5, 7]" = velocity_0_forward_3[3]
+        residual_4_t_3: "f16[7, 6]" = velocity_0_forward_3[4]
         div_4: "f32[]" = aten.div.Tensor(dt, 6)
         mul_6: "f32[3, 5]" = aten.mul.Tensor(adjoint_y, div_4)
         mul_7: "f32[3, 5]" = aten.mul.Tensor(mul_6, 2)
@@ -292,7 +292,7 @@ class GraphModule(torch.nn.Module):
         scale_0: "f32[]" = adjoint_scale_0[0]
         vanished: "f32[]" = adjoint_scale_0[1]
         mul_6_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_6, scale_0)
-        velocity_0_pullback = self.velocity_0_pullback(saved_4_narrow_1, saved_4_tanh, saved_4_t, saved_4_t_3, mul_6_scaled)
+        velocity_0_pullback = self.velocity_0_pullback(residual_4_narrow_1, residual_4_tanh, residual_4_t, residual_4_t_3, mul_6_scaled)
         grad_velocity_linear_0_bias: "f32[7]" = velocity_0_pullback[0]
         grad_velocity_linear_0_bias_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias, scale_0)
         grad_cat_3: "f32[3, 6]" = velocity_0_pullback[1]
@@ -310,7 +310,7 @@ class GraphModule(torch.nn.Module):
         scale_1: "f32[]" = adjoint_scale_1[0]
         vanished_1: "f32[]" = adjoint_scale_1[1]
         grad_velocity_2_scaled: "f32[3, 5]" = aten.mul.Tensor(grad_velocity_2, scale_1)
-        velocity_0_pullback_1 = self.velocity_0_pullback(saved_3_narrow_1, saved_3_tanh, saved_3_t, saved_3_t_3, grad_velocity_2_scaled)
+        velocity_0_pullback_1 = self.velocity_0_pullback(residual_3_narrow_1, residual_3_tanh, residual_3_t, residual_3_t_3, grad_velocity_2_scaled)
         grad_velocity_linear_0_bias_1: "f32[7]" = velocity_0_pullback_1[0]
         grad_velocity_linear_0_bias_1_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias_1, scale_1)
         grad_cat_2: "f32[3, 6]" = velocity_0_pullback_1[1]
@@ -333,7 +333,7 @@ class GraphModule(torch.nn.Module):
         scale_2: "f32[]" = adjoint_scale_2[0]
         vanished_2: "f32[]" = adjoint_scale_2[1]
         grad_velocity_1_scaled: "f32[3, 5]" = aten.mul.Tensor(grad_velocity_1, scale_2)
-        velocity_0_pullback_2 = self.velocity_0_pullback(saved_2_narrow_1, saved_2_tanh, saved_2_t, saved_2_t_3, grad_velocity_1_scaled)
+        velocity_0_pullback_2 = self.velocity_0_pullback(residual_2_narrow_1, residual_2_tanh, residual_2_t, residual_2_t_3, grad_velocity_1_scaled)
         grad_velocity_linear_0_bias_3: "f32[7]" = velocity_0_pullback_2[0]
         grad_velocity_linear_0_bias_3_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias_3, scale_2)
         grad_cat_1: "f32[3, 6]" = velocity_0_pullback_2[1]
@@ -356,7 +356,7 @@ class GraphModule(torch.nn.Module):
         scale_3: "f32[]" = adjoint_scale_3[0]
         vanished_3: "f32[]" = adjoint_scale_3[1]
         grad_velocity_0_scaled: "f32[3, 5]" = aten.mul.Tensor(grad_velocity_0, scale_3)
-        velocity_0_pullback_3 = self.velocity_0_pullback(saved_1_narrow_1, saved_1_tanh, saved_1_t, saved_1_t_3, grad_velocity_0_scaled)
+        velocity_0_pullback_3 = self.velocity_0_pullback(residual_1_narrow_1, residual_1_tanh, residual_1_t, residual_1_t_3, grad_velocity_0_scaled)
         grad_velocity_linear_0_bias_5: "f32[7]" = velocity_0_pullback_3[0]
         grad_velocity_linear_0_bias_5_unscaled: "f32[7]" = aten.div.Tensor(grad_velocity_linear_0_bias_5, scale_3)
         grad_cat: "f32[3, 6]" = velocity_0_pullback_3[1]

@@ -15,6 +15,7 @@ import rampde_fx
 from rampde_fx import errors
 from rampde_fx.torch_private import dynamo, names
 from tests.sources import FILES, PACKAGE
+from tests.test_structure import ORDER
 
 # Where they stand for public ones: a type and a function by which nodes are recognised, and what documents itself.
 ALLOWED = {"torch._ops", "torch._C._set_grad_enabled", "torch._check", "torch.utils._pytree"}
@@ -52,6 +53,21 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     roots = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
     assert roots <= {"rampde_fx"}, sorted(name for name in imported if name.partition(".")[0] in roots)
     assert "rampde_fx.backend" not in imported
+
+
+def test_contributing_says_which_files_are_loaded_at_once():
+    loaded = run("""
+import rampde_fx
+print(json.dumps([name for name in sys.modules if name.startswith("rampde_fx.")]))
+""")
+    text = " ".join((PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    told = text.partition("`import rampde_fx` loads")[2].partition("sees to it")[0]
+    heavy = {*ORDER[: ORDER.index("ir") + 1], "torch_private"}
+    found = [name.split(".")[1:] for name in loaded if name.split(".")[1] in heavy]
+    files = {"/".join(parts[-2:]) for parts in found if len(parts) > 1}
+    private = re.findall(r"`(\w+)\.py`", told.partition("of `torch_private/`")[2])
+    assert files == {"proof/check_table", *(f"torch_private/{name}" for name in private)}
+    assert "`proof/check_table.py` alone" in told
 
 
 def test_a_clone_in_the_current_folder_is_not_the_package(tmp_path):

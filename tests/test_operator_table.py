@@ -48,6 +48,7 @@ def contradictions(name, row):
         "what a state is updated by is linear, or a view": row.update in ("", "cast")
         or row.linear != ""
         or any(map(operator_table.is_view, targets)),
+        "what divides is a product of entries": not row.divides or (row.product == "entries" and not row.commutes),
         "what adds to its first operand is linear": not row.first_is_summand or row.linear in ("all", "each"),
         "what commutes is a sum or a scaling": not row.commutes or row.update in ("add", "scale"),
         "what is bounded is not wide": row.limit == "" or row.dtype != "wide",
@@ -100,6 +101,7 @@ def test_no_row_is_incomplete_or_contradicts_itself(name):
         ("exp", Operator("wide", limit="bounded")),
         ("exp", Operator("wide", commutes=True)),
         ("exp", Operator("wide", rounded_once=True)),
+        ("exp", Operator("wide", divides=True)),
         ("exp", Operator("wide", wide_on_cpu=True)),
         ("exp", Operator("wide", unwritten=True)),
         ("isnan", Operator(linear="all", nan="asks")),

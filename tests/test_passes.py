@@ -95,7 +95,7 @@ class TestPasses(TestCase):
     def test_find_loops(self):
         loop = through(marked)
         assert [marker.args[1] for marker in loop.markers] == [0, 1, 2]
-        assert [len(nodes) for nodes in loop.iterations] == [8, 8, 8] and loop.differentiated
+        assert [len(nodes) for nodes in loop.iterations] == [8, 8, 8] and loop.with_gradients
         assert loop.policy == rampde_fx.PrecisionPolicy(torch.float16)
 
     def test_match_iterations(self):
@@ -235,10 +235,10 @@ class GraphModule(torch.nn.Module):
 class GraphModule(torch.nn.Module):
     def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]"):
         velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
-        saved_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
-        saved_1_t_1: "f16[5, 5]" = velocity_0_forward[2]
+        residual_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        residual_1_t_1: "f16[5, 5]" = velocity_0_forward[2]
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
-        velocity_0_pullback = self.velocity_0_pullback(saved_1_tanh, saved_1_t_1, mul_2)
+        velocity_0_pullback = self.velocity_0_pullback(residual_1_tanh, residual_1_t_1, mul_2)
         grad_args_0: "f32[3, 5]" = velocity_0_pullback[0]
         adjoint_args_0_next: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, grad_args_0)
         return (adjoint_args_0_next,)
@@ -299,14 +299,14 @@ class GraphModule(torch.nn.Module):
             """\
     def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]", target: "f32[]"):
         velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
-        saved_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
-        saved_1_t_1: "f16[5, 5]" = velocity_0_forward[2]
+        residual_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        residual_1_t_1: "f16[5, 5]" = velocity_0_forward[2]
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_2)
         scale_0: "f32[]" = adjoint_scale_0[0]
         vanished: "f32[]" = adjoint_scale_0[1]
         mul_2_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_2, scale_0)
-        velocity_0_pullback = self.velocity_0_pullback(saved_1_tanh, saved_1_t_1, mul_2_scaled)
+        velocity_0_pullback = self.velocity_0_pullback(residual_1_tanh, residual_1_t_1, mul_2_scaled)
         grad_args_0: "f32[3, 5]" = velocity_0_pullback[0]
         grad_args_0_unscaled: "f32[3, 5]" = aten.div.Tensor(grad_args_0, scale_0)
         adjoint_args_0_next: "f32[3, 5]" = aten.add.Tensor(adjoint_args_0, grad_args_0_unscaled)
@@ -324,14 +324,14 @@ class GraphModule(torch.nn.Module):
             """\
     def forward(self, adjoint_args_0: "f32[3, 5]", args_0: "f32[3, 5]", t: "f32[]", dt: "f32[]", mul: "f32[5, 5]", target: "f32[]"):
         velocity_0_forward = self.velocity_0_forward(args_0, mul, t)
-        saved_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
-        saved_1_t_1: "f16[5, 5]" = velocity_0_forward[2]
+        residual_1_tanh: "f16[3, 5]" = velocity_0_forward[1]
+        residual_1_t_1: "f16[5, 5]" = velocity_0_forward[2]
         mul_2: "f32[3, 5]" = aten.mul.Tensor(adjoint_args_0, dt)
         adjoint_scale_0 = self.adjoint_scale_0(target, mul_2)
         scale_0: "f32[]" = adjoint_scale_0[0]
         vanished: "f32[]" = adjoint_scale_0[1]
         mul_2_scaled: "f32[3, 5]" = aten.mul.Tensor(mul_2, scale_0)
-        velocity_0_pullback = self.velocity_0_pullback(saved_1_tanh, saved_1_t_1, mul_2_scaled)
+        velocity_0_pullback = self.velocity_0_pullback(residual_1_tanh, residual_1_t_1, mul_2_scaled)
         grad_args_0: "f32[3, 5]" = velocity_0_pullback[0]
         adjoint_statistics_0 = self.adjoint_statistics_0(scale_0, mul_2, grad_args_0)
         statistics: "f32[5]" = adjoint_statistics_0[0]

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 import rampde_fx
 from rampde_fx import AdjointScaling, MemoryBudget, PrecisionPolicy, errors, policy, policy_of
+from rampde_fx.policy_text import text_of
 from rampde_fx.proof.check_table import label
 from tests.models import Euler
 from tests.test_properties import cases
@@ -60,6 +61,20 @@ def test_every_policy_is_read_back_from_its_text():
 def test_every_scaling_is_read_back_from_its_text(exponent, attempts):
     made = PrecisionPolicy(scaling=AdjointScaling(2.0**exponent, attempts), checkpoint=attempts)
     assert PrecisionPolicy.parse(str(made)) == made
+
+
+def test_a_field_takes_several_classes(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Window:
+        first: int = 0
+        last: int = 1
+
+        __str__ = text_of
+
+    monkeypatch.setitem(policy._NESTED, "checkpoint", (MemoryBudget, Window))
+    for checkpoint in (MemoryBudget(2), Window(), Window(last=3)):
+        made = PrecisionPolicy(checkpoint=checkpoint)
+        assert PrecisionPolicy.parse(str(made)) == made
 
 
 def test_the_policies_of_random_models_are_read_back_from_their_text():

@@ -73,7 +73,7 @@ class MarkedLoop:
         markers: The markers that begin an iteration: a step for each, or the one enter of an odeint.
         end: The marker that ends the loop: end, repeat, leave or leave_search.
         iterations: The nodes between two markers, one list per iteration, in graph order.
-        differentiated: Whether gradients are on where the loop stands.
+        with_gradients: Whether gradients are on where the loop stands.
         monitored: Whether a monitor was open where it was captured.
         notes: Sentences for the report.
         autocast: Whether torch.autocast may be on where the loop, or its backward, stands.
@@ -83,7 +83,7 @@ class MarkedLoop:
     markers: list[fx.Node]
     end: fx.Node
     iterations: list[list[fx.Node]]
-    differentiated: bool
+    with_gradients: bool
     monitored: bool
     notes: tuple[str, ...] = ()
     autocast: bool = False

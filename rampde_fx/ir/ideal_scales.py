@@ -232,21 +232,21 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def factor_of(node: fx.Node, read: Sequence[fx.Node], stateless: Collection[fx.Node]) -> Factor | None:
     """What a product or a quotient multiplies a cotangent by, if it depends on no state; None for another node."""
-    name = operator_table.name_of(node.target)
+    row = operator_table.properties(node.target)
     if node.target is operator.getitem and node.args[1] == 0:  # the gradient of a norm's input
         weight = operator_table.properties(read[0].target).weight
         return None if weight is None else _tensor(read[0].args[weight], stateless)
-    if name == "where":
+    if row.update == "choose":
         return _tensor(node.args[0], stateless, "where" if node.args[1] is read[0] else "where not")
-    if operator_table.properties(node.target).product != "entries" or len(node.args) != 2 or node.kwargs:
+    if row.product != "entries" or len(node.args) != 2 or node.kwargs:
         return None
-    divides, (first, second) = name == "div", node.args
-    if divides and first is not read[0]:
+    first, second = node.args
+    if row.divides and first is not read[0]:
         return None
     other = second if first is read[0] else first
     if isinstance(other, (int, float)):
-        return Factor(number=1 / other if divides and other else other)
-    return _tensor(other, stateless, "divides" if divides else "times")
+        return Factor(number=1 / other if row.divides and other else other)
+    return _tensor(other, stateless, "divides" if row.divides else "times")
 
 
 def _tensor(factor: Any, stateless: Collection[fx.Node], kind: Kind = "times") -> Factor | None:

@@ -7,8 +7,8 @@ it reads and returns, stored values and what loads them, submodules and their ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, assert_never
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import (
     ActivationSlot,
     Adjoint,
+    AdjointInput,
     Cotangent,
     Gradient,
     Operand,
@@ -201,19 +202,9 @@ def _of_adjoint(loop: Loop, adjoint: Adjoint, slots: Sequence[Slot]) -> Iterator
     inputs, results = graphs.placeholders(loop.step)[: len(loop.needs_grad)], graphs.results(loop.step)
     saved = dict(zip(places(slots), loop.results().stored, strict=True))
     for entry, node in adjoint.nodes().items():
-        match entry:
-            case Cotangent(j) if 0 <= j < len(results):
-                same = results[j]
-            case Total(i) | Operand(i) if 0 <= i < len(inputs):
-                same = inputs[i]
-            case Saved() if entry in saved:
-                same = saved[entry]
-            case Target():
-                continue
-            case _:
-                yield f"the adjoint reads {entry}, which does not exist"
-                continue
-        if isinstance(same, fx.Node) and (text := _unlike(node, same)):
+        if not isinstance(entry, AdjointInput) or not (same := _of_the_step(entry, inputs, results, saved)):
+            yield f"the adjoint reads {entry}, which does not exist"
+        elif isinstance(same[0], fx.Node) and (text := _unlike(node, same[0])):
             yield f"the adjoint reads {entry} as {text}"
     for found, result in zip(adjoint.results, graphs.results(adjoint.module), strict=False):
         if not isinstance(found, Gradient):
@@ -228,6 +219,23 @@ def _of_adjoint(loop: Loop, adjoint: Adjoint, slots: Sequence[Slot]) -> Iterator
                 pass
             case _:
                 yield f"the adjoint carries {taken} as {given}"
+
+
+def _of_the_step(
+    entry: AdjointInput, inputs: Sequence[Any], results: Sequence[Any], saved: Mapping[Saved, Any]
+) -> list[Any]:
+    """What an adjoint's input is of the step: one value, None where it is nothing of it; empty if it does not exist."""
+    match entry:
+        case Cotangent(j):
+            return [results[j]] if 0 <= j < len(results) else []
+        case Total(i) | Operand(i):
+            return [inputs[i]] if 0 <= i < len(inputs) else []
+        case Saved():
+            return [saved[entry]] if entry in saved else []
+        case Target():
+            return [None]
+        case _:
+            assert_never(entry)
 
 
 def _of_evaluations(loop: Loop, adjoint: Adjoint) -> Iterator[str]:

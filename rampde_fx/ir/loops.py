@@ -60,8 +60,8 @@ class Loop:
         evaluations: How often odeint evaluates the velocity in a step; None of a loop over steps(t).
         named: Of an odeint which of the step's results is each of the next states, and each value that is collected, in
             the order in which the solver names them; -1 where the loop does not give it.
-        estimates: Of a search how many of its per-step outputs its control reads: the errors, then its decisions, an
-            own norm of them and an event. What the loop behind it collects comes next.
+        estimates: Of a search how many of its per-step outputs its controller reads: the errors, then the decisions
+            (the user's own norm of them, an event). What the loop behind it collects comes next.
         method: Which method an odeint is of, and what its steps are; empty of a loop over steps(t).
         captured: Of a loop over steps(t), how many iterations were captured, or why all of them.
         budget: How many bytes of activations it may keep, where its policy leaves that to a budget of memory.
@@ -195,12 +195,12 @@ class LoweredLoop(PartitionedLoop):
     """Behind lower_velocity.
 
     Attributes:
-        stages: Names of the velocity submodules in the order of their evaluation.
+        evaluation_names: The velocity submodule that each evaluation of a step calls, in order; equal ones share one.
         low_operations: How many operations of the step's evaluations are in the velocity dtype.
         fallbacks: What stayed in float32, or in the state's dtype.
     """
 
-    stages: tuple[str, ...] = ()
+    evaluation_names: tuple[str, ...] = ()
     low_operations: int = 0
     fallbacks: tuple[Fallback, ...] = ()
 
@@ -212,7 +212,7 @@ class LoweredLoop(PartitionedLoop):
     @property
     def evaluations_per_step(self) -> int:
         """How often a step evaluates the velocity; of a loop over steps(t), the number of calls of its submodules."""
-        return len(self.stages) if self.evaluations is None else self.evaluations
+        return len(self.evaluation_names) if self.evaluations is None else self.evaluations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Evaluate a graph of ATen operations under the operator policy of low precision: what lower_velocity traces.
+"""Evaluate a graph of ATen operations under the rules of low precision: what lower_velocity traces.
 
 In half precision products of matrices are low; elementwise and moving operations take the widest dtype among their
 operands; complex numbers, sums, and whatever operator_table.py does not know are float32. In float16 products of
@@ -30,7 +30,7 @@ ops = torch.ops.rampde_fx
 
 
 class Lowering(fx.Interpreter):
-    """Runs a velocity under the operator policy; traced, it writes the lowered graph.
+    """Runs a velocity under these rules; traced, it writes the lowered graph.
 
     Args:
         velocity: The graph.

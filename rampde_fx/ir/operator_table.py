@@ -35,7 +35,8 @@ class Operator:
         linear: Jointly in "all" of its floating operands, in "each" alone while the others are constant, or in the one
             at this position. Views are linear too.
         update: How a step's update is spelled by it: it may "add" to a state; "scale", "copy", "cast" or "choose" from
-            one; "join" several tensors; or "write" to a part of one.
+            one, "choose" by its first operand; "join" several tensors; or "write" to a part of one.
+        divides: It divides its first operand by the second, entry by entry.
         first_is_summand: The rest is added to the first operand.
         adds_if: The name of a flag: if that is given, it adds to entries; otherwise it overwrites them.
         rounded_once: A sum that every device forms in float32, and rounds once, to the dtype that its argument `dtype`
@@ -64,6 +65,7 @@ class Operator:
     product: Literal["matrices", "tensors", "entries", ""] = ""
     linear: Literal["all", "each", ""] | int = ""
     update: Literal["add", "scale", "copy", "cast", "choose", "join", "write", ""] = ""
+    divides: bool = False
     first_is_summand: bool = False
     adds_if: str = ""
     rounded_once: bool = False
@@ -116,8 +118,8 @@ ROWS = {
     "add": Operator(linear="all", update="add", commutes=True, takes_tensors=True),
     "sub": Operator(linear="all", update="add", takes_tensors=True),
     "mul": Operator(product="entries", linear="each", update="scale", commutes=True, takes_tensors=True),
-    "div": Operator(product="entries", linear=0, update="scale", takes_tensors=True),
-    "div.Tensor_mode div.Scalar_mode": Operator(product="entries"),  # they round the quotient
+    "div": Operator(product="entries", linear=0, update="scale", divides=True, takes_tensors=True),
+    "div.Tensor_mode div.Scalar_mode": Operator(product="entries", divides=True),  # they round the quotient
     "neg": Operator(linear="all", update="scale", limit="bounded"),
     "pow": Operator("wide", takes_tensors=True),
     "lt le gt ge eq ne": Operator(takes_tensors=True, compares=True),

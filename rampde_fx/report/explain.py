@@ -149,7 +149,7 @@ def _report(passes: tuple[PassReport, ...], notes: tuple[str, ...]) -> LoopRepor
         method=loop.method,
         tolerances=_tolerances(loop),
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),
-        evaluations=len(loop.stages),
+        evaluations=len(loop.evaluation_names),
         segment=loop.segment(),
         kept=loop.kept,
         kept_bytes=kept_bytes(loop) if loop.budget is not None else 0,

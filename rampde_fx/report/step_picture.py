@@ -10,13 +10,13 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import fx
 
 from rampde_fx.ir import graphs, operator_table, pass_log
-from rampde_fx.ir.ends import ActivationSlot, Operand, Saved, Target
+from rampde_fx.ir.ends import ActivationSlot, Cotangent, Operand, Saved, Target, Total
 from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.policy_text import word_of
 
@@ -46,7 +46,7 @@ def find_roles(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.N
 
 
 def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """Roles of the placeholders that are no cotangents, totals, states or corrections."""
+    """Roles of the placeholders; of corrections, which are states, none is given."""
     inputs = graphs.placeholders(loop.step)
     own = {node: str(node.meta["role"]) for node in inputs if "role" in node.meta}
     own |= {node: "parameter" for node in inputs if node.meta.get("outside") and graphs.is_differentiable(node)}
@@ -58,10 +58,14 @@ def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dic
         match entry:
             case Operand(i):
                 found[node] = own.get(inputs[i], "time")
-            case Saved(slot) if isinstance(loop.slots[slot], ActivationSlot):
-                found[node] = "velocity"
+            case Saved(slot):
+                found[node] = "velocity" if isinstance(loop.slots[slot], ActivationSlot) else "state"
             case Target():
                 found[node] = "time"
+            case Cotangent() | Total():
+                found[node] = "state"
+            case _:
+                assert_never(entry)
     return found
 
 
