@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rampde_fx.backend import rewrite
+from rampde_fx.emit.compared import RoundCompared
 from rampde_fx.errors import ExportError, RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.ir import graphs
@@ -55,6 +56,10 @@ def export(
             program = torch.export.export(shipped, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except capturing.UserError as error:  # of sizes, and of arguments that dynamic_shapes does not fit
             raise _depends_on_size(str(error), shipped.where) from error
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            RoundCompared(spelled_out=True)(module.graph)
+            module.recompile()
     _check_operators(program, shipped.where)
     return program
 

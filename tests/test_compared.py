@@ -1,4 +1,4 @@
-"""What is compared is rounded: Inductor would compare it with what it was rounded to."""
+"""What decides is rounded: Inductor would compare a number with what it was rounded to."""
 
 import copy
 
@@ -43,8 +43,16 @@ def rounded(function, *args):
         (lambda x, w: (torch.tanh(x) < 1).logical_not(), [aten.tanh.default]),
         (lambda x, w: ((torch.tanh(x) < 1) & (x > 0)).float().t() * x.t(), [aten.tanh.default]),
         (lambda x, w: torch.sin(x) - torch.sin(x) @ w > 0, [aten.sin.default, aten.sub.Tensor]),
-        (lambda x, w: ((torch.tanh(x) < 1) & (x > 0)).sum(), []),
-        (lambda x, w: (torch.tanh(x) < 1).long().t().sum(0), []),
+        (lambda x, w: ((torch.tanh(x) < 1) & (x > 0)).sum(), [aten.tanh.default]),
+        (lambda x, w: torch.where((torch.tanh(x) < 1).any(), x, 0), [aten.tanh.default]),
+        (lambda x, w: (torch.tanh(x) < 1).to(x) @ w, [aten.tanh.default]),
+        (lambda x, w: torch.tanh(x).bool(), [aten.tanh.default]),
+        (lambda x, w: torch.tanh(x).logical_and(x), [aten.tanh.default]),
+        (lambda x, w: torch.tanh(x).all(0), [aten.tanh.default]),
+        (lambda x, w: torch.tanh(x).long(), [aten.tanh.default]),
+        (lambda x, w: torch.bucketize(torch.tanh(x), w[0]), [aten.tanh.default]),
+        (lambda x, w: torch.where(x * w[:4] <= 1, (1 - w[:4] * x).sqrt(), 0), [aten.mul.Tensor]),
+        (lambda x, w: torch.tanh(x).new_ones(3, dtype=torch.bool), []),
         (lambda x, w: x.amax(-1), []),
         (lambda x, w: x == x.t().t(), []),
         (lambda x, w: torch.tanh(x.float()).amax(), []),
@@ -61,8 +69,16 @@ def rounded(function, *args):
         "an output",
         "a mask of masks",
         "across a product",
-        "what is counted stays",
-        "what is cast and counted stays",
+        "what is counted",
+        "what is decided for all",
+        "a mask in a product",
+        "a truth value",
+        "truth values",
+        "truth values of all",
+        "an integer",
+        "a place among numbers",
+        "a product by another name",
+        "a shape stays",
         "inputs stay",
         "views stay",
         "float32 stays",
@@ -113,6 +129,32 @@ def guarded(x):
     return 0.03 * torch.where(below, torch.log(1 - kept) * a, a)
 
 
+def guarded_as_one(x):
+    """By what holds of any entry of a row."""
+    c = torch.sigmoid(3 * x + 4)
+    reaches = (c >= 1).any(-1, keepdim=True)
+    kept = torch.where(reaches, 0, c)
+    a = kept @ torch.eye(12).roll(1, 0).to(x)
+    return 0.03 * torch.where(reaches, a, torch.log(1 - kept) * a)
+
+
+def guarded_by_another_name(x):
+    c, w = torch.tanh(2 * x + 3), torch.linspace(0.9, 1.1, 12).to(x)
+    return torch.where(c * w <= 1, torch.sqrt(1 - w * c), 0)
+
+
+def true(x):
+    return x * (1 - torch.sigmoid(3 * x + 4)).bool()
+
+
+def picked(x):
+    return (torch.tanh(2 * x + 3) == 1).to(x) @ torch.eye(12).roll(1, 0).to(x)
+
+
+def placed(x):
+    return x * (torch.bucketize(torch.sigmoid(3 * x + 4), torch.tensor([0.5, 1.0]).to(x), right=True) == 2)
+
+
 def across_a_product(x):
     return torch.where(x - x @ torch.eye(12).to(x) >= 0, x, 0.1 * x)
 
@@ -129,6 +171,11 @@ def across_a_product(x):
         (to_largest, "step"),
         (guarded, "none"),
         (across_a_product, "step"),
+        (guarded_as_one, "none"),
+        (guarded_by_another_name, "none"),
+        (true, "step"),
+        (picked, "none"),
+        (placed, "step"),
     ],
 )
 def test_gradients_through_comparisons(of, checkpoint, dtype):
@@ -139,3 +186,35 @@ def test_gradients_through_comparisons(of, checkpoint, dtype):
     torch._dynamo.reset()
     wanted = gradients(compiled(plain, dtype, checkpoint=checkpoint), plain, y, t)
     assert max(relative_errors(got, wanted)) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "dtype", "overflows"),
+    [
+        (lambda y: torch.tanh(y * 300 * 300), torch.float16, True),
+        (lambda y: torch.where(y * 300 * 300 > 1, 1, y), torch.float16, True),
+        (lambda y: torch.where(torch.tanh(2 * y + 3) < 1, y, -y), torch.bfloat16, False),
+    ],
+    ids=["saturates", "is compared", "decides"],
+)
+def test_a_packaged_program_overflows_and_decides_as_the_model_does(of, dtype, overflows, tmp_path):
+    @rampde_fx.mixed_precision(dtype=dtype)
+    def solve(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * of(y)
+        return y
+
+    torch.manual_seed(0)
+    y, t = torch.randn(16, 12), torch.linspace(0, 1, 4)
+    function = torch.compile(solve, backend="rampde_fx", fullgraph=True, options={"compiler": "aot_eager"})
+    program = rampde_fx.export(solve, y, t)
+    torch.export.save(program, tmp_path / "exported.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
+    loaded = torch.export.load(tmp_path / "exported.pt2").module()
+    with torch.no_grad():
+        wanted = function(y, t)
+        assert wanted.isnan().any() == overflows
+        for served in (loaded, torch._inductor.aoti_load_package(package)):
+            torch.testing.assert_close(served(y, t), wanted, rtol=0, atol=8 * torch.finfo(dtype).eps, equal_nan=True)

@@ -52,6 +52,29 @@ def test_vector_instructions_are_looked_for_while_graphs_are_traced(compiler, an
     assert found == [False] * (compiler == "inductor")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked")
+def test_a_fork_has_torchs_own_check(anew, monkeypatch):
+    """While the thread asks shortly; there is none in the other process, which would end that."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def waits():
+        begun.set()
+        goes_on.wait(20)
+
+    monkeypatch.setattr(cpp_compiler._torch, "pick_vec_isa", waits, raising=False)
+    own = cpu_vec_isa.VecISA.check_build
+    with config.patch(cpp_cache_precompile_headers=False):
+        preparation = cpp_compiler.prepare()
+        assert begun.wait(20) and cpu_vec_isa.VecISA.check_build is not own
+        if (child := os.fork()) == 0:
+            cpp_compiler.wait_for_vectors()
+            os._exit(cpu_vec_isa.VecISA.check_build is not own)
+        assert os.waitpid(child, 0)[1] == 0
+        goes_on.set()
+        preparation.join(20)
+    assert cpu_vec_isa.VecISA.check_build is own
+
+
 def test_nobody_waits_for_a_thread_that_a_fork_lost(anew, monkeypatch):
     monkeypatch.setattr(cpp_compiler._Preparation, "start", lambda self: None)
     cpp_compiler.prepare()
@@ -67,39 +90,32 @@ def test_the_short_answer_is_that_of_inductors_program(kind):
     runs = is_supported and kind.check_build(cpu_vec_isa.VecISA._avx_code)
     if is_supported:
         version = subprocess.check_output([cpp_compiler._torch.get_cpp_compiler(), "-dumpversion"], text=True)
-        assert cpp_compiler._runs_vectors(kind) == (runs and int(version.split(".")[0]) >= cpp_compiler._OLDEST_GCC)
+        assert cpp_compiler._runs_vectors(kind) == (runs and int(version.split(".")[0]) >= 11)
 
 
 @pytest.mark.skipif(not ON_X86, reason="the short answer is for x86-64")
-@pytest.mark.parametrize("lacks", ["capability", "compiler", "version", "flag", "function"])
+@pytest.mark.parametrize("lacks", ["", "capability", "version", "maker", "flag", "assembler", "function"])
 def test_what_is_not_known_is_asked_by_inductors_program(lacks, tmp_path, monkeypatch):
-    kind = cpu_vec_isa.VecAVX2()
+    kind, real = cpu_vec_isa.VecAVX2(), cpp_compiler._torch.get_cpp_compiler()
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("torch does not use the vectors of this CPU")
-    given = tmp_path / "given"
-
-    def compiler(script):
-        path = tmp_path / "compiler"
-        path.write_text(f'#!/bin/sh\necho "$@" > {given}\n{script}\n')
-        path.chmod(0o755)
-        monkeypatch.setattr(cpp_compiler._torch, "get_cpp_compiler", lambda: str(path), raising=False)
-
-    compiler("echo '#define __GNUC__ 12'")
-    assert cpp_compiler._runs_vectors(kind) and "-mavx2" in given.read_text()
+    wrapper, assembler = tmp_path / "compiler", tmp_path / "as"
+    options = {"version": "-U__GNUC__ -D__GNUC__=10", "maker": "-D__clang__", "flag": "-mno-such", "assembler": "-B"}
+    wrapper.write_text(
+        f'#!/bin/sh\nexec {real} "$@" {options.get(lacks, "")} {tmp_path if lacks == "assembler" else ""}\n'
+    )
+    assembler.write_text("#!/bin/sh\nexit 1\n")
+    for script in (wrapper, assembler):
+        script.chmod(0o755)
+    monkeypatch.setattr(cpp_compiler._torch, "get_cpp_compiler", lambda: str(wrapper), raising=False)
     if lacks == "capability":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    elif lacks == "compiler":
-        compiler("echo '#define __GNUC__ 12'; echo '#define __clang__ 1'")
-    elif lacks == "version":
-        compiler("echo '#define __GNUC__ 10'")
-    elif lacks == "flag":
-        compiler("echo 'unrecognized option' >&2; exit 1")
-    else:
+    if lacks == "function":
         monkeypatch.setattr(cpp_compiler, "torch_library", object)
-    assert not cpp_compiler._runs_vectors(kind)
+    assert cpp_compiler._runs_vectors(kind) == (lacks == "")
     asked = []
     check = cpp_compiler._asked_shortly(lambda kind, code: asked.append(code) or False)
-    assert not check(kind, cpu_vec_isa.VecISA._avx_code) and asked == [cpu_vec_isa.VecISA._avx_code]
+    assert check(kind, cpu_vec_isa.VecISA._avx_code) == (lacks == "") and len(asked) == (lacks != "")
 
 
 def test_other_programs_of_inductors_are_compiled():

@@ -20,6 +20,8 @@ def draw(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
 
 
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 A, B, C = draw(3, 5), draw(5, 7), draw(7)
 X, W = draw(2, 3, 6, 6), draw(4, 3, 3, 3)
 CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
@@ -51,7 +53,7 @@ def operators_of(graph):
 
 
 def test_every_product_has_a_case():
-    assert set(CALLS) == set(cpu_products.PRODUCTS)
+    assert {*CALLS, ATTENTION, ATTENTION_BACKWARD} == set(cpu_products.PRODUCTS)
 
 
 @pytest.mark.parametrize("product", CALLS, ids=str)
@@ -68,6 +70,42 @@ def test_sums_in_float32_and_rounds_once(product):
         assert result.dtype is torch.float16 and result.shape == wanted.shape
         assert (result - wanted).abs().max() <= 1.01 * 2.0**-11 * wanted.abs().max()
     graph.graph.lint()
+
+
+def attend(length, dtype, mask=None):
+    """An attention's gradients, by the two operators."""
+    shape = (2, 2, length, 8)
+    q, k, v, out_grad = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(4))
+
+    def gradients(q, k, v, out_grad, *masks):
+        mask = masks[0] if masks else None
+        out, sums = ATTENTION(q, k, v, attn_mask=mask)
+        return out, *ATTENTION_BACKWARD(out_grad, q, k, v, out, sums, 0.0, False, attn_mask=mask)
+
+    return gradients, (q, k, v, out_grad, *([] if mask is None else [mask]))
+
+
+@pytest.mark.parametrize("mask", [None, torch.linspace(-1, 1, 36).reshape(6, 6).half()], ids=["plain", "mask"])
+def test_an_attention_is_one_in_float32(mask):
+    """Its sums of exponentials are float32 already."""
+    function, args = attend(6, torch.float16, mask)
+    graph = lowered(function, args)
+    found = operators_of(graph)
+    assert found.count("prims.convert_element_type.default") == 4
+    assert found.count("rampde_fx.widened.default") == 5 + (
+        mask is not None
+    )  # the result is a factor of its derivative
+    exact = attend(6, torch.float64, None if mask is None else mask.double())[0](*(x.double() for x in args))
+    for result, wanted in zip(graph(*args), exact, strict=True):
+        assert result.dtype is torch.float16
+        assert (result - wanted).abs().max() <= 8 * 2.0**-11 * wanted.abs().max()
+    graph.graph.lint()
+
+
+@pytest.mark.parametrize(("length", "stays"), [(181, False), (182, True)])  # 2 x 2 x length x length x 8 x 2
+def test_attentions_of_few_multiplications_are_wide_in_every_dtype(length, stays):
+    function, args = attend(length, torch.bfloat16)
+    assert ("rampde_fx.widened.default" not in operators_of(lowered(function, args))) == stays
 
 
 def test_a_result_that_is_not_asked_for_stays_none():
@@ -98,7 +136,7 @@ def faked(dtype, *shapes, device="cpu"):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
-FEWER, ENOUGH = ((128, 128), (128, 63)), ((128, 128), (128, 64))
+FEWER, ENOUGH = ((128, 128), (128, 128)), ((128, 128), (128, 129))
 
 
 @pytest.mark.parametrize(
@@ -110,10 +148,10 @@ FEWER, ENOUGH = ((128, 128), (128, 63)), ((128, 128), (128, 64))
         (aten.mm.default, torch.bfloat16, FEWER, "meta", True),
         (aten.mm.default, torch.bfloat16, FEWER, "cpu", False),
         (aten.mm.default, torch.bfloat16, ENOUGH, "cpu", True),
-        (aten.addmm.default, torch.bfloat16, ((63,), *FEWER), "cpu", False),
-        (aten.addmm.default, torch.bfloat16, ((64,), *ENOUGH), "cpu", True),
-        (aten.bmm.default, torch.bfloat16, ((3, 64, 64), (3, 64, 64)), "cpu", False),
-        (aten.bmm.default, torch.bfloat16, ((4, 64, 64), (4, 64, 64)), "cpu", True),
+        (aten.addmm.default, torch.bfloat16, ((128,), *FEWER), "cpu", False),
+        (aten.addmm.default, torch.bfloat16, ((129,), *ENOUGH), "cpu", True),
+        (aten.bmm.default, torch.bfloat16, ((8, 64, 64), (8, 64, 64)), "cpu", False),
+        (aten.bmm.default, torch.bfloat16, ((9, 64, 64), (9, 64, 64)), "cpu", True),
     ],
 )
 def test_products_of_few_multiplications_are_wide_in_every_dtype(product, dtype, shapes, device, stays):

@@ -6,8 +6,8 @@ After:   x: f32[B, D] = rampde_fx.widened(a);    y: f32[D, H] = rampde_fx.widene
 
 A CPU without arithmetic for float16 multiplies its matrices entry by entry, 10 to 30 times slower than float32. On one
 that has arithmetic a product begins with 14 us, in which float32 multiplies 128 x 64 x 64 numbers; with twice as many
-both take as long (measured by tests/benchmarks/products.py). Sums in float32 of products of low factors are what a GPU
-computes, too.
+both take as long on one thread, with four times as many on two (measured by tests/benchmarks/products.py). Besides,
+loops of float32 products run in C++. Sums in float32 of products of low factors are what a GPU computes, too.
 
 Inductor fuses the casts with what stands before and behind. The factors are rounded: behind torch's own cast Inductor
 would leave that out. (In torch 2.11 it does all the same: nothing is less exact for it.) A result is rounded where it
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,7 +31,7 @@ from rampde_fx.runtime import operators
 from rampde_fx.torch_private import kernels, lowerings
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
-FEW = 2**20  # multiplications, with which both take as long
+FEW = 2**21  # multiplications, with which both take as long
 
 operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("widened", torch.Tensor.float, "CompositeExplicitAutograd")
@@ -43,7 +44,7 @@ class ReplaceProducts:
 
     Attributes:
         dtypes: The dtypes that the CPU has no arithmetic for.
-        few: Products of matrices of fewer multiplications are replaced in every low dtype.
+        few: Products of matrices, and attentions, of no more multiplications are replaced in every low dtype.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -58,17 +59,13 @@ class ReplaceProducts:
     def _is_replaced(self, product: fx.Node) -> bool:
         factors = [graphs.value(factor) for factor in product.all_input_nodes]
         factors = [value for value in factors if isinstance(value, torch.Tensor)]
-        if any(value.device.type != "cpu" or value.dtype not in HALF for value in factors):
-            return False
-        return all(value.dtype in self.dtypes for value in factors) or self._is_small(product)
+        low = [value for value in factors if value.dtype in HALF]  # an attention also takes sums in float32
+        known = all(value.dtype in (*HALF, torch.float32) and value.device.type == "cpu" for value in factors)
+        return bool(known and low) and (all(value.dtype in self.dtypes for value in low) or self._is_small(product))
 
     def _is_small(self, product: fx.Node) -> bool:
-        row = operator_table.properties(product.target)
-        if row.product != "matrices":
-            return False
-        second = graphs.value(product.args[2 if row.first_is_summand else 1])
-        sizes = [*graphs.value(product).shape, second.shape[-2]]
-        return all(isinstance(size, int) for size in sizes) and math.prod(sizes) < self.few
+        sizes = _sizes(product)
+        return bool(sizes) and all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= self.few
 
     def uuid(self) -> str:
         """What the result depends on, for Inductor's caches."""
@@ -80,6 +77,16 @@ def replace_products() -> ReplaceProducts:
     lowerings.lower_widened(WIDENED)
     has = {torch.float16: kernels.cpu_multiplies(torch.float16), torch.bfloat16: kernels.cpu_has_bfloat16()}
     return ReplaceProducts(tuple(dtype for dtype in HALF if not has[dtype]))
+
+
+def _sizes(product: fx.Node) -> list[Any]:
+    """Of which the product is how many numbers a product multiplies; none of a convolution."""
+    row = operator_table.properties(product.target)
+    if row.product == "matrices":
+        second = graphs.value(product.args[2 if row.first_is_summand else 1])
+        return [*graphs.value(product).shape, second.shape[-2]]
+    query, key = (operator_table.argument(product.target, name, product.args, {}) for name in ("query", "key"))
+    return [] if query is None else [*graphs.value(query).shape, 2 * graphs.value(key).shape[-2]]
 
 
 def _replace(graph: fx.Graph, product: fx.Node, wide: dict[fx.Node, fx.Node]) -> None:
@@ -104,8 +111,8 @@ def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> No
     """Have a factor in float32; a transposed one from the other, which may be a factor as well."""
     if factor in wide:
         return
-    if not isinstance(graphs.value(factor), torch.Tensor):  # a size
-        wide[factor] = factor
+    if not isinstance(graphs.value(factor), torch.Tensor) or graphs.value(factor).dtype not in HALF:
+        wide[factor] = factor  # a size, or float32
     elif factor.target is torch.ops.aten.permute.default:
         _widen(graph, factor.args[0], wide)
         wide[factor] = graphs.valued(graph, factor.target, wide[factor.args[0]], *factor.args[1:])
@@ -117,4 +124,5 @@ def _low_item(graph: fx.Graph, found: fx.Node, low: fx.Node) -> fx.Node:
     """What stands for one of several results, taken by low; an absent one is None."""
     item = graphs.valued(graph, operator.getitem, found, low.args[1])
     value = graphs.value(low)
-    return graphs.valued(graph, CAST, item, value.dtype) if isinstance(value, torch.Tensor) else item
+    is_low = isinstance(value, torch.Tensor) and value.dtype in HALF
+    return graphs.valued(graph, CAST, item, value.dtype) if is_low else item

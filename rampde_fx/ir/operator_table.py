@@ -101,15 +101,18 @@ ROWS = {
     "convolution": Operator("low", product="tensors", linear="each", wide_on_cpu=True),
     "convolution_backward": Operator("low", product="tensors", wide_on_cpu=True),
     # Of an attention on a CPU a query that is NaN attends to nothing.
-    """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_fused_attention_overrideable""": Operator(
+    "_scaled_dot_product_flash_attention _scaled_dot_product_fused_attention_overrideable": Operator(
         "low", product="tensors", limit="bounded", nan="hides"
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu": Operator(
+        "low", product="tensors", limit="bounded", nan="hides", wide_on_cpu=True
     ),
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": Operator(
         "low", product="tensors", limit="bounded", nan="hides", aligned=True
     ),
-    """_scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward
+    """_scaled_dot_product_flash_attention_backward
     _scaled_dot_product_fused_attention_overrideable_backward""": Operator("low", product="tensors"),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": Operator("low", product="tensors", wide_on_cpu=True),
     "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward": Operator(
         "low", product="tensors", aligned=True
     ),
@@ -266,16 +269,16 @@ def has_low_kernel(target: Any, args: tuple[Any, ...]) -> bool:
     """Whether an attention's kernel takes heads of this size in half precision; True for all that is no attention."""
     if not properties(target).aligned:
         return True
-    heads = [_argument(target, name, args, {}).shape[-1] for name in ("query", "key", "value")]
+    heads = [argument(target, name, args, {}).shape[-1] for name in ("query", "key", "value")]
     return all(size % 8 == 0 for size in heads)
 
 
 def _adds(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     name = properties(target).adds_if
-    return bool(name and _argument(target, name, args, kwargs))
+    return bool(name and argument(target, name, args, kwargs))
 
 
-def _argument(target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def argument(target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator's argument is given; None if nothing, or if this overload does not have it."""
     names = [argument.name for argument in target._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}.get(name)

@@ -22,7 +22,7 @@ from rampde_fx.errors import (
     step_too_small,
     too_many_steps,
 )
-from rampde_fx.runtime import counts, monitoring, ordered_times, step_control
+from rampde_fx.runtime import counts, monitoring, ordered_times, scales, step_control
 from rampde_fx.runtime.raised import noted
 from rampde_fx.torch_private import kernels
 
@@ -205,9 +205,9 @@ def _narrow(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _mark_overflow(x: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
-    overflowed = x.isinf()
+    overflowed = scales.are_infinite(x)
     for operand in operands:
-        overflowed = overflowed & ~operand.isinf()
+        overflowed = overflowed & ~scales.are_infinite(operand)
     return torch.where(overflowed, float("nan"), x)
 
 

@@ -88,10 +88,24 @@ def are_finite(values: torch.Tensor) -> torch.Tensor:
     >>> are_finite(torch.tensor([65504.0, float("inf"), float("nan")], dtype=torch.float16)).tolist()
     [True, False, False]
     """
+    sizes, least = _sizes(values)
+    return sizes < least
+
+
+def are_infinite(values: torch.Tensor) -> torch.Tensor:
+    """Which numbers of a tensor are infinite in memory, one by one.
+
+    >>> are_infinite(torch.tensor([65504.0, float("inf"), float("nan")], dtype=torch.float16)).tolist()
+    [False, True, False]
+    """
+    sizes, least = _sizes(values)
+    return sizes >= least
+
+
+def _sizes(values: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The magnitudes of a tensor, of a complex one of its parts, and from which on they are infinite in memory."""
     sizes = (torch.view_as_real(values) if values.is_complex() else values).abs()
-    if sizes.dtype.itemsize >= 4:
-        return sizes < math.inf
-    return sizes.to(torch.float32) < least_infinite(sizes.dtype)
+    return (sizes, math.inf) if sizes.dtype.itemsize >= 4 else (sizes.to(torch.float32), least_infinite(sizes.dtype))
 
 
 def least_infinite(dtype: torch.dtype) -> float:

@@ -11,14 +11,13 @@ import ctypes
 import functools
 import os
 import platform
-import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -33,21 +32,37 @@ _torch = Names(
     }
 )
 _CAPABILITIES = {512: ("AVX512",), 256: ("AVX2", "AVX512")}  # of torch's own kernels, by bits of a vector
-_OLDEST_GCC = 11
+# What a compiler that is known makes of vectors: the assembler must know their instructions, too.
+_PROGRAM = """
+#if __GNUC__ < 11 || defined(__clang__)
+#error "not known"
+#endif
+typedef float Vector __attribute__((vector_size(BYTES)));
+Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+"""
 
 
 class _Preparation(threading.Thread):
     """Finds the vector instructions, and then makes the header. What fails Inductor meets again, where it is told."""
 
     def __init__(self) -> None:
-        super().__init__(name="rampde_fx: C++ compiler", daemon=True)
+        # No daemon: at exit the interpreter waits for the compiler, which would go on writing without it.
+        super().__init__(name="rampde_fx: C++ compiler", daemon=False)
         self._vectors = threading.Event()
+        self._check = _torch.VecISA.check_build
+        self._short = _asked_shortly(self._check)
         self.has_header = False
+        os.register_at_fork(after_in_child=self._restore)  # where this thread is not
+
+    def _restore(self) -> None:
+        if _torch.VecISA.check_build is self._short:
+            _torch.VecISA.check_build = self._check
 
     def run(self) -> None:
-        shortly = mock.patch.object(_torch.VecISA, "check_build", _asked_shortly(_torch.VecISA.check_build))
-        with contextlib.suppress(Exception), shortly:
+        with contextlib.suppress(Exception):
+            _torch.VecISA.check_build = self._short
             _torch.pick_vec_isa()
+        self._restore()
         self._vectors.set()
         with contextlib.suppress(Exception):
             if _torch.config.cpp_cache_precompile_headers:
@@ -114,17 +129,18 @@ def _asked_shortly(check_build: Callable[[Any, str], bool]) -> Callable[[Any, st
 def _runs_vectors(kind: Any) -> bool:
     """Whether it is known, without compiling torch's headers, that code with vector instructions runs.
 
-    The program shows three things: the CPU has the instructions, the compiler knows them, and torch has the functions
-    of vectors that its headers call. So torch's own kernels use them, the compiler is one that torch is built with, and
-    takes the flags, and the functions are there.
+    Inductor's program shows three things: the CPU has the instructions, the compiler makes them, and torch has the
+    functions of vectors that its headers call. So torch's own kernels use them, a compiler that is known makes them of
+    a short program, and the functions are there.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     bits = kind.bit_width()
     if torch.backends.cpu.get_cpu_capability() not in _CAPABILITIES.get(bits, ()):
         return False
-    command = [_torch.get_cpp_compiler(), *kind.build_arch_flags().split(), "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout
-    version = re.search(r"#define __GNUC__ (\d+)", macros)
-    is_known = version is not None and int(version[1]) >= _OLDEST_GCC and "__clang__" not in macros
-    return is_known and hasattr(torch_library(), f"Sleef_expf{bits // 32}_u10")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "vectors.cpp"
+        source.write_text(_PROGRAM.replace("BYTES", str(bits // 8)))
+        command = [_torch.get_cpp_compiler(), *kind.build_arch_flags().split(), "-c", source, "-o", f"{folder}/vectors"]
+        made = subprocess.run(command, capture_output=True, check=False, timeout=10).returncode == 0
+    return made and hasattr(torch_library(), f"Sleef_expf{bits // 32}_u10")
