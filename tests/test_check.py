@@ -23,7 +23,18 @@ from rampde_fx.proof import check_timing
 from rampde_fx.torch_private import repetition
 from rampde_fx.torchdiffeq import compared
 from tests import test_semantics
-from tests.models import FORMS, Euler, Flow, LogDensity, MutatedArgument, Solved, Symplectic, Trajectory, TwoLoops
+from tests.models import (
+    FORMS,
+    Euler,
+    Flow,
+    LogDensity,
+    MutatedArgument,
+    Solved,
+    Symplectic,
+    Trajectory,
+    TwoLoops,
+    Velocity,
+)
 from tests.test_faults import replace_pass
 
 aten = torch.ops.aten
@@ -753,3 +764,19 @@ def test_that_a_step_leaves_no_trace_is_not_timed(monkeypatch):
     call = SimpleNamespace(function=run)
     steps = check_timing.TrainingSteps(SimpleNamespace(call=call), [], lambda outputs: outputs)
     assert check_timing.medians({"model": steps.of_model(run)}) == {"model": 1.0}
+
+
+class Recomputing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.velocity = Velocity()
+
+    def forward(self, y, t):
+        return torchdiffeq.odeint_adjoint(self.velocity, y, t, method="rk4")[-1]
+
+
+def test_code_that_recomputes_in_its_backward_is_the_reference_in_float64_too():
+    """Its backward calls the velocity: on the copies in float64, as its forward does."""
+    inputs = torch.randn(6, 5), torch.linspace(0, 1, 4)
+    result = rampde_fx.check(Recomputing(), *inputs, policies=[PrecisionPolicy(torch.float16)], compiler="aot_eager")
+    assert "in float64 the rewrite agrees with the model to rounding" in str(result) and "note" not in str(result)

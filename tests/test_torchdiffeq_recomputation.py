@@ -1,10 +1,12 @@
 """odeint_adjoint uncompiled, where a step of the backward is not that of the forward: an error, and no false alarm."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from rampde_fx import errors
 from rampde_fx.small_tensors import has_equality
@@ -620,6 +622,39 @@ def test_the_default_device_is_not_that_of_the_directions():
         found.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+class Tripled(TorchFunctionMode):
+    """In which a sine is three."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        return 3 * found if func is torch.sin else found
+
+
+class Waving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(double(0.5)[0])
+
+    def forward(self, t, y):
+        return torch.sin(self.weight * y)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_mode_of_the_forward_is_active_in_the_backward(inside):
+    gradients = []
+    for solve in (odeint, odeint_adjoint):
+        model = Waving()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Tripled())
+            loss = solve(model, double(0.3, -0.7), times(), method="rk4").square().sum()
+            if not inside:
+                stack.close()
+            loss.backward()
+        gradients.append(model.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
+    assert torch.sin(double(1)) < 1  # it has ended
 
 
 def swapped(n):

@@ -19,6 +19,7 @@ import torch
 from rampde_fx.errors import RecomputationError
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.torch_private import callers, dynamo
+from rampde_fx.torch_private.function_modes import active_modes
 from rampde_fx.torch_private.saved_hooks import hooks_outside_of_transforms
 from rampde_fx.torchdiffeq.fingerprints import Fingerprint, Fingerprints, is_of_leaf, memory_of, place_of, version_of
 from rampde_fx.torchdiffeq.kept_buffers import Buffers, Keep
@@ -85,7 +86,12 @@ class Recomputation:
         if self.random is None or not random.equals(self.random):
             self.random = random
         return Surroundings(
-            self.random, autocasts_of(states), self.buffers, self.buffers.before(), torch.get_num_threads()
+            self.random,
+            autocasts_of(states),
+            self.buffers,
+            self.buffers.before(),
+            torch.get_num_threads(),
+            active_modes(),
         )
 
 

@@ -1,4 +1,4 @@
-"""What a computation depends on beside its inputs: generators, autocast, buffers, the number of threads."""
+"""What a computation depends on beside its inputs: generators, autocast, buffers, modes, the number of threads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rampde_fx.solvers.runge_kutta import State
+from rampde_fx.torch_private.function_modes import active_modes
 from rampde_fx.torchdiffeq.kept_buffers import Before, Buffers, Keep
 
 
@@ -61,6 +62,7 @@ class Surroundings(NamedTuple):
     buffers: Buffers
     before: Before
     threads: int
+    modes: tuple[Any, ...]  # of torch.overrides, torch.device(...) among them
 
     @contextmanager
     def again(self, keep: Keep) -> Iterator[None]:
@@ -72,5 +74,9 @@ class Surroundings(NamedTuple):
             random.restore()
             for settings in self.autocasts:
                 stack.enter_context(torch.autocast(**settings))
+            active = active_modes()
+            for mode in self.modes:
+                if not any(mode is other for other in active):
+                    stack.enter_context(mode)
             stack.enter_context(self.buffers.brought_back(self.before, keep))
             yield stack.enter_context(torch.enable_grad())
