@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
-from rampde_fx.ir.lowering import HALF
+from rampde_fx.ir.lowering import is_half
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import lowerings
 
@@ -49,6 +49,7 @@ class RoundCompared:
         for node in [node for node in graph.nodes if node in found and _is_computed(node)]:
             with graph.inserting_before(node.next):
                 first, rounded = self._round(graph, node)
+            # What is given back memory rounds; a signature has its name.
             for user in [user for user in node.users if user is not first and user.op != "output"]:
                 user.replace_input_with(node, rounded)
 
@@ -76,13 +77,13 @@ def _merge_commuted(graph: fx.Graph) -> None:
     """Make one of low sums and products of the same two operands."""
     known: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if operator_table.properties(node.target).commutes and len(node.args) == 2 and not node.kwargs:
-            value = graphs.value(node)
-            if isinstance(value, torch.Tensor) and value.dtype in HALF:
-                first = known.setdefault((node.target, frozenset(node.args), str(value.stride())), node)
-                if first is not node:
-                    node.replace_all_uses_with(first)
-                    graph.erase_node(node)
+        plain = operator_table.properties(node.target).commutes and len(node.args) == 2 and not node.kwargs
+        if not plain or not is_half(graphs.value(node)):
+            continue
+        first = known.setdefault((node.target, frozenset(node.args), str(graphs.value(node).stride())), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
 def _compared(graph: fx.Graph) -> set[fx.Node]:
@@ -109,7 +110,5 @@ def _passes_on(target: Any) -> bool:
 
 def _is_computed(node: fx.Node) -> bool:
     """Whether a number in low precision is made by a kernel that may leave its rounding out."""
-    value = graphs.value(node)
-    low = isinstance(value, torch.Tensor) and value.dtype in HALF
     passed_on = node.op != "call_function" or operator_table.is_view(node.target) or operator_table.is_product(node)
-    return low and not passed_on
+    return is_half(graphs.value(node)) and not passed_on

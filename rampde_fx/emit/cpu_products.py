@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
-from rampde_fx.ir.lowering import HALF
+from rampde_fx.ir.lowering import HALF, is_half
 from rampde_fx.runtime import operators
 from rampde_fx.torch_private import kernels, lowerings
 
@@ -59,7 +59,7 @@ class ReplaceProducts:
     def _is_replaced(self, product: fx.Node) -> bool:
         factors = [graphs.value(factor) for factor in product.all_input_nodes]
         factors = [value for value in factors if isinstance(value, torch.Tensor)]
-        low = [value for value in factors if value.dtype in HALF]  # an attention also takes sums in float32
+        low = list(filter(is_half, factors))  # an attention also takes sums in float32
         known = all(value.dtype in (*HALF, torch.float32) and value.device.type == "cpu" for value in factors)
         return bool(known and low) and (all(value.dtype in self.dtypes for value in low) or self._is_small(product))
 
@@ -111,7 +111,7 @@ def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> No
     """Have a factor in float32; a transposed one from the other, which may be a factor as well."""
     if factor in wide:
         return
-    if not isinstance(graphs.value(factor), torch.Tensor) or graphs.value(factor).dtype not in HALF:
+    if not is_half(graphs.value(factor)):
         wide[factor] = factor  # a size, or float32
     elif factor.target is torch.ops.aten.permute.default:
         _widen(graph, factor.args[0], wide)
@@ -124,5 +124,4 @@ def _low_item(graph: fx.Graph, found: fx.Node, low: fx.Node) -> fx.Node:
     """What stands for one of several results, taken by low; an absent one is None."""
     item = graphs.valued(graph, operator.getitem, found, low.args[1])
     value = graphs.value(low)
-    is_low = isinstance(value, torch.Tensor) and value.dtype in HALF
-    return graphs.valued(graph, CAST, item, value.dtype) if is_low else item
+    return graphs.valued(graph, CAST, item, value.dtype) if is_half(value) else item

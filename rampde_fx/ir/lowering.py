@@ -29,6 +29,11 @@ UNKNOWN = "sums, or is not known to be safe in low precision: fp32"
 ops = torch.ops.rampde_fx
 
 
+def is_half(value: Any) -> bool:
+    """Whether a value is a tensor in half precision."""
+    return isinstance(value, torch.Tensor) and value.dtype in HALF
+
+
 class Lowering(fx.Interpreter):
     """Runs a velocity under these rules; traced, it writes the lowered graph.
 
@@ -164,11 +169,11 @@ class Lowering(fx.Interpreter):
         if not operands:
             self.finite.add(node)
         values = [value for value in map(self.env.__getitem__, operands) if is_float(value)]
-        return tree_map(lambda x: self._noted(x, ops.mark_overflow(x, values)) if is_half(x) else x, result)
+        return tree_map(lambda x: self._noted(x, ops.mark_overflow(x, values)) if is_float16(x) else x, result)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         result = cast(value, dtype)
-        return self._noted(value, result) if is_half(result) and result is not value else result
+        return self._noted(value, result) if is_float16(result) and result is not value else result
 
     def _noted(self, value: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
         """The marked value. If the velocity handles NaN itself, each overflow is noted: the user's code would otherwise
@@ -302,7 +307,7 @@ def mark_coefficients(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) ->
     marking = ops.mark_overflow.default
     for node in nodes:
         marked = any(user.target is marking for user in node.users) or read_by_products_alone(node)
-        if not is_half(graphs.value(node)) or marked or not can_overflow(node.target, node.args, node.kwargs):
+        if not is_float16(graphs.value(node)) or marked or not can_overflow(node.target, node.args, node.kwargs):
             continue
         with graph_module.graph.inserting_after(node):
             operands = [operand for operand in entrywise_operands(node) if graphs.is_float(operand)]
@@ -311,7 +316,7 @@ def mark_coefficients(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) ->
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
 
 
-def is_half(value: Any) -> bool:
+def is_float16(value: Any) -> bool:
     """Whether a value is a float16 tensor."""
     return isinstance(value, torch.Tensor) and value.dtype is torch.float16
 
