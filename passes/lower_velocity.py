@@ -131,7 +131,7 @@ def _in_order(step: fx.GraphModule) -> bool:
 def _wide_roles(step: fx.GraphModule) -> dict[tuple[str, str], int]:
     """What is not velocity, counted by operation."""
     reasons = {"state": "state: accumulated in the dtype of the state", "time": "time: depends on no state"}
-    calls = [n for n in step.graph.nodes if n.op == "call_function" and n.meta["role"] in reasons]
+    calls = [n for n in step.graph.nodes if n.op == "call_function" and n.meta["role"] != "velocity"]
     computed = [node for node in calls if graphs.is_differentiable(node) and not graphs.is_view(node)]
 
     def reason(node: fx.Node) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy
 import pytest
@@ -20,6 +21,7 @@ from rampde_fx.ir import graphs
 from rampde_fx.ir.ends import Total
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.proof import check_timing
+from rampde_fx.schedules import Checkpoint
 from rampde_fx.torch_private import repetition
 from rampde_fx.torchdiffeq import compared
 from tests import test_semantics
@@ -597,9 +599,10 @@ def test_without_gradients_values_are_checked():
 def test_the_models_own_policy_is_measured_too():
     own = PrecisionPolicy(torch.bfloat16, storage=torch.float32)
     y, t = leaves()
-    with torch.no_grad():  # the gradients of seven policies more would take long
+    with torch.no_grad():  # the gradients of so many policies would take long
         result = check(rampde_fx.mixed_precision(Euler(), policy=own), y, t, compiler="eager")
-    assert "bfloat16, storage=float32" in [row.name for row in result.rows] and len(result.rows) == 11
+    assert "bfloat16, storage=float32" in [row.name for row in result.rows]
+    assert len(result.rows) == 3 + 2 * len(get_args(Checkpoint))  # eager, float32 and its own, and two dtypes by each
 
 
 def test_a_refused_policy_is_a_row_and_if_all_are_it_is_an_error():

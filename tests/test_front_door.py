@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import rampde_fx
 import rampde_fx.passes
 from rampde_fx import AdjointScaling, PrecisionPolicy, errors
+from rampde_fx.backend import OWN_OPTIONS
 from tests.comparison import relative_errors
 
 Y, T, W = torch.linspace(-1, 1, 12).view(4, 3), torch.linspace(0, 1, 5), torch.eye(3) - 0.4
@@ -104,7 +105,7 @@ def test_a_dtype_and_a_policy(dtype):
 )
 def test_options_that_nobody_has(options, fix):
     model = torch.compile(rampde_fx.mixed_precision(solve, dtype=torch.float16), backend="rampde_fx", options=options)
-    with pytest.raises(errors.PolicyError, match=f"'compiler' and 'verify'(.|\n)*fix: {re.escape(fix)}"):
+    with pytest.raises(errors.PolicyError, match=f"{' and '.join(map(repr, OWN_OPTIONS))}(.|\n)*fix: {re.escape(fix)}"):
         model(Y, T)
 
 

@@ -1,6 +1,7 @@
 """Steps in C++: what they compute, what they take, and which bodies stay in Python."""
 
 import _thread
+import ctypes
 import itertools
 import re
 import signal
@@ -15,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 
 import rampde_fx
 from rampde_fx.emit import native_code
-from rampde_fx.torch_private import kernels, native_library
+from rampde_fx.torch_private import cpp_compiler, kernels, native_library
 
 KERNEL = """
 cpp_{name} = async_compile.cpp_pybinding([{types}], r'''
@@ -163,6 +164,28 @@ class TestRun:
         got, *_ = module_of(text)["while_loop_body_graph_0_0"]([torch.tensor(3), x, weight])
         square = 2 * x @ weight.T
         torch.testing.assert_close(got, square + square @ square + 3)
+
+    @pytest.mark.skipif(not native_library._mkl_threads(), reason="BLAS is not MKL")
+    def test_small_products_are_of_one_thread_and_the_rest_of_all(self, monkeypatch):
+        """Which is so while they run, and for no other product."""
+        source = """static void multiply(char* a, char* b, char* c, int64_t n) {
+    product<float>(false, false, n, n, n, reinterpret_cast<const float*>(a), n, reinterpret_cast<const float*>(b), n,
+                   reinterpret_cast<float*>(c), n, nullptr, 0, 0);
+}"""
+        counts = []
+        asks = cpp_compiler.torch_library().MKL_Get_Max_Threads
+        gemm = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(lambda *_: counts.append(asks()))
+        address = ctypes.cast(gemm, ctypes.c_void_p).value
+        monkeypatch.setattr(native_library, "_gemms", lambda: (address, address))
+        [multiply] = native_library.load_library(["multiply"], source)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            for n in (2, 50, 51, 80):  # 51 ** 3 is the first above 2 ** 17
+                multiply(*(torch.ones(n, n) for _ in range(3)), n)
+            assert counts == [1, 1, 3, 3] and asks() == 3
+        finally:
+            torch.set_num_threads(threads)
 
     def test_kernels_run_one_at_a_time(self):
         """They share a flag of the process, by which an integer that is divided by zero is told."""

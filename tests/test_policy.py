@@ -197,12 +197,12 @@ def test_the_fields_are_those_that_a_user_gives():
 USE = """import rampde_fx
 rampde_fx.PrecisionPolicy(scaling="dynamic", storage_scaling="none", loop="scan", checkpoint="sqrt")
 rampde_fx.PrecisionPolicy(scaling=rampde_fx.AdjointScaling(0.5), accumulation="compensated", checkpoint=8)
-rampde_fx.PrecisionPolicy(scaling="static")
-rampde_fx.PrecisionPolicy(storage_scaling="static")
-rampde_fx.PrecisionPolicy(accumulation="kahan")
-rampde_fx.PrecisionPolicy(loop="while")
-rampde_fx.PrecisionPolicy(checkpoint="all")
-rampde_fx.policy_of(rampde_fx.steps).loop
+rampde_fx.PrecisionPolicy(scaling="static")  # wrong
+rampde_fx.PrecisionPolicy(storage_scaling="static")  # wrong
+rampde_fx.PrecisionPolicy(accumulation="kahan")  # wrong
+rampde_fx.PrecisionPolicy(loop="while")  # wrong
+rampde_fx.PrecisionPolicy(checkpoint="all")  # wrong
+rampde_fx.policy_of(rampde_fx.steps).loop  # wrong
 """
 
 
@@ -219,7 +219,8 @@ def test_mypy_knows_what_a_field_takes(tmp_path):
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("use.py:")]
-    assert [line.split(":")[1] for line in lines] == ["4", "5", "6", "7", "8", "9"], done.stdout + done.stderr
+    wrong = [str(number) for number, line in enumerate(USE.splitlines(), 1) if line.endswith("# wrong")]
+    assert [line.split(":")[1] for line in lines] == wrong, done.stdout + done.stderr
 
 
 def flow(y, t):

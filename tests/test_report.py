@@ -16,7 +16,7 @@ import rampde_fx
 from rampde_fx import torchdiffeq
 from rampde_fx.__main__ import environment, main
 from rampde_fx.backend import STEP_PASSES
-from rampde_fx.ir import graphs, pass_log
+from rampde_fx.ir import graphs, loop_verifier, pass_log
 from rampde_fx.report import report_html, step_picture
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import kernels
@@ -149,6 +149,12 @@ def test_hostile_names_are_escaped():
     text = page_of(report)
     assert hostile not in text and hostile in unescape(text)
     assert Page(text).tags.count("script") == 1
+
+
+def test_every_role_has_a_lane_and_every_lane_a_colour():
+    assert set(step_picture.LANE_OF) == loop_verifier.ROLES > step_picture.SCALINGS
+    assert set(step_picture.LANE_OF.values()) < set(step_picture.LANES) == set(report_html.COLOURS)
+    assert set(step_picture.LANES) < {kind for kind, _ in report_html.LEGEND}
 
 
 def test_edges_turn_in_the_gutters_alone():

@@ -11,7 +11,7 @@ from rampde_fx.ir.loops import CompensatedLoop
 from rampde_fx.report.loop_report import LoopReport, PassReport
 from rampde_fx.report.step_picture import picture
 
-# Of every role, on a light and on a dark page.
+# Of every lane, on a light and on a dark page.
 COLOURS = {
     "time": ("#a85d00", "#f2b456"),
     "state": ("#0b5cad", "#7ab8ff"),
@@ -32,8 +32,6 @@ pre { margin: 0; padding: 0.75rem; overflow: auto; background: var(--code); font
 .tables > div, .picture, table { max-width: 100%; overflow-x: auto; }
 svg text, .code > summary { font: 11px ui-monospace, monospace; fill: currentColor; }
 svg text.lane { font: 600 12px system-ui, sans-serif; fill: var(--role); }
-.time { --role: var(--time); } .state { --role: var(--state); } .velocity { --role: var(--velocity); }
-.parameter { --role: var(--parameter); }
 .node rect { stroke: var(--role); stroke-width: 1.2; fill: var(--page); }
 .node.low rect { fill: color-mix(in srgb, var(--role) 38%, var(--page)); }
 .node.cast rect { stroke-dasharray: 4 2.5; } .node.scale rect { stroke-width: 3; }
@@ -104,11 +102,12 @@ def _brief(loop: LoopReport) -> str:
 
 def _palette() -> str:
     light, dark = (";".join(f"--{role}:{pair[i]}" for role, pair in COLOURS.items()) for i in range(2))
+    lanes = "".join(f".{lane}{{--role:var(--{lane})}}" for lane in COLOURS)
     return (
         f":root{{color-scheme:light dark;{light};--page:#fff;--text:#1c2024;--faint:#5c6670;--line:#d9dee3;"
         "--code:#f4f6f8}"
         f"@media (prefers-color-scheme:dark){{:root{{{dark};--page:#14171a;--text:#e4e8ec;--faint:#98a2ac;"
-        "--line:#343b42;--code:#1d2227}}"
+        f"--line:#343b42;--code:#1d2227}}}}{lanes}"
     )
 
 

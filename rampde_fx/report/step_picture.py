@@ -24,31 +24,33 @@ LANES = ("time", "state", "velocity", "parameter")
 LANE, GUTTER, MARGIN, ROW, BOX, TOP = 184, 40, 30, 26, 20, 30
 WIDTH = 2 * MARGIN + len(LANES) * LANE + (len(LANES) - 1) * GUTTER
 CHARACTERS = 25  # of the label's font, in a box
-LANE_OF = {"scale": "velocity", "storage": "state"}  # of calls that are neither
+# Of every role (ROLES of rampde_fx/ir/loop_verifier.py).
+LANE_OF = {"time": "time", "state": "state", "velocity": "velocity", "scale": "velocity", "storage": "state"}
+SCALINGS = {"scale", "storage"}  # roles of calls that multiply or divide by a power of two
 
 
-def find_roles(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """The roles of a step's or an adjoint's nodes: those that the passes left, and by dataflow those of new nodes."""
-    roles: dict[fx.Node, str] = {}
-    given = _roles_of_inputs(loop, graph_module)
+def find_lanes(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The lanes of a step's or an adjoint's nodes: by the roles that the passes left, of new nodes by dataflow."""
+    lanes: dict[fx.Node, str] = {}
+    given = _lanes_of_inputs(loop, graph_module)
     for node in graph_module.graph.nodes:
         parents = node.all_input_nodes
         if node.op == "placeholder":
-            roles[node] = given.get(node, "state")
+            lanes[node] = given.get(node, "state")
         elif node.target is operator.getitem:
-            roles[node] = roles[node.args[0]]
+            lanes[node] = lanes[node.args[0]]
         elif node.op == "call_module":
-            roles[node] = LANE_OF.get(node.meta.get("role", ""), "velocity")
+            lanes[node] = LANE_OF[node.meta.get("role", "velocity")]
         else:
-            alone = bool(parents) and all(roles[parent] == "time" for parent in parents)
-            roles[node] = node.meta.get("role") or ("time" if alone else "state")
-    return roles
+            alone = bool(parents) and all(lanes[parent] == "time" for parent in parents)
+            lanes[node] = LANE_OF[node.meta.get("role") or ("time" if alone else "state")]
+    return lanes
 
 
-def _roles_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """Roles of the placeholders; of corrections, which are states, none is given."""
+def _lanes_of_inputs(loop: CompensatedLoop, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Lanes of the placeholders; of corrections, which are states, none is given."""
     inputs = graphs.placeholders(loop.step)
-    own = {node: str(node.meta["role"]) for node in inputs if "role" in node.meta}
+    own = {node: LANE_OF[node.meta["role"]] for node in inputs if "role" in node.meta}
     own |= {node: "parameter" for node in inputs if node.meta.get("outside") and graphs.is_differentiable(node)}
     if graph_module is loop.step:
         return own
@@ -116,9 +118,9 @@ class _Drawing:
 
     def __init__(self, loop: CompensatedLoop, graph_module: fx.GraphModule, key: str) -> None:
         self.module = graph_module
-        self.roles = find_roles(loop, graph_module)
+        self.lanes = find_lanes(loop, graph_module)
         shown = [node for node in graph_module.graph.nodes if node.target is not operator.getitem]
-        self.places = {node: _Place(self.roles[node], TOP + ROW * i + ROW // 2) for i, node in enumerate(shown)}
+        self.places = {node: _Place(self.lanes[node], TOP + ROW * i + ROW // 2) for i, node in enumerate(shown)}
         self.ids = {node: f"{key}-{i}" for i, node in enumerate(shown)}
         self.calls = [node for node in shown if node.op == "call_module"]
         self.height = TOP + ROW * len(shown) + ROW
@@ -166,7 +168,7 @@ class _Drawing:
     def _classes(self, node: fx.Node) -> str:
         kinds = (("cast", is_cast), ("scale", is_scaling), ("low", self._is_low))
         marks = [mark for mark, is_marked in kinds if is_marked(node)]
-        return " ".join(["node", self.roles[node], *marks])
+        return " ".join(["node", self.lanes[node], *marks])
 
     def _title(self, node: fx.Node) -> str:
         """All that is known of a node."""
@@ -176,7 +178,7 @@ class _Drawing:
             f"{node.name}{_type_of(node, ': ')}",
             made,
             *(f"output {user.args[1]}: {user.name}{_type_of(user, ': ')}" for user in outputs),
-            f"role: {self.roles[node]}",
+            f"role: {self.lanes[node]}",
             next(filter(None, map(graphs.user_line, [node, *outputs])), ""),
         ]
         return escape("\n".join(filter(None, lines)))
@@ -197,7 +199,7 @@ def is_low(node: fx.Node) -> bool:
 def is_scaling(node: fx.Node) -> bool:
     """Whether a node finds a power-of-two scale, or multiplies or divides by one."""
     if node.op == "call_module":
-        return node.meta.get("role") in LANE_OF
+        return node.meta.get("role") in SCALINGS
     return any(_shown(operand).meta.get("role") == "scale" for operand in node.all_input_nodes)
 
 
