@@ -10,8 +10,8 @@ error, the result is NaN. Under autocast what a layer before the loop made in ha
 
 Requires: a Run.
 Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
-          the values that are read outside of the run, and every tensor as the step leaves it; CapturedStep.after says
-          which of these each input became.
+          the values that are read outside of the run, those that nothing reads, and every tensor as the step leaves it;
+          CapturedStep.after says which of these each input became.
 Raises:   UnsupportedLoopError for what cannot be traced; MutationError for a write that autograd does not see, to
           what a gradient flows through.
 """
@@ -48,7 +48,7 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
     for node, source, value in zip(graphs.placeholders(step), inputs, values, strict=True):
         node.meta["example_value"] = graphs.value(source.values[0]) if source.values else value
     functional, after = _functional(_Captured(step, with_gradients=marked.with_gradients), values)
-    return CapturedStep(inputs, functional, outputs, after)
+    return CapturedStep(inputs, functional, outputs, after, unread=len(run.unread))
 
 
 def _torch_step(
@@ -68,7 +68,7 @@ def _torch_step(
     outputs = run.stacked()
     # What lags by d > 1 steps becomes what lags by d - 1: so a multistep method's values grow older.
     nexts = [place[source.key if source.is_latest else source.younger()] for source in carries_among(inputs)]
-    graph.output((*nexts, *(place[key] for key in outputs)))
+    graph.output((*nexts, *(place[key] for key in (*outputs, *run.unread))))
     return inputs, fx.GraphModule(graph_module, graph), outputs
 
 

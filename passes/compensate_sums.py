@@ -52,9 +52,11 @@ def find_sums(result: fx.Node, carry: fx.Node) -> list[tuple[fx.Node, int]] | No
     None if anything else is on the way."""
     if result is carry:
         return []
-    if graphs.stops_gradient(result):  # the same value
+    if graphs.value(result).shape != graphs.value(carry).shape:
+        return None
+    if properties(result.target).update == "copy":  # clone, stop_gradient: the same value
         return find_sums(result.args[0], carry)
-    if properties(result.target).update != "add" or graphs.value(result).shape != graphs.value(carry).shape:
+    if properties(result.target).update != "add":
         return None
     commutes = properties(result.target).commutes and not result.kwargs
     for position, operand in enumerate(result.args[: 2 if commutes else 1]):

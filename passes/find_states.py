@@ -4,8 +4,10 @@ Before:  step(y, u, t, dt, w) with y carried; u: updated in place, always the sa
 After:   step(y, u, t, dt, w) with y and u carried; u holds the final value after the loop
 
 A tensor that the iterations update in place is a carry. In a run of one iteration nothing comes back to be compared:
-there a state is an invariant from which a result, or what is written into a collecting tensor, follows. A step without
-any state gets its inputs as carries that do not change, so that what follows from them counts as varying.
+there a state is an invariant from which a result, or what is written into a collecting tensor, follows. Invariants from
+which a value follows that nothing reads, as the next state where the loop ends, or that an earlier run of the loop
+gave, are carries that do not change, so that what follows from them counts as varying; and so are, in a step without
+any state, all its inputs.
 
 Requires: a CapturedStep.
 Ensures:  every carry enters and leaves the step in one shape, dtype and device; no state is in half precision; no
@@ -18,8 +20,8 @@ Raises:   MutationError for a write in place to what requires a gradient, or has
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from rampde_fx.errors import MutationError, StateChangeError, UnsupportedLoopErr
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop
 from rampde_fx.ir.operator_table import properties
+from rampde_fx.ir.origins import WAYS, same_kind, state_behind
 from rampde_fx.ir.sources import CarrySource, InvariantSource, Key, Source, TimeSource
 from rampde_fx.policy_text import word_of
 from rampde_fx.torch_private import fake_tensors
@@ -38,18 +41,28 @@ FIX_LOW_PARAMETERS = (
     "keep the parameters in float32, without .half() or the param_dtype of fully_shard's MixedPrecisionPolicy: "
     "mixed_precision casts them"
 )
-# A state keeps its identity through updates by these, whatever it is scaled by and whatever is added.
-CHAIN = ("add", "scale", "copy")
 
 
-def find_states(marked: MarkedLoop, captured: CapturedStep, *, single: bool) -> CapturedStep:
-    """Add the states of a captured step that its carries lack; single says that the run has one iteration."""
+def find_states(
+    marked: MarkedLoop, captured: CapturedStep, *, single: bool, before: Container[str] = ()
+) -> CapturedStep:
+    """Add the states of a captured step that its carries lack.
+
+    Args:
+        marked: The loop, or what is left of it.
+        captured: The step.
+        single: Whether the run has one iteration.
+        before: The calls that stand for earlier runs of the loop.
+    """
     where = graphs.user_line(marked.markers[0])
     found = _carry_mutated(captured, marked, single)
+    further = set[int]()
     if single:
-        found = _carry_single_step(found)
+        found, further = _carry_single_step(found)
+        further |= _given_by(before, found, marked.markers[0])
     if found.carries() == 0:
-        found = _carry_unchanged(found)
+        further = _contexts(found)
+    found = _carry_unchanged(found, sorted(further))
     _check_operands(found.inputs, where)
     found = replace(found, step=graphs.refresh(fake_tensors.deduplicated(found.step)))
     _check_states(found, where, once=marked.from_odeint)
@@ -77,6 +90,7 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> 
     inputs, step, after, carries = list(captured.inputs), captured.step, captured.after, captured.carries()
     results = graphs.results(step)[: carries + len(captured.outputs)]
     changed = [i for i, (node, now) in enumerate(zip(graphs.placeholders(step), after, strict=True)) if node is not now]
+    unread = graphs.results(step)[carries + len(captured.outputs) :][: captured.unread]
     returned: set[int] = set()  # outputs that are the changed tensors themselves
     keys: dict[int, Key] = {}
     for i in changed:
@@ -97,7 +111,7 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> 
     promoted = [i for i in changed if isinstance(inputs[i], InvariantSource)]
     order = [*range(carries), *promoted, *(i for i in range(carries, len(inputs)) if i not in promoted)]
     rest = [j for j in range(carries, len(results)) if j not in returned]
-    results = [*results[:carries], *(after[i] for i in promoted), *(results[j] for j in rest)]
+    results = [*results[:carries], *(after[i] for i in promoted), *(results[j] for j in rest), *unread]
     sources = [CarrySource(inputs[i].values, keys.get(i)) if i in promoted else inputs[i] for i in order]
     written = {j: inputs[i].values[0] for j, i in enumerate(order) if i in changed}
     return replace(
@@ -132,14 +146,18 @@ def _mutation(source: Source, node: fx.Node) -> MutationError:
     )
 
 
-def _carry_single_step(captured: CapturedStep) -> CapturedStep:
+def _carry_single_step(captured: CapturedStep) -> tuple[CapturedStep, set[int]]:
     """In a run of one step nothing comes back: a state is an invariant from which a result follows.
 
     Tried in this order: through sums alone; through all but products, with a sum on the way; the same without a sum;
     by any path. Of two results that follow from the same state by sums both are states, with the same start.
+
+    Returns:
+        The step, and which of its inputs are states of which nothing reads what they become.
     """
     inputs, outputs, step = captured.inputs, captured.outputs, captured.step
     nodes, results = graphs.placeholders(step), graphs.results(step)
+    results, unread = results[: len(results) - captured.unread], results[len(results) - captured.unread :]
     first_output, last_output = len(results) - len(outputs), len(results)
     # A new state may also leave the step by a write into a tensor that collects the trajectory.
     results += [_written_value(node) for node in graphs.body(step) if properties(node.target).update == "write"]
@@ -152,7 +170,7 @@ def _carry_single_step(captured: CapturedStep) -> CapturedStep:
     for way in WAYS:
         for j in reversed(range(first_output, len(results))):
             free = {n: i for n, i in invariants.items() if way.shared or i not in pairs.values()}
-            state = None if j in pairs else _state_behind(results[j], free, way)
+            state = None if j in pairs else state_behind(results[j], free, way)
             if state is not None:
                 pairs[j] = state
     states = sorted(pairs, key=lambda j: (j >= last_output, j))
@@ -163,79 +181,44 @@ def _carry_single_step(captured: CapturedStep) -> CapturedStep:
     kept = [results[j] for j in [*range(first_output), *states, *others]]
     keys = [outputs[j - first_output] if j < last_output else -1 - j for j in states]
     sources = [CarrySource(inputs[pairs[j]].values, key) for j, key in zip(states, keys, strict=True)]
-    return replace(
+    found = replace(
         captured,
         inputs=[*(inputs[i] for i in carried), *sources, *(inputs[i] for i in rest)],
         outputs=[outputs[j - first_output] for j in others],
         step=_rebuilt(step, order, kept),
+        unread=0,
     )
+    free = {node: i for node, i in invariants.items() if i not in pairs.values() and _is_context(node)}
+    left = {state for way in WAYS for value in unread if (state := state_behind(value, free, way)) is not None}
+    return found, {order.index(i) for i in left}
+
+
+def _is_context(node: fx.Node) -> bool:
+    """Whether a value could be a state: a floating tensor that is no parameter."""
+    return graphs.is_differentiable(node) and not isinstance(graphs.value(node), torch.nn.Parameter)
+
+
+def _given_by(before: Container[str], captured: CapturedStep, marker: fx.Node) -> set[int]:
+    """Which inputs follow from what earlier runs of the loop gave, and could be states."""
+    given = {node for node in marker.graph.nodes if node.op == "call_module" and node.target in before}
+    found, left = set(given), [*given]
+    while left:
+        readers = [user for user in left.pop().users if user < marker and user not in found]
+        found.update(readers)
+        left += readers
+    return {
+        i
+        for i, source in enumerate(captured.inputs)
+        if isinstance(source, InvariantSource) and source.values[0] in found and _is_context(source.values[0])
+    }
 
 
 def _written_value(write: fx.Node) -> Any:
     return write.args[2 if write.target is aten.index_put.default else 1]
 
 
-def _by_sums(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes if properties(node.target).update in CHAIN else []
-
-
-def _without_a_product(node: fx.Node) -> list[fx.Node]:
-    if not operator_table.is_product(node):
-        return node.all_input_nodes
-    return [node.args[0]] if _adds(node) else []
-
-
-def _adds(node: fx.Node) -> bool:
-    row = properties(node.target)
-    return row.update == "add" or row.first_is_summand
-
-
-def _by_any_path(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a result may follow from a state.
-
-    Attributes:
-        operands: Those of a node through which the state may have come.
-        adds: Whether there must be a sum on the way.
-        shared: Whether several results may follow from one state.
-    """
-
-    operands: Callable[[fx.Node], list[fx.Node]]
-    adds: bool = False
-    shared: bool = False
-
-
-WAYS = (Way(_by_sums), Way(_without_a_product, adds=True, shared=True), Way(_without_a_product), Way(_by_any_path))
-
-
-def _state_behind(result: Any, candidates: dict[fx.Node, int], way: Way) -> int | None:
-    """The candidate from which the result follows in the given way.
-
-    If there are several, no parameter, one that the step reads elsewhere too, and the leftmost of these.
-    """
-    if not isinstance(result, fx.Node) or not isinstance(graphs.value(result), torch.Tensor):
-        return None
-    found: dict[fx.Node, None] = {}
-    start = (result, not way.adds)  # and whether the sum has been met
-    open_nodes, seen = [start], {start}
-    while open_nodes:
-        node, summed = open_nodes.pop()
-        if summed and node in candidates and _same_kind(graphs.value(node), graphs.value(result)):
-            found[node] = None
-        parents = [(p, summed or _adds(node)) for p in way.operands(node)]
-        parents = [pair for pair in dict.fromkeys(parents) if pair not in seen]
-        seen.update(parents)
-        open_nodes += reversed(parents)
-    ranked = sorted(found, key=lambda n: (isinstance(graphs.value(n), torch.nn.Parameter), len(n.users) == 1))
-    return candidates[ranked[0]] if ranked else None
-
-
-def _carry_unchanged(captured: CapturedStep) -> CapturedStep:
-    """In a step without a state what its outputs follow from stands for one, and stays as it is."""
+def _contexts(captured: CapturedStep) -> set[int]:
+    """In a step without a state what its outputs follow from stands for one."""
     inputs, results = captured.inputs, graphs.results(captured.step)
     needed = graphs.ancestors(results) if results else set(graphs.placeholders(captured.step))
     found = [
@@ -243,20 +226,24 @@ def _carry_unchanged(captured: CapturedStep) -> CapturedStep:
         for i, (node, source) in enumerate(zip(graphs.placeholders(captured.step), inputs, strict=True))
         if isinstance(source, InvariantSource) and node in needed and graphs.is_differentiable(node)
     ]
-    contexts = [i for i, node in found if not isinstance(graphs.value(node), torch.nn.Parameter)]
-    states = contexts or [i for i, _ in found]
-    order = [*states, *(i for i in range(len(inputs)) if i not in states)]
+    contexts = {i for i, node in found if not isinstance(graphs.value(node), torch.nn.Parameter)}
+    return contexts or {i for i, _ in found}
+
+
+def _carry_unchanged(captured: CapturedStep, states: list[int]) -> CapturedStep:
+    """Make carries of inputs that stay as they are."""
+    if not states:
+        return captured
+    inputs, results, carries = captured.inputs, graphs.results(captured.step), captured.carries()
+    order = [*range(carries), *states, *(i for i in range(carries, len(inputs)) if i not in states)]
     step = _rebuilt(captured.step, order, results)
     output = step.graph.output_node()
     with step.graph.inserting_before(output):
-        kept = [step.graph.call_function(aten.clone.default, (n,)) for n in graphs.placeholders(step)[: len(states)]]
-    output.args = ((*kept, *output.args[0]),)
-    sources = [CarrySource(inputs[i].values, -1 - i) if i in states else inputs[i] for i in order]
+        unchanged = graphs.placeholders(step)[carries : carries + len(states)]
+        kept = [step.graph.call_function(aten.clone.default, (node,)) for node in unchanged]
+    output.args = ((*output.args[0][:carries], *kept, *output.args[0][carries:]),)
+    sources = [CarrySource(inputs[i].values, None) if i in states else inputs[i] for i in order]
     return replace(captured, inputs=sources, step=graphs.refresh(step))
-
-
-def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def _rebuilt(step: fx.GraphModule, order: list[int], results: list[Any]) -> fx.GraphModule:
@@ -288,9 +275,11 @@ def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
     carries = captured.carries()
     if carries == 0 and not graphs.body(captured.step):
         raise StateChangeError(
-            "the steps were read without computing with them, as list(steps(t)) and reversed() do",
-            required="a for loop over steps(t), or over a zip or an enumerate of it",
-            fix="iterate over steps(t) itself; backward in time over steps(t.flip(0))",
+            "nothing is computed in a step: behind a continue, or the steps were read without computing with them, as "
+            "list(steps(t)) and reversed() do",
+            required="a for loop over steps(t), or over a zip or an enumerate of it, and a new state in each step",
+            fix="iterate over steps(t) itself, backward in time over steps(t.flip(0)); instead of a continue multiply "
+            "what is added by 0",
             where=where,
         )
     if carries == 0:
@@ -309,7 +298,7 @@ def _check_states(captured: CapturedStep, where: str, *, once: bool) -> None:
                 fix="start from a tensor, such as torch.zeros(...)",
                 where=where,
             )
-        if not _same_kind(a, b):
+        if not same_kind(a, b):
             raise StateChangeError(
                 f"the state '{before.name}' goes into the step as {graphs.description(a)} and leaves it as "
                 f"{graphs.description(b)}",

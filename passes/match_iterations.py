@@ -62,7 +62,9 @@ def match_iterations(marked: MarkedLoop) -> Run:
         for p, row in enumerate(places)
     ]
     extended = marked.repeats and length == len(iterations)
-    found = Run(run, sources, _outputs(run, owner, marked, extended=extended), extended=extended)
+    outputs = _outputs(run, owner, marked, extended=extended)
+    unread = _unread(run[0], outputs) if length == 1 else ()
+    found = Run(run, sources, outputs, extended=extended, unread=unread)
     if extended:
         check_extension(marked, found)
     return found
@@ -321,3 +323,9 @@ def _outputs(run: list[list[fx.Node]], owner: Owner, marked: MarkedLoop, *, exte
             for iteration in read:
                 found.setdefault(key, []).append(iteration)
     return found
+
+
+def _unread(nodes: list[fx.Node], outputs: dict[Key, list[int]]) -> tuple[Key, ...]:
+    """The floating tensors of an iteration from which nothing follows that is read outside of it."""
+    read = graphs.ancestors([node for position, node in enumerate(nodes) if position in outputs])
+    return tuple(position for position, node in enumerate(nodes) if node not in read and graphs.is_float(node))

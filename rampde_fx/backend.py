@@ -137,18 +137,19 @@ def _rewrite(
         lift_numbers(graph_module, first)
     found = find_loops(graph_module, gradients=torch.is_grad_enabled(), autocast=autocast)
     rolled = []
-    for marked in found:
+    for i, marked in enumerate(found):
         holder, captured = marked.holder(), _how_captured(marked)
-        rolled += [(holder, name, captured, notes) for name, notes in _roll(holder, marked)]
+        rolled += [(holder, name, i, captured, notes) for name, notes in _roll(holder, marked)]
     loops: list[Loop] = []
     ready: list[Ready] = []
     budgets = Budgets()
-    for holder, name, captured, notes in rolled:
+    for holder, name, marked_loop, captured, notes in rolled:
         (call,) = [node for node in holder.graph.nodes if node.target == name]
         begun = phase_log.now()
         number, loop = len(loops), holder.get_submodule(name).loop
         count = sum(other.where == loop.where for other in loops)
-        loop = replace(loop, notes=(*loop.notes, *notes), captured=captured, number=1 + count)
+        told = {"notes": (*loop.notes, *notes), "captured": captured}
+        loop = replace(loop, **told, number=1 + count, marked=marked_loop)
         verify(loop, roll_loop.__name__)
         watch(number, roll_loop.__name__, loop)
         loops.append(loop)
@@ -239,7 +240,8 @@ def _roll(graph_module: fx.GraphModule, marked: MarkedLoop) -> list[tuple[str, t
         run = match_iterations(marked)
         captured = capture_step(graph_module, marked, run)
         captured = captured if marked.searches else replay_random(captured)
-        captured = find_states(marked, captured, single=len(run.iterations) == 1 and not run.from_odeint)
+        single = len(run.iterations) == 1 and not run.from_odeint
+        captured = find_states(marked, captured, single=single, before=names)
         names.append(f"loop_{sum(isinstance(module, LoopNode) for module in graph_module.modules())}")
         roll_loop(graph_module, marked, run, captured, names[-1])
         count = len(run.iterations)
@@ -299,8 +301,9 @@ def rampde_fx(
             repetition.capture_in_full(str(error))
         return raising(error)
     emitted = [loop for loop in loops if isinstance(loop, CompensatedLoop)]
+    low = {loop.marked for loop in emitted if not loop.stays_wide}
     for loop in emitted:
-        if loop.stays_wide and loop.controller is None:
+        if loop.stays_wide and loop.controller is None and loop.marked not in low:
             unrewritten.loop_stays_wide(loop.where, loop.policy.dtype)
     if not loops:  # as torch compiles it: our settings are for our loops
         return inductor.compile_plainly(compiler, graph_module, example_inputs, options, mode)

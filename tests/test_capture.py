@@ -3,6 +3,9 @@
 Values and gradients of a float32 policy against eager float64; each case was once a wrong number, a crash or a refusal.
 """
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import rampde_fx
 from rampde_fx import errors
 from rampde_fx.ir import captured
+from rampde_fx.policy import PrecisionPolicy
+from tests.comparison import relative_errors
 
 steps = rampde_fx.steps
 BOUND = 2e-5  # 20 operations of float32 one after another, and a sum over 12 entries: 300 unit roundoffs of 2^-24
@@ -572,3 +577,90 @@ def test_errors_use_the_users_names(how):
 def test_the_arguments_of_an_end_have_the_names_of_its_operator(marker, reader):
     schema = getattr(torch.ops.rampde_fx, marker).default._schema
     assert [argument.name for argument in schema.arguments] == list(reader._fields)
+
+
+# States of the last step that nothing reads behind the loop: each result needs the network at y all the same.
+
+
+def cost_alone(net, y, t):
+    cost = y.new_zeros(len(y))
+    for _, dt in steps(t):
+        k = net(y)
+        cost, y = cost + dt * k.square().sum(-1), y + dt * k
+    return cost
+
+
+def cost_in_another_order(net, y, t):
+    cost, z = y.new_zeros(len(y)), 2 * y
+    for _, dt in steps(t):
+        k = net(y)
+        cost, y, z = cost + dt * k.square().sum(-1), dt * k + y, z + dt * torch.tanh(z)
+    return cost, z
+
+
+def symplectic(net, y, t):
+    x, v = y, 2 * y
+    for _, dt in steps(t):
+        v = v + dt * net(x)
+        x = dt * v + x
+    return v
+
+
+def running_average(net, y, t):
+    average, z = y, y
+    for i, (_, dt) in enumerate(steps(t)):
+        z, y = z + dt * torch.tanh(z), y + dt * net(y)
+        average = average + (y - average) / (i + 2)
+    return average, z
+
+
+def not_updated_in_the_end(net, y, t):
+    cost, last = y.new_zeros(len(y)), len(t) - 2
+    for i, (_, dt) in enumerate(steps(t)):
+        k = net(y)
+        cost = cost + dt * k.square().sum(-1)
+        if i < last:
+            y = y + dt * k
+    return cost
+
+
+@pytest.mark.parametrize("accumulation", ["plain", "compensated"])
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    "function", [cost_alone, cost_in_another_order, symplectic, running_average, not_updated_in_the_end]
+)
+def test_states_that_nothing_reads_behind_the_last_step(function, count, accumulation):
+    if function is not_updated_in_the_end and count == 1:
+        pytest.skip("y is no state of a loop that never changes it")
+    net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)).double()
+    y, t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, count + 1).double()
+    model = Calling(net, function)
+    policy = PrecisionPolicy(torch.float16, accumulation=accumulation)
+    low = copy.deepcopy(model).float()
+    marked = rampde_fx.mixed_precision(low, policy=policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rampde_fx.errors.FullPrecisionWarning)
+        run = torch.compile(marked, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
+        found = outcomes(run, low, y.detach().float().requires_grad_(), t.float())
+    wanted = outcomes(model, model, y, t)
+    assert 2**-22 < max(relative_errors([x.double() for x in found], wanted)) < 8 * 2**-11
+    loops = rampde_fx.explain(marked, y.detach().float(), t.float()).loops
+    per_step = 2 * 3 * (5 * 8 + 8 * 5)
+    assert [loop.step_flops for loop in loops] == [per_step] * len(loops)
+
+
+class Calling(torch.nn.Module):
+    def __init__(self, net, function):
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, y, t):
+        return self.function(self.net, y, t)
+
+
+def outcomes(run, model, y, t):
+    """What a model returns, and the gradients of all of it."""
+    results = run(y, t)
+    results = results if isinstance(results, tuple) else (results,)
+    loss = sum(result.square().sum() for result in results)
+    return [*(result.detach() for result in results), *torch.autograd.grad(loss, [y, *model.parameters()])]

@@ -13,6 +13,7 @@ MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4).sin()
 MASK = torch.tensor([0.0, 0.0, -1e9, float("-inf")])
 INFINITE = torch.tensor([0.0, 0.0, 0.0, float("-inf")])
 MISSING = torch.tensor([0.5, float("nan"), 1.0, float("nan")])
+KEPT = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
 SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0])
 
 
@@ -53,6 +54,7 @@ OVERFLOWS = {
     "a derivative's denominator": lambda y: torch.atan2(300 * y, y),
     "a summand of addbmm": lambda y: torch.tanh(torch.addbmm(beyond(y), y[None], MATRIX.to(y)[None]) * 1e-6),
     "a summand of addr": lambda y: torch.tanh(torch.addr(beyond(y), y[:, 0], y[0]) * 1e-6),
+    "a mask of an attention": lambda y: attention(y / 300, twice(y), twice(y), mask=-1e9 * KEPT.to(y) * -1),
     "a key of an attention": lambda y: attention(y / 300, -beyond(y), y),
     "a query of an attention": lambda y: attention(-beyond(y), y / 300, y),
     "an argmax": lambda y: torch.tanh(y * torch.argmax(beyond(y) * SIGNS.to(y), -1, keepdim=True) / 300),
@@ -76,9 +78,13 @@ OVERFLOWS = {
 }
 
 
-def attention(*arguments):
+def attention(*arguments, mask=None):
     """Of one batch and one head: others take another kernel."""
-    return F.scaled_dot_product_attention(*(x[None, None] for x in arguments))[0, 0]
+    return F.scaled_dot_product_attention(*(x[None, None] for x in arguments), attn_mask=mask)[0, 0]
+
+
+def twice(y):
+    return torch.cat([y, y.flip(1)])
 
 
 def beyond(y):
@@ -121,6 +127,12 @@ INFINITIES = {
     ),
     "a NaN of the user's that is asked for": lambda y: torch.where((z := MISSING.to(y)).isnan(), y @ MATRIX.to(y), z),
     "an infinity that a minimum leaves": lambda y: torch.fmin(-INFINITE.to(y), torch.sin(y @ MATRIX.to(y))),
+    "a mask of -inf and -1e9 of an attention": lambda y: attention(
+        y, 2 * twice(y), twice(y), mask=MASK.to(y).expand(2, 4)
+    ),
+    "a mask of an attention that is computed": lambda y: attention(
+        y, twice(y), 2 * twice(y), mask=(1 - KEPT.to(y)) * torch.finfo(torch.float32).min
+    ),
     "a norm of large entries": lambda y: 1e2 * y / (1e4 * (y * y)).sum(-1, keepdim=True).sqrt(),
 }
 

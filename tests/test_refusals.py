@@ -436,8 +436,16 @@ def test_a_mistake_is_told_with_the_whole_text(name):
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize("function", [listed, backwards])
-def test_steps_in_a_list(function):
+def skipping(y, t):
+    for i, (_, dt) in enumerate(rampde_fx.steps(t)):
+        if i == 1:
+            continue
+        y = y + dt * torch.tanh(y)
+    return y
+
+
+@pytest.mark.parametrize("function", [listed, backwards, skipping])
+def test_steps_in_which_nothing_is_computed(function):
     with pytest.raises(errors.StateChangeError, match="read without computing with them, as list") as caught:
         compiled(function, torch.float16)(Y, GRID)
     assert "rampde_fx.steps(t)" in caught.value.where and "iterate over steps(t) itself" in caught.value.fix

@@ -133,6 +133,8 @@ class Run:
             every step. Empty for all other loops.
         extended: Whether the run goes on behind its last iteration, up to the end of the loop. Of a value that is read
             at the end the iteration is then counted from there, -1 for the last one.
+        unread: Of a run of one iteration, keys of floating tensors from which nothing follows that is read, as the next
+            state where the loop ends.
     """
 
     iterations: list[list[fx.Node]]
@@ -140,6 +142,7 @@ class Run:
     outputs: dict[Key, list[int]]
     entered: tuple[Source, ...] = ()
     extended: bool = False
+    unread: tuple[Key, ...] = ()
 
     @property
     def from_odeint(self) -> bool:
@@ -162,11 +165,12 @@ class CapturedStep:
 
     Attributes:
         inputs: The source of every placeholder of the step; carries first.
-        step: Maps the inputs to the next carries, then to the outputs; before find_states also to what the inputs have
-            become.
+        step: Maps the inputs to the next carries, then to the outputs; before find_states also to what is unread, and
+            to what the inputs have become.
         outputs: Keys of the values that are read outside of the run, apart from final carries.
         after: For every placeholder the node that holds its value after the step (before find_states).
         written: The outside tensors that carries were updated in, by the index of the carry.
+        unread: How many values the step gives that nothing reads (before find_states).
     """
 
     inputs: list[Source]
@@ -174,6 +178,7 @@ class CapturedStep:
     outputs: list[Key]
     after: list[fx.Node]
     written: dict[int, fx.Node] = field(default_factory=dict)
+    unread: int = 0
 
     def carries(self) -> int:
         """Number of carried states."""

@@ -45,6 +45,7 @@ class Loop:
         steps: N, the number of steps: symbolic where t's length is, or where the number is computed from the times.
         where: The user's source line of the loop.
         number: 1 for the first loop of its line in a graph, 2 for the second, and so on.
+        marked: The number of the marked loop in the graph of which it is a run, from 0.
         step: The step as a functional ATen graph with true metadata.
         plain: The step as it was captured, before any pass.
         carries: Number of carried states, the first placeholders and the first results of the step.
@@ -80,6 +81,7 @@ class Loop:
     needs_grad: tuple[bool, ...]
     differentiated: bool
     number: int = 1
+    marked: int = 0
     monitored: bool = False
     autocast: bool = False
     controller: Controller | None = None

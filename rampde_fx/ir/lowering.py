@@ -18,7 +18,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rampde_fx.errors import UnsupportedVelocityError
-from rampde_fx.ir import graphs, operator_table
+from rampde_fx.ir import graphs, named_arguments, operator_table
+from rampde_fx.ir.named_arguments import MASKS, STATISTICS, TOLD
 from rampde_fx.ir.operator_table import properties
 from rampde_fx.torch_private import fake_tensors
 
@@ -152,9 +153,16 @@ class Lowering(fx.Interpreter):
         def enter(value: Any) -> Any:
             return value if not is_float(value) or (keep_scalars and value.ndim == 0) else self._cast(value, to)
 
-        kept, told = _statistics(target), _told_dtypes(target)
-        args = tuple(to if i in told else a if i in kept else tree_map(enter, a) for i, a in enumerate(args))
-        return args, tree_map(enter, kwargs), back
+        def given(name: str, value: Any) -> Any:
+            if name == TOLD:
+                return to
+            if name == STATISTICS:
+                return value
+            return tree_map(enter, named_arguments.within(to, value) if name in MASKS else value)
+
+        names = [*named_arguments.names_of(target), *[""] * len(args)]
+        args = tuple(map(given, names, args))
+        return args, {name: given(name, value) for name, value in kwargs.items()}, back
 
     def _without_overflow(self, target: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """The result, NaN where it overflowed though the operands are finite."""
@@ -187,14 +195,16 @@ def find_read_wide(velocity: fx.GraphModule, dtype: torch.dtype) -> set[fx.Node]
     """The nodes that operations in float32 alone read, or that are results, of a velocity in the dtype.
 
     In float16 such operations are also elementwise ones whose results they alone read: what a sum adds up, and what is
-    added to a softmax's argument, a mask of -1e9, has float32's range at no cost. So has what a comparison or an argmax
-    reads, in whose result a NaN would not show, and so have products of entries.
+    added to a softmax's argument, a mask of -1e9, has float32's range at no cost. So has a mask up to the attention
+    that reads it, what a comparison or an argmax reads, in whose result a NaN would not show, and so have products of
+    entries.
     """
     found: set[fx.Node] = set()
     wide: set[fx.Node] = set()
     for node in reversed(velocity.graph.nodes):
         passes = {user for user in node.users if operator_table.is_view(user.target)}
-        readers = [user for user in node.users if user.op != "output" and user not in passes]
+        others = [user for user in node.users if user.op != "output" and user not in passes]
+        readers = [user for user in others if not named_arguments.is_mask(node, user)]
         if all(user in wide for user in readers) and passes <= found:
             found.add(node)
         if node.op == "call_function" and _is_wide(node, dtype, node in found):
@@ -341,18 +351,6 @@ def _rounds_first(args: Any, tensors: list[torch.Tensor]) -> bool:
     others = {tensor.dtype for tensor in tensors if tensor.ndim > 0}
     first = args[0] if args and is_float(args[0]) and args[0].ndim == 0 else None
     return first is not None and first.dtype not in HALF and len(others) == 1 and others <= set(HALF)
-
-
-def _told_dtypes(target: Any) -> set[int]:
-    """The places of arguments that tell the dtype of the operands, which a derivative of softmax asks for."""
-    arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
-    return {i for i, argument in enumerate(arguments) if argument.name == "input_dtype"}
-
-
-def _statistics(target: Any) -> set[int]:
-    """The arguments of an operation that are fp32 whatever the dtype: an attention's, for its backward."""
-    schema = getattr(target, "_schema", None)
-    return {i for i, argument in enumerate(schema.arguments) if argument.name == "logsumexp"} if schema else set()
 
 
 def is_beyond(dtype: torch.dtype, numbers: list[float]) -> bool:
