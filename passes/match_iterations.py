@@ -21,21 +21,22 @@ behind it.
 
 Requires: a MarkedLoop.
 Ensures:  the run is as long as can be; an iteration that differs from the next one is a run of one.
-Raises:   RewriteError where the iterations of a loop that was captured until it repeats differ; UnsupportedLoopError
-          for a step that computes with a number that it reads, or has sizes that depend on data, and for a value of a
-          step of odeint that is read outside of it.
+Raises:   RewriteError where the iterations of a loop that was captured until it repeats differ; MutationError for a
+          velocity of odeint that returns memory to which it writes again; UnsupportedLoopError for a step that computes
+          with a number that it reads, or has sizes that depend on data, and for a value of a step of odeint that is
+          read outside of it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from rampde_fx.errors import UnsupportedLoopError
+from rampde_fx.errors import MutationError, UnsupportedLoopError
 from rampde_fx.ir import graphs
 from rampde_fx.ir.captured import MarkedLoop, Owner, Run, begins_iteration, owner_of, reads_end
 from rampde_fx.ir.effects import Observer, call, gradient_modes
@@ -131,6 +132,7 @@ def _one_step_of_odeint(marked: MarkedLoop) -> Run:
         inside = operand.target is operator.getitem and operand.args[0] is enter
         return entered[operand.args[1]] if inside else InvariantSource(operand)
 
+    _check_results(nodes, {*position, *enter.users})
     for node in nodes:
         if any(user not in position and user is not marked.end for user in node.users):
             raise UnsupportedLoopError(
@@ -141,6 +143,20 @@ def _one_step_of_odeint(marked: MarkedLoop) -> Run:
             )
     sources = [[source(operand) for operand in graphs.operands(node)] for node in nodes]
     return Run([nodes], sources, {key: [] for key in _stacked(marked, keys, further)}, tuple(entered))
+
+
+def _check_results(nodes: list[fx.Node], inside: Container[fx.Node]) -> None:
+    """Refuse a velocity that returns memory from outside to which it writes: all stages would be one tensor."""
+    written = Observer().written_among(nodes)
+    for node in filter(graphs.is_ours, nodes) if written else ():
+        for operand in node.all_input_nodes:
+            if operand not in inside and fake_tensors.storage_of(value(operand)) in written:
+                raise MutationError(
+                    f"func writes its result to '{graphs.user_name(operand)}', where its results before are, too",
+                    required="a new tensor from every evaluation",
+                    fix="return a clone of it, or make it in func",
+                    where=graphs.user_line(node),
+                )
 
 
 def _stacked(marked: MarkedLoop, keys: list[int], further: list[int]) -> list[int]:

@@ -146,6 +146,12 @@ def user_line(node: fx.Node) -> str:
     return f"{file}:{line}, in {function}" + (f": {code}" if code else "")  # a prompt has no code to show
 
 
+def is_ours(node: fx.Node) -> bool:
+    """Whether a captured node was made by a line of this package, as the arithmetic of odeint's steps is."""
+    files = re.findall(r'File "([^"]+)", line', node.meta.get("stack_trace") or "")
+    return bool(files) and files[-1].startswith(PACKAGE)
+
+
 def is_view(node: Any) -> bool:
     """Whether an ATen node returns another view of its first operand."""
     return isinstance(node, fx.Node) and operator_table.is_view(node.target)

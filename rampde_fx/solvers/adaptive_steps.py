@@ -221,8 +221,14 @@ def _adapt_now(
     return _Solved(found, search.status, reached, counted)
 
 
-def refuse_mapped(values: Sequence[torch.Tensor]) -> None:
-    """Refuse what a search of steps cannot look at.
+def refuse_mapped(
+    values: Sequence[torch.Tensor],
+    found: str = "the adaptive steps of an odeint",
+    *,
+    required: str = "one sequence of steps for all of a batch",
+    fix: str = 'take fixed steps (method="rk4")',
+) -> None:
+    """Refuse what a solver that looks at its numbers cannot look at.
 
     Raises:
         TransformError: if a value is that of each entry of a batch (torch.func.vmap).
@@ -230,9 +236,9 @@ def refuse_mapped(values: Sequence[torch.Tensor]) -> None:
     if any(map(callers.is_mapped, values)):
         refuse(
             TransformError,
-            "the adaptive steps of an odeint run inside of torch.func.vmap",
-            required="one sequence of steps for all of a batch",
-            fix='take fixed steps (method="rk4"), or give odeint the batch as one state',
+            f"{found} run inside of torch.func.vmap",
+            required=required,
+            fix=f"{fix}, or give odeint the batch as one state",
         )
 
 

@@ -166,13 +166,16 @@ def noting(velocity: CheckedVelocity) -> tuple[Velocity, list[str]]:
 
 
 def raising(velocity: CheckedVelocity) -> Velocity:
-    """A velocity that raises what is wrong."""
+    """A velocity that raises what is wrong, and gives results that are its own.
+
+    The user's function may write its next result where this one is.
+    """
 
     def checked(t: torch.Tensor, state: State) -> State:
         rates, problem = velocity(t, state)
         if problem:
             raise velocity_error(problem)
-        return rates
+        return [rate.clone() for rate in rates]
 
     return checked
 

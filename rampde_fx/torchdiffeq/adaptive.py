@@ -227,7 +227,7 @@ class Adaptive:
         ratios = ratios_of(errors, heights, self.control.rtol, self.control.atol)
         norm = self.control.norm
         found = largest_mean(ratios) if norm is None else norm(self.clock.problem.structured(ratios))
-        value = abs(float(torch.as_tensor(found).abs()))
+        value = float(abs(found))  # of a tensor as of a number, without a copy on the default device
         return math.inf if math.isnan(value) else value
 
     def _factor(self, norm: float) -> float:

@@ -48,7 +48,9 @@ class Clock:
         self.problem, self.callbacks, self.adjoint = problem, callbacks, adjoint or {}
         is_called_back = has_event or bool(callbacks)
         self.recomputed = None if adjoint is None else Recomputation(problem.func, is_called_back=is_called_back)
-        refuse_mapped([problem.t])
+        refuse_mapped(
+            [problem.t], "the times of an odeint", required="the same times for all", fix="leave t out of vmap"
+        )
         ordered_times.monotone(problem.t.detach().cpu())
         times = problem.t.tolist()
         self.sign = -1 if len(times) > 1 and times[0] > times[1] else 1

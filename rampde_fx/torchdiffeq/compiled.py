@@ -186,7 +186,7 @@ def _norm(call: Call) -> Norm | None:
         heights = [torch.maximum(a.abs(), b.abs()) for a, b in zip(before, after, strict=True)]
         ratios = ratios_of(errors, heights, rtol, atol)
         found = largest_mean(ratios) if given is None else given(call.problem.structured(ratios))
-        return torch.as_tensor(found).abs()
+        return abs(_as_tensor(found, device))
 
     return norm
 
@@ -221,6 +221,7 @@ def _fixed(call: Call) -> tuple[list[torch.Tensor], SolveStatistics]:
         grid = constructor(problem.func, problem.structured(problem.y), t).to(t)
         t = _checked(t + torch.where((grid[0] == t[0]) & (grid[-1] == t[-1]), 0.0, math.nan))
         grid = _checked(grid)
+        t = torch.cat([grid[:1], t[1:]])  # there y0 is the solution, whatever t[0]
         starts, sizes, count, end = grid[:-1], grid[1:] - grid[:-1], grid.shape[0] - 1, grid[-1:]
     else:
         t = _checked(t)

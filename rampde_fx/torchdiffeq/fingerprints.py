@@ -90,7 +90,8 @@ class Fingerprint(NamedTuple):
         plain = [_norm(part for part, _ in _parts(tensor)) for tensor in self.tensors]
         large = zip(self.tensors, self.are_large, strict=True)
         logarithms = [_norm(_logarithms(part) for part, _ in _parts(x)) if is_large else 0.0 for x, is_large in large]
-        return torch.stack([torch.as_tensor(norm).to(self.numbers) for norm in (*plain, *logarithms)])
+        device = self.numbers.device
+        return torch.stack([torch.as_tensor(norm, device=device).to(self.numbers) for norm in (*plain, *logarithms)])
 
     def _units(self, coarsest: torch.dtype | None) -> torch.Tensor:
         units = [0.0 if _is_whole(tensor) else torch.finfo(tensor.dtype).eps for tensor in self.tensors]

@@ -13,7 +13,7 @@ from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused
 from rampde_fx.solvers.statistics import SolveStatistics, statistics, taken_out
 from rampde_fx.torch_private import dynamo
 from rampde_fx.torchdiffeq.compared import note_other
-from rampde_fx.torchdiffeq.compiled import event_later, follows_capture, solution_later
+from rampde_fx.torchdiffeq.compiled import event_later, follows_capture, refuse_compiled, solution_later
 from rampde_fx.torchdiffeq.options import (
     ADJOINT,
     CALLBACKS,
@@ -227,7 +227,7 @@ def _nothing_of(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (none.real if none.is_complex() and not like.is_complex() else none).to(like)
 
 
-@dynamo.never_compiled
+@dynamo.never_alone
 def odeint_dense(
     func: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     y0: torch.Tensor,
@@ -253,14 +253,23 @@ def odeint_dense(
 
     Raises:
         MethodError: if the steps of the method do not adapt.
+        UncompiledError: in what is compiled with fullgraph=True.
         TimeGridError: by the function that is returned, if a time is not between t0 and t1.
 
     >>> y = odeint_dense(lambda t, y: -y, torch.ones(3), torch.tensor(0.0), torch.tensor(1.0))
     >>> y(torch.tensor(0.5)).shape, y(torch.tensor([0.1, 0.7])).shape
     (torch.Size([3]), torch.Size([2, 3]))
     """
-    times = torch.stack([torch.as_tensor(t0).reshape(()), torch.as_tensor(t1).reshape(()).to(t0)])
-    call = _call(func, y0, times, rtol, atol, method, options)
+    if is_captured():
+        refuse_compiled("odeint_dense", "take odeint with the times in t")
+    return _dense(func, y0, torch.stack([t0.reshape(()), t1.reshape(()).to(t0)]), rtol, atol, method, options)
+
+
+@dynamo.never_compiled
+def _dense(
+    func: Any, y0: Any, t: torch.Tensor, rtol: Any, atol: Any, method: Any, options: Any
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    call = _call(func, y0, t, rtol, atol, method, options)
     if kind_of(call.method) != "adaptive":
         raise MethodError(
             f"odeint_dense with method={call.method!r}", required="a method whose steps adapt", fix='take "dopri5"'

@@ -370,5 +370,6 @@ def not_the_same(told: str) -> RecomputationError:
         f"func {told}, in the backward",
         required="a func that computes the same from the same t and y until the backward has run: what it reads of "
         "attributes, contexts and generators of random numbers stays as it is, torch.func.functional_call included",
-        fix="use odeint, of which autograd keeps every step, or change what func reads after loss.backward()",
+        fix="use odeint, of which autograd keeps every step, or change what func reads after loss.backward(); a func "
+        "that is compiled by torch.compile by itself must not compile again from call to call, as for a counter",
     )

@@ -36,7 +36,7 @@ def solution_by_scipy(
 
     def velocity(t: float, flat: Any) -> Any:
         time = torch.tensor(t, dtype=clock.problem.dtype, device=y[0].device)
-        return _flat(clock.velocity(time, _leaves(torch.as_tensor(flat), y)))
+        return _flat(clock.velocity(time, _leaves(torch.as_tensor(flat, device="cpu"), y)))
 
     found = solve_ivp(
         velocity,
@@ -55,7 +55,7 @@ def solution_by_scipy(
             required="a problem that it solves to rtol and atol",
             fix="raise rtol and atol, or take another solver",
         )
-    return [_leaves(torch.as_tensor(column), y) for column in found.y.T]
+    return [_leaves(torch.as_tensor(column, device="cpu"), y) for column in found.y.T]
 
 
 def _flat(state: State) -> Any:
@@ -72,4 +72,9 @@ def _of_entries(tolerances: list[Tolerance], y: State) -> Any:
     first = tolerances[0]
     if not isinstance(first, torch.Tensor) and all(value is first for value in tolerances):
         return first
-    return _flat([torch.as_tensor(value).expand(leaf.shape) for value, leaf in zip(tolerances, y, strict=True)])
+    return _flat(
+        [
+            torch.as_tensor(value, device=leaf.device).expand(leaf.shape)
+            for value, leaf in zip(tolerances, y, strict=True)
+        ]
+    )

@@ -76,7 +76,7 @@ def _at_once(start: torch.Tensor, y: State, rate: State) -> State:
 
 def closest(tolerances: list[Tolerance]) -> float:
     """The least of the absolute tolerances, to which the time of an event is found."""
-    return min(float(torch.as_tensor(value).min()) for value in tolerances)
+    return min(float(value.min()) if isinstance(value, torch.Tensor) else float(value) for value in tolerances)
 
 
 @torch.no_grad()

@@ -141,8 +141,8 @@ def dense_now(call: Call) -> Callable[[torch.Tensor], Any]:
         return steps.within(taken[bisect_left(ends, number(time))], time)
 
     def solution(t: torch.Tensor) -> Any:
-        rows = [at(time) for time in torch.as_tensor(t).reshape(-1)]
+        rows = [at(time) for time in t.reshape(-1)]
         stacks = (torch.stack(values) for values in zip(*rows, strict=True))
         return call.problem.structured(values.reshape(*t.shape, *values.shape[1:]) for values in stacks)
 
-    return solution
+    return dynamo.never_compiled(solution)
