@@ -48,6 +48,7 @@ def test_events_and_dense_solutions_of_such_a_func():
     times = [odeint_event(func, Y0, T[0], event_fn=lambda t, y: y[0] - 1)[0] for func in (IntoOneTensor(), predator)]
     assert torch.equal(*times)
     assert torch.equal(*(odeint_dense(func, Y0, T[0], T[-1])(T) for func in (IntoOneTensor(), predator)))
+    assert torch.equal(odeint_dense(predator, Y0, T[0], 2.0)(T), odeint_dense(predator, Y0, T[0], T[-1])(T))
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])

@@ -16,7 +16,7 @@ from rampde_fx.solvers.fixed_steps import is_captured
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import callers, dynamo
-from rampde_fx.torchdiffeq.interface import odeint
+from rampde_fx.torchdiffeq.interface import nothing_of, odeint
 from rampde_fx.torchdiffeq.problem import Problem, problem_of
 from rampde_fx.torchdiffeq.sign_changes import combined
 
@@ -96,7 +96,7 @@ def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tu
     value, slope = event(time, y), _slope(along, torch.zeros_like(time))
     change = _over(value.detach() - value, slope)
     if not change.requires_grad:  # an event of t alone: its time has derivatives, and they are zero
-        change = change + sum((_nothing(leaf) for leaf in y if leaf.requires_grad), torch.zeros_like(change))
+        change = change + sum((nothing_of(leaf, change) for leaf in y if leaf.requires_grad), torch.zeros_like(change))
     if not is_captured():
         if callers.takes_second_derivatives():
             raise _second_derivative("transforms of torch.func that each differentiate run")
@@ -104,12 +104,6 @@ def _linked(problem: Problem, event_fn: Any, time: torch.Tensor, y: State) -> tu
             change.register_hook(_refuse_second_derivative)
     moved = [leaf + rate * change.to(problem.dtype) for leaf, rate in zip(y, rates, strict=True)]
     return time + change.to(time.dtype), moved
-
-
-def _nothing(leaf: torch.Tensor) -> torch.Tensor:
-    """Zero, as the sum of none of the entries: its gradient is zero, whatever they are."""
-    none = leaf.reshape(-1)[:0].sum()
-    return none.real if none.is_complex() else none
 
 
 def _refuse_second_derivative(gradient: torch.Tensor) -> None:

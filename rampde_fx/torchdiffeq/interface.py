@@ -217,11 +217,11 @@ def _reaching(solution: Any, parameters: tuple[torch.Tensor, ...]) -> Any:
     """
     if isinstance(solution, tuple):
         return _reaching(solution[0], parameters), *solution[1:]
-    reached = [_nothing_of(parameter, solution) for parameter in parameters if parameter.requires_grad]
+    reached = [nothing_of(parameter, solution) for parameter in parameters if parameter.requires_grad]
     return solution + sum(reached) if reached else solution
 
 
-def _nothing_of(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def nothing_of(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Zero, as the sum of none of a parameter's entries: its gradient is zero, whatever it holds."""
     none = parameter.reshape(-1)[:0].sum()
     return (none.real if none.is_complex() and not like.is_complex() else none).to(like)
@@ -262,7 +262,8 @@ def odeint_dense(
     """
     if is_captured():
         refuse_compiled("odeint_dense", "take odeint with the times in t")
-    return _dense(func, y0, torch.stack([t0.reshape(()), t1.reshape(()).to(t0)]), rtol, atol, method, options)
+    last = torch.as_tensor(t1, device=t0.device).reshape(()).to(t0)
+    return _dense(func, y0, torch.stack([t0.reshape(()), last]), rtol, atol, method, options)
 
 
 @dynamo.never_compiled
