@@ -60,7 +60,7 @@ class Propagation:
         module: Maps (residuals, ratios, cotangents) to gradients, each multiplied by its scale.
         scales: All scales, which the fields below name by their numbers.
         factors: The tensors among the factors that scales make up for.
-        residuals: Which residuals, by number, the factors follow from.
+        residuals: Which residuals, by number, the factors follow from; behind them cotangents, whose shape they read.
         factor_values: Maps these residuals to the values of the factors.
         ratios: For each ratio that it takes, a scale and the one that it is divided by.
         gradients: The scale of each gradient; None for one that follows from no cotangent.
@@ -174,7 +174,8 @@ class _Propagation:
         factors = self.scales.factors(used)
         node_of = {node.name: node for node in self.stateless}
         values = [node_of[factor.node] for factor in factors]
-        needed, inputs = graphs.ancestors(values), graphs.placeholders(self.module)
+        added, needed = {*self.ratios.values()}, graphs.ancestors(values)
+        inputs = [node for node in graphs.placeholders(self.module) if node not in added]
         residuals = tuple(i for i, node in enumerate(inputs) if node in needed)
         return Propagation(
             module=graphs.refresh(self.module),

@@ -230,7 +230,7 @@ class _Shipped(nn.Module):
         if not isinstance(value, torch.Tensor):
             return _size(node, nodes, self.where)
         if (i := _index(value, leaves)) is not None:
-            return lambda leaves, _: leaves[i]
+            return lambda leaves, _: leaves[i].detach()  # a derivative of what is low would not be scaled
         name = names.get(id(value), f"constant_{len(self.places)}")
         _register(self, name, value)
         return lambda *_: _attribute(self, name)

@@ -52,6 +52,10 @@ def rounded(function, *args):
         (lambda x, w: torch.tanh(x).long(), [aten.tanh.default]),
         (lambda x, w: torch.bucketize(torch.tanh(x), w[0]), [aten.tanh.default]),
         (lambda x, w: torch.where(x * w[:4] <= 1, (1 - w[:4] * x).sqrt(), 0), [aten.mul.Tensor]),
+        (lambda x, w: torch.floor(8 * torch.tanh(x)), [aten.tanh.default, aten.mul.Tensor]),
+        (lambda x, w: torch.tanh(x).sign() * x, [aten.tanh.default]),
+        (lambda x, w: torch.sin(x) % 0.5, [aten.sin.default]),
+        (lambda x, w: torch.div(torch.sin(x), w[0, 0], rounding_mode="floor"), [aten.sin.default]),
         (lambda x, w: torch.tanh(x).new_ones(3, dtype=torch.bool), []),
         (lambda x, w: x.amax(-1), []),
         (lambda x, w: x == x.t().t(), []),
@@ -78,6 +82,10 @@ def rounded(function, *args):
         "an integer",
         "a place among numbers",
         "a product by another name",
+        "steps",
+        "a sign",
+        "a remainder",
+        "a rounded quotient",
         "a shape stays",
         "inputs stay",
         "views stay",
@@ -159,6 +167,10 @@ def across_a_product(x):
     return torch.where(x - x @ torch.eye(12).to(x) >= 0, x, 0.1 * x)
 
 
+def stepped(x):
+    return torch.floor(64 * (torch.tanh(x) + torch.sin(x))) / 64 + torch.sign(torch.sin(x) - torch.tanh(x)) * x
+
+
 @pytest.mark.inductor
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -176,6 +188,7 @@ def across_a_product(x):
         (true, "step"),
         (picked, "none"),
         (placed, "step"),
+        (stepped, "step"),
     ],
 )
 def test_gradients_through_comparisons(of, checkpoint, dtype):

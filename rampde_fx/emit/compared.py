@@ -7,8 +7,8 @@ After:   r: bf16[B, D] = rampde_fx.rounded(x);    s: bf16[B, 1] = rampde_fx.roun
 Inductor has numbers of lower precision in float32, and leaves their rounding out, but for those that one kernel stores
 and another one loads. So x may be compared with what x was rounded to: nothing is the maximum, and the derivative of a
 maximum, which divides by how many entries are, is 0 / 0. Or a guard, where(x < 1, x, 0), is made of another x than what
-it guards. So is rounded of what truth values or integers are made, and what is compared with each other, whatever
-becomes of that. What such a number follows from entry by entry is rounded, too: a difference that is zero in memory is
+it guards. So is rounded of what truth values or integers are made, what is compared with each other, and what goes into
+a function that jumps, as floor does, whatever becomes of that. What such a number follows from entry by entry is rounded, too: a difference that is zero in memory is
 zero. And x w and w x are one number, or a guard by one of them would let the other one through.
 """
 
@@ -96,10 +96,10 @@ def _compared(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _decides(node: fx.Node) -> bool:
-    """Whether a node makes truth values or integers of numbers, or compares them with each other."""
+    """Whether a node makes truth values or integers of numbers, compares them with each other, or jumps between two."""
     row, value = operator_table.properties(node.target), graphs.value(node)
     has_none = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
-    return row.compares or (has_none and not row.reads_shape)
+    return row.compares or row.jumps or (has_none and not row.reads_shape)
 
 
 def _passes_on(target: Any) -> bool:

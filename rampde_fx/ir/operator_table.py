@@ -46,6 +46,7 @@ class Operator:
             it, others cannot. "asks": it tests for NaN or infinity. "handles": it replaces them. "chooses": it ignores
             entries that it does not choose. By default the result has it.
         compares: It, or its derivative, compares numbers that it was given with each other.
+        jumps: Its result is not continuous: where an operand lies between two pieces, rounding decides which is taken.
         reads_shape: It reads the shape of its operand alone.
         aligned: Its half-precision kernel takes heads of whole groups of 16 bytes alone.
         commutes: Its first two operands may be exchanged.
@@ -72,6 +73,7 @@ class Operator:
     limit: Literal["bounded", "finite", ""] = ""
     nan: Literal["hides", "shows", "asks", "handles", "chooses", ""] = ""
     compares: bool = False
+    jumps: bool = False
     reads_shape: bool = False
     aligned: bool = False
     commutes: bool = False
@@ -122,16 +124,20 @@ ROWS = {
     "sub": Operator(linear="all", update="add", takes_tensors=True),
     "mul": Operator(product="entries", linear="each", update="scale", commutes=True, takes_tensors=True),
     "div": Operator(product="entries", linear=0, update="scale", divides=True, takes_tensors=True),
-    "div.Tensor_mode div.Scalar_mode": Operator(product="entries", divides=True),  # they round the quotient
+    "div.Tensor_mode div.Scalar_mode": Operator(product="entries", divides=True, jumps=True),  # they round the quotient
+    "floor_divide": Operator(jumps=True),
     "neg": Operator(linear="all", update="scale", limit="bounded"),
     "pow": Operator("wide", takes_tensors=True),
     "lt le gt ge eq ne": Operator(takes_tensors=True, compares=True),
     "addcmul addcdiv rsub": Operator(traced="apart"),
     # Functions of entries.
-    """abs asinh ceil clamp clamp_max clamp_min copysign elu floor fmod frac gelu hardshrink hardsigmoid hardtanh
-    heaviside leaky_relu maximum minimum mish relu remainder round silu softshrink sqrt threshold trunc tanh_backward
-    sigmoid_backward threshold_backward""": Operator(limit="bounded"),
-    "tanh sigmoid sin cos erf erfc atan atan2 sign sgn": Operator(limit="finite"),
+    """abs asinh clamp clamp_max clamp_min elu gelu hardsigmoid hardtanh leaky_relu maximum minimum mish relu silu
+    softshrink sqrt tanh_backward sigmoid_backward threshold_backward""": Operator(limit="bounded"),
+    "ceil copysign floor fmod frac hardshrink heaviside remainder round threshold trunc": Operator(
+        limit="bounded", jumps=True
+    ),
+    "tanh sigmoid sin cos erf erfc atan": Operator(limit="finite"),
+    "atan2 sign sgn": Operator(limit="finite", jumps=True),
     """elu_backward leaky_relu_backward log_sigmoid_forward log_sigmoid_backward hardswish hardswish_backward
     hardsigmoid_backward hardtanh_backward mish_backward glu glu_backward rrelu_with_noise_functional
     _prelu_kernel_backward native_dropout_backward polar""": Operator("follows"),

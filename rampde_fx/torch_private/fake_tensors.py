@@ -23,6 +23,7 @@ _torch = Names(
         "torch._functorch.compile_utils": "fx_graph_cse",
         "torch._subclasses.fake_tensor": "FakeTensor unset_fake_temporarily",
         "torch._subclasses.functional_tensor": "FunctionalTensorMode dispatch_functionalize",
+        "torch.fx._lazy_graph_module": "_use_lazy_graph_module",
         "torch.fx.experimental.proxy_tensor": "make_fx",
         "torch.fx.passes.fake_tensor_prop": "FakeTensorProp",
         "torch.utils._python_dispatch": "TorchDispatchMode _disable_current_modes",
@@ -88,12 +89,14 @@ def graph_of(
 
     Of the modes around the call none is for a trace: autocast, for the policy alone decides dtypes; hooks on saved
     tensors; compiled autograd; the detection of anomalies, which looks for NaN in values that a trace does not have.
+    The graph's code in Python is written when somebody asks for it.
     """
     if functionalize:
         function = _torch.dispatch_functionalize(function, _torch.FunctionalTensorMode())
     with contextlib.ExitStack() as stack:
         modes = (fake_mode(), torch.set_grad_enabled(gradients), fx.traceback.preserve_node_meta())
         others = (no_autocast(), no_saved_tensors_hooks(), callers.no_compiled_autograd())
+        stack.enter_context(_torch._use_lazy_graph_module(True))
         for context in (*modes, *others, torch.autograd.set_detect_anomaly(False)):
             stack.enter_context(context)
         return _torch.make_fx(function, decomposition_table=dict(decompositions))(*args)

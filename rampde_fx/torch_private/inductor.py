@@ -103,6 +103,12 @@ def _validate_operands(operands: Sequence[Any]) -> None:
         _torch.validate_subgraph_args_types(operands)
 
 
+def prepare(example_inputs: Sequence[Any]) -> None:
+    """Begin, in a thread, what Inductor asks of the C++ compiler whatever the graph is, if it is to write C++."""
+    if {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)} == {"cpu"}:
+        cpp_compiler.prepare()
+
+
 def compile_graph(
     compiler: str,
     graph_module: fx.GraphModule,
@@ -130,8 +136,7 @@ def compile_graph(
     _torch.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
-    if {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)} == {"cpu"}:
-        cpp_compiler.prepare()
+    prepare(example_inputs)
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **_options(options, mode),

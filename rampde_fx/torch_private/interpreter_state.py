@@ -48,10 +48,10 @@ UNREAD = {"proxy", "source", "mutation_type", "user_stack", "source_location", "
 # serves names and messages alone. What a generator has yielded before, its generated_items and symbolic_result, is read
 # by nobody once it is asked for more.
 COMPARED_OF_FRAME = (
-    "instruction_pointer stack symbolic_globals block_stack exn_vt_stack active_generic_context_managers kw_names"
-    " debug_locals symbolic_torch_function_state symbolic_stream_state nn_module_stack generator_exhausted"
-    " is_child_tracer_active skip_one_hop_torch_function_depth error_on_graph_break"
-    " inconsistent_side_effects _comprehension_depth _comprehension_end_for_ips is_generator_from_ctx_manager"
+    "instruction_pointer stack symbolic_globals symbolic_cellvars block_stack exn_vt_stack kw_names debug_locals"
+    " active_generic_context_managers symbolic_torch_function_state symbolic_stream_state nn_module_stack"
+    " frame_state gi_exc_state generator_exhausted is_child_tracer_active skip_one_hop_torch_function_depth"
+    " error_on_graph_break inconsistent_side_effects _comprehension_depth _comprehension_end_for_ips is_generator_from_ctx_manager"
 ).split()
 CONSTANT_OF_FRAME = (
     "symbolic_locals _allow_nested_graph_breaks _cell_and_freevars _constants_cache _pycode_last_varname"
@@ -63,7 +63,9 @@ CONSTANT_OF_FRAME = (
     " strict_checks_fn nn_modules_globals_vt symbolic_result"
 ).split()
 # Of the capture as a whole: what is compared by its length, or as it is; the rest are caches, guards, names, inputs.
-COUNTED_OF_OUTPUT = "random_calls functorch_layers backward_state autograd_grad_consumed_grad_fns".split()
+COUNTED_OF_OUTPUT = (
+    "random_calls functorch_layers backward_state autograd_grad_consumed_grad_fns _shallow_copy_placeholder_snapshots"
+).split()
 COMPARED_OF_OUTPUT = "torch_function_mode_enabled torch_function_subclass_inlined current_device should_exit".split()
 CONSTANT_OF_OUTPUT = (
     "_aotautograd_guards _cached_replayed_side_effect_source_refs _current_tx _emit_debugger_breakpoint _guards"
@@ -72,7 +74,8 @@ CONSTANT_OF_OUTPUT = (
     " compiler_trace_stack compliant_custom_ops cudagraph_annotation dual_level dynamo_compile_id"
     " dynamo_flat_name_to_original_fqn export export_constraints export_metadata frame_state global_scope"
     " global_state_guard guard_on_key_order guarded_mro_absent_keys has_user_defined_allowed_in_graph import_sources"
-    " input_source_to_sizes_strides input_source_to_var installed_globals leaf_var_creation_order local_scope"
+    " input_source_to_sizes_strides input_source_to_var installed_globals leaf_var_creation_order local_generators"
+    " local_scope"
     " mro_source_cache name_of_builtins_dict_key_in_fglobals non_compliant_ops output_instructions output_pycode"
     " package param_name_to_source pregraph_bytecode profiler_state random_values_var region_tracker"
     " register_finalizer_fns root_tx saved_tensors_hooks_subgraph_names side_effects signature_cache"
@@ -179,6 +182,8 @@ class Picture:
         self._label = "hooks, random numbers or modes of Python"
         self._put(*(len(getattr(output, name, None) or ()) for name in COUNTED_OF_OUTPUT))
         self._put(*(getattr(output, name, None) for name in COMPARED_OF_OUTPUT))
+        generators = getattr(output, "local_generators", ())  # of torch 2.14, which closes at the end what is not
+        self._put(sum(not generator._frame_state_finished() for generator in generators))
         self._put(*(len(getattr(effects, name, None) or ()) for name in COUNTED_OF_EFFECTS))
         self._put(*_modes(), id(output.current_tracer))
         self._label = "an input"
