@@ -136,7 +136,8 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
             where=user_line(loop.markers[-1]) or "{}:{}".format(*dynamo.running_line()),  # behind a break odeint runs
         )
     return UnsupportedLoopError(
-        f"a loop over steps(t) was left in iteration {len(loop.markers)}, or steps(t) was not asked for its end",
+        f"a loop over steps(t) was left in iteration {len(loop.markers)}, by a break or a return, or steps(t) was not "
+        "asked for its end",
         required="a loop that runs over all of its steps",
         fix=FIX_EARLY_EXIT,
         where=user_line(loop.markers[-1]),
@@ -144,8 +145,6 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
 
 
 def _check_surroundings(marker: fx.Node, open_loop: MarkedLoop | None, transforms: int) -> None:
-    if open_loop is not None and open_loop.markers[0].args[0] is marker.args[0]:  # a break, and the loop once more
-        raise _left_early(open_loop)
     if open_loop is not None:
         _refuse_nested(marker, open_loop)
     if transforms:
@@ -167,7 +166,7 @@ def _refuse_nested(marker: fx.Node, outer: MarkedLoop) -> None:
         unmarked = "for i in range(t.shape[0] - 1): y = odeint(v, y, t[i:i + 2], ...)[-1]"
         fix = f"{FIX_EARLY_EXIT}; leave a loop round an odeint unmarked: write {unmarked}"
     inner, around = (odeint if inner_is_odeint else loop), (odeint if outer.from_odeint else loop)
-    how = "a nested loop" if outer.from_odeint else "a nested loop, or a break"
+    how = "a nested loop" if outer.from_odeint else "a nested loop, or a break or a return"
     _refuse(marker, f"{inner} begins before {around} around it has ended ({how})", fix)
 
 

@@ -13,9 +13,10 @@ Requires: a CapturedStep.
 Ensures:  every carry enters and leaves the step in one shape, dtype and device; no state is in half precision; no
           input is read by a second name after it was changed; CapturedStep.written maps carries to the outside tensors
           that they were updated in.
-Raises:   MutationError for a write in place to what requires a gradient, or has another name; StateChangeError for a
-          state that changes its kind, is in half precision, or is missing; UnsupportedLoopError for a Python
-          number as a state, or a float as an input, and for a velocity in a search that is no function of t and y.
+Raises:   MutationError for a write in place to what requires a gradient or has another name, and to what torch.compile
+          loses; StateChangeError for a state that changes its kind, is in half precision, or is missing;
+          UnsupportedLoopError for a Python number as a state, or a float as an input, and for a velocity in a search
+          that is no function of t and y.
 """
 
 from __future__ import annotations
@@ -108,6 +109,9 @@ def _carry_mutated(captured: CapturedStep, marked: MarkedLoop, single: bool) -> 
         kind_allows = own or (isinstance(inputs[i], InvariantSource) and not _is_leaf(inputs[i].values[0]))
         if not kind_allows or after[i] in others or _aliased(inputs, i, marked):
             raise _mutation(inputs[i], after[i])
+        written = inputs[i].values[0]
+        if written.op == "placeholder" and fake_tensors.loses_writes(graphs.value(written)):
+            raise _lost(written, after[i])
     promoted = [i for i in changed if isinstance(inputs[i], InvariantSource)]
     order = [*range(carries), *promoted, *(i for i in range(carries, len(inputs)) if i not in promoted)]
     rest = [j for j in range(carries, len(results)) if j not in returned]
@@ -134,6 +138,16 @@ def _aliased(inputs: list[Source], i: int, marked: MarkedLoop) -> bool:
     others = [graphs.value(node) for j, source in enumerate(inputs) if j != i for node in source.values]
     others.append(graphs.value(marked.markers[0].args[0]))
     return own in map(fake_tensors.storage_of, others)
+
+
+def _lost(node: fx.Node, changed: fx.Node) -> MutationError:
+    return MutationError(
+        f"a step changes '{graphs.user_name(node)}' in place, a float64 tensor of shape () on the CPU: torch.compile "
+        "loses what is written to such a tensor",
+        required="in-place updates of other tensors",
+        fix="give it the shape (1,), or float32, or an integer dtype if it counts",
+        where=graphs.user_line(changed),
+    )
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:

@@ -102,7 +102,8 @@ def _number_read(node: fx.Node) -> UnsupportedLoopError:
         return UnsupportedLoopError(
             f"the size of '{sized[0].name}' depends on the values of a tensor",
             required="sizes that are known before the loop",
-            fix="write torch.where(mask, x, 0) instead of x[mask], and sums over a mask instead of nonzero()",
+            fix="write torch.where(mask, x, 0) instead of x[mask], sums over a mask instead of nonzero(), and "
+            "torch.zeros(n).index_add(0, i, ones) instead of bincount(i)",
             where=graphs.user_line(sized[0]),
         )
     return UnsupportedLoopError(

@@ -74,7 +74,8 @@ def velocity_error(found: str, where: str = "") -> StateError:
     return StateError(
         found,
         required="a derivative of the structure, shapes and dtypes of y0",
-        fix="return one derivative for each tensor of y, nested as y is, expanded and converted to its shape and dtype",
+        fix="keep y0 in float32 or float64, and return one derivative for each tensor of it, nested as it is, of its "
+        "shape and dtype",
         where=where,
     )
 

@@ -149,6 +149,60 @@ def test_nested_loops():
     refused(Nested(), errors.UnsupportedLoopError, line="in rampde_fx.steps(t)")
 
 
+def over_one_grid(y, t):
+    for _, dt in rampde_fx.steps(t):
+        for _, h in rampde_fx.steps(t):
+            y = y - dt * h * torch.tanh(y)
+    return y
+
+
+def left_by_a_return(y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y - dt * torch.tanh(y)
+        if y.shape[0] > 1:
+            return y
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "found", "fix"),
+    [
+        (over_one_grid, "a nested loop", "leave the inner one unmarked"),
+        (left_by_a_return, "by a break or a return", ""),
+    ],
+)
+def test_what_ends_a_loop_before_its_end_is_told(function, found, fix):
+    with pytest.raises(errors.UnsupportedLoopError, match=found) as caught:
+        compiled(function, torch.float32)(Y, T)
+    assert fix in str(caught.value)
+
+
+class Counts(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+        self.register_buffer("count", start)
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            self.count.add_(1)
+            y = y + dt * torch.tanh(self.layer(y)) / self.count.to(y)
+        return y
+
+
+@pytest.mark.parametrize("start", [torch.zeros(()), torch.zeros(1).double(), torch.zeros((), dtype=torch.int64)])
+def test_a_count_in_place(start):
+    model = Counts(start)
+    plain = copy.deepcopy(model)
+    torch.testing.assert_close(compiled(model, torch.float32)(Y, T), plain(Y, T))
+    assert model.count == plain.count == len(T) - 1
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 14), reason="torch.compile keeps what is written to such a number")
+def test_a_count_that_torch_compile_would_lose():
+    refused(Counts(torch.zeros((), dtype=torch.float64)), errors.MutationError, line="self.count.add_(1)")
+
+
 def integrated(velocity, y, t, method):
     return rampde_fx.odeint(velocity, y, t, method=method)[-1]
 
@@ -408,8 +462,8 @@ MISTAKES = {
         "func returns a float32 tensor of shape () as the derivative of a float32 tensor of shape (4, 5); is it "
         "func(y, t)? It is called as func(t, y).\n"
         "  required: a derivative of the structure, shapes and dtypes of y0.\n"
-        "  fix: return one derivative for each tensor of y, nested as y is, expanded and converted to its shape and "
-        "dtype.",
+        "  fix: keep y0 in float32 or float64, and return one derivative for each tensor of it, nested as it is, of "
+        "its shape and dtype.",
     ),
     "an array": (
         lambda: rampde_fx.odeint(field, Y.numpy(), GRID),

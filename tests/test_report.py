@@ -460,3 +460,6 @@ def test_the_method_of_an_odeint_is_told(solve, points, arguments, told):
     loops = rampde_fx.explain(model, torch.ones(3), torch.linspace(0, 1, points)).loops
     assert [loop.method for loop in loops] == told
     assert all(f"  method              {loop.method}\n" in str(loop) for loop in loops)
+    searches = [str(loop) for loop in loops if loop.emitted == "search"]
+    assert all(text.startswith("search of steps at ") and "stored" not in text for text in searches)
+    assert len(searches) == sum("adaptive" in text for text in told)

@@ -35,6 +35,39 @@ def test_one_scale_serves_all_cotangents_of_an_evaluation():
     assert power_of_two_scale(torch.tensor(1.0), torch.tensor([0.25]), torch.full((2, 2), -4.0)).item() == 0.25
 
 
+NEIGHBOURS = torch.randint(0, 12, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda z, v, i: z.scatter_reduce(0, i[:, None].expand(-1, 4), v, "mean", include_self=False),
+        lambda z, v, i: z.scatter_reduce(0, i[:, None].expand(-1, 4), v, "mean"),
+        lambda z, v, i: z.index_reduce(0, i, v, "mean"),
+    ],
+    ids=["of neighbours", "of neighbours and itself", "by an index"],
+)
+@pytest.mark.filterwarnings("ignore:index_reduce")
+def test_means_over_neighbours(mean):
+    """Their derivatives divide by counts that follow from the shape of a cotangent."""
+
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * mean(torch.zeros_like(y), torch.tanh(self.layer(y))[NEIGHBOURS[0]], NEIGHBOURS[1])
+            return y
+
+    torch.manual_seed(0)
+    model, y, t = Graph(), torch.randn(12, 4), torch.linspace(0, 1, 4)
+    plain = copy.deepcopy(model)
+    wanted = gradients(plain, plain, y, t, 1e-9)  # which underflow where they are not scaled
+    assert max(relative_errors(gradients(compiled(model, torch.float16), model, y, t, 1e-9), wanted)) < 8 * U16
+
+
 class Wide(Euler):
     """A velocity whose weight gradient, a sum over the batch, is beyond float16's range."""
 

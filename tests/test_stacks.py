@@ -324,6 +324,18 @@ def test_the_rewritten_forward_is_shipped(tmp_path, name):
         assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
 
 
+@pytest.mark.parametrize("points", [2, 3, 6])
+def test_a_shipped_program_has_no_gradients(points):
+    """They would not be scaled. Few steps are unrolled; a scan would ask torch for its derivative."""
+    function, y, t = compiled(seeded(Served)[0], torch.float16), torch.randn(8, 5), torch.linspace(0, 1, points)
+    program = rampde_fx.export(function, y, t)
+    found = tree_leaves(program.module()(y.clone().requires_grad_(), t))
+    with torch.no_grad():
+        wanted = tree_leaves(function(y, t))
+    for got, value in zip(found, wanted, strict=True):
+        assert torch.equal(got, value) and not got.requires_grad if isinstance(value, torch.Tensor) else got == value
+
+
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_the_rewritten_forward_is_packaged(tmp_path):

@@ -8,8 +8,9 @@ Inductor has numbers of lower precision in float32, and leaves their rounding ou
 and another one loads. So x may be compared with what x was rounded to: nothing is the maximum, and the derivative of a
 maximum, which divides by how many entries are, is 0 / 0. Or a guard, where(x < 1, x, 0), is made of another x than what
 it guards. So is rounded of what truth values or integers are made, what is compared with each other, and what goes into
-a function that jumps, as floor does, whatever becomes of that. What such a number follows from entry by entry is rounded, too: a difference that is zero in memory is
-zero. And x w and w x are one number, or a guard by one of them would let the other one through.
+a function that jumps, as floor does, whatever becomes of that. What such a number follows from entry by entry is
+rounded, too: a difference that is zero in memory is zero. And x w and w x are one number, or a guard by one of them
+would let the other one through.
 """
 
 from __future__ import annotations

@@ -222,8 +222,8 @@ def _say_uncompiled(asked: Any) -> None:
         asked,
         *dynamo.running_line(),
         "a loop over rampde_fx.steps(t), or an odeint, in a compiled model runs uncompiled, without mixed precision: "
-        "there is a graph break in it or around it, torch skips its code after one, or has compiled it "
-        "torch._dynamo.config.recompile_limit times already",
+        "there is a graph break in it or around it (torch.autograd.grad in a velocity makes one, torch.func.vjp none), "
+        "torch skips its code after one, or has compiled it torch._dynamo.config.recompile_limit times already",
         FULLGRAPH,
     )
 

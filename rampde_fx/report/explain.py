@@ -25,7 +25,7 @@ from rampde_fx.ir.loops import CompensatedLoop, Loop
 from rampde_fx.passes.check_repetition import first_iterations
 from rampde_fx.policy_text import word_of
 from rampde_fx.report import report_html
-from rampde_fx.report.loop_report import LoopReport, PassReport
+from rampde_fx.report.loop_report import SEARCH, LoopReport, PassReport
 from rampde_fx.runtime import random_state
 from rampde_fx.torch_private import capturing, fake_tensors, repetition
 from rampde_fx.validation.untouched import untouched
@@ -145,7 +145,7 @@ def _report(passes: tuple[PassReport, ...], notes: tuple[str, ...]) -> LoopRepor
         steps=known,
         policy=loop.policy,
         target=loop.target if loop.policy.adjoint_scaling and loop.adjoint is not None else None,
-        emitted="search" if loop.controller else "unroll" if loop.unrolled else "scan",
+        emitted=SEARCH if loop.controller else "unroll" if loop.unrolled else "scan",
         method=loop.method,
         tolerances=_tolerances(loop),
         carries=tuple(_describe(node.name, node, graphs.value(node).dtype) for node in inputs[: loop.carries]),

@@ -14,6 +14,9 @@ from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.policy_text import word_of
 from rampde_fx.schedules import Activations, MemoryBudget
 
+SEARCH = "search"  # how a loop is emitted that looks for adaptive steps
+OF_SEARCH = "none of its own: that of the loop over the steps that it finds, which is told next"
+
 
 @dataclass(frozen=True)
 class PassReport:
@@ -122,6 +125,11 @@ class LoopReport:
             *([("adapts to", self.tolerances)] if self.tolerances else []),
             ("carries", ", ".join(self.carries)),
             ("velocity", f"{self.evaluations} evaluations per step in {word_of(self.policy.dtype)}"),
+            *(self._rows_of_backward() if self.emitted != SEARCH else [("backward", OF_SEARCH)]),
+        ]
+
+    def _rows_of_backward(self) -> list[tuple[str, str]]:
+        return [
             ("adjoint scaling", "none" if self.target is None else f"dynamic, target {self.target:g}"),
             ("accumulation", self.policy.accumulation),
             ("checkpointing", self._checkpointing()),
@@ -136,7 +144,7 @@ class LoopReport:
 
     def __str__(self) -> str:
         lines = [
-            f"loop at {self.where or 'an unknown line'}",
+            f"{'search of steps' if self.emitted == SEARCH else 'loop'} at {self.where or 'an unknown line'}",
             *(f"  {label:19s} {text}" for label, text in self.rows()),
             "  stayed wide",
             *(f"    {f.count:3d} x {f.operation:24s} {f.reason}" for f in self.fallbacks),

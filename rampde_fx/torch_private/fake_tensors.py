@@ -150,6 +150,12 @@ def storage_of(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def loses_writes(value: torch.Tensor) -> bool:
+    """Whether torch.compile loses what is written to an input: before 2.14 to a float64 tensor of shape () on a CPU."""
+    kind = (tuple(value.shape), value.dtype, value.device.type)
+    return torch.__version__ < (2, 14) and kind == ((), torch.float64, "cpu")
+
+
 def is_wrapped(value: torch.Tensor) -> bool:
     """Whether a tensor is one of a torch.func transform's."""
     return _torch.is_functorch_wrapped_tensor(value)

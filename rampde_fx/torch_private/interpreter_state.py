@@ -51,7 +51,8 @@ COMPARED_OF_FRAME = (
     "instruction_pointer stack symbolic_globals symbolic_cellvars block_stack exn_vt_stack kw_names debug_locals"
     " active_generic_context_managers symbolic_torch_function_state symbolic_stream_state nn_module_stack"
     " frame_state gi_exc_state generator_exhausted is_child_tracer_active skip_one_hop_torch_function_depth"
-    " error_on_graph_break inconsistent_side_effects _comprehension_depth _comprehension_end_for_ips is_generator_from_ctx_manager"
+    " error_on_graph_break inconsistent_side_effects _comprehension_depth _comprehension_end_for_ips"
+    " is_generator_from_ctx_manager"
 ).split()
 CONSTANT_OF_FRAME = (
     "symbolic_locals _allow_nested_graph_breaks _cell_and_freevars _constants_cache _pycode_last_varname"

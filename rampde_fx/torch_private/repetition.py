@@ -135,7 +135,8 @@ def ahead(i: int) -> Ahead:
 def why_in_full(where: str) -> str:
     """Of a loop of the capture under way, given by its line, why it was captured as a whole; empty if unknown."""
     noted = notes_so_far().get(NOTES, [])
-    return next((reason for file, line, reason in noted if where.startswith(f"{file}:{line},")), "")
+    unplaced = "; ".join(dict.fromkeys(reason for file, _, reason in noted if not file))  # typed at a prompt
+    return next((reason for file, line, reason in noted if file and where.startswith(f"{file}:{line},")), unplaced)
 
 
 def _note(reason: str) -> None:
