@@ -44,6 +44,7 @@ _torch = Names(
 PLAIN = (bool, int, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout)
 # Of what tracks a value: what says nothing of the value. A proxy is compared as the node behind it.
 UNREAD = {"proxy", "source", "mutation_type", "user_stack", "source_location", "_is_name_set"}
+CHANGES = {("DequeVariable", "state")}  # how often it was changed, by which torch 2.14 stops iterators over it
 # Of a frame: what is compared beside its locals, and what never changes, is computed anew at each instruction, or
 # serves names and messages alone. What a generator has yielded before, its generated_items and symbolic_result, is read
 # by nobody once it is asked for more.
@@ -283,7 +284,7 @@ class Picture:
             if name == "value" and is_new:  # an object of the traced code: its attributes are in the buffers
                 self._put(type(part))
                 self._met(part)
-            elif name not in UNREAD:
+            elif name not in UNREAD and (type(value).__name__, name) not in CHANGES:
                 self._put(name)
                 self.add(part)
         own = self._effects.store_attr_mutations.get(value, {})

@@ -226,6 +226,10 @@ def _teach_dynamo() -> None:
     builtin._make_handler = staticmethod(made)
     builtin.call_function_handler_cache.clear()
     tensor.method___getitem__, tensor.method___setitem__ = read, written
+    table = getattr(tensor, "tp_methods", {})  # of torch 2.14, which takes methods from there
+    for name, method in (("__getitem__", read), ("__setitem__", written)):
+        if name in table:
+            table[name].handler = method
     frame.step = step
 
 
