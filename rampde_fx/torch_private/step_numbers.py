@@ -225,12 +225,16 @@ def _teach_dynamo() -> None:
 
     builtin._make_handler = staticmethod(made)
     builtin.call_function_handler_cache.clear()
-    tensor.method___getitem__, tensor.method___setitem__ = read, written
-    table = getattr(tensor, "tp_methods", {})  # of torch 2.14, which takes methods from there
-    for name, method in (("__getitem__", read), ("__setitem__", written)):
+    _put_methods(tensor, __getitem__=read, __setitem__=written)
+    frame.step = step
+
+
+def _put_methods(tracker: Any, **methods: Callable[..., Any]) -> None:
+    table = getattr(tracker, "tp_methods", {})  # of torch 2.14, which takes them from there
+    for name, method in methods.items():
+        setattr(tracker, f"method_{name}", method)
         if name in table:
             table[name].handler = method
-    frame.step = step
 
 
 def _called(function: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
