@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ class _Transposition:
         self.splits: dict[tuple[str, tuple[int, ...], tuple[int, ...]], SplitVelocity] = {}
         self.used: dict[fx.Node, SplitVelocity] = {}
         self.evaluations: dict[fx.Node, Evaluation] = {}
-        self.vjps: dict[Hashable, fx.GraphModule] = {}  # of operations that occur more than once
+        self.vjps: dict[str | None, fx.GraphModule] = {}  # of operations, which occur more than once
 
     def run(self) -> Adjoint:
         """The adjoint."""
@@ -233,9 +233,9 @@ class _Transposition:
         wanted = [i for i, operand in enumerate(operands) if operand in self.active]
         values = [graphs.value(p) for p in operands]
         key = _key(node, values, wanted, list(given))
-        vjp = self.vjps.get(key) or _trace_vjp(_operation_of(node), values, wanted, given, node)
-        if key is not None:
-            self.vjps[key] = vjp
+        if key is None or key not in self.vjps:
+            self.vjps[key] = _trace_vjp(_operation_of(node), values, wanted, given, node)
+        vjp = self.vjps[key]
         env = dict(zip(graphs.placeholders(vjp), [*(self.env[p] for p in operands), *given.values()], strict=True))
         gradients = self.graph.graph_copy(vjp.graph, env)
         return [(operands[i], g) for i, g in zip(wanted, gradients, strict=True) if g is not None]
@@ -270,16 +270,19 @@ def _operation_of(node: fx.Node) -> Callable[..., Any]:
     return operation
 
 
-def _key(node: fx.Node, values: list[Any], wanted: list[int], outputs: list[int]) -> Hashable | None:
-    """What an operation's derivative is decided by; None where sizes are not numbers."""
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        return None
-    layouts = [(*value.shape, *value.stride(), value.dtype, value.device, value.requires_grad) for value in values]
-    if any(isinstance(entry, torch.SymInt) for layout in layouts for entry in layout):
-        return None
-    places = {operand: f"operand {i}" for i, operand in enumerate(node.all_input_nodes)}
-    args = fx.map_arg((node.args, node.kwargs), places.__getitem__)
-    return node.target, repr((args, layouts, wanted, outputs))
+def _key(node: fx.Node, values: list[Any], wanted: list[int], outputs: list[int]) -> str | None:
+    """What an operation's derivative is decided by; None where the layout of an operand is not told by numbers."""
+    layouts = []
+    for value in values:
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+        sizes = (*value.shape, *value.stride())
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return None
+        flags = value.requires_grad, value.is_conj(), value.is_neg()
+        layouts.append((*sizes, value.dtype, value.device, *flags))
+    places = list(map(node.all_input_nodes.index, graphs.operands(node)))
+    return f"{graphs.operation(node)} {places} {layouts} {wanted} {outputs}"
 
 
 def _differentiate(

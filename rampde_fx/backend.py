@@ -281,9 +281,9 @@ def rampde_fx(
     try:
         compiler, verifies, options = _own_options(options or {}, mode)
         marked = has_loop(graph_module)
-        if marked and compiler == "inductor":
-            inductor.prepare(example_inputs)
         if marked:
+            if compiler == "inductor":
+                inductor.prepare(example_inputs)
             graphs.name_arguments(graph_module, dynamo.names_of_arguments())
             check_repetition(graph_module)  # here for the copy of verify; in rewrite for all others who call that
         if verifies and repeated:  # the graph is to be run as the user wrote it

@@ -463,3 +463,18 @@ def test_the_method_of_an_odeint_is_told(solve, points, arguments, told):
     searches = [str(loop) for loop in loops if loop.emitted == "search"]
     assert all(text.startswith("search of steps at ") and "stored" not in text for text in searches)
     assert len(searches) == sum("adaptive" in text for text in told)
+
+
+def test_why_a_loop_at_a_prompt_is_captured_in_full():
+    """It has no file by which its reason could be found."""
+    names = {"rampde_fx": rampde_fx, "torch": torch}
+    typed = (
+        "def flow(y, t):\n"
+        "    for i, (_, dt) in enumerate(rampde_fx.steps(t)):\n"
+        "        y = y + dt * torch.tanh(y) * float(i)\n"
+        "    return y\n"
+    )
+    exec(compile(typed, "<stdin>", "exec"), names)
+    model = rampde_fx.mixed_precision(names["flow"], dtype=torch.float16)
+    loops = rampde_fx.explain(model, torch.ones(3), torch.linspace(0, 1, 17)).loops
+    assert all(re.match("all 16 iterations: the variable '.*' .*differs", loop.captured) for loop in loops)

@@ -126,6 +126,7 @@ class LoopReport:
             ("carries", ", ".join(self.carries)),
             ("velocity", f"{self.evaluations} evaluations per step in {word_of(self.policy.dtype)}"),
             *(self._rows_of_backward() if self.emitted != SEARCH else [("backward", OF_SEARCH)]),
+            ("products per step", f"{self.step_flops:,} FLOP, and {self.adjoint_flops:,} in the adjoint"),
         ]
 
     def _rows_of_backward(self) -> list[tuple[str, str]]:
@@ -139,7 +140,6 @@ class LoopReport:
                 f"{self.stored_bytes:,} bytes ({self.stored_bytes_fp32:,} in the dtype of the state;"
                 f" plain autograd: {self.stored_bytes_autograd:,})",
             ),
-            ("products per step", f"{self.step_flops:,} FLOP, and {self.adjoint_flops:,} in the adjoint"),
         ]
 
     def __str__(self) -> str:

@@ -136,7 +136,7 @@ def compile_graph(
     _torch.TracingContext.get().fake_mode.allow_scalar_outputs = True
     if compiler != "inductor":
         return lookup_backend(compiler)(graph_module, list(example_inputs))
-    prepare(example_inputs)
+    prepare(example_inputs)  # begun by the backend, not by check
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
         **_options(options, mode),

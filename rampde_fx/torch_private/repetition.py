@@ -135,8 +135,9 @@ def ahead(i: int) -> Ahead:
 def why_in_full(where: str) -> str:
     """Of a loop of the capture under way, given by its line, why it was captured as a whole; empty if unknown."""
     noted = notes_so_far().get(NOTES, [])
-    unplaced = "; ".join(dict.fromkeys(reason for file, _, reason in noted if not file))  # typed at a prompt
-    return next((reason for file, line, reason in noted if file and where.startswith(f"{file}:{line},")), unplaced)
+    # What is typed at a prompt has no file, and is noted without a line.
+    lines = ((f"{file}:{line}," if file else "<", reason) for file, line, reason in noted)
+    return next((reason for line, reason in lines if where.startswith(line)), "")
 
 
 def _note(reason: str) -> None:
