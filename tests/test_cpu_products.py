@@ -10,7 +10,7 @@ from torch.torch_version import TorchVersion
 
 import rampde_fx
 from rampde_fx.emit import cpu_products
-from rampde_fx.torch_private import inductor, kernels
+from rampde_fx.torch_private import inductor, kernels, low_products
 from tests.models import Euler
 
 aten = torch.ops.aten
@@ -39,6 +39,7 @@ CALLS = {
 def cpu_without_float16(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: dtype is not torch.float16)
     monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "cpu_has_tiles", lambda: False)
 
 
 def lowered(product, args):
@@ -158,6 +159,25 @@ def test_products_of_few_multiplications_are_wide_in_every_dtype(product, dtype,
     found = operators_of(lowered(product, faked(dtype, *shapes, device=device)))
     assert (found == [str(product)]) == stays
     assert str(product) in found
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes", "stays"),
+    [
+        (aten.mm.default, ((128, 64), (64, 64)), True),
+        (aten.mm.default, ((128, 9), (9, 64)), True),
+        (aten.mm.default, ((128, 8), (8, 64)), False),  # which is written out
+        (aten.mm.default, ((128, 64), (64, 2)), False),
+        (aten.addmm.default, ((64,), (128, 64), (64, 64)), True),
+        (aten.bmm.default, ((8, 64, 64), (8, 64, 64)), False),
+    ],
+)
+def test_matrix_units_multiply_small_matrices_too(monkeypatch, product, shapes, stays):
+    monkeypatch.setattr(kernels, "cpu_has_tiles", lambda: True)
+    monkeypatch.setattr(low_products, "multiplies", lambda: True)
+    assert (operators_of(lowered(product, faked(torch.bfloat16, *shapes))) == [str(product)]) == stays
+    monkeypatch.setattr(low_products, "multiplies", lambda: False)
+    assert operators_of(lowered(product, faked(torch.bfloat16, *shapes))) != [str(product)]
 
 
 def test_small_convolutions_stay():

@@ -307,7 +307,11 @@ class TestText:
             ("extern_kernels.mm(buf2, buf2, out=buf3)", "buf3 = torch.ops.aten.sort.default(buf2)"),
             ("(3, 2), (1, 3), 0)", "(3, 2), (0, 1), 0)"),  # an expanded factor
             ("(3, 2), (1, 3), 0)", "(3, 2), (6, 2), 0)"),
-            ("(2, 2), (2, 1), torch.float32", "(2, 2), (2, 1), torch.bfloat16"),
+            ("(2, 2), (2, 1), torch.float32", "(2, 2), (2, 1), torch.float16"),
+            (
+                "buf2 = empty_strided_cpu((2, 2), (2, 1), torch.float32",
+                "buf2 = empty_strided_cpu((2, 2), (2, 1), torch.float64",
+            ),
             ("(2, 2), (2, 1), torch.float32", "(2, 2), (1, 2), torch.float32"),
             ("mm(buf2, buf2, ", "addmm(arg0_1, buf2, buf2, alpha=1, beta=1, "),
             ("mm(buf2, buf2, ", "addmm(arg1_1, buf2, buf2, alpha=1, beta=1, "),

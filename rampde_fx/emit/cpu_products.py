@@ -9,6 +9,10 @@ that has arithmetic a product begins with 14 us, in which float32 multiplies 128
 both take as long on one thread, with four times as many on two (measured by tests/benchmarks/products.py). Besides,
 loops of float32 products run in C++. Sums in float32 of products of low factors are what a GPU computes, too.
 
+A CPU with matrix units (AMX) is faster in bfloat16 from the smallest products on, if these are asked of oneDNN's
+kernels one by one (low_products.py): 128 x 64 x 64 in 4 us, instead of 10 in float32 and 28 by torch.mm in bfloat16.
+There products of two matrices stay as they are, but narrow ones, which are sums.
+
 Inductor fuses the casts with what stands before and behind. The factors are rounded: behind torch's own cast Inductor
 would leave that out. (In torch 2.11 it does all the same: nothing is less exact for it.) A result is rounded where it
 is stored, as that of any operation in a kernel of Inductor's. The rewritten graph is the same on every device; Inductor
@@ -25,13 +29,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from rampde_fx.emit.cpu_narrow import NARROW
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.lowering import HALF, is_half
 from rampde_fx.runtime import operators
-from rampde_fx.torch_private import kernels, lowerings
+from rampde_fx.torch_private import kernels, low_products, lowerings
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
 FEW = 2**21  # multiplications, with which both take as long
+MATRICES = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("widened", torch.Tensor.float, "CompositeExplicitAutograd")
@@ -45,10 +51,13 @@ class ReplaceProducts:
     Attributes:
         dtypes: The dtypes that the CPU has no arithmetic for.
         few: Products of matrices, and attentions, of no more multiplications are replaced in every low dtype.
+        kept: Not so products of two matrices of these dtypes that are wider than narrow.
     """
 
     dtypes: tuple[torch.dtype, ...]
+    kept: tuple[torch.dtype, ...] = ()
     few: int = FEW
+    narrow: int = NARROW
 
     def __call__(self, graph: fx.Graph) -> None:
         wide: dict[fx.Node, fx.Node] = {}
@@ -65,7 +74,10 @@ class ReplaceProducts:
 
     def _is_small(self, product: fx.Node) -> bool:
         sizes = _sizes(product)
-        return bool(sizes) and all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= self.few
+        if not sizes or not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > self.few:
+            return False
+        is_kept = product.target in MATRICES and graphs.value(product).dtype in self.kept
+        return not (is_kept and min(sizes) > self.narrow)
 
     def uuid(self) -> str:
         """What the result depends on, for Inductor's caches."""
@@ -76,7 +88,8 @@ def replace_products() -> ReplaceProducts:
     """The pass for the CPU of this machine."""
     lowerings.lower_widened(WIDENED)
     has = {torch.float16: kernels.cpu_multiplies(torch.float16), torch.bfloat16: kernels.cpu_has_bfloat16()}
-    return ReplaceProducts(tuple(dtype for dtype in HALF if not has[dtype]))
+    kept = (torch.bfloat16,) if low_products.multiplies() and kernels.cpu_has_tiles() else ()
+    return ReplaceProducts(tuple(dtype for dtype in HALF if not has[dtype]), kept)
 
 
 def _sizes(product: fx.Node) -> list[Any]:

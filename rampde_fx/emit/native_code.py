@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from rampde_fx.emit.native_loops import NativeLoop
 from rampde_fx.emit.native_steps import Step
-from rampde_fx.torch_private import native_library
+from rampde_fx.torch_private import low_products, native_library
 from rampde_fx.torch_private.wrapper_code import Kernel, UnreadError, read_function, read_kernels, read_loops
 
 log = logging.getLogger(__name__)
-LIBRARY = "__import__('rampde_fx.torch_private.native_library').torch_private.native_library"
+PRIVATE = "__import__('rampde_fx.torch_private.{0}').torch_private.{0}"
+LOW_PRODUCT = re.compile(r"\bextern_kernels\.(add)?mm\(")  # which stays in Python
 BODY = re.compile(r"(\w+_)?while_loop_body_graph_[\d_]+")
 
 
@@ -56,7 +57,7 @@ class NativeOrKept:
 
     def uuid(self) -> str:
         """What the result depends on, for Inductor's caches."""
-        return repr((self, native_library.multiplies()))
+        return repr((self, native_library.multiplies(), low_products.multiplies()))
 
 
 def native(code: str) -> Written | None:
@@ -80,11 +81,15 @@ def native(code: str) -> Written | None:
     rest = _replace(code, replaced)
     called = [kernel.name for kernel in kernels.values() if re.search(rf"\b{kernel.name}\(", rest)]
     functions: list[Step | NativeLoop] = [*steps.values(), *loops]
-    names = [*called, *(function.name for function in functions)]
-    source = "\n" + _source(kernels.values(), [function.source for function in functions]) + "\n"
-    library = f"[{', '.join(names)}] = {LIBRARY}.load_library({names}, r'''{source}''')"
+    names, sources = [*called, *(function.name for function in functions)], [function.source for function in functions]
+    products = ""
+    if LOW_PRODUCT.search(rest) and "torch.bfloat16" in rest and low_products.multiplies():
+        names, sources = [*names, "multiply_low"], [*sources, low_products.FROM_PYTHON]
+        products = f"\nextern_kernels = {PRIVATE.format('low_products')}.WithLowProducts(extern_kernels, multiply_low)"
+    source = "\n" + _source(kernels.values(), sources) + "\n"
+    library = f"[{', '.join(names)}] = {PRIVATE.format('native_library')}.load_library({names}, r'''{source}''')"
     first = min(kernel.lines for kernel in kernels.values())
-    return Written(_replace(code, {**replaced, first: library}), names, source)
+    return Written(_replace(code, {**replaced, first: library + products}), names, source)
 
 
 def _steps(module: ast.Module, kernels: dict[str, Kernel]) -> Iterator[Step]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rampde_fx.emit.scratch import ONE, Room, places, room
-from rampde_fx.torch_private import native_library
+from rampde_fx.torch_private import low_products, native_library
 from rampde_fx.torch_private.wrapper_code import (
     KNOWN,
     Allocate,
@@ -27,7 +27,12 @@ from rampde_fx.torch_private.wrapper_code import (
     View,
 )
 
-NUMBER = {"torch.float32": "float", "torch.float64": "double"}  # of which products are called
+# Products by their dtype: the number in C++, the function, and where it is.
+PRODUCTS = {
+    "torch.float32": ("float", "product<float>", native_library),
+    "torch.float64": ("double", "product<double>", native_library),
+    "torch.bfloat16": ("at::BFloat16", "low_product", low_products),
+}
 
 
 @dataclass
@@ -43,6 +48,11 @@ class Storage:
     name: str
     allocation: Allocate | None
     uses: list[int] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> str | None:
+        """As Python writes it; None for a parameter's."""
+        return self.allocation.dtype if self.allocation else None
 
 
 @dataclass(frozen=True)
@@ -154,10 +164,13 @@ class Step:
         return self.numbers.setdefault(text, f"number{len(self.numbers)}")
 
     def _product(self, left: Value, right: Value, out: Value, added: Value | None) -> str:
-        """A product of matrices as a call of BLAS."""
-        number = NUMBER.get(out.storage.allocation.dtype) if out.storage.allocation else None
-        if number is None or not native_library.multiplies():
-            raise UnreadError("a product that BLAS does not have")
+        """A product of matrices as a call."""
+        known = PRODUCTS.get(out.storage.dtype or "")
+        if known is None or not known[2].multiplies():
+            raise UnreadError("a product that neither BLAS nor oneDNN has")
+        if any(value.storage.dtype not in (out.storage.dtype, None) for value in (left, right, added) if value):
+            raise UnreadError("a product of numbers of two kinds")
+        number, function, _ = known
         transposed, leads = zip(*map(self._leading, (left, right, out)), strict=True)
         if transposed[2]:
             raise UnreadError("a product that is written by columns")
@@ -170,7 +183,7 @@ class Step:
         sizes = map(self._integer, (rows, columns, inner))
         flags = [str(flag).lower() for flag in transposed[:2]]
         given = [*flags, *sizes, *factors, *self._added(added, rows, columns, kinds[0])]
-        return f"product<{number}>({', '.join(given)});"
+        return f"{function}({', '.join(given)});"
 
     def _added(self, added: Value | None, rows: str, columns: str, kind: str) -> list[str]:
         """What is added to a product, and how far apart its rows and its columns are."""

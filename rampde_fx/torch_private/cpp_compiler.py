@@ -107,6 +107,12 @@ def library_cache() -> Any:
     return Library
 
 
+def makes_long_vectors() -> bool:
+    """Whether Inductor makes vectors of 512 bits, if the compiler does; torch's own kernels have them."""
+    asked = _torch.config.cpp.simdlen in (None, 512)
+    return asked and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def torch_library() -> ctypes.CDLL:
     """The library of torch that has its CPU's kernels.
 

@@ -65,3 +65,8 @@ def cpu_has_bfloat16() -> bool:
     if platform.machine() in ("aarch64", "arm64"):
         return cpu_multiplies(torch.bfloat16)
     return _torch._is_avx512_bf16_supported() or _torch._is_amx_tile_supported()
+
+
+def cpu_has_tiles() -> bool:
+    """Whether the CPU has matrix units for bfloat16 (AMX)."""
+    return bool(_torch._is_amx_tile_supported())

@@ -1,4 +1,4 @@
-"""A library of functions in C++, made by Inductor's compiler and called from Python; products of matrices by BLAS."""
+"""A library of functions in C++, made by Inductor's compiler and called from Python; products by BLAS and oneDNN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rampde_fx.torch_private import cpp_compiler
+from rampde_fx.torch_private import cpp_compiler, low_products
 from rampde_fx.torch_private.names import Names
 
 _torch = Names(
@@ -114,6 +114,23 @@ static int (*mkl_threads)(int);  // of this thread's products, 0 for all; gives 
 // 128 x 32 x 32, and 10 instead of 12 for 128 x 64 x 64.
 static constexpr int64_t FEW = 1 << 17;
 
+// Kernels hold the GIL, for they share a flag; while a product runs that takes long, other threads run Python.
+template <typename Run>
+static void beside_python(int64_t size, Run run) {
+    if (size >= (1 << 26)) {
+        struct Released {
+            PyThreadState* const state = PyEval_SaveThread();
+            ~Released() noexcept(false) { PyEval_RestoreThread(state); }
+        };
+        Given::current()->hold();
+        { Released released; run(); }
+        Given::current()->check();
+    } else {
+        run();
+    }
+    if (size >= (1 << 20)) let_python_run();
+}
+
 // out = left @ right + added, row by row; either factor may be stored column by column. Nothing is added for nullptr.
 template <typename T>
 static void product(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns, int64_t inner,
@@ -134,19 +151,14 @@ static void product(bool left_by_columns, bool right_by_columns, int64_t rows, i
                     out[i * out_lead + j] += left[left_by_columns ? k * left_lead + i : i * left_lead + k] *
                                              right[right_by_columns ? j * right_lead + k : k * right_lead + j];
     } else if (rows && columns && inner) {
-        // Kernels hold the GIL, for they share a flag; while a product runs that takes long, other threads run Python.
         const int64_t size = rows * columns * inner;
-        const bool takes_long = size >= (1 << 26);
-        if (takes_long) Given::current()->hold();
-        PyThreadState* const state = takes_long ? PyEval_SaveThread() : nullptr;
-        const int threads = size <= FEW && mkl_threads ? mkl_threads(1) : -1;
-        // BLAS writes by columns: the transposed product
-        gemm(right_by_columns ? "T" : "N", left_by_columns ? "T" : "N", &columns, &rows, &inner, &one,
-             right, &right_lead, left, &left_lead, &kept, out, &out_lead);
-        if (threads >= 0) mkl_threads(threads);
-        if (state) PyEval_RestoreThread(state);
-        if (takes_long) Given::current()->check();
-        if (size >= (1 << 20)) let_python_run();
+        beside_python(size, [&] {
+            const int threads = size <= FEW && mkl_threads ? mkl_threads(1) : -1;
+            // BLAS writes by columns: the transposed product
+            gemm(right_by_columns ? "T" : "N", left_by_columns ? "T" : "N", &columns, &rows, &inner, &one,
+                 right, &right_lead, left, &left_lead, &kept, out, &out_lead);
+            if (threads >= 0) mkl_threads(threads);
+        });
     }
 }
 """
@@ -207,14 +219,16 @@ static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count)
 }
 
 static PyObject* connect(PyObject*, PyObject* args) {
-    unsigned long long data, single, twice, threads;
-    if (!PyArg_ParseTuple(args, "KKKKOOO", &data, &single, &twice, &threads, &idle, &storages_of, &place_of))
+    unsigned long long data, single, twice, threads, places[4];
+    if (!PyArg_ParseTuple(args, "KKKKKKKKOOO", &data, &single, &twice, &threads, places, places + 1, places + 2,
+                          places + 3, &idle, &storages_of, &place_of))
         return nullptr;
     for (PyObject* function : {idle, storages_of, place_of}) Py_INCREF(function);
     data_of = reinterpret_cast<decltype(data_of)>(data);
     sgemm = reinterpret_cast<decltype(sgemm)>(single);
     dgemm = reinterpret_cast<decltype(dgemm)>(twice);
     mkl_threads = reinterpret_cast<decltype(mkl_threads)>(threads);
+    LOW_PRODUCTS
     Py_RETURN_NONE;
 }
 
@@ -234,20 +248,23 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
 
     Args:
         names: Those that Python calls, with tensors and numbers.
-        source: All of them, and what they call, but product and let_python_run.
+        source: All of them, and what they call, but product, low_product and let_python_run.
 
     Returns:
         The functions, in the order of the names.
     """
     functions = [f"FROM_PYTHON({name})," for name in names]
     includes, definitions = _apart(source)
+    is_low = low_products.CALL in definitions
     bound = _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
-    rounded = _ROUNDED if _TORCH_ROUNDS in definitions else ""
+    bound = bound.replace("    LOW_PRODUCTS\n", low_products.CONNECTED if is_low else "")
+    rounded = _ROUNDED if _TORCH_ROUNDS in definitions or is_low else ""
     definitions = definitions.replace(_TORCH_ROUNDS, "to_bfloat16(")
-    text = includes + _HEADERS + _GIVEN + _PRODUCT + rounded + definitions + bound
+    low = low_products.SOURCE if is_low else ""
+    text = includes + _HEADERS + _GIVEN + _PRODUCT + rounded + low + definitions + bound
     cpp_compiler.wait_for_vectors()
     library = cpp_compiler.library_cache().load(text)
-    blas = *(_gemms() or (0, 0)), _mkl_threads()
+    blas = *(_gemms() or (0, 0)), _mkl_threads(), *low_products.places()
     library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *blas, _idle, _storages, _place)
     return [getattr(library, name) for name in names]
 

@@ -1,0 +1,316 @@
+"""Products of bfloat16 in C++, by the kernels of oneDNN that torch calls for its attention: their sums are in float32.
+
+torch.mm asks oneDNN for a product at once, which takes 14 to 30 us however small it is. These kernels take a part of a
+product, with the right factor laid out for them, in 3 us for 128 x 64 x 64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rampde_fx.torch_private import cpp_compiler, kernels
+
+_SYMBOLS = (
+    "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",  # at::native::cpublas::brgemm, of bfloat16
+    "_ZN2at6native7cpublas14brgemm_releaseEb",
+    "_ZN2at13globalContextEv",
+    "_ZNK2at7Context17userEnabledMkldnnEv",
+)
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # by which a user keeps oneDNN from instructions
+
+CALL = "low_product("
+FROM_PYTHON = """static void multiply_low(
+    char* left, char* right, char* out, int64_t left_by_columns, int64_t right_by_columns, int64_t rows,
+    int64_t columns, int64_t inner, int64_t left_lead, int64_t right_lead, int64_t out_lead, char* added, int64_t adds,
+    int64_t added_row, int64_t added_column
+) {
+    low_product(left_by_columns, right_by_columns, rows, columns, inner, reinterpret_cast<const Low*>(left), left_lead,
+                reinterpret_cast<const Low*>(right), right_lead, reinterpret_cast<Low*>(out), out_lead,
+                adds ? reinterpret_cast<const Low*>(added) : nullptr, added_row, added_column);
+}"""
+# A block of the right factor has 512 KiB, which a core's cache holds; what is summed has a MiB, however long the batch.
+SOURCE = """
+#include <exception>
+#include <omp.h>
+using Low = at::BFloat16;
+static void (*low_gemm)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const Low*, const Low*, float*,
+                        bool);
+static void (*low_gemm_ends)(bool);
+static const void* (*torch_settings)();
+static bool (*onednn_is_on)(const void*);
+static constexpr int64_t ROWS = 1024, COLUMNS = 256, SUMMANDS = 1024;  // of a block
+static constexpr int64_t TILE = 64;      // rows that a thread takes at a time
+static constexpr int64_t ALONE = 1 << 22;  // multiplications, which two threads do not do faster
+
+static int64_t ceil_of(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+static __m512i numbers(const Low* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// The right factor from row 2 begin to 2 end, its rows by pairs: a pair of entries is one number.
+static void pair_rows(const Low* right, int64_t lead, bool by_columns, int64_t rows, int64_t columns, uint32_t* pairs,
+                      int64_t width, int64_t begin, int64_t end) {
+    const int64_t whole = std::min(end, rows / 2);
+    if (by_columns && lead % 2 == 0) {  // pairs lie there already, column by column
+        if (whole > begin)
+            at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(right + 2 * begin), lead / 2,
+                                          reinterpret_cast<float*>(pairs + begin * width), width, columns,
+                                          whole - begin);
+        begin = std::max(begin, whole);
+    }
+    const int64_t row = by_columns ? 1 : lead, column = by_columns ? lead : 1;
+    for (int64_t k = begin; k < end; ++k) {
+        const Low* const first = right + 2 * k * row;
+        const Low* const second = first + row;
+        uint32_t* const to = pairs + k * width;
+        int64_t j = 0;
+        for (; column == 1 && k < whole && j + 16 <= columns; j += 16)
+            _mm512_storeu_si512(to + j, _mm512_or_si512(numbers(first + j),
+                                                        _mm512_slli_epi32(numbers(second + j), 16)));
+        for (; j < columns; ++j) to[j] = first[j * column].x | (k < whole ? uint32_t(second[j * column].x) << 16 : 0);
+    }
+}
+
+// Rows of the left factor, which is stored by columns or has an odd number of them: a kernel reads them by pairs.
+static void copy_rows(const Low* left, int64_t lead, bool by_columns, int64_t rows, int64_t columns, Low* to,
+                      int64_t width) {
+    for (int64_t i = 0; i < rows; i += 32) {
+        const int64_t few = std::min<int64_t>(32, rows - i);
+        for (int64_t k = 0; by_columns && k < columns; k += 32)
+            at::vec::transpose_mxn<Low>(left + k * lead + i, lead, to + i * width + k, width,
+                                        std::min<int64_t>(32, columns - k), few);
+        for (int64_t row = i; row < i + few; ++row) {
+            if (!by_columns) std::copy_n(left + row * lead, columns, to + row * width);
+            if (columns % 2) to[row * width + columns] = Low(0.f);
+        }
+    }
+}
+
+// Rows of a result: sums, and what is added, rounded once.
+static void round_rows(const float* sums, int64_t width, const Low* added, int64_t added_row, int64_t added_column,
+                       Low* out, int64_t lead, int64_t rows, int64_t columns) {
+    using Lows = at::vec::Vectorized<Low>;
+    using Floats = at::vec::VectorizedN<float, 2>;
+    constexpr int64_t SIZE = Lows::size();
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; j += SIZE) {
+            const int64_t count = std::min(SIZE, columns - j);
+            const float* const from = sums + i * width + j;  // as wide as vectors are
+            Floats found(at::vec::Vectorized<float>::loadu(from), at::vec::Vectorized<float>::loadu(from + SIZE / 2));
+            if (added) {
+                const Low* const first = added + i * added_row + j * added_column;
+                Low terms[SIZE];
+                for (int64_t n = 0; added_column != 1 && n < count; ++n) terms[n] = first[n * added_column];
+                found = found + at::vec::convert<float, 2, Low, 1>(
+                                    Lows::loadu(added_column == 1 ? first : terms, count));
+            }
+            to_bfloat16(found).store(out + i * lead + j, count);
+        }
+    }
+}
+
+struct Room {  // of each thread that calls products: what blocks of these lie in
+    std::vector<uint32_t> pairs;
+    std::vector<Low> lefts;
+    std::vector<float> sums;
+    template <typename T> static T* of(std::vector<T>& memory, int64_t count) {
+        if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
+        return memory.data();
+    }
+};
+
+// out = left @ right + added, as product() has it. A sum is one of float32, of blocks in turn, and does not depend on
+// the number of threads.
+static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns, int64_t inner,
+                       const Low* left, int64_t left_lead, const Low* right, int64_t right_lead, Low* out,
+                       int64_t out_lead, const Low* added, int64_t added_row, int64_t added_column) {
+    static thread_local Room room;
+    const int most = rows * columns * inner < ALONE ? 1 : omp_get_max_threads();
+    const bool copies = left_by_columns || inner % 2;
+    const int64_t width = ceil_of(std::min(columns, COLUMNS), 32), depth = ceil_of(std::min(inner, SUMMANDS), 32);
+    const int64_t left_width = depth + 32, panel = std::min(rows, ROWS);  // not a power of two: lines of a cache
+    uint32_t* const pairs = Room::of(room.pairs, width * depth / 2);
+    Low* const lefts = copies ? Room::of(room.lefts, panel * left_width) : nullptr;
+    float* const sums = Room::of(room.sums, panel * width);
+    std::exception_ptr failed;
+    #pragma omp parallel num_threads(most)
+    {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        for (int64_t i0 = 0; i0 < rows; i0 += ROWS)
+        for (int64_t j0 = 0; j0 < columns; j0 += COLUMNS)
+        for (int64_t k0 = 0; k0 < inner; k0 += SUMMANDS) {
+            const int64_t m = std::min(ROWS, rows - i0), n = std::min(COLUMNS, columns - j0);
+            const int64_t k = std::min(SUMMANDS, inner - k0), even = ceil_of(k, 2);
+            const int64_t tile = std::min(TILE, ceil_of((m + threads - 1) / threads, 16));
+            const int64_t share = ceil_of((even / 2 + threads - 1) / threads, 16);
+            const Low* const block = left + (left_by_columns ? k0 * left_lead + i0 : i0 * left_lead + k0);
+            pair_rows(right + (right_by_columns ? j0 * right_lead + k0 : k0 * right_lead + j0), right_lead,
+                      right_by_columns, k, n, pairs, width, std::min(thread * share, even / 2),
+                      std::min((thread + 1) * share, even / 2));
+            #pragma omp barrier
+            #pragma omp for schedule(static)
+            for (int64_t i = 0; i < m; i += tile) {
+                const int64_t few = std::min(tile, m - i);
+                const Low* from = block + i * left_lead;
+                if (copies) {
+                    if (!j0 || inner > SUMMANDS)
+                        copy_rows(block + i * (left_by_columns ? 1 : left_lead), left_lead, left_by_columns, few, k,
+                                  lefts + i * left_width, left_width);
+                    from = lefts + i * left_width;
+                }
+                try {
+                    low_gemm(few, n, even, copies ? left_width : left_lead, width, width, k0 > 0, from,
+                             reinterpret_cast<const Low*>(pairs), sums + i * width, true);
+                } catch (...) {
+                    #pragma omp critical
+                    failed = std::current_exception();
+                }
+                if (k0 + k == inner)
+                    round_rows(sums + i * width, width,
+                               added ? added + (i0 + i) * added_row + j0 * added_column : nullptr, added_row,
+                               added_column, out + (i0 + i) * out_lead + j0, out_lead, few, n);
+            }
+        }
+        low_gemm_ends(true);
+    }
+    if (failed) std::rethrow_exception(failed);
+}
+
+static void low_product(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns, int64_t inner,
+                        const Low* left, int64_t left_lead, const Low* right, int64_t right_lead, Low* out,
+                        int64_t out_lead, const Low* added, int64_t added_row, int64_t added_column) {
+    if (!rows || !columns) return;
+    for (int64_t* lead : {&left_lead, &right_lead, &out_lead}) *lead = std::max<int64_t>(*lead, 1);
+    const auto run = [&] {
+        low_blocks(left_by_columns, right_by_columns, rows, columns, inner, left, left_lead, right, right_lead, out,
+                   out_lead, added, added_row, added_column);
+    };
+    if (inner && onednn_is_on(torch_settings())) {
+        beside_python(rows * columns * inner, run);
+        return;
+    }
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            float sum = 0;
+            for (int64_t k = 0; k < inner; ++k)
+                sum += float(left[left_by_columns ? k * left_lead + i : i * left_lead + k]) *
+                       float(right[right_by_columns ? j * right_lead + k : k * right_lead + j]);
+            out[i * out_lead + j] = Low(added ? sum + float(added[i * added_row + j * added_column]) : sum);
+        }
+}
+
+// Whether the kernels do what is expected of them, by a product of small integers, which all sums have exactly.
+static void check_low_products() {
+    constexpr int64_t ROWS = 19, COLUMNS = 35, INNER = 37;
+    Low left[ROWS * INNER], right[INNER * COLUMNS], found[ROWS * COLUMNS];
+    for (int64_t i = 0; i < ROWS * INNER; ++i) left[i] = Low(float(i * 7 % 5 - 2));
+    for (int64_t i = 0; i < INNER * COLUMNS; ++i) right[i] = Low(float(i * 5 % 7 - 3));
+    low_blocks(false, false, ROWS, COLUMNS, INNER, left, INNER, right, COLUMNS, found, COLUMNS, nullptr, 0, 0);
+    for (int64_t i = 0; i < ROWS; ++i)
+        for (int64_t j = 0; j < COLUMNS; ++j) {
+            float sum = 0;
+            for (int64_t k = 0; k < INNER; ++k) sum += float(left[i * INNER + k]) * float(right[k * COLUMNS + j]);
+            if (float(found[i * COLUMNS + j]) != sum) throw std::runtime_error("products of bfloat16 are wrong");
+        }
+}
+"""
+CONNECTED = """
+    low_gemm = reinterpret_cast<decltype(low_gemm)>(places[0]);
+    low_gemm_ends = reinterpret_cast<decltype(low_gemm_ends)>(places[1]);
+    torch_settings = reinterpret_cast<decltype(torch_settings)>(places[2]);
+    onednn_is_on = reinterpret_cast<decltype(onednn_is_on)>(places[3]);
+    try {
+        if (onednn_is_on(torch_settings())) check_low_products();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+"""
+
+
+@functools.cache
+def places() -> tuple[int, ...]:
+    """Where torch has what SOURCE calls: zeros, where it lacks any of it or the CPU has no arithmetic for bfloat16."""
+    nothing = (0,) * len(_SYMBOLS)
+    if sys.platform != "linux" or any(map(os.getenv, _LIMITS)):
+        return nothing
+    if not (torch.backends.mkldnn.is_available() and kernels.cpu_has_bfloat16()):
+        return nothing
+    try:
+        library = cpp_compiler.torch_library()
+        found = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _SYMBOLS]
+    except (OSError, AttributeError):
+        return nothing
+    return tuple(found) if all(found) else nothing
+
+
+def multiplies() -> bool:
+    """Whether products of bfloat16 are to be had from SOURCE."""
+    return all(places()) and cpp_compiler.makes_long_vectors()
+
+
+class WithLowProducts:
+    """The kernels that what Inductor writes calls, with matrices of bfloat16 multiplied by multiply_low instead.
+
+    Args:
+        kernels: Inductor's own.
+        multiply_low: From FROM_PYTHON.
+    """
+
+    def __init__(self, kernels: Any, multiply_low: Callable[..., None]) -> None:
+        self._kernels, self._multiply_low = kernels, multiply_low
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def mm(self, left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+        """A product."""
+        layouts = _layouts(left, right, out)
+        if layouts is None:
+            self._kernels.mm(left, right, out=out)
+        else:
+            self._multiply_low(left, right, out, *layouts, out, 0, 0, 0)
+
+    def addmm(
+        self,
+        added: torch.Tensor,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        *,
+        alpha: float,
+        beta: float,
+        out: torch.Tensor,
+    ) -> None:
+        """A product, and what is added."""
+        layouts = _layouts(left, right, out) if alpha == beta == 1 and added.dtype == out.dtype else None
+        if layouts is None:
+            self._kernels.addmm(added, left, right, alpha=alpha, beta=beta, out=out)
+        else:
+            self._multiply_low(left, right, out, *layouts, added, 1, *added.expand(out.shape).stride())
+
+
+def _layouts(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> tuple[int, ...] | None:
+    """How the matrices of a product lie in memory; None if multiply_low does not read them."""
+    if {left.dtype, right.dtype, out.dtype} != {torch.bfloat16} or out.device.type != "cpu" or out.stride(1) != 1:
+        return None
+    sides = [_side(matrix) for matrix in (left, right)]
+    if None in sides:
+        return None
+    flags, leads = zip(*sides, strict=True)
+    return *flags, *out.shape, left.shape[1], *leads, out.stride(0)
+
+
+def _side(matrix: torch.Tensor) -> tuple[int, int] | None:
+    """Whether a factor is stored by columns, and how far apart two of these, or of its rows, are."""
+    row, column = matrix.stride()
+    by_columns = column != 1
+    lead, length = (column, matrix.shape[0]) if by_columns else (row, matrix.shape[1])
+    return (int(by_columns), lead) if (row if by_columns else column) == 1 and lead >= length else None

@@ -1,0 +1,231 @@
+"""Products of bfloat16 in C++: of integers, whose sums float32 has exactly, so that every bit of a result is known."""
+
+import itertools
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+import rampde_fx
+from rampde_fx.torch_private import kernels, low_products, native_library
+
+pytestmark = [
+    pytest.mark.inductor,
+    pytest.mark.skipif(not low_products.multiplies(), reason="oneDNN has no kernels for bfloat16 here"),
+]
+SOURCE = """#include <torch/csrc/inductor/cpp_prefix.h>
+static void multiply(
+    char* a, char* b, char* c, int64_t by_columns_a, int64_t by_columns_b, int64_t m, int64_t n, int64_t k,
+    int64_t lead_a, int64_t lead_b, int64_t lead_c, char* d, int64_t adds, int64_t row, int64_t column
+) {
+    low_product(by_columns_a, by_columns_b, m, n, k, reinterpret_cast<const at::BFloat16*>(a), lead_a,
+                reinterpret_cast<const at::BFloat16*>(b), lead_b, reinterpret_cast<at::BFloat16*>(c), lead_c,
+                adds ? reinterpret_cast<const at::BFloat16*>(d) : nullptr, row, column);
+}"""
+SMALL = [*itertools.product([0, 1, 2, 17, 33], [0, 1, 2, 7, 34], [0, 1, 2, 7, 33])]
+LARGE = [
+    (1100, 9, 40),
+    (40, 301, 1101),
+    (130, 520, 2050),
+    (65, 64, 64),
+    (300, 257, 96),
+]  # more than a block, and a tile
+
+
+@pytest.fixture(scope="module")
+def multiply():
+    [function] = native_library.load_library(["multiply"], SOURCE)
+    return function
+
+
+def integers(*shape):
+    return torch.randint(-3, 4, shape).bfloat16()
+
+
+def product(multiply, a, b, added=None):
+    """By the library: of factors stored by rows or by columns, into a part of something."""
+    flags = [int(value.stride(1) != 1) for value in (a, b)]
+    leads = [max(value.stride(0), value.stride(1)) for value in (a, b)]
+    (m, k), n = a.shape, b.shape[1]
+    out = torch.full((m, n + 3), torch.nan, dtype=torch.bfloat16)
+    term = torch.zeros(1, dtype=torch.bfloat16) if added is None else added
+    strides = (0, 0) if added is None else added.stride()
+    multiply(a, b, out, *flags, m, n, k, *leads, n + 3, term, int(added is not None), *strides)
+    assert out[:, n:].isnan().all()
+    return out[:, :n]
+
+
+@pytest.mark.parametrize("by_columns", [*itertools.product([False, True], repeat=2)], ids=str)
+@pytest.mark.parametrize("sizes", [SMALL, *([case] for case in LARGE)], ids=["small", *map(str, LARGE)])
+def test_every_layout_and_size(multiply, sizes, by_columns):
+    """Beside numbers that are none: what lies between rows and behind the last one is not read."""
+    torch.manual_seed(0)
+    for (m, n, k), kind in itertools.product(sizes, ("none", "row", "matrix", "column")):
+        shapes, factors = ((m, k), (k, n)), []
+        for shape, flag in zip(shapes, by_columns, strict=True):
+            rows, columns = shape[::-1] if flag else shape
+            around = torch.full((rows + 1, columns + 2 + columns % 2), torch.nan, dtype=torch.bfloat16)
+            around[:rows, :columns] = integers(rows, columns)
+            part = around[:rows, :columns]
+            factors.append(part.T if flag else part)
+        added = {
+            "none": None,
+            "row": integers(1, n).expand(m, n),
+            "matrix": integers(m, n),
+            "column": integers(m, 2 * n)[:, ::2],
+        }[kind]
+        exact = factors[0].double() @ factors[1].double() + (0 if added is None else added.double())
+        assert torch.equal(product(multiply, *factors, added), exact.float().bfloat16()), (m, n, k, kind)
+
+
+def test_an_odd_distance_between_columns(multiply):
+    b = integers(7, 33).T  # which is read by pairs otherwise
+    a = integers(5, 33)
+    assert torch.equal(product(multiply, a, b[:, :7]), (a.double() @ b.double()).float().bfloat16())
+
+
+def test_what_is_no_number_stays_so(multiply):
+    a, b = integers(20, 40), integers(40, 50)
+    a[3, 5], b[7, 11] = torch.inf, torch.nan
+    expected = (a.float() @ b.float()).bfloat16()
+    torch.testing.assert_close(product(multiply, a, b), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_number_of_threads_changes_no_bit(multiply):
+    torch.manual_seed(0)
+    a, b = torch.randn(300, 700).bfloat16(), torch.randn(700, 300).bfloat16()
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(product(multiply, a, b))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    exact = a.double() @ b.double()
+    error = (found[0].double() - exact).abs() / (a.double().abs() @ b.double().abs())
+    assert error.max() <= 2**-9 + 700 * 2**-24  # one rounding, and sums in float32
+
+
+def test_where_onednn_is_switched_off_sums_are_written_out(multiply):
+    a, b, added = integers(20, 33), integers(33, 21), integers(20, 21)
+    expected = (a.double() @ b.double() + added.double()).float().bfloat16()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(product(multiply, a, b, added), expected)
+
+
+def test_a_kernel_that_multiplies_otherwise_is_not_used(monkeypatch):
+    """As of another version of oneDNN: the library is refused, and Inductor's own module stays."""
+    places = low_products.places()
+    release = places[1]  # takes other arguments, and writes no sums
+    monkeypatch.setattr(low_products, "places", lambda: (release, *places[1:]))
+    with pytest.raises(RuntimeError, match="products of bfloat16 are wrong"):
+        native_library.load_library(["multiply"], SOURCE)
+
+
+@pytest.mark.parametrize("name", low_products._LIMITS)
+def test_a_limit_of_instructions_is_respected(monkeypatch, name):
+    monkeypatch.setenv(name, "AVX2")
+    assert low_products.places.__wrapped__() == (0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def multiply_low():
+    header = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+    [function] = native_library.load_library(["multiply_low"], header + low_products.FROM_PYTHON)
+    return function
+
+
+class Recorded:
+    """Inductor's kernels, which tell that they were called."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def mm(self, left, right, *, out):
+        self.calls += 1
+        torch.mm(left, right, out=out)
+
+    def addmm(self, added, left, right, *, alpha, beta, out):
+        self.calls += 1
+        torch.addmm(added, left, right, alpha=alpha, beta=beta, out=out)
+
+    def bmm(self):
+        return "another one"
+
+
+class TestInPython:
+    @pytest.mark.parametrize(
+        ("change", "is_low"),
+        [
+            (lambda a, b, out: (a, b, out), True),
+            (lambda a, b, out: (a.T.contiguous().T, b.T.contiguous().T, out), True),
+            (lambda a, b, out: (a[:, :20], b[:20], out), True),
+            (lambda a, b, out: (a[:1], b, out[:1]), True),
+            (lambda a, b, out: (a[:0], b, out[:0]), True),
+            (lambda a, b, out: (a[:, :1], b[:1], out), True),
+            (lambda a, b, out: (a.float(), b.float(), out.float()), False),
+            (lambda a, b, out: (a.half(), b.half(), out.half()), False),
+            (lambda a, b, out: (a[:, ::2], b[::2], out), False),  # no factor that a kernel reads
+            (lambda a, b, out: (a[:1].expand(40, 33), b, out), False),
+            (lambda a, b, out: (a, b, out.T.contiguous().T), False),
+        ],
+    )
+    def test_what_is_of_bfloat16_is_multiplied_by_the_library(self, multiply_low, change, is_low):
+        torch.manual_seed(0)
+        a, b, out = change(integers(40, 33), integers(33, 35), torch.empty(40, 35, dtype=torch.bfloat16))
+        recorded = Recorded()
+        found = low_products.WithLowProducts(recorded, multiply_low)
+        exact = a.double() @ b.double()
+        found.mm(a, b, out=out)
+        assert torch.equal(out, exact.float().to(out.dtype)) and recorded.calls == (not is_low)
+        for added in (integers(35), integers(1, 35), integers(*out.shape)):
+            found.addmm(added.to(out.dtype), a, b, alpha=1, beta=1, out=out)
+            assert torch.equal(out, (exact + added.double()).float().to(out.dtype))
+        assert recorded.calls == 4 * (not is_low)
+        found.addmm(integers(35).to(out.dtype), a, b, alpha=2, beta=1, out=out)
+        assert recorded.calls == 1 + 4 * (not is_low) and found.bmm() == "another one"
+
+
+class Field(torch.nn.Module):
+    """A velocity that is narrow nowhere; sorted, if it is not to be written in C++."""
+
+    def __init__(self, is_sorted):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(12, 40), torch.nn.Tanh(), torch.nn.Linear(40, 12))
+        self.is_sorted = is_sorted
+
+    def forward(self, y, t):
+        for _, dt in rampde_fx.steps(t):
+            v = self.layers(y)
+            y = y + dt * (v.sort(1).values if self.is_sorted else v)
+        return y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in C++", "in Python"])
+def test_a_compiled_loop(monkeypatch, is_sorted):
+    """The products of both directions are of the library; what they give is what the compiler without it gives."""
+    monkeypatch.setattr(kernels, "cpu_has_tiles", lambda: True)
+    torch.manual_seed(0)
+    model, t, y = Field(is_sorted), torch.linspace(0, 1, 9), torch.randn(24, 12)
+    found = []
+    for compiler in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        marked = rampde_fx.mixed_precision(model, dtype=torch.bfloat16)
+        function = torch.compile(marked, backend="rampde_fx", options={"compiler": compiler}, fullgraph=True)
+        model.zero_grad()
+
+        def train(function=function):
+            loss = function(y, t).square().mean()
+            loss.backward()
+            return loss
+
+        loss, codes = run_and_get_code(train)
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    forward, backward = codes
+    wanted = "extern_kernels = " if is_sorted else " low_product("
+    assert wanted in forward and wanted in backward and "widened" not in forward
+    assert ("_loop_native(" in forward) != is_sorted
+    for got, expected in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
