@@ -35,8 +35,25 @@ FROM_PYTHON = """static void multiply_low(
                 reinterpret_cast<const Low*>(right), right_lead, reinterpret_cast<Low*>(out), out_lead,
                 adds ? reinterpret_cast<const Low*>(added) : nullptr, added_row, added_column);
 }"""
+# What a library that calls low_product has of it. The kernels' library is another one, which is compiled once.
+DECLARED = """
+using Low = at::BFloat16;
+static void (*low_blocks)(bool, bool, int64_t, int64_t, int64_t, const Low*, int64_t, const Low*, int64_t, Low*,
+                          int64_t, const Low*, int64_t, int64_t);
+
+static void low_product(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns, int64_t inner,
+                        const Low* left, int64_t left_lead, const Low* right, int64_t right_lead, Low* out,
+                        int64_t out_lead, const Low* added, int64_t added_row, int64_t added_column) {
+    if (!rows || !columns) return;
+    for (int64_t* lead : {&left_lead, &right_lead, &out_lead}) *lead = std::max<int64_t>(*lead, 1);
+    beside_python(rows * columns * inner, [&] {
+        low_blocks(left_by_columns, right_by_columns, rows, columns, inner, left, left_lead, right, right_lead, out,
+                   out_lead, added, added_row, added_column);
+    });
+}
+"""
 # A block of the right factor has 512 KiB, which a core's cache holds; what is summed has a MiB, however long the batch.
-SOURCE = """
+SOURCE = """#include <torch/csrc/inductor/cpp_prefix.h>
 #include <exception>
 #include <omp.h>
 using Low = at::BFloat16;
@@ -184,17 +201,13 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
     if (failed) std::rethrow_exception(failed);
 }
 
-static void low_product(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns, int64_t inner,
-                        const Low* left, int64_t left_lead, const Low* right, int64_t right_lead, Low* out,
-                        int64_t out_lead, const Low* added, int64_t added_row, int64_t added_column) {
-    if (!rows || !columns) return;
-    for (int64_t* lead : {&left_lead, &right_lead, &out_lead}) *lead = std::max<int64_t>(*lead, 1);
-    const auto run = [&] {
+static void low_product_or_sums(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns,
+                                int64_t inner, const Low* left, int64_t left_lead, const Low* right,
+                                int64_t right_lead, Low* out, int64_t out_lead, const Low* added, int64_t added_row,
+                                int64_t added_column) {
+    if (inner && onednn_is_on(torch_settings())) {
         low_blocks(left_by_columns, right_by_columns, rows, columns, inner, left, left_lead, right, right_lead, out,
                    out_lead, added, added_row, added_column);
-    };
-    if (inner && onednn_is_on(torch_settings())) {
-        beside_python(rows * columns * inner, run);
         return;
     }
     for (int64_t i = 0; i < rows; ++i)
@@ -221,18 +234,15 @@ static void check_low_products() {
             if (float(found[i * COLUMNS + j]) != sum) throw std::runtime_error("products of bfloat16 are wrong");
         }
 }
-"""
-CONNECTED = """
-    low_gemm = reinterpret_cast<decltype(low_gemm)>(places[0]);
-    low_gemm_ends = reinterpret_cast<decltype(low_gemm_ends)>(places[1]);
-    torch_settings = reinterpret_cast<decltype(torch_settings)>(places[2]);
-    onednn_is_on = reinterpret_cast<decltype(onednn_is_on)>(places[3]);
-    try {
-        if (onednn_is_on(torch_settings())) check_low_products();
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
+
+static void connect_kernels(int64_t gemm, int64_t ends, int64_t settings, int64_t is_on, char* found) {
+    low_gemm = reinterpret_cast<decltype(low_gemm)>(gemm);
+    low_gemm_ends = reinterpret_cast<decltype(low_gemm_ends)>(ends);
+    torch_settings = reinterpret_cast<decltype(torch_settings)>(settings);
+    onednn_is_on = reinterpret_cast<decltype(onednn_is_on)>(is_on);
+    if (onednn_is_on(torch_settings())) check_low_products();
+    *reinterpret_cast<int64_t*>(found) = reinterpret_cast<int64_t>(&low_product_or_sums);
+}
 """
 
 

@@ -219,16 +219,15 @@ static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count)
 }
 
 static PyObject* connect(PyObject*, PyObject* args) {
-    unsigned long long data, single, twice, threads, places[4];
-    if (!PyArg_ParseTuple(args, "KKKKKKKKOOO", &data, &single, &twice, &threads, places, places + 1, places + 2,
-                          places + 3, &idle, &storages_of, &place_of))
+    unsigned long long data, single, twice, threads, low;
+    if (!PyArg_ParseTuple(args, "KKKKKOOO", &data, &single, &twice, &threads, &low, &idle, &storages_of, &place_of))
         return nullptr;
     for (PyObject* function : {idle, storages_of, place_of}) Py_INCREF(function);
     data_of = reinterpret_cast<decltype(data_of)>(data);
     sgemm = reinterpret_cast<decltype(sgemm)>(single);
     dgemm = reinterpret_cast<decltype(dgemm)>(twice);
     mkl_threads = reinterpret_cast<decltype(mkl_threads)>(threads);
-    LOW_PRODUCTS
+    CONNECTED
     Py_RETURN_NONE;
 }
 
@@ -257,15 +256,17 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     includes, definitions = _apart(source)
     is_low = low_products.CALL in definitions
     bound = _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
-    bound = bound.replace("    LOW_PRODUCTS\n", low_products.CONNECTED if is_low else "")
-    rounded = _ROUNDED if _TORCH_ROUNDS in definitions or is_low else ""
+    bound = bound.replace(
+        "CONNECTED\n", "low_blocks = reinterpret_cast<decltype(low_blocks)>(low);\n" if is_low else "\n"
+    )
     definitions = definitions.replace(_TORCH_ROUNDS, "to_bfloat16(")
-    low = low_products.SOURCE if is_low else ""
+    rounded = _ROUNDED if "to_bfloat16(" in definitions else ""
+    low = low_products.DECLARED if is_low else ""
     text = includes + _HEADERS + _GIVEN + _PRODUCT + rounded + low + definitions + bound
     cpp_compiler.wait_for_vectors()
     library = cpp_compiler.library_cache().load(text)
-    blas = *(_gemms() or (0, 0)), _mkl_threads(), *low_products.places()
-    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *blas, _idle, _storages, _place)
+    products = *(_gemms() or (0, 0)), _mkl_threads(), _low_blocks() if is_low else 0
+    library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *products, _idle, _storages, _place)
     return [getattr(library, name) for name in names]
 
 
@@ -297,6 +298,19 @@ def multiplies() -> bool:
     torch.set_float32_matmul_precision("medium") is a setting of oneDNN's, too; it cannot always be asked for itself.
     """
     return _gemms() is not None and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
+@functools.cache
+def _low_blocks() -> int:
+    """Where products of bfloat16 are, in a library of their own.
+
+    Raises:
+        RuntimeError: oneDNN's kernels do not multiply as they should.
+    """
+    [connect_kernels] = load_library(["connect_kernels"], low_products.SOURCE)
+    found = torch.zeros((), dtype=torch.int64)
+    connect_kernels(*low_products.places(), found)
+    return int(found)
 
 
 @functools.cache
