@@ -63,7 +63,7 @@ static void (*low_gemm_ends)(bool);
 static const void* (*torch_settings)();
 static bool (*onednn_is_on)(const void*);
 static constexpr int64_t ROWS = 1024, COLUMNS = 256, SUMMANDS = 1024;  // of a block
-static constexpr int64_t TILE = 64;      // rows that a thread takes at a time
+static constexpr int64_t TILE = 32;      // rows that a thread takes at a time
 static constexpr int64_t ALONE = 1 << 22;  // multiplications, which two threads do not do faster
 
 static int64_t ceil_of(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -121,15 +121,20 @@ static void round_rows(const float* sums, int64_t width, const Low* added, int64
         for (int64_t j = 0; j < columns; j += SIZE) {
             const int64_t count = std::min(SIZE, columns - j);
             const float* const from = sums + i * width + j;  // as wide as vectors are
-            Floats found(at::vec::Vectorized<float>::loadu(from), at::vec::Vectorized<float>::loadu(from + SIZE / 2));
+            __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + SIZE / 2);
             if (added) {
-                const Low* const first = added + i * added_row + j * added_column;
-                Low terms[SIZE];
-                for (int64_t n = 0; added_column != 1 && n < count; ++n) terms[n] = first[n * added_column];
-                found = found + at::vec::convert<float, 2, Low, 1>(
-                                    Lows::loadu(added_column == 1 ? first : terms, count));
+                const Low* terms = added + i * added_row + j * added_column;
+                Low copied[SIZE];
+                if (added_column != 1 || count < SIZE) {
+                    for (int64_t n = 0; n < count; ++n) copied[n] = terms[n * added_column];
+                    terms = copied;
+                }
+                low += _mm512_castsi512_ps(_mm512_slli_epi32(numbers(terms), 16));
+                high += _mm512_castsi512_ps(_mm512_slli_epi32(numbers(terms + SIZE / 2), 16));
             }
-            to_bfloat16(found).store(out + i * lead + j, count);
+            const auto rounded = to_bfloat16(Floats(at::vec::Vectorized<float>(low), at::vec::Vectorized<float>(high)));
+            if (count == SIZE) _mm512_storeu_si512(out + i * lead + j, __m512i(rounded));
+            else rounded.store(out + i * lead + j, count);
         }
     }
 }
@@ -139,8 +144,10 @@ struct Room {  // of each thread that calls products: what blocks of these lie i
     std::vector<Low> lefts;
     std::vector<float> sums;
     template <typename T> static T* of(std::vector<T>& memory, int64_t count) {
-        if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
-        return memory.data();
+        constexpr size_t LINE = 64;  // of a cache: a row of a tile that lies across two takes twice as long
+        const size_t needed = count + LINE / sizeof(T);
+        if (memory.size() < needed) memory.resize(needed);
+        return reinterpret_cast<T*>((reinterpret_cast<size_t>(memory.data()) + LINE - 1) / LINE * LINE);
     }
 };
 
@@ -156,7 +163,8 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
     const int64_t left_width = depth + 32, panel = std::min(rows, ROWS);  // not a power of two: lines of a cache
     uint32_t* const pairs = Room::of(room.pairs, width * depth / 2);
     Low* const lefts = copies ? Room::of(room.lefts, panel * left_width) : nullptr;
-    float* const sums = Room::of(room.sums, panel * width);
+    const bool once = inner <= SUMMANDS;  // then a tile's sums are read at once, and those of the next lie there
+    float* const sums = Room::of(room.sums, (once ? most * TILE : panel) * width);
     std::exception_ptr failed;
     #pragma omp parallel num_threads(most)
     {
@@ -177,6 +185,7 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
             for (int64_t i = 0; i < m; i += tile) {
                 const int64_t few = std::min(tile, m - i);
                 const Low* from = block + i * left_lead;
+                float* const found = sums + (once ? thread * TILE : i) * width;
                 if (copies) {
                     if (!j0 || inner > SUMMANDS)
                         copy_rows(block + i * (left_by_columns ? 1 : left_lead), left_lead, left_by_columns, few, k,
@@ -185,13 +194,13 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
                 }
                 try {
                     low_gemm(few, n, even, copies ? left_width : left_lead, width, width, k0 > 0, from,
-                             reinterpret_cast<const Low*>(pairs), sums + i * width, true);
+                             reinterpret_cast<const Low*>(pairs), found, true);
                 } catch (...) {
                     #pragma omp critical
                     failed = std::current_exception();
                 }
                 if (k0 + k == inner)
-                    round_rows(sums + i * width, width,
+                    round_rows(found, width,
                                added ? added + (i0 + i) * added_row + j0 * added_column : nullptr, added_row,
                                added_column, out + (i0 + i) * out_lead + j0, out_lead, few, n);
             }
