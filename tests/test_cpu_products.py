@@ -180,6 +180,21 @@ def test_matrix_units_multiply_small_matrices_too(monkeypatch, product, shapes, 
     assert operators_of(lowered(product, faked(torch.bfloat16, *shapes))) != [str(product)]
 
 
+@pytest.mark.parametrize(("dtype", "stays"), [(torch.float16, False), (torch.bfloat16, True)])
+def test_derivatives_of_convolutions_are_wide_in_float16_on_every_cpu(monkeypatch, dtype, stays):
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
+    for product, is_kept in ((aten.convolution_backward.default, stays), (aten.convolution.default, True)):
+        args = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in CALLS[product]]
+        graph = lowered(product, args)
+        assert ("rampde_fx.widened.default" not in operators_of(graph)) == is_kept
+    args = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in CALLS[aten.convolution_backward.default]]
+    graph = lowered(aten.convolution_backward.default, args)
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    for got, exact in zip(graph(*args), aten.convolution_backward.default(*wide), strict=True):
+        assert got.dtype is dtype
+        torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps * 16)
+
+
 def test_small_convolutions_stay():
     args = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in CALLS[aten.convolution.default]]
     assert operators_of(lowered(aten.convolution.default, args)) == ["aten.convolution.default"]
