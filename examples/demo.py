@@ -9,6 +9,7 @@ and slow, at a small one.
 import argparse
 import base64
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from rampde_fx.__main__ import environment
 
 MIB = 2**20
 HELD_OUT = 4096
+NOISE = 0.05  # times are told apart that differ by more, relatively
+DISTURBED = 1.5  # times float32: no dtype takes as long that the processor multiplies in
 # Width and batch where the device has arithmetic in a low dtype, and where it has none.
 LARGE, SMALL = (256, 512), (64, 256)
 COLUMNS = (
@@ -183,11 +186,17 @@ def verdict(rows: Sequence[Row], *, has_arithmetic: bool) -> str:
     """One sentence from the rows' own numbers, and one on a processor without arithmetic in the low dtype."""
     wide, low = rows
     time_ratio, memory = low.iteration / wide.iteration, low.stored / wide.stored
-    speed = f"{1 / time_ratio:.1f} times as fast as" if time_ratio < 1 else f"{time_ratio:.1f} times as slow as"
+    if abs(math.log(time_ratio)) < NOISE:
+        speed = "takes about as long as"
+    elif time_ratio < 1:
+        speed = f"is {1 / time_ratio:.1f} times as fast as"
+    else:
+        speed = f"takes {time_ratio:.1f} times as long as"
+    doubt = " Other work may have disturbed it: run it again." if has_arithmetic and time_ratio > DISTURBED else ""
     imitated = "" if has_arithmetic else f" This processor has no arithmetic in {low.dtype}: it is imitated."
     return (
-        f"Here {low.dtype} is {speed} float32 and keeps {memory:.2f} of its memory between forward and backward; the "
-        f"held-out losses differ by {abs(low.loss - wide.loss):.3f} nats.{imitated}"
+        f"Here {low.dtype} {speed} float32 and keeps {memory:.2f} of its memory between forward and backward; the "
+        f"held-out losses differ by {abs(low.loss - wide.loss):.3f} nats.{imitated}{doubt}"
     )
 
 

@@ -494,7 +494,11 @@ def test_the_verdict_of_the_demo():
     fast = demo.verdict(rows, has_arithmetic=True)
     assert "2.0 times as fast as float32 and keeps 0.50" in fast and fast.endswith("nats.")
     slow = demo.verdict([rows[0], replace(rows[1], iteration=0.4)], has_arithmetic=False)
-    assert "2.0 times as slow as float32" in slow and slow.endswith("no arithmetic in bfloat16: it is imitated.")
+    assert "takes 2.0 times as long as float32" in slow and slow.endswith("no arithmetic in bfloat16: it is imitated.")
+    same = demo.verdict([rows[0], replace(rows[1], iteration=0.206)], has_arithmetic=True)
+    assert "bfloat16 takes about as long as float32 and" in same and same.endswith("nats.")
+    disturbed = demo.verdict([rows[0], replace(rows[1], iteration=0.9)], has_arithmetic=True)
+    assert "takes 4.5 times as long as float32" in disturbed and disturbed.endswith("run it again.")
 
 
 @pytest.mark.parametrize(("chosen", "size"), [("float32", (64, 256)), ("bfloat16", (256, 512))])

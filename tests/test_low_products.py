@@ -1,6 +1,10 @@
 """Products of bfloat16 in C++: of integers, whose sums float32 has exactly, so that every bit of a result is known."""
 
 import itertools
+import os
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +108,7 @@ def test_the_number_of_threads_changes_no_bit(multiply):
     assert all(torch.equal(found[0], other) for other in found[1:])
     exact = a.double() @ b.double()
     error = (found[0].double() - exact).abs() / (a.double().abs() @ b.double().abs())
-    assert error.max() <= 2**-9 + 700 * 2**-24  # one rounding, and sums in float32
+    assert error.max() <= 2**-8 + 700 * 2**-24  # one rounding, and sums in float32
 
 
 def test_where_onednn_is_switched_off_sums_are_written_out(multiply):
@@ -112,6 +116,46 @@ def test_where_onednn_is_switched_off_sums_are_written_out(multiply):
     expected = (a.double() @ b.double() + added.double()).float().bfloat16()
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(product(multiply, a, b, added), expected)
+
+
+def test_onednn_is_switched_off_while_products_run(multiply):
+    """By another thread, which runs while a large one does: it is computed again, without."""
+    a, b = integers(4000, 192), integers(192, 130)
+    expected = (a.double() @ b.double()).float().bfloat16()
+    done = threading.Event()
+
+    def switch():
+        while not done.is_set():
+            with torch.backends.mkldnn.flags(enabled=False):
+                time.sleep(0.0005)
+            time.sleep(0.005)
+
+    other = threading.Thread(target=switch)
+    other.start()
+    try:
+        assert all(torch.equal(product(multiply, a, b), expected) for _ in range(200))
+    finally:
+        done.set()
+        other.join()
+    assert torch.backends.mkldnn.enabled
+
+
+def test_where_onednn_is_switched_off_nothing_is_compiled_for_it():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not low_products.multiplies()
+    assert low_products.multiplies()
+
+
+def test_batches_of_many_sizes_take_little_memory(multiply):
+    """torch keeps a kernel for each number of summands, which is that of a batch in the gradients of weights."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for size in range(2, 1000, 2):
+        product(multiply, integers(size, 272).T, integers(size, 272))
+    assert resident() - before < 150 * 2**20  # 562 MiB, were there one for each size
 
 
 def test_a_kernel_that_multiplies_otherwise_is_not_used(monkeypatch):

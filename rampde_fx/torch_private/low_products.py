@@ -54,6 +54,8 @@ static void low_product(bool left_by_columns, bool right_by_columns, int64_t row
 """
 # A block of the right factor has 512 KiB, which a core's cache holds; what is summed has a MiB, however long the batch.
 SOURCE = """#include <torch/csrc/inductor/cpp_prefix.h>
+#include <array>
+#include <atomic>
 #include <exception>
 #include <omp.h>
 using Low = at::BFloat16;
@@ -92,13 +94,16 @@ static void pair_rows(const Low* right, int64_t lead, bool by_columns, int64_t r
         for (; column == 1 && k < whole && j + 16 <= columns; j += 16)
             _mm512_storeu_si512(to + j, _mm512_or_si512(numbers(first + j),
                                                         _mm512_slli_epi32(numbers(second + j), 16)));
-        for (; j < columns; ++j) to[j] = first[j * column].x | (k < whole ? uint32_t(second[j * column].x) << 16 : 0);
+        for (; j < columns && 2 * k < rows; ++j)
+            to[j] = first[j * column].x | (k < whole ? uint32_t(second[j * column].x) << 16 : 0);
+        for (; j < columns; ++j) to[j] = 0;
     }
 }
 
-// Rows of the left factor, which is stored by columns or has an odd number of them: a kernel reads them by pairs.
-static void copy_rows(const Low* left, int64_t lead, bool by_columns, int64_t rows, int64_t columns, Low* to,
-                      int64_t width) {
+// Rows of the left factor, with zeros behind them: it is stored by columns, or has an odd number of them, of which a
+// kernel reads pairs.
+static void copy_rows(const Low* left, int64_t lead, bool by_columns, int64_t rows, int64_t columns, int64_t even,
+                      Low* to, int64_t width) {
     for (int64_t i = 0; i < rows; i += 32) {
         const int64_t few = std::min<int64_t>(32, rows - i);
         for (int64_t k = 0; by_columns && k < columns; k += 32)
@@ -106,7 +111,7 @@ static void copy_rows(const Low* left, int64_t lead, bool by_columns, int64_t ro
                                         std::min<int64_t>(32, columns - k), few);
         for (int64_t row = i; row < i + few; ++row) {
             if (!by_columns) std::copy_n(left + row * lead, columns, to + row * width);
-            if (columns % 2) to[row * width + columns] = Low(0.f);
+            std::fill(to + row * width + columns, to + row * width + even, Low(0.f));
         }
     }
 }
@@ -139,6 +144,25 @@ static void round_rows(const float* sums, int64_t width, const Low* added, int64
     }
 }
 
+// The product without oneDNN, as torch has it: of float32 sums.
+static void written_out(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns, int64_t inner,
+                        const Low* left, int64_t left_lead, const Low* right, int64_t right_lead, Low* out,
+                        int64_t out_lead, const Low* added, int64_t added_row, int64_t added_column) {
+    const int64_t row = right_by_columns ? 1 : right_lead, column = right_by_columns ? right_lead : 1;
+    std::vector<float> sums(columns);
+    for (int64_t i = 0; i < rows; ++i) {
+        std::fill(sums.begin(), sums.end(), 0.f);
+        for (int64_t k = 0; k < inner; ++k) {
+            const float factor(left[left_by_columns ? k * left_lead + i : i * left_lead + k]);
+            const Low* const from = right + k * row;
+            if (column == 1) for (int64_t j = 0; j < columns; ++j) sums[j] += factor * float(from[j]);
+            else for (int64_t j = 0; j < columns; ++j) sums[j] += factor * float(from[j * column]);
+        }
+        for (int64_t j = 0; j < columns; ++j)
+            out[i * out_lead + j] = Low(added ? sums[j] + float(added[i * added_row + j * added_column]) : sums[j]);
+    }
+}
+
 struct Room {  // of each thread that calls products: what blocks of these lie in
     std::vector<uint32_t> pairs;
     std::vector<Low> lefts;
@@ -158,6 +182,8 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
                        int64_t out_lead, const Low* added, int64_t added_row, int64_t added_column) {
     static thread_local Room room;
     const int most = rows * columns * inner < ALONE ? 1 : omp_get_max_threads();
+    // torch keeps a kernel for every number of summands. Behind a left factor by columns it is often that of a batch,
+    // which may have any size: zeros fill it up.
     const bool copies = left_by_columns || inner % 2;
     const int64_t width = ceil_of(std::min(columns, COLUMNS), 32), depth = ceil_of(std::min(inner, SUMMANDS), 32);
     const int64_t left_width = depth + 32, panel = std::min(rows, ROWS);  // not a power of two: lines of a cache
@@ -173,7 +199,7 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
         for (int64_t j0 = 0; j0 < columns; j0 += COLUMNS)
         for (int64_t k0 = 0; k0 < inner; k0 += SUMMANDS) {
             const int64_t m = std::min(ROWS, rows - i0), n = std::min(COLUMNS, columns - j0);
-            const int64_t k = std::min(SUMMANDS, inner - k0), even = ceil_of(k, 2);
+            const int64_t k = std::min(SUMMANDS, inner - k0), even = ceil_of(k, left_by_columns ? 32 : 2);
             const int64_t tile = std::min(TILE, ceil_of((m + threads - 1) / threads, 16));
             const int64_t share = ceil_of((even / 2 + threads - 1) / threads, 16);
             const Low* const block = left + (left_by_columns ? k0 * left_lead + i0 : i0 * left_lead + k0);
@@ -189,7 +215,7 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
                 if (copies) {
                     if (!j0 || inner > SUMMANDS)
                         copy_rows(block + i * (left_by_columns ? 1 : left_lead), left_lead, left_by_columns, few, k,
-                                  lefts + i * left_width, left_width);
+                                  even, lefts + i * left_width, left_width);
                     from = lefts + i * left_width;
                 }
                 try {
@@ -210,38 +236,54 @@ static void low_blocks(bool left_by_columns, bool right_by_columns, int64_t rows
     if (failed) std::rethrow_exception(failed);
 }
 
+// Whether the kernels do what is expected of them, by products of small integers, which all sums have exactly: of one
+// block, and of several, on all threads.
+static void check_low_products() {
+    for (const auto& [rows, columns, inner] : {std::array<int64_t, 3>{19, 35, 37}, {45, 290, 1090}}) {
+        std::vector<Low> left(rows * inner), right(inner * columns), left_by_columns(left), right_by_columns(right);
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t k = 0; k < inner; ++k)
+                left[i * inner + k] = left_by_columns[k * rows + i] = Low(float((i * 3 + k * 7) % 5 - 2));
+        for (int64_t k = 0; k < inner; ++k)
+            for (int64_t j = 0; j < columns; ++j)
+                right[k * columns + j] = right_by_columns[j * inner + k] = Low(float((k * 5 + j * 2) % 7 - 3));
+        std::vector<Low> expected(rows * columns), found(rows * columns);
+        written_out(false, false, rows, columns, inner, left.data(), inner, right.data(), columns, expected.data(),
+                    columns, nullptr, 0, 0);
+        for (const bool first : {false, true})
+            for (const bool second : {false, true}) {
+                low_blocks(first, second, rows, columns, inner, (first ? left_by_columns : left).data(),
+                           first ? rows : inner, (second ? right_by_columns : right).data(), second ? inner : columns,
+                           found.data(), columns, nullptr, 0, 0);
+                for (size_t i = 0; i < found.size(); ++i)
+                    if (found[i].x != expected[i].x) throw std::runtime_error("products of bfloat16 are wrong");
+            }
+    }
+}
+
+static std::atomic<bool> is_checked{false};
+
+static void require_products() {
+    if (is_checked) return;
+    check_low_products();
+    is_checked = true;
+}
+
 static void low_product_or_sums(bool left_by_columns, bool right_by_columns, int64_t rows, int64_t columns,
                                 int64_t inner, const Low* left, int64_t left_lead, const Low* right,
                                 int64_t right_lead, Low* out, int64_t out_lead, const Low* added, int64_t added_row,
                                 int64_t added_column) {
     if (inner && onednn_is_on(torch_settings())) {
-        low_blocks(left_by_columns, right_by_columns, rows, columns, inner, left, left_lead, right, right_lead, out,
-                   out_lead, added, added_row, added_column);
-        return;
+        require_products();
+        try {
+            low_blocks(left_by_columns, right_by_columns, rows, columns, inner, left, left_lead, right, right_lead,
+                       out, out_lead, added, added_row, added_column);
+            return;
+        } catch (const std::exception&) {  // another thread has switched oneDNN off meanwhile
+        }
     }
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) {
-            float sum = 0;
-            for (int64_t k = 0; k < inner; ++k)
-                sum += float(left[left_by_columns ? k * left_lead + i : i * left_lead + k]) *
-                       float(right[right_by_columns ? j * right_lead + k : k * right_lead + j]);
-            out[i * out_lead + j] = Low(added ? sum + float(added[i * added_row + j * added_column]) : sum);
-        }
-}
-
-// Whether the kernels do what is expected of them, by a product of small integers, which all sums have exactly.
-static void check_low_products() {
-    constexpr int64_t ROWS = 19, COLUMNS = 35, INNER = 37;
-    Low left[ROWS * INNER], right[INNER * COLUMNS], found[ROWS * COLUMNS];
-    for (int64_t i = 0; i < ROWS * INNER; ++i) left[i] = Low(float(i * 7 % 5 - 2));
-    for (int64_t i = 0; i < INNER * COLUMNS; ++i) right[i] = Low(float(i * 5 % 7 - 3));
-    low_blocks(false, false, ROWS, COLUMNS, INNER, left, INNER, right, COLUMNS, found, COLUMNS, nullptr, 0, 0);
-    for (int64_t i = 0; i < ROWS; ++i)
-        for (int64_t j = 0; j < COLUMNS; ++j) {
-            float sum = 0;
-            for (int64_t k = 0; k < INNER; ++k) sum += float(left[i * INNER + k]) * float(right[k * COLUMNS + j]);
-            if (float(found[i * COLUMNS + j]) != sum) throw std::runtime_error("products of bfloat16 are wrong");
-        }
+    written_out(left_by_columns, right_by_columns, rows, columns, inner, left, left_lead, right, right_lead, out,
+                out_lead, added, added_row, added_column);
 }
 
 static void connect_kernels(int64_t gemm, int64_t ends, int64_t settings, int64_t is_on, char* found) {
@@ -249,7 +291,8 @@ static void connect_kernels(int64_t gemm, int64_t ends, int64_t settings, int64_
     low_gemm_ends = reinterpret_cast<decltype(low_gemm_ends)>(ends);
     torch_settings = reinterpret_cast<decltype(torch_settings)>(settings);
     onednn_is_on = reinterpret_cast<decltype(onednn_is_on)>(is_on);
-    if (onednn_is_on(torch_settings())) check_low_products();
+    is_checked = false;
+    if (onednn_is_on(torch_settings())) require_products();
     *reinterpret_cast<int64_t*>(found) = reinterpret_cast<int64_t>(&low_product_or_sums);
 }
 """
@@ -273,7 +316,7 @@ def places() -> tuple[int, ...]:
 
 def multiplies() -> bool:
     """Whether products of bfloat16 are to be had from SOURCE."""
-    return all(places()) and cpp_compiler.makes_long_vectors()
+    return all(places()) and torch.backends.mkldnn.enabled and cpp_compiler.makes_long_vectors()
 
 
 class WithLowProducts:
