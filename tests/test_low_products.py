@@ -17,15 +17,6 @@ pytestmark = [
     pytest.mark.inductor,
     pytest.mark.skipif(not low_products.multiplies(), reason="oneDNN has no kernels for bfloat16 here"),
 ]
-SOURCE = """#include <torch/csrc/inductor/cpp_prefix.h>
-static void multiply(
-    char* a, char* b, char* c, int64_t by_columns_a, int64_t by_columns_b, int64_t m, int64_t n, int64_t k,
-    int64_t lead_a, int64_t lead_b, int64_t lead_c, char* d, int64_t adds, int64_t row, int64_t column
-) {
-    low_product(by_columns_a, by_columns_b, m, n, k, reinterpret_cast<const at::BFloat16*>(a), lead_a,
-                reinterpret_cast<const at::BFloat16*>(b), lead_b, reinterpret_cast<at::BFloat16*>(c), lead_c,
-                adds ? reinterpret_cast<const at::BFloat16*>(d) : nullptr, row, column);
-}"""
 SMALL = [*itertools.product([0, 1, 2, 17, 33], [0, 1, 2, 7, 34], [0, 1, 2, 7, 33])]
 LARGE = [
     (1100, 9, 40),
@@ -38,7 +29,8 @@ LARGE = [
 
 @pytest.fixture(scope="module")
 def multiply():
-    [function] = native_library.load_library(["multiply"], SOURCE)
+    header = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+    [function] = native_library.load_library(["multiply_low"], header + low_products.FROM_PYTHON)
     return function
 
 
@@ -175,13 +167,6 @@ def test_a_limit_of_instructions_is_respected(monkeypatch, name):
     assert low_products.places.__wrapped__() == (0, 0, 0, 0)
 
 
-@pytest.fixture(scope="module")
-def multiply_low():
-    header = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
-    [function] = native_library.load_library(["multiply_low"], header + low_products.FROM_PYTHON)
-    return function
-
-
 class Recorded:
     """Inductor's kernels, which tell that they were called."""
 
@@ -217,11 +202,11 @@ class TestInPython:
             (lambda a, b, out: (a, b, out.T.contiguous().T), False),
         ],
     )
-    def test_what_is_of_bfloat16_is_multiplied_by_the_library(self, multiply_low, change, is_low):
+    def test_what_is_of_bfloat16_is_multiplied_by_the_library(self, multiply, change, is_low):
         torch.manual_seed(0)
         a, b, out = change(integers(40, 33), integers(33, 35), torch.empty(40, 35, dtype=torch.bfloat16))
         recorded = Recorded()
-        found = low_products.WithLowProducts(recorded, multiply_low)
+        found = low_products.WithLowProducts(recorded, multiply)
         exact = a.double() @ b.double()
         found.mm(a, b, out=out)
         assert torch.equal(out, exact.float().to(out.dtype)) and recorded.calls == (not is_low)
