@@ -103,10 +103,40 @@ def test_an_attention_is_one_in_float32(mask):
     graph.graph.lint()
 
 
+def faked(dtype, *shapes, device="cpu"):
+    with FakeTensorMode():
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def is_wide(product, args):
+    return "rampde_fx.widened.default" in operators_of(lowered(product, args))
+
+
 @pytest.mark.parametrize(("length", "stays"), [(181, False), (182, True)])  # 2 x 2 x length x length x 8 x 2
 def test_attentions_of_few_multiplications_are_wide_in_every_dtype(length, stays):
-    function, args = attend(length, torch.bfloat16)
-    assert ("rampde_fx.widened.default" not in operators_of(lowered(function, args))) == stays
+    q, k, v, _ = faked(torch.bfloat16, *[(2, 2, length, 8)] * 4)
+    assert is_wide(ATTENTION, (q, k, v)) != stays
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "has_tiles", "stays"),
+    [
+        (torch.bfloat16, 512, True, False),  # 512 x 512 x 32 x 2
+        (torch.bfloat16, 513, True, True),
+        (torch.bfloat16, 513, False, False),
+        (torch.float16, 513, True, False),
+    ],
+)
+def test_derivatives_of_attentions_are_wide_unless_matrix_units_take_large_heads(
+    monkeypatch, dtype, length, has_tiles, stays
+):
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(kernels, "cpu_has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(low_products, "multiplies", lambda: has_tiles)
+    q, k, v, out, out_grad = faked(dtype, *[(2, 2, length, 32)] * 5)
+    sums = q[..., 0].float()
+    assert is_wide(ATTENTION_BACKWARD, (out_grad, q, k, v, out, sums, 0.0, False)) != stays
+    assert not is_wide(ATTENTION, (q, k, v))
 
 
 def test_a_result_that_is_not_asked_for_stays_none():
@@ -130,11 +160,6 @@ def test_a_factor_is_widened_once():
 def test_the_cast_is_what_it_says():
     assert torch.equal(cpu_products.WIDENED(A), A.float())
     torch.library.opcheck(cpu_products.WIDENED, (A,), test_utils=("test_schema", "test_faketensor"))
-
-
-def faked(dtype, *shapes, device="cpu"):
-    with FakeTensorMode():
-        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
 FEWER, ENOUGH = ((128, 128), (128, 128)), ((128, 128), (128, 129))

@@ -66,6 +66,8 @@ def contradictions(name, row):
         or (row.first_is_summand and whole and _is_by_itself(row.without_summand)),
         "what is wide on a CPU is a product": not row.wide_on_cpu
         or (whole and any(target._overloadname == "default" for target in targets)),
+        "what is slow on a CPU can be wide there": not row.slow_on_cpu
+        or (row.wide_on_cpu and set(row.slow_on_cpu) <= {torch.float16, torch.bfloat16}),
     }
     return [rule for rule, holds in rules.items() if not holds]
 
@@ -103,6 +105,11 @@ def test_no_row_is_incomplete_or_contradicts_itself(name):
         ("exp", Operator("wide", rounded_once=True)),
         ("exp", Operator("wide", divides=True)),
         ("exp", Operator("wide", wide_on_cpu=True)),
+        ("mm", Operator("low", product="matrices", linear="each", slow_on_cpu=(torch.float16,))),
+        (
+            "mm",
+            Operator("low", product="matrices", linear="each", wide_on_cpu=True, slow_on_cpu=(torch.float32,)),
+        ),
         ("exp", Operator("wide", unwritten=True)),
         ("isnan", Operator(linear="all", nan="asks")),
         ("zeros_like", Operator(reads_shape=True)),

@@ -9,8 +9,10 @@ that has arithmetic a product begins with 14 us, in which float32 multiplies 128
 both take as long on one thread, with four times as many on two (measured by tests/benchmarks/products.py). Besides,
 loops of float32 products run in C++. Sums in float32 of products of low factors are what a GPU computes, too.
 
-The derivative of a convolution in float16 is slow on a CPU that multiplies in it, too: 16 ms instead of 0.6 in float32,
-forward and backward of eight channels on 64 images of 8 x 8, and 237 instead of 2.6 of 32 channels.
+Derivatives of some products are slow on every CPU (the operator table says which): of a convolution in float16, 237 ms
+instead of 2.6 in float32, forward and backward of 32 channels on 64 images of 8 x 8; and of an attention in float16 and
+in bfloat16, 14 ms instead of 2, of 16 x 4 heads of 64 x 32. Large heads of bfloat16 are faster on matrix units: 28 ms
+instead of 38, of 4 x 4 heads of 512 x 64.
 
 A CPU with matrix units (AMX) is faster in bfloat16 from the smallest products on, if these are asked of oneDNN's
 kernels one by one (low_products.py): 128 x 64 x 64 in 4 us, instead of 10 in float32 and 28 by torch.mm in bfloat16.
@@ -40,8 +42,7 @@ from rampde_fx.torch_private import kernels, low_products, lowerings
 
 PRODUCTS = tuple(packet.default for packet in operator_table.packets(lambda row: row.wide_on_cpu))
 FEW = 2**21  # multiplications, with which both take as long
-SLOW = (torch.ops.aten.convolution_backward.default, torch.float16)  # on every CPU: oneDNN has none
-MATRICES = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+LARGE = 2**24  # multiplications of a head, from which on matrix units take the derivative of an attention faster
 
 operators.library.define("widened(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
 operators.library.impl("widened", torch.Tensor.float, "CompositeExplicitAutograd")
@@ -55,13 +56,15 @@ class ReplaceProducts:
     Attributes:
         dtypes: The dtypes that the CPU has no arithmetic for.
         few: Products of matrices, and attentions, of no more multiplications are replaced in every low dtype.
-        kept: Not so products of two matrices of these dtypes that are wider than narrow.
+        kept: The dtypes of matrix units. Products of two matrices in them stay, if they are wider than narrow; so do
+            derivatives of attentions to heads of more than large multiplications.
     """
 
     dtypes: tuple[torch.dtype, ...]
     kept: tuple[torch.dtype, ...] = ()
     few: int = FEW
     narrow: int = NARROW
+    large: int = LARGE
 
     def __call__(self, graph: fx.Graph) -> None:
         wide: dict[fx.Node, fx.Node] = {}
@@ -74,15 +77,23 @@ class ReplaceProducts:
         factors = [value for value in factors if isinstance(value, torch.Tensor)]
         low = list(filter(is_half, factors))  # an attention also takes sums in float32
         known = all(value.dtype in (*HALF, torch.float32) and value.device.type == "cpu" for value in factors)
-        is_slow = all(value.dtype in self.dtypes or (product.target, value.dtype) == SLOW for value in low)
-        return bool(known and low) and (is_slow or self._is_small(product))
+        slow = {*self.dtypes, *operator_table.properties(product.target).slow_on_cpu}
+        is_slow = all(value.dtype in slow for value in low)
+        return bool(known and low) and (is_slow or self._is_small(product)) and not self._is_kept(product, low)
 
     def _is_small(self, product: fx.Node) -> bool:
         sizes = _sizes(product)
-        if not sizes or not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > self.few:
+        return _are_known(sizes) and math.prod(sizes) <= self.few
+
+    def _is_kept(self, product: fx.Node, low: list[torch.Tensor]) -> bool:
+        """Matrix units take it faster as it is."""
+        sizes = _sizes(product)
+        if not _are_known(sizes) or not all(value.dtype in self.kept for value in low):
             return False
-        is_kept = product.target in MATRICES and graphs.value(product).dtype in self.kept
-        return not (is_kept and min(sizes) > self.narrow)
+        row = operator_table.properties(product.target)
+        if row.product == "matrices":
+            return len(sizes) == 3 and min(sizes) > self.narrow
+        return torch.bfloat16 in row.slow_on_cpu and math.prod(sizes[2:]) > self.large
 
     def uuid(self) -> str:
         """What the result depends on, for Inductor's caches."""
@@ -97,8 +108,15 @@ def replace_products() -> ReplaceProducts:
     return ReplaceProducts(tuple(dtype for dtype in HALF if not has[dtype]), kept)
 
 
+def _are_known(sizes: list[Any]) -> bool:
+    return bool(sizes) and all(isinstance(size, int) for size in sizes)
+
+
 def _sizes(product: fx.Node) -> list[Any]:
-    """Of which the product is how many numbers a product multiplies; none of a convolution."""
+    """Of which the product is how many numbers a product multiplies; none of a convolution.
+
+    Of an attention those from the third on are of one head.
+    """
     row = operator_table.properties(product.target)
     if row.product == "matrices":
         second = graphs.value(product.args[2 if row.first_is_summand else 1])

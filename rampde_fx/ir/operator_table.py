@@ -60,6 +60,7 @@ class Operator:
         unwritten: Its result is memory that nothing has written.
         wide_on_cpu: A product that cpu_products.py has a CPU take in float32 where that is faster (with a name of
             ATen's without an overload).
+        slow_on_cpu: The low dtypes in which torch has no fast kernel for it on any CPU.
     """
 
     dtype: Literal["low", "wide", "follows", ""] = ""
@@ -85,6 +86,7 @@ class Operator:
     wide_overload: str = ""
     unwritten: bool = False
     wide_on_cpu: bool = False
+    slow_on_cpu: tuple[torch.dtype, ...] = ()
 
 
 # A name stands for all overloads that have no row of their own. The package's own operators begin with rampde_fx::.
@@ -101,7 +103,7 @@ ROWS = {
     "addmv": Operator("low", product="matrices", linear="each", first_is_summand=True, without_summand="mv"),
     "addmm.dtype baddbmm.dtype addbmm addr": Operator("low", product="matrices", linear="each", first_is_summand=True),
     "convolution": Operator("low", product="tensors", linear="each", wide_on_cpu=True),
-    "convolution_backward": Operator("low", product="tensors", wide_on_cpu=True),
+    "convolution_backward": Operator("low", product="tensors", wide_on_cpu=True, slow_on_cpu=(torch.float16,)),
     # Of an attention on a CPU a query that is NaN attends to nothing.
     "_scaled_dot_product_flash_attention _scaled_dot_product_fused_attention_overrideable": Operator(
         "low", product="tensors", limit="bounded", nan="hides"
@@ -114,7 +116,9 @@ ROWS = {
     ),
     """_scaled_dot_product_flash_attention_backward
     _scaled_dot_product_fused_attention_overrideable_backward""": Operator("low", product="tensors"),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": Operator("low", product="tensors", wide_on_cpu=True),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": Operator(
+        "low", product="tensors", wide_on_cpu=True, slow_on_cpu=(torch.float16, torch.bfloat16)
+    ),
     "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward": Operator(
         "low", product="tensors", aligned=True
     ),
