@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, compiled, markdown, positive, rk4, save, unit_roundoff, write_csv
+from common import DTYPES, compiled, markdown, positive, progress, rk4, save, unit_roundoff, write_csv
 from matplotlib.figure import Figure
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 import rampde_fx
 from rampde_fx import PrecisionPolicy
@@ -306,12 +305,14 @@ def main(arguments: list[str] | None = None) -> int:
     reference = Decay().double()
     measured = {"RK4 in float64": measure(reference, list(reference.parameters()), y0.double(), t.double())}
     policies = rows(options.dtypes)
-    progress = tqdm(policies.items(), unit="policy", disable=None)
-    for name, policy in progress:
-        progress.set_description(f"{name}: capturing {options.points - 1} steps")
+    bar = progress(len(policies), "", "policy")
+    for name, policy in policies.items():
+        bar.set_description(f"{name}: {options.points - 1} steps")
         model = Decay()
         function = compiled(model, policy, options.compiler)
         measured[name] = measure(function, list(model.parameters()), y0, t)
+        bar.update()
+    bar.close()
 
     errors = {}
     for against, exact in (("the closed form", closed_form(y0)[:, 0]), ("RK4 in float64", None)):

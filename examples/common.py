@@ -1,13 +1,15 @@
-"""What the examples share: methods, dtypes, the command line's types, tables and pictures."""
+"""What the examples share: methods, dtypes, the command line's types, progress, tables and pictures."""
 
 import argparse
 import csv
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import rampde_fx
 
@@ -62,6 +64,24 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+class Lines:
+    """A stream that writes whatever it is given as a line of stderr."""
+
+    def write(self, text: str) -> None:
+        """One line, if there is anything to see."""
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Nothing: each line is there when it is written."""
+
+
+def progress(total: int, title: str, unit: str = "it", done: int = 0) -> tqdm:
+    """A progress bar; where stderr is no terminal, a line in ten seconds."""
+    shown = {"total": total, "desc": title, "unit": unit, "initial": done}
+    return tqdm(**shown) if sys.stderr.isatty() else tqdm(**shown, file=Lines(), mininterval=10, ncols=100)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:

@@ -10,6 +10,7 @@ import argparse
 import base64
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -21,10 +22,9 @@ import density
 import density_data
 import density_plots
 import torch
-from common import markdown, positive
+from common import markdown, positive, progress
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import rampde_fx
 from rampde_fx.__main__ import environment
@@ -37,7 +37,7 @@ DISTURBED = 1.5  # times float32: no dtype takes as long that the processor mult
 LARGE, SMALL = (256, 512), (64, 256)
 COLUMNS = (
     ("velocity in", "the dtype in which the velocity is evaluated; solution and gradients stay in float32"),
-    ("an iteration (ms)", "forward, backward and optimizer step: the median"),
+    ("an iteration (ms)", "forward, backward and optimizer step: the median, both dtypes in turns"),
     ("compiling (s)", "the first iteration: capture, rewrite and compilation"),
     ("kept for the backward (MiB)", "what the loop stores between forward and backward"),
     ("held-out loss (nats)", "mean negative log-density of points that were not trained on; lower is better"),
@@ -119,37 +119,77 @@ class Demo:
         rows = rampde_fx.check(flow, batch, self.t, policies=policies, compiler="aot_eager").rows
         return [next(row for row in rows if row.policy == policy) for policy in policies]
 
-    def train(
-        self, dtype: torch.dtype, checked: rampde_fx.CheckRow, expected: float | None
-    ) -> tuple[Row, list[float], Tensor]:
-        """One run: its row, its losses, and the density on the grid of density_plots."""
-        name = str(dtype).removeprefix("torch.")
-        flow = rampde_fx.mixed_precision(self.flow(), dtype=dtype)
-        model = torch.compile(flow, backend="rampde_fx", options={"compiler": self.options.compiler}, fullgraph=True)
-        optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
-        generator, losses, seconds = torch.Generator().manual_seed(0), [], []
-        print(f"{name}: compiling, then {self.options.iterations} iterations ...", flush=True)
-        progress = tqdm(total=self.options.iterations, desc=name, unit="it", disable=None)
-        progress.set_postfix_str("compiling" + (f", {expected:.0f} s the last time" if expected else ""))
-        for _ in range(self.options.iterations):
-            begin = time.perf_counter()
-            points = self.data.sample(self.options.batch, generator).to(self.options.device)
-            loss = self.loss(model, points)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            seconds.append(time.perf_counter() - begin)
-            progress.update()
-            progress.set_postfix({"nats": f"{losses[-1]:.3f}"}, refresh=False)
-        progress.close()
-        print(f"{name}: {sum(seconds):.0f} s, {seconds[0]:.0f} of them for compiling", flush=True)
-        held_out = density.held_out_loss(model, self.held_out, self.t, self.options.batch)
+    def density(self, flow: density.Flow) -> Tensor:
+        """What a flow has learned, on the grid of density_plots, on the CPU."""
+        grid = density_plots.grid().to(self.options.device)
         with torch.no_grad():
-            grid = density_plots.grid().to(self.options.device)
-            learned = torch.cat([density.log_density(flow, chunk, self.t) for chunk in grid.split(4096)]).exp().cpu()
-        typical = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
-        return Row(name, typical, seconds[0], checked.stored_bytes, held_out, checked.error), losses, learned
+            return torch.cat([density.log_density(flow, chunk, self.t) for chunk in grid.split(4096)]).exp().cpu()
+
+
+class Training:
+    """The training in one dtype, an iteration at a time: all dtypes are timed in turns.
+
+    Args:
+        demo: What is trained.
+        dtype: Of the velocity.
+
+    Attributes:
+        name: Of the dtype.
+        flow: The module.
+        model: The same, compiled.
+        losses: Of the iterations so far, in nats.
+        seconds: How long each took.
+    """
+
+    def __init__(self, demo: Demo, dtype: torch.dtype) -> None:
+        self._demo, self.name = demo, str(dtype).removeprefix("torch.")
+        self.flow = rampde_fx.mixed_precision(demo.flow(), dtype=dtype)
+        options = {"compiler": demo.options.compiler}
+        self.model = torch.compile(self.flow, backend="rampde_fx", options=options, fullgraph=True)
+        self._optimizer = torch.optim.Adam(self.flow.parameters(), lr=1e-2)
+        self._generator = torch.Generator().manual_seed(0)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def iterate(self) -> None:
+        """One iteration."""
+        begin = time.perf_counter()
+        points = self._demo.data.sample(self._demo.options.batch, self._generator).to(self._demo.options.device)
+        loss = self._demo.loss(self.model, points)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - begin)
+
+    def row(self, checked: rampde_fx.CheckRow) -> Row:
+        """The numbers, at the end."""
+        held_out = density.held_out_loss(self.model, self._demo.held_out, self._demo.t, self._demo.options.batch)
+        typical = statistics.median(self.seconds[1:] or self.seconds)
+        return Row(self.name, typical, self.seconds[0], checked.stored_bytes, held_out, checked.error)
+
+
+def train(trainings: Sequence[Training], iterations: int, expected: dict[str, float]) -> None:
+    """Compiles each, then trains all in turns.
+
+    Args:
+        trainings: One for each dtype.
+        iterations: Of each.
+        expected: By dtype, the seconds that compiling took the last time.
+    """
+    for training in trainings:
+        known = f" ({expected[training.name]:.0f} s the last time)" if training.name in expected else ""
+        print(f"{training.name}: compiling{known} ...", flush=True)
+        training.iterate()
+        print(f"{training.name}: compiled in {training.seconds[0]:.0f} s", flush=True)
+    bar = progress(iterations, " and ".join(training.name for training in trainings), done=1)
+    for _ in range(iterations - 1):
+        for training in trainings:
+            training.iterate()
+        bar.update()
+        losses = {training.name: f"{training.losses[-1]:.3f}" for training in trainings}
+        bar.set_postfix(losses, refresh=False)
+    bar.close()
 
 
 def draw_densities(names: Sequence[str], densities: Sequence[Tensor], path: Path) -> None:
@@ -243,14 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = options.out / "rows.json"
     known = {row["dtype"]: row["first"] for row in json.loads(before.read_text())} if before.exists() else {}
     demo = Demo(options)
-    rows, losses, densities = [], {}, []
     dtypes = [torch.float32, demo.low]
     print("checking gradients against float64 ...", flush=True)
-    for dtype, checked in zip(dtypes, demo.checked(dtypes), strict=True):
-        row, history, learned = demo.train(dtype, checked, known.get(str(dtype).removeprefix("torch.")))
-        rows.append(row)
-        losses[row.dtype] = history
-        densities.append(learned)
+    checked = demo.checked(dtypes)
+    trainings = [Training(demo, dtype) for dtype in dtypes]
+    train(trainings, options.iterations, known)
+    rows = [training.row(row) for training, row in zip(trainings, checked, strict=True)]
+    losses = {training.name: training.losses for training in trainings}
+    densities = [demo.density(training.flow) for training in trainings]
     before.write_text(json.dumps([asdict(row) for row in rows]))
     pictures = [("What both have learned", options.out / "densities.png"), ("Training", options.out / "losses.png")]
     draw_densities(list(losses), densities, pictures[0][1])

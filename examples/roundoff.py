@@ -26,10 +26,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from common import METHODS, compiled, markdown, relative_error, save, unit_roundoff
+from common import METHODS, compiled, markdown, progress, relative_error, save, unit_roundoff
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import rampde_fx
 from rampde_fx import PrecisionPolicy
@@ -348,18 +347,20 @@ def main(arguments: list[str] | None = None) -> int:
     curves = [DISCRETISATION, *arithmetics(options.accumulation)]
     jobs = plan(curves, captured, finest)
     known = {(row.method, row.arithmetic, row.steps): row for row in read_rows(path) if row.seed == options.seed}
-    progress = tqdm(jobs, unit="run", disable=None)
+    bar = progress(len(jobs), "", "run")
     try:
-        for method, arithmetic, steps in progress:
-            progress.set_description(f"{method}, {arithmetic.name}, {steps} steps")
+        for method, arithmetic, steps in jobs:
+            bar.set_description(f"{method}, {arithmetic.name}, {steps} steps")
             if (method, arithmetic.name, steps) not in known:
                 row = run(Problem(method, options.seed), arithmetic, steps, options.compiler, finest)
                 append_row(path, row)
                 known[method, arithmetic.name, steps] = row
+            bar.update()
     except KeyboardInterrupt:
-        progress.close()
         print(f"interrupted after {len(known)} of {len(jobs)} runs; continue with --resume from {path}")
         return 130  # as after SIGINT
+    finally:
+        bar.close()
     rows = [known[method, arithmetic.name, steps] for method, arithmetic, steps in jobs]
     print(table(rows, list(captured), curves))
     draw(rows, list(captured), curves, options.out / "roundoff.png")

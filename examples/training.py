@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import training_results
+from common import progress
 from torch import Tensor, nn
-from tqdm import tqdm
 from training_options import POLICIES, Settings, list_runs
 from training_results import History, Metric, Result
 
@@ -187,8 +187,8 @@ def train(
     rampde_fx.backward_counts(reset=True)
     previous = signal.signal(signal.SIGINT, finish_iteration)
     started = done = len(history.losses)
-    progress = tqdm(total=settings.iterations, initial=done, desc=title, unit="it", disable=None)
-    progress.set_postfix_str("the first iteration compiles")
+    bar = progress(settings.iterations, title, done=done)
+    bar.set_postfix_str("the first iteration compiles")
     try:
         while done < settings.iterations and history.diverged is None and not interrupted:
             begin = time.perf_counter()
@@ -209,14 +209,14 @@ def train(
             state.optimizer.step()
             history.add(value, time.perf_counter() - begin, first=done == started)
             done += 1
-            progress.update()
-            progress.set_postfix({workload.loss_unit: f"{history.recent(20):.3f}"}, refresh=False)
+            bar.update()
+            bar.set_postfix({workload.loss_unit: f"{history.recent(20):.3f}"}, refresh=False)
             if workload.check_every and done % workload.check_every == 0:
                 history.checks.append({"iteration": done, **workload.held_out(model)})
             if interrupted or done == settings.iterations or done % SAVE_EVERY == 0:
                 save()
     finally:
-        progress.close()
+        bar.close()
         signal.signal(signal.SIGINT, previous)
     return done == settings.iterations or history.diverged is not None
 

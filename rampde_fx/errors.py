@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -30,17 +30,6 @@ class RampdeError(RuntimeError):
 
 def _rebuild(kind: type[RampdeError], found: str, required: str, fix: str, where: str) -> RampdeError:
     return kind(found, required=required, fix=fix, where=where)
-
-
-def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> NoReturn:
-    """Raise an error in code that Dynamo may capture.
-
-    Of an exception that it meets Dynamo shows the type and the arguments, and it knows those of built-in types alone.
-    With fullgraph=True it raises its own error with this text in it; without, the code runs again, uncompiled.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        raise ValueError(f"{kind.__name__}: {found}. required: {required}. fix: {fix}.")
-    raise kind(found, required=required, fix=fix)
 
 
 def raising(error: RampdeError) -> Callable[..., Any]:

@@ -10,10 +10,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from rampde_fx.errors import PolicyError, refuse
+from rampde_fx.errors import PolicyError
 from rampde_fx.policy_text import changed, number_of, text_of, word_of, words_of
 from rampde_fx.schedules import SHARE, Checkpoint, MemoryBudget, Schedule, schedule_of
 from rampde_fx.torch_private import dynamo, kernels
+from rampde_fx.torch_private.refusals import refuse
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

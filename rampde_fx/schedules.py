@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
-from rampde_fx.errors import PolicyError, refuse
+from rampde_fx.errors import PolicyError
 from rampde_fx.policy_text import text_of
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 SHARE = 0.5  # of the memory that is free, where a budget says nothing
 

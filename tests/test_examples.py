@@ -489,6 +489,31 @@ def test_the_demo_writes_a_page(tmp_path, capsys, monkeypatch):
     assert found in printed and found in page
 
 
+def test_progress_without_a_terminal_is_in_lines(capsys):
+    bar = common.progress(3, "flow")
+    bar.update(3)
+    bar.close()
+    lines = capsys.readouterr().err.split("\n")
+    assert [line[:11] for line in lines if line] == ["flow:   0%|", "flow: 100%|"] and "\r" not in "".join(lines)
+
+
+def test_the_demo_trains_in_turns(monkeypatch):
+    """So that what else runs on the machine disturbs both alike."""
+    done = []
+
+    class Counted:
+        losses, seconds = [1.0], [1.0]
+
+        def __init__(self, name):
+            self.name = name
+
+        def iterate(self):
+            done.append(self.name)
+
+    demo.train([Counted("a"), Counted("b")], 3, {"b": 2.0})
+    assert done == ["a", "b"] * 3
+
+
 def test_the_verdict_of_the_demo():
     rows = [demo.Row("float32", 0.2, 9.0, 100, 1.5, 1e-7), demo.Row("bfloat16", 0.1, 9.0, 50, 1.502, 1e-3)]
     fast = demo.verdict(rows, has_arithmetic=True)

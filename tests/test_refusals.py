@@ -1,6 +1,9 @@
 """What cannot be rewritten raises a typed error that names the user's line; what is irrelevant comes out unchanged."""
 
 import copy
+import pickle
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rampde_fx
 from rampde_fx import errors
+from tests import models
 from tests.comparison import compiled
 from tests.models import Euler, Flow, Midpoint, Velocity
 
@@ -336,8 +340,38 @@ def test_time_grid(t):
         next(rampde_fx.steps(t))
 
 
+@pytest.mark.parametrize("trace_autograd_ops", [False, True])
+def test_autograd_grad_in_a_step(trace_autograd_ops):
+    """Not as Dynamo refuses it, with the advice to set an option that does not help."""
+
+    def step(y, t):
+        for _, dt in rampde_fx.steps(t):
+            rate = torch.tanh(y)
+            y = y + dt * torch.autograd.grad(rate, y, rate, create_graph=True)[0]
+        return y
+
+    step = rampde_fx.mixed_precision(step, dtype=torch.float16)
+    model = torch.compile(step, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True)
+    y = Y.clone().requires_grad_()
+    with (
+        torch._dynamo.config.patch(trace_autograd_ops=trace_autograd_ops),
+        pytest.raises(errors.UnsupportedLoopError, match=r"(?s)autograd\.grad is called in a step\.\n  at: .*vjp"),
+    ):
+        model(y, T)
+
+
+def test_what_ends_a_capture_is_like_any_other_error_of_its_type():
+    with pytest.raises(errors.TimeGridError) as caught:
+        compiled(Euler(), torch.float32)(Y, T[:1])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is errors.TimeGridError and str(again) == str(caught.value)
+    assert again.where.startswith(str(Path(models.__file__))) and again.fix == caught.value.fix
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert not [frame for frame in frames if frame.filename.endswith(("symbolic_convert.py", "functions.py"))]
+
+
 def test_time_grid_under_fullgraph():
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"TimeGridError: steps.t. was given.*floating 1-D tensor"):
+    with pytest.raises(errors.TimeGridError, match=r"steps.t. was given(.|\n)*floating 1-D tensor"):
         compiled(Euler(), torch.float32)(Y, T[:1])
 
 

@@ -297,7 +297,7 @@ def test_what_is_not_rewritten_is_refused_by_its_name(case):
     solve, velocity, arguments = NOT_REWRITTEN[case]
     model = Solved(solve, arguments, velocity())
     y, t = (torch.ones(2, 3), torch.tensor(1.0)), torch.tensor([0.0, 1.0])
-    with pytest.raises(Exception, match=rf"UncompiledError: .*{case}.* is not rewritten. required: .* fix: .*"):
+    with pytest.raises(errors.UncompiledError, match=rf"{case}.* is not rewritten"):
         marked(model, torch.float16, "eager")(y, t)
 
 

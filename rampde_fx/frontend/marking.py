@@ -14,13 +14,14 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from rampde_fx.errors import PolicyError, TimeGridError, refuse
+from rampde_fx.errors import PolicyError, TimeGridError
 from rampde_fx.frontend import unrewritten
 from rampde_fx.frontend.unrewritten import Target
 from rampde_fx.policy import DTYPES, MONITORED, Auto, PrecisionPolicy
 from rampde_fx.runtime import operators
 from rampde_fx.runtime.monitoring import open_here
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 T = TypeVar("T")
 NO_POLICY = ""

@@ -23,7 +23,7 @@ from torch import fx
 
 from rampde_fx.errors import CounterError, FullPrecisionWarning, UnsupportedLoopError, raising
 from rampde_fx.runtime import phase_log
-from rampde_fx.torch_private import dynamo, sharded, side_effects
+from rampde_fx.torch_private import dynamo, refusals, sharded, side_effects
 
 BACKEND = "rampde_fx"  # key of a graph's meta: whether the rewrite, or the whole backend, has taken it
 FULLGRAPH = (
@@ -86,6 +86,7 @@ def loop_runs(target: Target | None, *, has_policy: bool) -> None:
 def loop_is_captured(target: Target | None) -> None:
     """A marked loop with a policy is captured by Dynamo."""
     _meet(target)
+    refusals.refuse_grad_in_loops()
     notes = dynamo.notes_of_capture(_after_backend)
     _met.update(notes.get("entered", ()))
     notes.setdefault("loops", []).append(dynamo.captured_line())

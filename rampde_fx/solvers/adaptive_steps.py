@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, TransformError, refuse
+from rampde_fx.errors import OptionError, TransformError
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import kept_steps, operators, step_control
@@ -42,6 +42,7 @@ from rampde_fx.solvers.search import Asked, ends_among, first_size_of, intervals
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import callers, dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor", "status")
 MAX_STEPS = 4096

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, refuse, velocity_error
+from rampde_fx.errors import OptionError, velocity_error
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import operators
@@ -15,6 +15,7 @@ from rampde_fx.runtime.step_control import scalar
 from rampde_fx.solvers.runge_kutta import NodeTime, State, Velocity, advance, advance_collecting, stage_time
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 # Gives a derivative, and what is wrong with it, or an empty string.
 CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch.utils import _pytree as pytree
 
-from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError, refuse
+from rampde_fx.errors import OptionError, PolicyError, StateError, TimeGridError
 from rampde_fx.frontend import marking
 from rampde_fx.frontend.marking import is_real, is_time_grid
 from rampde_fx.policy import MONITORED, PrecisionPolicy
@@ -29,6 +29,7 @@ from rampde_fx.solvers.runge_kutta import State, evaluations_of, real_dtype
 from rampde_fx.solvers.statistics import statistics, taken_out
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 ORDER = "a function of t and y that returns dy/dt, the initial state, the times"
 IN_ORDER = "write odeint(func, y0, t), in this order"

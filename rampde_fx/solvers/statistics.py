@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, refuse
+from rampde_fx.errors import OptionError
 from rampde_fx.solvers.runge_kutta import State, Velocity
+from rampde_fx.torch_private.refusals import refuse
 
 
 class SolveStatistics(NamedTuple):

@@ -11,8 +11,9 @@ from operator import mul
 from types import MappingProxyType
 from typing import TypeAlias
 
-from rampde_fx.errors import MethodError, TableauError, refuse
+from rampde_fx.errors import MethodError, TableauError
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 Row: TypeAlias = tuple[float, ...]
 Tree: TypeAlias = "tuple[Tree, ...]"  # the sorted branches of the root; () is the single vertex

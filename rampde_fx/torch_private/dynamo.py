@@ -261,6 +261,12 @@ def captures_body() -> bool:
     return current_capture().current_tracer.parent is not None
 
 
+def captures_whole() -> bool:
+    """Whether a part that cannot be captured is an error: fullgraph=True, or torch._dynamo.error_on_graph_break."""
+    root = current_capture().root_tx
+    return bool(root.one_graph or root.error_on_graph_break)
+
+
 def captured_line() -> tuple[str, int]:
     """File and line of the user's code that Dynamo is tracing."""
     stack = _torch.TracingContext.extract_stack()

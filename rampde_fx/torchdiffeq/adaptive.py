@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, max_num_steps_used, not_finite, refuse, step_too_small
+from rampde_fx.errors import OptionError, max_num_steps_used, not_finite, step_too_small
 from rampde_fx.solvers.adaptive_steps import refuse_mapped
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import (
@@ -33,6 +33,7 @@ from rampde_fx.solvers.runge_kutta import (
 )
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau
+from rampde_fx.torch_private.refusals import refuse
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
 from rampde_fx.torchdiffeq.problem import Tolerance
 

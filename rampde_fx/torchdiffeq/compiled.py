@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from rampde_fx.errors import OptionError, UncompiledError, refuse
+from rampde_fx.errors import OptionError, UncompiledError
 from rampde_fx.runtime import operators
 from rampde_fx.runtime.step_control import Controller, Norm, scalar
 from rampde_fx.solvers.adaptive_steps import MAX_STEPS, adaptive_steps, controller_of
@@ -28,6 +28,7 @@ from rampde_fx.solvers.fixed_steps import (
 from rampde_fx.solvers.runge_kutta import NodeTime, State, evaluations_of, interpolate, stage_time
 from rampde_fx.solvers.search import Asked
 from rampde_fx.solvers.statistics import SolveStatistics, statistics
+from rampde_fx.torch_private.refusals import refuse
 from rampde_fx.torchdiffeq.adaptive import STOPS, largest_mean, ratios_of, stops_of
 from rampde_fx.torchdiffeq.compared import is_compared, note_other
 from rampde_fx.torchdiffeq.grids import INTERPOLATIONS

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rampde_fx.errors import MethodError, OptionError, TimeGridError, refuse
+from rampde_fx.errors import MethodError, OptionError, TimeGridError
 from rampde_fx.solvers.fixed_steps import is_captured, is_refused_later, refused_later
 from rampde_fx.solvers.statistics import SolveStatistics, statistics, taken_out
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 from rampde_fx.torchdiffeq.compared import note_other
 from rampde_fx.torchdiffeq.compiled import event_later, follows_capture, refuse_compiled, solution_later
 from rampde_fx.torchdiffeq.options import (

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from rampde_fx.errors import MethodError, OptionError, refuse
+from rampde_fx.errors import MethodError, OptionError
 from rampde_fx.solvers import tableau
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau, named_tableau
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 from rampde_fx.torchdiffeq.problem import warn
 
 ADAPTIVE = (*PAIRS_OF_ORDER_2, "bosh3", "dopri5", "tsit5", "dopri8")

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from rampde_fx.errors import OptionError, StateError, TimeGridError, refuse
+from rampde_fx.errors import OptionError, StateError, TimeGridError
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.integrate import check_order_of_parameters, described, is_state
 from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 
 Tolerance = Any  # a number or a tensor
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import EventError, OptionError, TimeGridError, refuse
+from rampde_fx.errors import EventError, OptionError, TimeGridError
 from rampde_fx.frontend import marking
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.refusals import refuse
 from rampde_fx.torchdiffeq.adams import Adams
 from rampde_fx.torchdiffeq.adaptive import Adaptive, Control, Step, Stops, solution_at
 from rampde_fx.torchdiffeq.clock import Clock, Event, number

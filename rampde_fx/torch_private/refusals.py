@@ -1,0 +1,84 @@
+"""Errors raised in code that Dynamo may capture: of their types, with the user's line."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, NoReturn
+
+import torch
+
+from rampde_fx.errors import RampdeError, UnsupportedLoopError
+from rampde_fx.torch_private import dynamo
+from rampde_fx.torch_private.names import Names
+
+_torch = Names(
+    {
+        "torch._dynamo.exc": "ShortenTraceback",
+        "torch._dynamo.variables": "TorchInGraphFunctionVariable",
+    }
+)
+
+
+def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> NoReturn:
+    """Raise an error in code that Dynamo may capture.
+
+    Without fullgraph=True the code that is captured runs again, uncompiled, and raises it there. Of an exception that
+    traced code raises Dynamo would show the text alone, inside of an error of its own.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _end_capture(kind, found, required, fix)
+        raise ValueError(found)  # which ends the graph here
+    raise kind(found, required=required, fix=fix)
+
+
+@dynamo.constant
+def _end_capture(kind: type[RampdeError], found: str, required: str, fix: str) -> bool:
+    """Raise the error out of a capture under fullgraph=True."""
+    if dynamo.captures_whole():
+        file, line = dynamo.captured_line()
+        where = f"{file}:{line}" if file else ""
+        error = _as_it_is(kind)(found, required=required, fix=fix, where=where)
+        error.first_useful_frame = sys._getframe()
+        raise error
+    return True
+
+
+def _as_it_is(kind: type[RampdeError]) -> Any:
+    """A subclass whose errors Dynamo lets through: it wraps others, and adds its frames and its advice to their text.
+
+    An AssertionError it raises again as it is, and takes its own frames out of the traceback of a ShortenTraceback.
+    """
+
+    def text(error: RampdeError) -> str:
+        return str(kind(error.found, required=error.required, fix=error.fix, where=error.where))
+
+    def reduce(error: RampdeError) -> tuple[object, ...]:
+        return kind(error.found, required=error.required, fix=error.fix, where=error.where).__reduce__()
+
+    members = {"__str__": text, "__reduce__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind, AssertionError, _torch.ShortenTraceback), members)
+
+
+@functools.cache
+def refuse_grad_in_loops() -> None:
+    """Have Dynamo refuse torch.autograd.grad in a marked loop as below: it would advise an option that does not help.
+
+    Without fullgraph=True the loop runs uncompiled, which is told.
+    """
+    variable = _torch.TorchInGraphFunctionVariable
+    call = variable.call_function
+
+    @functools.wraps(call)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.value is torch.autograd.grad and dynamo.notes_so_far().get("open"):
+            _end_capture(
+                UnsupportedLoopError,
+                "torch.autograd.grad is called in a step",
+                "derivatives of torch.func in a velocity",
+                "write rate, vjp = torch.func.vjp(net, z), and vjp(e)[0] instead of torch.autograd.grad(rate, z, e); "
+                "torch.func.vmap(torch.func.jacrev(net))(z) has the whole Jacobian of each point",
+            )
+        return call(self, *args, **kwargs)
+
+    variable.call_function = called
