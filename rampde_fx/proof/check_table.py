@@ -13,9 +13,11 @@ from rampde_fx.policy import PrecisionPolicy
 COLUMNS = ("policy", "values", "gradients", "worst gradient", "stored", "repeated", "vanished", "overflowed")
 TIMES = ("ms", "of eager", "of compiled")
 LEGEND = (
-    "stored: bytes for the backward; repeated: backward passes that overflowed and ran again; vanished, overflowed: "
-    "entries of the adjoint"
+    "values, gradients: largest relative error of a result and of a gradient; worst gradient: which that is",
+    "stored: bytes kept for the backward; repeated: backward passes that overflowed and ran again",
+    "vanished, overflowed: entries of the adjoint; -: not measured",
 )
+TIMES_LEGEND = "ms: a training step, the median; of eager, of compiled: divided by that in float32, as it is written"
 
 
 def label(policy: PrecisionPolicy) -> str:
@@ -91,18 +93,18 @@ class CheckRow:
     def cells(self) -> list[str]:
         """The row as text, in the order of COLUMNS and TIMES."""
         if self.refusal:
-            return [self.name, "refused", *[""] * (len(COLUMNS) + len(TIMES) - 2)]
+            return [self.name, "refused", *["-"] * (len(COLUMNS) + len(TIMES) - 2)]
         measured = self.policy is not None
-        counted = [f"{n:,}" if measured else "" for n in (self.repeated, self.underflows, self.overflows)]
+        counted = [f"{n:,}" if measured else "-" for n in (self.repeated, self.underflows, self.overflows)]
         has_errors = bool(self.value_errors)
         return [
             self.name,
-            f"{self.value_error:.1e}" if has_errors else "",
-            f"{self.gradient_error:.1e}" if self.gradient_errors else "",
-            self.worst_gradient,
-            f"{self.stored_bytes:,}" if measured else "",
+            f"{self.value_error:.1e}" if has_errors else "-",
+            f"{self.gradient_error:.1e}" if self.gradient_errors else "-",
+            self.worst_gradient or "-",
+            f"{self.stored_bytes:,}" if measured else "-",
             *counted,
-            *(f"{x:.3g}" if self.is_timed else "" for x in (self.milliseconds, self.of_eager, self.of_compiled)),
+            *(f"{x:.3g}" if self.is_timed else "-" for x in (self.milliseconds, self.of_eager, self.of_compiled)),
         ]
 
 
@@ -180,17 +182,20 @@ class CheckResult:
         return f"{told}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        timed = any(row.is_timed for row in self.rows)
-        count = len(COLUMNS) + (len(TIMES) if timed else 0)
+        count = len(COLUMNS) + (len(TIMES) if self._is_timed() else 0)
         return [*COLUMNS, *TIMES][:count], [row.cells()[:count] for row in self.rows]
+
+    def _is_timed(self) -> bool:
+        return any(row.is_timed for row in self.rows)
 
     def _verdict(self) -> list[str]:
         return [
             *(f"loop at {where or 'an unknown line'}" for where in self.loops),
-            f"in float64 the rewrite agrees with the model to rounding, in {len(self.structures)} forms; errors against"
-            " float64:",
+            f"in float64 the rewrite agrees with the model to rounding, under each of {len(self.structures)} settings",
+            "relative errors against float64:",
         ]
 
     def _remarks(self) -> list[str]:
         refused = [f"{row.name} was refused: {row.refusal.splitlines()[0]}" for row in self.rows if row.refusal]
-        return [LEGEND, *(f"note: {note}" for note in (*self.notes, *refused))]
+        legend = [*LEGEND, *([TIMES_LEGEND] if self._is_timed() else [])]
+        return [*legend, *(f"note: {note}" for note in (*self.notes, *refused))]

@@ -57,7 +57,8 @@ class EvaluationCount:
         forward: Evaluations of the velocity in the forward pass: steps times evaluations of each; of a search for
             adaptive steps, steps that were tried. None before one.
         backward: VJPs of the velocity in the backward pass that ended last, repetitions included. Each evaluates the
-            velocity once more, unless checkpoint="none". None before one.
+            velocity once more, unless checkpoint="none". None before one. Where output times lie between adaptive
+            steps, one step of size 0 is taken besides, for the velocity at the end.
         accepted: Steps that count, of a search; None of another loop.
         rejected: Steps that were tried and do not count, of a search.
     """
