@@ -57,8 +57,15 @@ def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
         for outer, entry in zip(call.args, inner, strict=True):
             if graphs.is_float(entry) and _is_narrowed(entry) and graphs.value(outer).numel() != 0:
                 group = states if outer.meta["role"] == "state" else parameters
-                group[graphs.base_of_view(outer)] = None
+                group[_counted(outer)] = None
     return list(states), [node for node in parameters if node not in states]
+
+
+def _counted(entering: fx.Node) -> fx.Node:
+    """What a chain of views begins with, up to one that leaves entries out: these an evaluation does not read."""
+    while graphs.is_view(entering) and not graphs.is_part(entering):
+        entering = entering.args[0]
+    return entering
 
 
 def _is_evaluation(node: fx.Node) -> bool:

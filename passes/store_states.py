@@ -16,7 +16,8 @@ would not. Where they read what the step makes of a state, and in a dtype of les
 stored as it is.
 
 A state that is stored in float16 without a scale, and that no evaluation reads in float16, is counted like those that
-passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well.
+passes/count_underflow.py counts, whatever the velocity's dtype: it may underflow as well. Only the parts that the
+adjoint reads count (not the log-density behind the position in one tensor).
 
 Requires: a Loop behind keep_activations. One without an adjoint is left as it is.
 Ensures:  each carry that the adjoint re-reads has a slot; the adjoint reads it from there alone.
@@ -121,6 +122,10 @@ def _read_in(entry: fx.Node) -> set[torch.dtype]:
     return found
 
 
+# A view of a part of a tensor: its target, and its arguments but for the tensor.
+_Part = tuple[Any, ...]
+
+
 class _Storing:
     """The step and the adjoint while slots are added to both."""
 
@@ -132,6 +137,7 @@ class _Storing:
         self.slots = list(loop.slots)
         self.values: list[fx.Node] = []
         self.unscaled: list[fx.Node] = []  # the carries that are stored in float16 without a scale
+        self.parts: dict[fx.Node, dict[_Part, None] | None] = {}  # what the adjoint reads of carries
         self.finer: dict[torch.dtype, None] = {}  # the dtypes of those that are not stored as the policy says
 
     def store(self, carry: int) -> None:
@@ -152,6 +158,7 @@ class _Storing:
             load = _load(lambda x: [x.to(value.dtype)], stored)
         read = next((node for node, entry in self.inputs.items() if entry == Operand(carry)), None)
         if read is not None:
+            self.parts[state] = _parts_read(read)
             self._read_from(read, stored, load)
         self.slots.append(StateSlot(carry, load))
         self.values += stored
@@ -217,7 +224,7 @@ class _Storing:
         """The loop that stores."""
         output = self.step.graph.output_node()
         outputs = list(output.args[0])
-        uncounted = [state for state in self.unscaled if not _is_counted(state)]
+        uncounted = [node for state in self.unscaled if not _is_counted(state) for node in self._uncounted(state)]
         if uncounted:  # read by wide operations alone, and yet rounded for the backward
             place = len(outputs) - self.loop.tail()[0]
             more = self._at_end("underflow", COUNT, (uncounted,))
@@ -242,6 +249,14 @@ class _Storing:
             notes=(*self.loop.notes, *self._told()),
         )
 
+    def _uncounted(self, state: fx.Node) -> list[fx.Node]:
+        """The state, or those parts of it that the adjoint reads and that are not counted yet."""
+        parts = self.parts.get(state)
+        if parts is None:
+            return [state]
+        counted = _parts_counted(self.step)
+        return [self._at_end("part", part[0], (state, *part[1:])) for part in parts if part not in counted]
+
     def _told(self) -> list[str]:
         """A note on states that are not stored as the policy says."""
         policy = self.loop.policy.storage_dtype
@@ -263,6 +278,34 @@ def _is_counted(state: fx.Node) -> bool:
     """Whether a state, or what only moves its entries, is counted where it enters an evaluation."""
     return any(
         user.target is COUNT
-        or ((graphs.is_view(user) or operator_table.properties(user.target).dtype == "follows") and _is_counted(user))
+        or (
+            (graphs.is_view(user) or operator_table.properties(user.target).dtype == "follows")
+            and not graphs.is_part(user)
+            and _is_counted(user)
+        )
         for user in state.users
     )
+
+
+def _parts_counted(step: fx.GraphModule) -> set[_Part]:
+    return {_written(node) for node in step.graph.nodes if graphs.is_part(node) and _is_counted(node)}
+
+
+def _parts_read(node: fx.Node) -> dict[_Part, None] | None:
+    """The parts of a state that the adjoint reads, of sums with it, too, in order; None if it reads the whole."""
+    found = dict[_Part, None]()
+    for user in node.users:
+        if graphs.is_part(user):
+            more = None if len(user.all_input_nodes) > 1 or user.kwargs else {_written(user): None}
+        elif operator_table.properties(user.target).update == "add":
+            more = _parts_read(user) if graphs.value(user).shape == graphs.value(node).shape else None
+        else:
+            more = None
+        if more is None:
+            return None
+        found |= more
+    return found
+
+
+def _written(view: fx.Node) -> _Part:
+    return view.target, *view.args[1:]

@@ -572,6 +572,26 @@ def test_states_that_lose_their_digits_where_they_enter_are_counted_and_warned_o
     assert count == rampde_fx.StateCount(entries=48, underflowed=0)
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_part_of_a_state_that_no_velocity_reads_is_not_counted(is_read, split):
+    """The log-density of a flow, behind the position in one tensor: it begins at zero."""
+
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            z, change = y.split([2, 1], dim=1) if split else (y[:, :-1], y[:, -1:])
+            middle = z + dt / 2 * torch.sin(3 * z)
+            rate = 1e-6 * torch.cos(middle)[:, :1]
+            y = y + dt * torch.cat([torch.sin(3 * middle), rate * torch.exp(change) if is_read else rate], dim=1)
+        return y
+
+    y = torch.cat([torch.linspace(1, 2, 16).reshape(8, 2), torch.full((8, 1), 1e-6)], dim=1).requires_grad_()
+    rampde_fx.state_counts(reset=True)
+    compiled(flow, torch.float16)(y, torch.linspace(0, 1, 5))
+    (count,) = rampde_fx.state_counts(reset=True).values()
+    assert (count.underflowed > 0) == is_read and count.entries >= 4 * 2 * 16
+
+
 @pytest.mark.parametrize("velocity", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_states_that_lose_their_digits_where_they_are_stored_alone_are_counted(velocity, monkeypatch):
     """A state in units of 1e-7, which the velocity reads in a wider range: the backward would read it from float16."""

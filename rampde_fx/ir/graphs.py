@@ -16,7 +16,7 @@ from torch import fx
 
 from rampde_fx.ir import operator_table
 from rampde_fx.policy_text import word_of
-from rampde_fx.torch_private import fake_tensors, higher_order
+from rampde_fx.torch_private import fake_tensors, higher_order, shapes
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -162,6 +162,15 @@ def base_of_view(node: Any) -> Any:
     while is_view(node):
         node = node.args[0]
     return node
+
+
+def is_part(node: Any) -> bool:
+    """Whether an ATen node returns a view that leaves entries of its first operand out."""
+    if not is_view(node):
+        return False
+    whole, part = value(node.args[0]), value(node)
+    are_tensors = isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor)
+    return not (are_tensors and shapes.has_no_more_entries(whole, part))
 
 
 def readable(name: str) -> str:

@@ -94,6 +94,11 @@ def takes_no_more_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(_torch.statically_known_true(a.numel() * a.itemsize <= b.numel() * b.itemsize))
 
 
+def has_no_more_entries(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a tensor has no more entries than another one, for all values of their symbolic sizes."""
+    return bool(_torch.statically_known_true(a.numel() <= b.numel()))
+
+
 def capture_again_with(numbers: Iterable[torch.SymFloat]) -> None:
     """Have Dynamo capture the model again, with the present values of its Python floats behind these numbers.
 
