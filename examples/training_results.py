@@ -38,8 +38,8 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Name and unit."""
-        return f"{self.label} ({self.unit})"
+        """Name and unit, if there is one."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclass
@@ -108,7 +108,7 @@ def summary(metrics: dict[str, Metric], result: Result) -> str:
     """One line."""
     if result.history.diverged is not None:
         return f"diverged at iteration {result.history.diverged}"
-    return ", ".join(f"{m.label} {result.metrics[name]:.{m.digits}f} {m.unit}" for name, m in metrics.items())
+    return ", ".join(f"{m.label} {result.metrics[name]:.{m.digits}f} {m.unit}".rstrip() for name, m in metrics.items())
 
 
 def write_curve(metrics: dict[str, Metric], result: Result, path: Path) -> None:

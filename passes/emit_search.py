@@ -17,7 +17,6 @@ Source:   the controller's, rampde_fx/runtime/step_control.py.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from rampde_fx.emit.lasting import emit_call
 from rampde_fx.emit.recurrence import Body, emit_preamble, repeat_while
 from rampde_fx.ir import graphs, tracing
 from rampde_fx.ir.loops import CompensatedLoop
-from rampde_fx.runtime import step_control
+from rampde_fx.runtime import counts, step_control
 from rampde_fx.torch_private import fake_tensors
 
 FIELDS = len(step_control.Search._fields)
@@ -72,17 +71,18 @@ def _warn_of_tolerance(loop: CompensatedLoop) -> None:
     if rtol + atol < roundoff:
         reached = atol / (roundoff - rtol)
         _warn_once(
+            loop.name,
             f"odeint at {loop.where or 'an unknown line'} asks for rtol={rtol:g} and atol={atol:g} of stages in "
             f"{loop.policy.dtype}, whose unit roundoff is {roundoff:.1g}: for states above {reached:.1g} their "
             "rounding counts as error, and steps become small without becoming better; "
-            f"write rtol={2 * roundoff:.1g} or more, or a wider velocity dtype"
+            f"write rtol={2 * roundoff:.1g} or more, or a wider velocity dtype",
         )
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def _warn_once(name: str, message: str) -> None:
     """Once in a process, whatever the number of compilations; Python's own record is lost where filters change."""
-    warnings.warn(message, stacklevel=2)
+    counts.warn_at(name, message)
 
 
 class _Search:

@@ -563,8 +563,9 @@ def test_states_that_lose_their_digits_where_they_enter_are_counted_and_warned_o
     t = torch.linspace(0, 1, 5)
     rampde_fx.state_counts(reset=True)
     function = compiled(flow, torch.float16)
-    with pytest.warns(UserWarning, match="lie below 2\\^-17"):
+    with pytest.warns(UserWarning, match="lie below 2\\^-17") as warned:
         function(1e-7 * torch.linspace(-2, 1, 12), t)
+    assert warned[0].filename == __file__
     (count,) = rampde_fx.state_counts(reset=True).values()
     assert count == rampde_fx.StateCount(entries=48, underflowed=48, subnormal=4)
     function(torch.linspace(-2, 1, 12), t)

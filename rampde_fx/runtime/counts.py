@@ -283,9 +283,15 @@ def record(loop: str, attempt: int, *, overflow: bool, last: bool, vanished: int
 
 
 def warn_once(kind: str, loop: str, message: str) -> None:
-    """Warn of a loop, once in a process for each kind of warning."""
+    """Warn of a loop, at its line, once in a process for each kind of warning."""
     with _lock:
         known = (kind, loop) in _warned
         _warned.add((kind, loop))
     if not known:
-        warnings.warn(message, stacklevel=3)
+        warn_at(loop, message)
+
+
+def warn_at(loop: str, message: str) -> None:
+    """Warn at the line of a loop, as its name has it."""
+    file, _, line = loop.partition(" (")[0].rpartition(":")
+    warnings.warn_explicit(message, UserWarning, file, int(line) if line.isdigit() else 0, module="rampde_fx")
