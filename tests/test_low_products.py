@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -27,10 +28,33 @@ LARGE = [
 ]  # more than a block, and a tile
 
 
+HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+# As a loop of two steps does; in between what it may not change is changed.
+TWICE = """static void multiply_twice(
+    char* left, char* right, char* out, int64_t left_by_columns, int64_t right_by_columns, int64_t rows,
+    int64_t columns, int64_t inner, int64_t left_lead, int64_t right_lead, int64_t out_lead, char* added, int64_t adds,
+    int64_t added_row, int64_t added_column
+) {
+    const KeepingFactors keeping;
+    for (int step = 0; step < 2; ++step) {
+        std::fill_n(reinterpret_cast<Low*>(out), rows * out_lead, Low(NAN));
+        low_product(left_by_columns, right_by_columns, rows, columns, inner, reinterpret_cast<const Low*>(left),
+                    left_lead, reinterpret_cast<const Low*>(right), right_lead, reinterpret_cast<Low*>(out), out_lead,
+                    adds ? reinterpret_cast<const Low*>(added) : nullptr, added_row, added_column, true);
+        std::fill_n(reinterpret_cast<Low*>(right), inner * columns, Low(7.f));
+    }
+}"""
+
+
 @pytest.fixture(scope="module")
 def multiply():
-    header = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
-    [function] = native_library.load_library(["multiply_low"], header + low_products.FROM_PYTHON)
+    [function] = native_library.load_library(["multiply_low"], HEADER + low_products.FROM_PYTHON)
+    return function
+
+
+@pytest.fixture(scope="module")
+def multiply_twice():
+    [function] = native_library.load_library(["multiply_twice"], HEADER + TWICE)
     return function
 
 
@@ -72,6 +96,24 @@ def test_every_layout_and_size(multiply, sizes, by_columns):
         }[kind]
         exact = factors[0].double() @ factors[1].double() + (0 if added is None else added.double())
         assert torch.equal(product(multiply, *factors, added), exact.float().bfloat16()), (m, n, k, kind)
+
+
+@pytest.mark.parametrize("by_columns", [*itertools.product([False, True], repeat=2)], ids=str)
+def test_a_right_factor_that_stays_is_laid_out_once_in_a_loop(multiply, multiply_twice, by_columns):
+    torch.manual_seed(0)
+    sizes = [(m, n, k) for m, n, k in SMALL if m * n * k]
+    for m, n, k in [*sizes, *LARGE, *sizes]:
+        a, b = (
+            integers(*(shape[::-1] if flag else shape))
+            for shape, flag in zip(((m, k), (k, n)), by_columns, strict=True)
+        )
+        a, b = (value.T if flag else value for value, flag in zip((a, b), by_columns, strict=True))
+        exact = (a.double() @ b.double()).float().bfloat16()
+        assert torch.equal(product(multiply_twice, a, b), exact), (m, n, k)
+        assert (b == 7).all()
+        after = (a.double() @ b.double()).float().bfloat16()
+        assert torch.equal(product(multiply, a, b), after)  # behind the loop nothing is kept
+        assert torch.equal(product(multiply_twice, a, b), after)
 
 
 def test_an_odd_distance_between_columns(multiply):
@@ -157,8 +199,8 @@ def test_a_kernel_that_multiplies_otherwise_is_not_used(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(low_products, "places", lambda: (release, *places[1:]))
         with pytest.raises(RuntimeError, match="products of bfloat16 are wrong"):
-            native_library._low_blocks.__wrapped__()
-    native_library._low_blocks.__wrapped__()  # the library is one for all
+            native_library._low_kernels.__wrapped__()
+    native_library._low_kernels.__wrapped__()  # the library is one for all
 
 
 @pytest.mark.parametrize("name", low_products._LIMITS)
@@ -254,7 +296,16 @@ def test_a_compiled_loop(monkeypatch, is_sorted):
 
         loss, codes = run_and_get_code(train)
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.5)
+        found[-1] += [train().detach(), *(p.grad.clone() for p in model.parameters())]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(0.5)
     forward, backward = codes
+    stays = r"low_product\((?:[^;]*), true\);"
+    assert is_sorted or (re.search(stays, forward) and re.search(stays, backward))
     wanted = "extern_kernels = " if is_sorted else " low_product("
     assert wanted in forward and wanted in backward and "widened" not in forward
     assert ("_loop_native(" in forward) != is_sorted

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from rampde_fx.emit.native_loops import NativeLoop
 from rampde_fx.emit.native_steps import Step
 from rampde_fx.torch_private import low_products, native_library
-from rampde_fx.torch_private.wrapper_code import Kernel, UnreadError, read_function, read_kernels, read_loops
+from rampde_fx.torch_private.wrapper_code import Kernel, Loop, UnreadError, read_function, read_kernels, read_loops
 
 log = logging.getLogger(__name__)
 PRIVATE = "__import__('rampde_fx.torch_private.{0}').torch_private.{0}"
@@ -70,8 +70,9 @@ def native(code: str) -> Written | None:
     kernels = read_kernels(module)
     if not kernels or "\r" in code:
         return None
-    steps = {step.function.name: step for step in _steps(module, kernels)}
-    loops = list(_loops(module, kernels, steps))
+    found = list(read_loops(module))
+    steps = {step.function.name: step for step in _steps(module, kernels, found)}
+    loops = list(_loops(module, kernels, steps, found))
     hosts = {name: step.host for name, step in steps.items()}
     for loop in loops:
         hosts[loop.body] = f"{hosts[loop.body]}\n\n{loop.host}"
@@ -92,18 +93,22 @@ def native(code: str) -> Written | None:
     return Written(_replace(code, {**replaced, first: library + products}), names, source)
 
 
-def _steps(module: ast.Module, kernels: dict[str, Kernel]) -> Iterator[Step]:
+def _steps(module: ast.Module, kernels: dict[str, Kernel], loops: Sequence[Loop]) -> Iterator[Step]:
+    carried = {loop.body: len(loop.carried) for loop in loops}
     for statement in module.body:
         if isinstance(statement, ast.FunctionDef) and BODY.fullmatch(statement.name):
             try:
-                yield Step(read_function(statement, kernels))
+                function = read_function(statement, kernels)
+                constants = function.parameters[carried[statement.name] :] if statement.name in carried else ()
+                yield Step(function, constants)
             except UnreadError as error:  # it stays in Python
                 log.debug("%s stays in Python: %s", statement.name, error)
 
 
-def _loops(module: ast.Module, kernels: dict[str, Kernel], steps: dict[str, Step]) -> Iterator[NativeLoop]:
+def _loops(
+    module: ast.Module, kernels: dict[str, Kernel], steps: dict[str, Step], found: Sequence[Loop]
+) -> Iterator[NativeLoop]:
     functions = {statement.name: statement for statement in module.body if isinstance(statement, ast.FunctionDef)}
-    found = list(read_loops(module))
     for loop in found:
         if loop.body not in steps or loop.condition not in functions:
             continue

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from rampde_fx.emit.native_steps import Step, host, returned
+from rampde_fx.torch_private import low_products
 from rampde_fx.torch_private.wrapper_code import KNOWN, Allocate, Call, Function, Host, Loop, UnreadError, View
 
 PROFILED = "__import__('rampde_fx.torch_private.callers').torch_private.callers.profiled"
@@ -184,7 +185,9 @@ class NativeLoop:
     def _source(self, begin: Sequence[str], step: str, condition: str) -> str:
         parameters = [f"char* {name}" for name in (*self._taken, *self._pairs(), "turns")]
         parameters += [f"int64_t {name}" for name in self._passed.values()]
+        keeping = ["const KeepingFactors keeping_;"] if low_products.CALL in self._step.source else []
         lines = [
+            *keeping,
             "bool more_ = false;",
             "int64_t count_ = 0;",
             "do {",

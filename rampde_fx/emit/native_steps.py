@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rampde_fx.emit.scratch import ONE, Room, places, room
@@ -69,6 +69,10 @@ class Value:
 class Step:
     """What a function in Python did, as one in C++ and one in Python that calls it.
 
+    Args:
+        function: What is read.
+        constants: Its parameters that are the same in all steps of a loop.
+
     Attributes:
         function: What was read.
         name: The name of the one in C++.
@@ -84,8 +88,9 @@ class Step:
         UnreadError: It cannot be written in C++.
     """
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, constants: Collection[str] = ()) -> None:
         self.function, self.name, self.lines = function, f"{function.name}_native", function.lines
+        self.constants = constants
         self._values: dict[str, Value] = {}
         self.numbers: dict[str, str] = {}  # in Python, and in C++
         self._integers = {*function.parameters, *function.numbers, *KNOWN}
@@ -183,6 +188,8 @@ class Step:
         sizes = map(self._integer, (rows, columns, inner))
         flags = [str(flag).lower() for flag in transposed[:2]]
         given = [*flags, *sizes, *factors, *self._added(added, rows, columns, kinds[0])]
+        if function == "low_product":
+            given.append(str(right.storage.name in self.constants).lower())
         return f"{function}({', '.join(given)});"
 
     def _added(self, added: Value | None, rows: str, columns: str, kind: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rampde_fx.torch_private import cpp_compiler, low_products
+from rampde_fx.torch_private import cpp_compiler, low_kernels, low_products
 from rampde_fx.torch_private.names import Names
 
 _torch = Names(
@@ -257,7 +257,7 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     is_low = low_products.CALL in definitions
     bound = _BINDINGS.replace("FUNCTIONS\n", "\n    ".join(functions) + "\n")
     bound = bound.replace(
-        "CONNECTED\n", "low_blocks = reinterpret_cast<decltype(low_blocks)>(low);\n" if is_low else "\n"
+        "CONNECTED\n", "low_kernels = reinterpret_cast<decltype(low_kernels)>(low);\n" if is_low else "\n"
     )
     definitions = definitions.replace(_TORCH_ROUNDS, "to_bfloat16(")
     rounded = _ROUNDED if "to_bfloat16(" in definitions else ""
@@ -265,7 +265,7 @@ def load_library(names: Sequence[str], source: str) -> list[Callable[..., None]]
     text = includes + _HEADERS + _GIVEN + _PRODUCT + rounded + low + definitions + bound
     cpp_compiler.wait_for_vectors()
     library = cpp_compiler.library_cache().load(text)
-    products = *(_gemms() or (0, 0)), _mkl_threads(), _low_blocks() if is_low else 0
+    products = *(_gemms() or (0, 0)), _mkl_threads(), _low_kernels() if is_low else 0
     library.connect(_torch._torchinductor_pyobject_tensor_data_ptr, *products, _idle, _storages, _place)
     return [getattr(library, name) for name in names]
 
@@ -301,13 +301,13 @@ def multiplies() -> bool:
 
 
 @functools.cache
-def _low_blocks() -> int:
+def _low_kernels() -> int:
     """Where products of bfloat16 are, in a library of their own.
 
     Raises:
         RuntimeError: oneDNN's kernels do not multiply as they should.
     """
-    [connect_kernels] = load_library(["connect_kernels"], low_products.SOURCE)
+    [connect_kernels] = load_library(["connect_kernels"], low_kernels.SOURCE)
     found = torch.zeros((), dtype=torch.int64)
     connect_kernels(*low_products.places(), found)
     return int(found)
