@@ -205,6 +205,19 @@ def test_matrix_units_multiply_small_matrices_too(monkeypatch, product, shapes, 
     assert operators_of(lowered(product, faked(torch.bfloat16, *shapes))) != [str(product)]
 
 
+def test_small_products_beside_a_convolution_are_wide(monkeypatch):
+    """Such a loop calls them from Python."""
+    monkeypatch.setattr(kernels, "cpu_has_tiles", lambda: True)
+    monkeypatch.setattr(low_products, "multiplies", lambda: True)
+
+    def both(a, b, x, w):
+        return aten.mm(a, b), aten.convolution(x, w, None, *CONVOLUTION)
+
+    args = faked(torch.bfloat16, (128, 64), (64, 64), (2, 3, 6, 6), (4, 3, 3, 3))
+    found = operators_of(lowered(both, args))
+    assert found.count("rampde_fx.widened.default") == 2 and "aten.convolution.default" in found
+
+
 @pytest.mark.parametrize(("dtype", "stays"), [(torch.float16, False), (torch.bfloat16, True)])
 def test_derivatives_of_convolutions_are_wide_in_float16_on_every_cpu(monkeypatch, dtype, stays):
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)

@@ -16,7 +16,8 @@ instead of 38, of 4 x 4 heads of 512 x 64.
 
 A CPU with matrix units (AMX) is faster in bfloat16 from the smallest products on, if these are asked of oneDNN's
 kernels one by one (low_products.py): 128 x 64 x 64 in 4 us, instead of 10 in float32 and 28 by torch.mm in bfloat16.
-There products of two matrices stay as they are, but narrow ones, which are sums.
+There products of two matrices stay as they are, but narrow ones, which are sums; and but those beside convolutions and
+attentions, whose loops run in Python, where a call takes longer than a small product.
 
 Inductor fuses the casts with what stands before and behind. The factors are rounded: behind torch's own cast Inductor
 would leave that out. (In torch 2.11 it does all the same: nothing is less exact for it.) A result is rounded where it
@@ -56,8 +57,8 @@ class ReplaceProducts:
     Attributes:
         dtypes: The dtypes that the CPU has no arithmetic for.
         few: Products of matrices, and attentions, of no more multiplications are replaced in every low dtype.
-        kept: The dtypes of matrix units. Products of two matrices in them stay, if they are wider than narrow; so do
-            derivatives of attentions to heads of more than large multiplications.
+        kept: The dtypes of matrix units. Products of two matrices in them stay, if they are wider than narrow and there
+            are no others; so do derivatives of attentions to heads of more than large multiplications.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -68,31 +69,35 @@ class ReplaceProducts:
 
     def __call__(self, graph: fx.Graph) -> None:
         wide: dict[fx.Node, fx.Node] = {}
-        for node in list(graph.nodes):
-            if node.target in PRODUCTS and self._is_replaced(node):
+        products = [node for node in graph.nodes if node.target in PRODUCTS]
+        in_python = any(operator_table.properties(node.target).product != "matrices" for node in products)
+        for node in products:
+            if self._is_replaced(node, in_python):
                 _replace(graph, node, wide)
 
-    def _is_replaced(self, product: fx.Node) -> bool:
+    def _is_replaced(self, product: fx.Node, in_python: bool) -> bool:
         factors = [graphs.value(factor) for factor in product.all_input_nodes]
         factors = [value for value in factors if isinstance(value, torch.Tensor)]
         low = list(filter(is_half, factors))  # an attention also takes sums in float32
         known = all(value.dtype in (*HALF, torch.float32) and value.device.type == "cpu" for value in factors)
         slow = {*self.dtypes, *operator_table.properties(product.target).slow_on_cpu}
         is_slow = all(value.dtype in slow for value in low)
-        return bool(known and low) and (is_slow or self._is_small(product)) and not self._is_kept(product, low)
+        return (
+            bool(known and low) and (is_slow or self._is_small(product)) and not self._is_kept(product, low, in_python)
+        )
 
     def _is_small(self, product: fx.Node) -> bool:
         sizes = _sizes(product)
         return _are_known(sizes) and math.prod(sizes) <= self.few
 
-    def _is_kept(self, product: fx.Node, low: list[torch.Tensor]) -> bool:
+    def _is_kept(self, product: fx.Node, low: list[torch.Tensor], in_python: bool) -> bool:
         """Matrix units take it faster as it is."""
         sizes = _sizes(product)
         if not _are_known(sizes) or not all(value.dtype in self.kept for value in low):
             return False
         row = operator_table.properties(product.target)
         if row.product == "matrices":
-            return len(sizes) == 3 and min(sizes) > self.narrow
+            return not in_python and len(sizes) == 3 and min(sizes) > self.narrow
         return torch.bfloat16 in row.slow_on_cpu and math.prod(sizes[2:]) > self.large
 
     def uuid(self) -> str:
