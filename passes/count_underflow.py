@@ -35,7 +35,7 @@ def count_underflow(loop: LoweredLoop) -> CountedLoop:
     twins = {node.name: node for node in step.graph.nodes}
     output = step.graph.output_node()
     with step.graph.inserting_before(output):
-        entering = [[twins[node.name] for node in group] for group in groups]
+        entering = [[_real(step.graph, twins[node.name]) for node in group] for group in groups]
         count, *more = [graphs.call(step.graph, "underflow", COUNT, nodes) for nodes in entering]
         if more:
             count = graphs.call(step.graph, "underflow", torch.ops.aten.add.Tensor, count, *more)
@@ -55,7 +55,7 @@ def find_entering(step: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     for call in [node for node in step.graph.nodes if node.op == "call_module" and _is_evaluation(node)]:
         inner = graphs.placeholders(step.get_submodule(str(call.target)))
         for outer, entry in zip(call.args, inner, strict=True):
-            if graphs.is_float(entry) and _is_narrowed(entry) and graphs.value(outer).numel() != 0:
+            if _has_numbers(entry) and _is_narrowed(entry) and graphs.value(outer).numel() != 0:
                 group = states if outer.meta["role"] == "state" else parameters
                 group[_counted(outer)] = None
     return list(states), [node for node in parameters if node not in states]
@@ -66,6 +66,19 @@ def _counted(entering: fx.Node) -> fx.Node:
     while graphs.is_view(entering) and not graphs.is_part(entering):
         entering = entering.args[0]
     return entering
+
+
+def _has_numbers(entry: fx.Node) -> bool:
+    return graphs.is_float(entry) or (
+        isinstance(graphs.value(entry), torch.Tensor) and graphs.value(entry).is_complex()
+    )
+
+
+def _real(graph: fx.Graph, entering: fx.Node) -> fx.Node:
+    """The parts of complex numbers, of which each is cast."""
+    if not graphs.value(entering).is_complex():
+        return entering
+    return graphs.call(graph, "parts", torch.ops.aten.view_as_real.default, entering)
 
 
 def _is_evaluation(node: fx.Node) -> bool:

@@ -254,7 +254,7 @@ class _Storing:
         parts = self.parts.get(state)
         if parts is None:
             return [state]
-        counted = _parts_counted(self.step)
+        counted = _parts_counted(state)
         return [self._at_end("part", part[0], (state, *part[1:])) for part in parts if part not in counted]
 
     def _told(self) -> list[str]:
@@ -287,8 +287,9 @@ def _is_counted(state: fx.Node) -> bool:
     )
 
 
-def _parts_counted(step: fx.GraphModule) -> set[_Part]:
-    return {_written(node) for node in step.graph.nodes if graphs.is_part(node) and _is_counted(node)}
+def _parts_counted(state: fx.Node) -> set[_Part]:
+    """Of a state itself: what is counted of a sum with it says nothing of its own entries."""
+    return {_written(user) for user in state.users if graphs.is_part(user) and _is_counted(user)}
 
 
 def _parts_read(node: fx.Node) -> dict[_Part, None] | None:

@@ -360,6 +360,45 @@ def test_autograd_grad_in_a_step(trace_autograd_ops):
         model(y, T)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_autograd_grad_in_a_step_of_another_backend(backend):
+    def step(y, t):
+        for _, dt in rampde_fx.steps(t):
+            rate = torch.tanh(y)
+            y = y + dt * torch.autograd.grad(rate, y, rate, create_graph=True)[0]
+        return y
+
+    compiled(Euler(), torch.float32)(Y, T)  # what Dynamo is taught is there
+    y = Y.clone().requires_grad_()
+    with torch._dynamo.config.patch(trace_autograd_ops=True), pytest.warns(errors.FullPrecisionWarning):
+        function = torch.compile(rampde_fx.mixed_precision(step, dtype=torch.float16), backend=backend, fullgraph=True)
+        torch.testing.assert_close(function(y, T), step(y, T))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rtol": torch.tensor(1e-3), "method": "rk4"},
+        {"rtol": torch.ones(3)},
+        {"method": torch.ones(())},
+        {"policy": torch.ones(())},
+        {"options": torch.ones(())},
+        {"options": {"step_size": torch.tensor(0.1)}, "method": "rk4"},
+        {"options": {"num_steps": torch.tensor(2)}, "method": "rk4"},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_that_are_tensors_under_fullgraph(arguments):
+    def solve(y, t):
+        return rampde_fx.odeint(lambda t, y: -y, y, t, **arguments)[-1]
+
+    with pytest.raises((errors.OptionError, errors.MethodError, errors.PolicyError)) as caught:
+        solve(Y, T)
+    marked = rampde_fx.mixed_precision(solve, dtype=torch.float16)
+    with pytest.raises(type(caught.value), match="tensor of shape"):
+        torch.compile(marked, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True)(Y, T)
+
+
 def test_what_ends_a_capture_is_like_any_other_error_of_its_type():
     with pytest.raises(errors.TimeGridError) as caught:
         compiled(Euler(), torch.float32)(Y, T[:1])

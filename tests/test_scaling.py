@@ -593,6 +593,40 @@ def test_a_part_of_a_state_that_no_velocity_reads_is_not_counted(is_read, split)
     assert (count.underflowed > 0) == is_read and count.entries >= 4 * 2 * 16
 
 
+def of_two_states(x, v, a, t):
+    for _, dt in rampde_fx.steps(t):
+        k = torch.tanh(x[:, :2] @ a)
+        r = (v[:, :2] / 1e-8) ** 2 * 1e-8
+        x, v = x + dt * torch.cat([k, k[:, :1]], 1), v + dt * torch.cat([r, r[:, :1]], 1)
+    return x, v
+
+
+def of_a_sum(x, v, a, t):
+    for _, dt in rampde_fx.steps(t):
+        k = torch.tanh((v + 1)[:, :2] @ a)
+        r = (v[:, :2] / 1e-8) ** 2 * 1e-8
+        v = v + dt * torch.cat([k * 1e-8, r[:, :1]], 1)
+    return v
+
+
+def of_complex_numbers(x, v, a, t):
+    z = torch.view_as_complex(v[:, :2].contiguous())
+    for _, dt in rampde_fx.steps(t):
+        k = torch.tanh(torch.view_as_real(z) @ a * 1e4) * 1e-8
+        z = z + dt * torch.view_as_complex(k)
+    return torch.view_as_real(z)
+
+
+@pytest.mark.parametrize("flow", [of_two_states, of_a_sum, of_complex_numbers])
+def test_a_part_is_counted_whatever_else_is_cut_like_it(flow):
+    x, a, t = torch.ones(8, 3), torch.eye(2).requires_grad_(), torch.linspace(0, 1, 5)
+    v = (3e-9 * torch.rand(8, 3) + 1e-9).requires_grad_()
+    rampde_fx.state_counts(reset=True)
+    compiled(flow, torch.float16)(x, v, a, t)
+    (count,) = rampde_fx.state_counts(reset=True).values()
+    assert count.underflowed >= 4 * 16
+
+
 @pytest.mark.parametrize("velocity", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_states_that_lose_their_digits_where_they_are_stored_alone_are_counted(velocity, monkeypatch):
     """A state in units of 1e-7, which the velocity reads in a wider range: the backward would read it from float16."""

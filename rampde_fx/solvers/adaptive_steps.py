@@ -42,7 +42,7 @@ from rampde_fx.solvers.search import Asked, ends_among, first_size_of, intervals
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import callers, dynamo
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import refuse, shown
 
 ADAPTIVE_OPTIONS = ("first_step", "max_steps", "safety", "ifactor", "dfactor", "status")
 MAX_STEPS = 4096
@@ -304,14 +304,14 @@ def controller_of(
     if unknown:
         refuse(
             OptionError,
-            f"options={given}",
+            f"options={shown(given)}",
             required=f"options of {', '.join(ADAPTIVE_OPTIONS)}, or for fixed steps one of {', '.join(FIXED_OPTIONS)}",
             fix=f"leave {unknown[0]!r} out",
         )
     if is_number(rtol) and is_number(atol) and rtol == atol == 0:
         refuse(
             OptionError,
-            f"rtol={rtol!r} and atol={atol!r}",
+            f"rtol={shown(rtol)} and atol={shown(atol)}",
             required="a tolerance above 0",
             fix="write rtol=1e-3, atol=1e-6, or leave both out",
         )
@@ -321,7 +321,7 @@ def controller_of(
         if not number or not limits[name] < value < float("inf") or (name in ("safety", "dfactor") and value >= 1):
             refuse(
                 OptionError,
-                f"options={{{name!r}: {value!r}}}",
+                f"options={{{name!r}: {shown(value)}}}",
                 required="positive numbers: max_steps an int, ifactor above 1, safety and dfactor below",
                 fix=f"leave {name!r} out",
             )

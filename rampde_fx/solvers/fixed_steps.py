@@ -15,7 +15,7 @@ from rampde_fx.runtime.step_control import scalar
 from rampde_fx.solvers.runge_kutta import NodeTime, State, Velocity, advance, advance_collecting, stage_time
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import refuse, shown
 
 # Gives a derivative, and what is wrong with it, or an empty string.
 CheckedVelocity = Callable[[torch.Tensor, State], tuple[State, str]]
@@ -239,7 +239,7 @@ def fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:
     if unknown or len(given) > 1:
         refuse(
             OptionError,
-            f"options={given}",
+            f"options={shown(given)}",
             required=f"at most one of {', '.join(FIXED_OPTIONS)}",
             fix='write options={"num_steps": n} for n equal steps between two output times',
         )
@@ -247,14 +247,14 @@ def fixed_options(given: dict[str, Any]) -> tuple[float | None, int]:
     if step_size is not None and not (is_number(step_size) and 0 < step_size < float("inf")):
         refuse(
             OptionError,
-            f'options={{"step_size": {step_size!r}}}',
+            f'options={{"step_size": {shown(step_size)}}}',
             required="a positive number, in the unit of t",
             fix="give the magnitude; t says whether time runs backward",
         )
     if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 1:
         refuse(
             OptionError,
-            f'options={{"num_steps": {count!r}}}',
+            f'options={{"num_steps": {shown(count)}}}',
             required="an int of at least 1",
             fix='write options={"num_steps": 4} for four steps between two output times',
         )

@@ -29,7 +29,7 @@ from rampde_fx.solvers.runge_kutta import State, evaluations_of, real_dtype
 from rampde_fx.solvers.statistics import statistics, taken_out
 from rampde_fx.solvers.tableau import ButcherTableau, tableau_of
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import described, refuse, shown
 
 ORDER = "a function of t and y that returns dy/dt, the initial state, the times"
 IN_ORDER = "write odeint(func, y0, t), in this order"
@@ -191,13 +191,6 @@ def is_state(value: Any) -> bool:
     return is_real(value) or (isinstance(value, torch.Tensor) and value.dtype in (torch.complex64, torch.complex128))
 
 
-def described(value: Any) -> str:
-    """What a value is, for an error."""
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
 def _velocity(func: Callable[[torch.Tensor, Any], Any], y: State, structure: pytree.TreeSpec) -> CheckedVelocity:
     """The user's function on flat states; with what it returns, what is wrong with it."""
     if not callable(func):
@@ -272,7 +265,7 @@ def _check_policy(policy: PrecisionPolicy | None) -> None:
     if policy is not None and not isinstance(policy, PrecisionPolicy):
         refuse(
             PolicyError,
-            f"policy={policy!r}",
+            f"policy={shown(policy)}",
             required="a PrecisionPolicy, or None for that of the surrounding mixed_precision",
             fix="write policy=rampde_fx.PrecisionPolicy(torch.float16)",
         )
@@ -300,7 +293,7 @@ def _check_fit(
         if value is not None and not (is_number(value) and 0 <= value < float("inf")):
             refuse(
                 OptionError,
-                f"{name}={value!r}",
+                f"{name}={shown(value)}",
                 required="tolerances that are finite numbers of at least 0",
                 fix="write rtol=1e-3, atol=1e-6, or leave both out",
             )
@@ -314,7 +307,7 @@ def _check_fit(
     if not adapt and (rtol is not None or atol is not None):
         refuse(
             OptionError,
-            f"rtol={rtol!r} and atol={atol!r} beside fixed steps of {tableau.name}",
+            f"rtol={shown(rtol)} and atol={shown(atol)} beside fixed steps of {tableau.name}",
             required="tolerances for adaptive steps alone",
             fix='leave both out, or write method="dopri5" without num_steps for steps that adapt to them',
         )
@@ -324,7 +317,7 @@ def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
     if options is not None and not isinstance(options, Mapping):
         refuse(
             OptionError,
-            f"options={options!r}",
+            f"options={shown(options)}",
             required="a dict of options by their names",
             fix='write options={"num_steps": 4}',
         )

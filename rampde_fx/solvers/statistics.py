@@ -8,7 +8,7 @@ import torch
 
 from rampde_fx.errors import OptionError
 from rampde_fx.solvers.runge_kutta import State, Velocity
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import refuse, shown
 
 
 class SolveStatistics(NamedTuple):
@@ -53,7 +53,7 @@ def taken_out(given: dict[str, Any], name: str, asks_for: str) -> bool:
     if not isinstance(asked, bool):
         refuse(
             OptionError,
-            f"options={{{name!r}: {asked!r}}}",
+            f"options={{{name!r}: {shown(asked)}}}",
             required=f"True, for {asks_for} beside the solution, or False",
             fix=f"write options={{{name!r}: True}}",
         )

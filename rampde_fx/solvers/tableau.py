@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from rampde_fx.errors import MethodError, TableauError
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import refuse, shown
 
 Row: TypeAlias = tuple[float, ...]
 Tree: TypeAlias = "tuple[Tree, ...]"  # the sorted branches of the root; () is the single vertex
@@ -324,7 +324,7 @@ def tableau_of(method: str | ButcherTableau) -> ButcherTableau:
     if not isinstance(method, str) or method not in METHODS:
         refuse(
             MethodError,
-            f"method={method!r} is not known",
+            f"method={shown(method)} is not known",
             required="a ButcherTableau, or one of " + ", ".join(METHODS),
             fix='use "rk4" for fixed steps, "dopri5" for adaptive ones',
         )

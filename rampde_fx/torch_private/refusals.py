@@ -20,6 +20,22 @@ _torch = Names(
 )
 
 
+def described(value: Any) -> str:
+    """What a value is, for an error."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, for an error; of a tensor what it is: in a capture its numbers are not known."""
+    if isinstance(value, torch.Tensor):
+        return described(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join([f"{name!r}: {shown(entry)}" for name, entry in value.items()]) + "}"
+    return repr(value)
+
+
 def refuse(kind: type[RampdeError], found: str, *, required: str, fix: str) -> NoReturn:
     """Raise an error in code that Dynamo may capture.
 
@@ -64,14 +80,15 @@ def _as_it_is(kind: type[RampdeError]) -> Any:
 def refuse_grad_in_loops() -> None:
     """Have Dynamo refuse torch.autograd.grad in a marked loop as below: it would advise an option that does not help.
 
-    Without fullgraph=True the loop runs uncompiled, which is told.
+    Other backends are left alone. Without fullgraph=True a loop over steps runs uncompiled, which is told.
     """
     variable = _torch.TorchInGraphFunctionVariable
     call = variable.call_function
 
     @functools.wraps(call)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.value is torch.autograd.grad and dynamo.notes_so_far().get("open"):
+        in_loop = self.value is torch.autograd.grad and dynamo.notes_so_far().get("open")
+        if in_loop and dynamo.is_of(dynamo.innermost(dynamo.current_capture().compiler_fn), "rampde_fx"):
             _end_capture(
                 UnsupportedLoopError,
                 "torch.autograd.grad is called in a step",

@@ -33,7 +33,7 @@ from rampde_fx.solvers.runge_kutta import (
 )
 from rampde_fx.solvers.statistics import SolveStatistics
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import refuse, shown
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
 from rampde_fx.torchdiffeq.problem import Tolerance
 
@@ -86,7 +86,7 @@ def stops_of(name: str, times: Any, device: torch.device) -> torch.Tensor:
     if not isinstance(times, torch.Tensor):
         refuse(
             OptionError,
-            f"options={{{name!r}: {times!r}}}",
+            f"options={{{name!r}: {shown(times)}}}",
             required="a tensor of times, or a list of numbers",
             fix="write torch.tensor([0.5]), say",
         )

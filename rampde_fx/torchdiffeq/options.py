@@ -12,7 +12,7 @@ from rampde_fx.solvers import tableau
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.tableau import PAIRS_OF_ORDER_2, ButcherTableau, named_tableau
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import refuse, shown
 from rampde_fx.torchdiffeq.problem import warn
 
 ADAPTIVE = (*PAIRS_OF_ORDER_2, "bosh3", "dopri5", "tsit5", "dopri8")
@@ -55,7 +55,7 @@ def known_method(method: Any) -> str:
     if not isinstance(method, str) or method not in NAMES:
         refuse(
             MethodError,
-            f"method={method!r} is not known",
+            f"method={shown(method)} is not known",
             required="one of " + ", ".join(NAMES),
             fix='use "dopri5" for adaptive steps, "rk4" (the 3/8 rule) for fixed ones; rampde_fx.odeint takes tableaux',
         )
@@ -81,7 +81,7 @@ def known_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         refuse(
             OptionError,
-            f"options={options!r}",
+            f"options={shown(options)}",
             required="a dict of options by their names",
             fix='write options={"step_size": 0.1}',
         )

@@ -10,10 +10,10 @@ import torch
 
 from rampde_fx.errors import OptionError, StateError, TimeGridError
 from rampde_fx.solvers.fixed_steps import is_number
-from rampde_fx.solvers.integrate import check_order_of_parameters, described, is_state
+from rampde_fx.solvers.integrate import check_order_of_parameters, is_state
 from rampde_fx.solvers.runge_kutta import State, real_dtype
 from rampde_fx.torch_private import dynamo
-from rampde_fx.torch_private.refusals import refuse
+from rampde_fx.torch_private.refusals import described, refuse, shown
 
 Tolerance = Any  # a number or a tensor
 
@@ -154,7 +154,7 @@ def _tolerance(name: str, given: Any, device: torch.device) -> Tolerance:
     if not (_is_tolerance(value) if isinstance(value, torch.Tensor) else is_number(value) and value >= 0):
         refuse(
             OptionError,
-            f"{name}={given!r}",
+            f"{name}={shown(given)}",
             required="tolerances of at least 0: numbers, or tensors that require no gradient",
             fix="write rtol=1e-3, atol=1e-6, or leave both out",
         )
