@@ -196,7 +196,7 @@ def test_what_no_event_can_be_found_by_is_refused(case):
     arguments, message = REFUSED[case]
     t = arguments.get("t", torch.tensor([0.0, 1.0]))
     model = solved(lambda t, y: y[0] - 1, t, **{k: v for k, v in arguments.items() if k != "t"})
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(errors.RampdeError, match=message):
         compiled(model, torch.float32, "eager")(torch.zeros(2))
 
 
