@@ -119,7 +119,7 @@ class Demo:
         rows = rampde_fx.check(flow, batch, self.t, policies=policies, compiler="aot_eager").rows
         return [next(row for row in rows if row.policy == policy) for policy in policies]
 
-    def density(self, flow: density.Flow) -> Tensor:
+    def learned(self, flow: density.Flow) -> Tensor:
         """What a flow has learned, on the grid of density_plots, on the CPU."""
         grid = density_plots.grid().to(self.options.device)
         with torch.no_grad():
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train(trainings, options.iterations, known)
     rows = [training.row(row) for training, row in zip(trainings, checked, strict=True)]
     losses = {training.name: training.losses for training in trainings}
-    densities = [demo.density(training.flow) for training in trainings]
+    densities = [demo.learned(training.flow) for training in trainings]
     before.write_text(json.dumps([asdict(row) for row in rows]))
     pictures = [("What both have learned", options.out / "densities.png"), ("Training", options.out / "losses.png")]
     draw_densities(list(losses), densities, pictures[0][1])

@@ -340,18 +340,19 @@ def test_time_grid(t):
         next(rampde_fx.steps(t))
 
 
+def with_grad(y, t):
+    for _, dt in rampde_fx.steps(t):
+        rate = torch.tanh(y)
+        y = y + dt * torch.autograd.grad(rate, y, rate, create_graph=True)[0]
+    return y
+
+
 @pytest.mark.parametrize("trace_autograd_ops", [False, True])
 def test_autograd_grad_in_a_step(trace_autograd_ops):
     """Not as Dynamo refuses it, with the advice to set an option that does not help."""
 
-    def step(y, t):
-        for _, dt in rampde_fx.steps(t):
-            rate = torch.tanh(y)
-            y = y + dt * torch.autograd.grad(rate, y, rate, create_graph=True)[0]
-        return y
-
-    step = rampde_fx.mixed_precision(step, dtype=torch.float16)
-    model = torch.compile(step, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True)
+    marked = rampde_fx.mixed_precision(with_grad, dtype=torch.float16)
+    model = torch.compile(marked, backend="rampde_fx", options={"compiler": "eager"}, fullgraph=True)
     y = Y.clone().requires_grad_()
     with (
         torch._dynamo.config.patch(trace_autograd_ops=trace_autograd_ops),
@@ -362,17 +363,12 @@ def test_autograd_grad_in_a_step(trace_autograd_ops):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_autograd_grad_in_a_step_of_another_backend(backend):
-    def step(y, t):
-        for _, dt in rampde_fx.steps(t):
-            rate = torch.tanh(y)
-            y = y + dt * torch.autograd.grad(rate, y, rate, create_graph=True)[0]
-        return y
-
     compiled(Euler(), torch.float32)(Y, T)  # what Dynamo is taught is there
     y = Y.clone().requires_grad_()
     with torch._dynamo.config.patch(trace_autograd_ops=True), pytest.warns(errors.FullPrecisionWarning):
-        function = torch.compile(rampde_fx.mixed_precision(step, dtype=torch.float16), backend=backend, fullgraph=True)
-        torch.testing.assert_close(function(y, T), step(y, T))
+        marked = rampde_fx.mixed_precision(with_grad, dtype=torch.float16)
+        function = torch.compile(marked, backend=backend, fullgraph=True)
+        torch.testing.assert_close(function(y, T), with_grad(y, T))
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Step:
 
     def __init__(self, function: Function, constants: Collection[str] = ()) -> None:
         self.function, self.name, self.lines = function, f"{function.name}_native", function.lines
-        self.constants = constants
+        self._constants = constants
         self._values: dict[str, Value] = {}
         self.numbers: dict[str, str] = {}  # in Python, and in C++
         self._integers = {*function.parameters, *function.numbers, *KNOWN}
@@ -189,7 +189,7 @@ class Step:
         flags = [str(flag).lower() for flag in transposed[:2]]
         given = [*flags, *sizes, *factors, *self._added(added, rows, columns, kinds[0])]
         if function == "low_product":
-            given.append(str(right.storage.name in self.constants).lower())
+            given.append(str(right.storage.name in self._constants).lower())
         return f"{function}({', '.join(given)});"
 
     def _added(self, added: Value | None, rows: str, columns: str, kind: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -293,5 +294,6 @@ def warn_once(kind: str, loop: str, message: str) -> None:
 
 def warn_at(loop: str, message: str) -> None:
     """Warn at the line of a loop, as its name has it."""
-    file, _, line = loop.partition(" (")[0].rpartition(":")
-    warnings.warn_explicit(message, UserWarning, file, int(line) if line.isdigit() else 0, module="rampde_fx")
+    place = re.fullmatch(r"(.*):(\d+)(?: \(\d+\))?", loop)
+    file, line = place.groups() if place else (loop, 0)
+    warnings.warn_explicit(message, UserWarning, file, int(line), module="rampde_fx")

@@ -66,13 +66,14 @@ def _as_it_is(kind: type[RampdeError]) -> Any:
     An AssertionError it raises again as it is, and takes its own frames out of the traceback of a ShortenTraceback.
     """
 
-    def text(error: RampdeError) -> str:
-        return str(kind(error.found, required=error.required, fix=error.fix, where=error.where))
+    def plain(error: RampdeError) -> RampdeError:
+        return kind(error.found, required=error.required, fix=error.fix, where=error.where)
 
-    def reduce(error: RampdeError) -> tuple[object, ...]:
-        return kind(error.found, required=error.required, fix=error.fix, where=error.where).__reduce__()
-
-    members = {"__str__": text, "__reduce__": reduce, "__module__": kind.__module__}
+    members = {
+        "__str__": lambda error: str(plain(error)),
+        "__reduce__": lambda error: plain(error).__reduce__(),
+        "__module__": kind.__module__,
+    }
     return type(kind.__name__, (kind, AssertionError, _torch.ShortenTraceback), members)
 
 
