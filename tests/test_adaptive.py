@@ -536,7 +536,7 @@ BAD = {
     "negative": (dict(rtol=-1.0), "rtol=-1.0"),
     "infinite": (dict(atol=math.inf), "atol=inf"),
     "both zero": (dict(rtol=0.0, atol=0.0), "rtol=0.0 and atol=0.0"),
-    "tensor": (dict(rtol=torch.tensor(1e-3)), "rtol=tensor"),
+    "tensor": (dict(rtol=torch.tensor(1e-3)), "rtol=a float32 tensor of shape"),
     "unknown": (dict(options={"jump_t": 0.5}), "jump_t"),
     "no steps": (dict(options={"max_steps": 0}), "max_steps"),
     "half a step": (dict(options={"max_steps": 0.5}), "max_steps"),
