@@ -15,7 +15,7 @@ from rampde_fx.torch_private.names import Names
 _torch = Names(
     {
         "torch._dynamo.exc": "ShortenTraceback",
-        "torch._dynamo.variables": "TorchInGraphFunctionVariable",
+        "torch._dynamo.variables": "TensorVariable TorchInGraphFunctionVariable",
     }
 )
 
@@ -79,24 +79,30 @@ def _as_it_is(kind: type[RampdeError]) -> Any:
 
 @functools.cache
 def refuse_grad_in_loops() -> None:
-    """Have Dynamo refuse torch.autograd.grad in a marked loop as below: it would advise an option that does not help.
+    """Have Dynamo refuse gradients in a marked loop as below: it would advise an option that does not help.
 
     Other backends are left alone. Without fullgraph=True a loop over steps runs uncompiled, which is told.
     """
-    variable = _torch.TorchInGraphFunctionVariable
-    call = variable.call_function
+    _refuse_in_loops(_torch.TorchInGraphFunctionVariable, "call_function", "torch.autograd.grad")
+    _refuse_in_loops(_torch.TensorVariable, "method_backward", "Tensor.backward")
+
+
+def _refuse_in_loops(variable: Any, method: str, name: str) -> None:
+    """Have a method of a variable of Dynamo's, which calls what has this name, refuse it."""
+    call = getattr(variable, method)
 
     @functools.wraps(call)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        in_loop = self.value is torch.autograd.grad and dynamo.notes_so_far().get("open")
+        is_grad = getattr(self, "value", torch.autograd.grad) is torch.autograd.grad
+        in_loop = is_grad and dynamo.notes_so_far().get("open")
         if in_loop and dynamo.is_of(dynamo.innermost(dynamo.current_capture().compiler_fn), "rampde_fx"):
             _end_capture(
                 UnsupportedLoopError,
-                "torch.autograd.grad is called in a step",
-                "derivatives of torch.func in a velocity",
+                f"{name} is called in a step, or behind a loop that was left before its end",
+                "derivatives of torch.func in a velocity, and loops that run over all of their steps",
                 "write rate, vjp = torch.func.vjp(net, z), and vjp(e)[0] instead of torch.autograd.grad(rate, z, e); "
                 "torch.func.vmap(torch.func.jacrev(net))(z) has the whole Jacobian of each point",
             )
         return call(self, *args, **kwargs)
 
-    variable.call_function = called
+    setattr(variable, method, called)
