@@ -30,6 +30,7 @@ from rampde_fx.ir.ends import (
     places,
 )
 from rampde_fx.ir.loops import CompensatedLoop, CountedLoop, DifferentiatedLoop, KeptLoop, Loop
+from rampde_fx.torch_private import shapes
 
 ROLES = {"state", "time", "velocity", "scale", "storage"}
 
@@ -211,7 +212,7 @@ def _of_adjoint(loop: Loop, adjoint: Adjoint, slots: Sequence[Slot]) -> Iterator
             continue
         if not 0 <= found.operand < len(inputs):
             yield f"the adjoint returns {found} of {len(inputs)} inputs"
-        elif isinstance(result, fx.Node) and _shape(result) != _shape(inputs[found.operand]):
+        elif isinstance(result, fx.Node) and not _of_one_shape(result, inputs[found.operand]):
             yield f"the gradient of {inputs[found.operand].name} has another shape than it"
     for taken, given in zip(adjoint.inputs[: adjoint.carries], adjoint.results, strict=False):
         match taken, given:
@@ -257,10 +258,10 @@ def _unlike(wanted: fx.Node, found: fx.Node) -> str:
     a, b = graphs.value(wanted), graphs.value(found)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return ""
-    told = [graphs.description(tensor) for tensor in (a, b)]  # compared as text: a comparison of sizes would guard them
-    return "" if told[0] == told[1] else f"{told[0]}, and is {told[1]}"
+    same = a.dtype == b.dtype and a.device == b.device and shapes.are_equal(a.shape, b.shape)
+    return "" if same else f"{graphs.description(a)}, and is {graphs.description(b)}"
 
 
-def _shape(node: fx.Node) -> Any:
-    value = graphs.value(node)
-    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else None
+def _of_one_shape(node: fx.Node, other: fx.Node) -> bool:
+    a, b = graphs.value(node), graphs.value(other)
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and shapes.are_equal(a.shape, b.shape)

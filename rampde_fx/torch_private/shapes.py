@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ _torch = Names(
     {
         "torch._dynamo.exc": "TensorifyScalarRestartAnalysis",
         "torch._dynamo.symbolic_convert": "TensorifyState",
-        "torch.fx.experimental.symbolic_shapes": "free_unbacked_symbols statically_known_true",
+        "torch.fx.experimental.symbolic_shapes": "free_unbacked_symbols guard_or_false statically_known_true",
         "torch.utils._sympy.interp": "sympy_interp",
         "torch.utils._sympy.reference": "PythonReferenceAnalysis",
         "torch.utils._sympy.symbol": "SymT symbol_is_type",
@@ -87,6 +87,15 @@ def known_now(number: torch.SymFloat) -> float | None:
 def is_data_dependent(number: Any) -> bool:
     """Whether a number is read from a tensor, so that nothing is known of it when the graph is compiled."""
     return isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) and not number.node.has_hint()
+
+
+def are_equal(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are equal. Sizes that are written differently, and are equal now, are guarded to be so.
+
+    A sum guards that its operands have one size, and keeps the expressions of both.
+    """
+    pairs = zip(shape, other, strict=False)
+    return len(shape) == len(other) and all(str(n) == str(m) or _torch.guard_or_false(n == m) for n, m in pairs)
 
 
 def takes_no_more_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
