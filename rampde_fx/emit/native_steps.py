@@ -11,6 +11,8 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import NamedTuple
 
 from rampde_fx.emit.scratch import ONE, Room, places, room
 from rampde_fx.torch_private import low_products, native_library
@@ -27,11 +29,22 @@ from rampde_fx.torch_private.wrapper_code import (
     View,
 )
 
-# Products by their dtype: the number in C++, the function, and where it is.
+
+class Kernel(NamedTuple):
+    """A product in C++: its numbers, its function, where that is, and whether it takes as its last argument if the
+    right factor stays as it is in a loop."""
+
+    number: str
+    function: str
+    module: ModuleType
+    keeps: bool = False
+
+
+# By their dtype.
 PRODUCTS = {
-    "torch.float32": ("float", "product<float>", native_library),
-    "torch.float64": ("double", "product<double>", native_library),
-    "torch.bfloat16": ("at::BFloat16", "low_product", low_products),
+    "torch.float32": Kernel("float", "product<float>", native_library),
+    "torch.float64": Kernel("double", "product<double>", native_library),
+    "torch.bfloat16": Kernel("at::BFloat16", "low_product", low_products, keeps=True),
 }
 
 
@@ -171,16 +184,15 @@ class Step:
     def _product(self, left: Value, right: Value, out: Value, added: Value | None) -> str:
         """A product of matrices as a call."""
         known = PRODUCTS.get(out.storage.dtype or "")
-        if known is None or not known[2].multiplies():
+        if known is None or not known.module.multiplies():
             raise UnreadError("a product that neither BLAS nor oneDNN has")
         if any(value.storage.dtype not in (out.storage.dtype, None) for value in (left, right, added) if value):
             raise UnreadError("a product of numbers of two kinds")
-        number, function, _ = known
         transposed, leads = zip(*map(self._leading, (left, right, out)), strict=True)
         if transposed[2]:
             raise UnreadError("a product that is written by columns")
         (rows, columns), (_, inner) = out.size or (), left.size or ()
-        kinds = f"const {number}*", f"const {number}*", f"{number}*"
+        kinds = f"const {known.number}*", f"const {known.number}*", f"{known.number}*"
         factors = [
             f"{self._pointer(value, kind)}, {self._integer(lead)}"
             for value, lead, kind in zip((left, right, out), leads, kinds, strict=True)
@@ -188,9 +200,9 @@ class Step:
         sizes = map(self._integer, (rows, columns, inner))
         flags = [str(flag).lower() for flag in transposed[:2]]
         given = [*flags, *sizes, *factors, *self._added(added, rows, columns, kinds[0])]
-        if function == "low_product":
+        if known.keeps:
             given.append(str(right.storage.name in self._constants).lower())
-        return f"{function}({', '.join(given)});"
+        return f"{known.function}({', '.join(given)});"
 
     def _added(self, added: Value | None, rows: str, columns: str, kind: str) -> list[str]:
         """What is added to a product, and how far apart its rows and its columns are."""

@@ -4,8 +4,9 @@ git clone https://github.com/rtqichen/torchdiffeq && git -C torchdiffeq checkout
 python -m tests.benchmarks.torchdiffeq_examples torchdiffeq/examples
 
 The examples are the user's copy, and none of them stands here. Each runs as it is, if torchdiffeq is installed; with
-other import lines; and compiled for the backend, each solve as one graph without low precision. Each runs with one seed
-in a process and a folder of its own, and stops after some iterations. What is told of an iteration is the number whose
+other import lines; and compiled for the backend, each solve as one graph: without low precision, and with a velocity in
+float16 and bfloat16, with tolerances that these can reach. Each runs with one seed in a process and a folder of its
+own, and stops after some iterations. What is told of an iteration is the number whose
 backward is called. odenet_mnist trains on scikit-learn's digits, which a module gives it in torchvision's place.
 """
 
@@ -36,17 +37,21 @@ COMPILED = """
 import rampde_fx
 solve = odeint
 
-@rampde_fx.mixed_precision(dtype=torch.float32)
+@rampde_fx.mixed_precision(dtype=torch.{dtype})
 def odeint(func, y0, t, **arguments):
-    return solve(func, y0, t, **arguments)
+    return solve(func, y0, t, **{arguments})
 
 odeint = torch.compile(odeint, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
 """
 HOW = {
     "torchdiffeq": "torchdiffeq",
     "uncompiled": "rampde_fx.torchdiffeq",
-    "compiled": "compiled",
+    "float32": "compiled, float32",
+    "float16": "compiled, float16",
+    "bfloat16": "compiled, bfloat16",
 }
+# Two unit roundoffs of the dtype, and a hundredth of that.
+TOLERANCES = {"float16": "rtol=1e-3, atol=1e-5", "bfloat16": "rtol=8e-3, atol=8e-5"}
 
 
 class Example(NamedTuple):
@@ -83,7 +88,9 @@ def patched(source: str, how: str) -> str:
     source = IMPORT.sub(r"\1from rampde_fx.torchdiffeq import", source)
     if how == "uncompiled":
         return source
-    return COUNTER.sub("", LAST_IMPORT.sub(lambda found: found[1] + COMPILED, source, count=1))
+    arguments = f"dict(arguments, {TOLERANCES[how]})" if how in TOLERANCES else "arguments"
+    compiled = COMPILED.format(dtype=how, arguments=arguments)
+    return COUNTER.sub("", LAST_IMPORT.sub(lambda found: found[1] + compiled, source, count=1))
 
 
 def changed_lines(before: str, after: str) -> tuple[int, int]:
