@@ -1,6 +1,7 @@
 """odeint with adaptive steps: tolerances, output times, gradients, what is refused; compiled against uncompiled."""
 
 import itertools
+import linecache
 import math
 import re
 import warnings
@@ -16,7 +17,7 @@ from rampde_fx import errors
 from rampde_fx.passes import emit_search
 from rampde_fx.runtime import step_control
 from rampde_fx.solvers.tableau import METHODS, ButcherTableau
-from tests import counting, oscillators
+from tests import counting, models, oscillators
 from tests.comparison import gradients, relative_errors
 from tests.golden import printed
 from tests.models import Solved, Velocity
@@ -404,8 +405,10 @@ def explained(dtype, **arguments):
 
 def test_too_tight_a_tolerance_is_said_once(unwarned):
     said = r"rtol=1e-05 and atol=1e-05 of stages in torch.float16.*for states above 0.02.*write rtol=0.001"
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=said) as warned:
         explained(torch.float16, rtol=1e-5, atol=1e-5)
+    assert warned[0].filename == models.__file__
+    assert "rampde_fx.odeint(" in linecache.getline(models.__file__, warned[0].lineno)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explained(torch.float16, rtol=1e-5, atol=1e-5)
