@@ -14,10 +14,10 @@ STACKS := .venv-stacks$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
 STACKS_STAMP := $(STACKS)/.installed-torch-$(TORCH)
 
 # About half of the cases that make test runs, by time.
-FIRST := $(patsubst %,tests/test_%.py,accumulation adaptive capture capture_once changing_sizes collectives conditions cost \
+FIRST := $(patsubst %,tests/test_%.py,accumulation capture capture_once changing_sizes collectives conditions cost \
   counters cpu_products docs evaluations examples floats front_door inductor interplay loop_verifier low_parameters \
   memory_budget monitor native_steps odeint one_pass passes phase_log policy properties random refusals saved scaling \
-  semantics stacks storage torchdiffeq torchdiffeq_compiled torchdiffeq_events_compiled typed)
+  semantics stacks torchdiffeq torchdiffeq_compiled torchdiffeq_events_compiled typed)
 
 # Where the wheel is tested: an environment of its own, and the source distribution without the packages.
 WHEEL := build/wheel-test$(if $(filter-out $(TORCH_PIN),$(TORCH)),-$(TORCH))
