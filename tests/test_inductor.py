@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.torch_version import TorchVersion
 
 import rampde_fx
@@ -191,6 +192,16 @@ def test_random_numbers_are_drawn_again():
 def test_compensated_sums_and_states_of_one_byte():
     policy = {"storage": torch.float8_e4m3fn, "accumulation": "compensated"}
     agree(Euler(), torch.randn(16, 5), torch.linspace(0, 1, 6), 2e-2, **policy)
+
+
+@pytest.mark.parametrize("rows", [200, 2000])
+def test_threads_share_large_kernels_alone(rows, monkeypatch):
+    """Two threads; 1,000 and 10,000 entries, of which Inductor by itself shares both."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    _, (code,) = run_and_get_code(
+        compiled(Euler(), torch.float32, "inductor"), torch.ones(rows, 5), torch.linspace(0, 1, 3)
+    )
+    assert ("#pragma omp parallel" in code) == (rows == 2000)
 
 
 @pytest.mark.parametrize(

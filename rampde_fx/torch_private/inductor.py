@@ -59,6 +59,11 @@ class CodePass(Protocol):
         """What the result depends on, for Inductor's caches."""
 
 
+# Entries from which threads of a CPU share a kernel: with fewer they wait for each other longer than they compute.
+# Inductor shares 512 for each thread, with which two threads took longer than one at width 16 (docs/benchmarks.md).
+SHARED = 2**13
+
+
 @dataclass(frozen=True)
 class LoweringPasses:
     """What changes a graph that Inductor lowers: before Inductor's own passes, behind them, and what it writes."""
@@ -139,6 +144,7 @@ def compile_graph(
     prepare(example_inputs)  # begun by the backend, not by check
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
+        "cpp.min_chunk_size": max(_torch.config.cpp.min_chunk_size, SHARED // torch.get_num_threads()),
         **_options(options, mode),
     }
     # C++ that Inductor writes itself, and kernels with clocks of their own, stay as they are.
