@@ -117,7 +117,7 @@ def kernels_of(code):
     for name, body in in_python:
         calls = in_cpp.get(name, body)
         fused = len(re.findall(r"^ +cpp_fused_\w+\(", calls, re.MULTILINE))
-        products = len(re.findall(r"^ +(?:extern_kernels\.\w+|product<float>)\(", calls, re.MULTILINE))
+        products = len(re.findall(r"^ +(?:extern_kernels\.\w+|product<float>|low_product)\(", calls, re.MULTILINE))
         yield f"{fused} kernels, {products} products"
 
 

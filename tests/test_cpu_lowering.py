@@ -1,9 +1,10 @@
-"""What Inductor is given for a CPU: tanh written out, biases beside their products; errors in C++."""
+"""What Inductor is given for a CPU: tanh written out, biases beside products, casts before views; errors in C++."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,11 +13,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import rampde_fx
 from rampde_fx.emit import cpu_functions
 from rampde_fx.emit.cpu_biases import SplitBiases
+from rampde_fx.emit.cpu_casts import MoveCasts
 from rampde_fx.emit.cpu_functions import ReplaceTanh, replace_tanh
 from rampde_fx.emit.inductor_passes import inductor_passes
 from rampde_fx.errors import StepSizeError, TimeGridError
-from rampde_fx.torch_private import inductor
+from rampde_fx.torch_private import inductor, kernels
 from tests.benchmarks.tanh import fit
+from tests.comparison import compiled
+from tests.models import Flow
 
 aten = torch.ops.aten
 LAST_PLACE = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -135,6 +139,66 @@ def test_overflows_are_marked_where_inductor_leaves_the_rounding_out(wide):
         for got, wanted in zip(found, marked(*args), strict=True):
             assert got.dtype is wanted.dtype
             torch.testing.assert_close(got, wanted, rtol=2.0**-10, atol=0, equal_nan=True)
+
+
+def low(x):
+    return torch.ops.rampde_fx.narrow(x, dtype=torch.float16)
+
+
+CAST = torch.ops.rampde_fx.narrow.default
+STRIDED = {
+    "whole": torch.randn(2, 3, 4),
+    "part": torch.randn(2, 3, 9)[..., :4],
+    "turned": torch.randn(3, 4, 2).permute(2, 0, 1),
+    "expanded": torch.randn(2, 1, 4).expand(2, 3, 4),
+}
+
+
+@pytest.mark.parametrize("x", STRIDED.values(), ids=STRIDED)
+@pytest.mark.parametrize(
+    "view", [lambda x: x.reshape(6, 4), lambda x: x.reshape(2, 3, 2, 2)], ids=["merges", "divides"]
+)
+def test_a_cast_stands_in_front_of_a_view(view, x):
+    """Whether or not something else reads the view."""
+    graph = lowered(lambda x: low(view(x)), x, by=MoveCasts())
+    assert targets(graph)[-2:] == [CAST, aten.reshape.default]
+    torch.testing.assert_close(graph(x), low(view(x)), rtol=0, atol=0)
+
+    def read_twice(x):
+        seen = view(x)
+        return torch.ops.prims.convert_element_type(seen, torch.bfloat16), seen.sin()
+
+    torch.testing.assert_close(lowered(read_twice, x, by=MoveCasts())(x), read_twice(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("view", [torch.t, lambda x: x[1:], lambda x: x.expand(2, 4, 6)], ids=["t", "slice", "expand"])
+def test_a_cast_stays_behind_any_other_view(view):
+    assert targets(lowered(lambda x: low(view(x)), torch.randn(4, 6), by=MoveCasts()))[-1] == CAST
+
+
+def test_a_cast_on_another_device_stays():
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, device="meta")
+    assert targets(lowered(lambda x: low(x.reshape(6, 4)), x, by=MoveCasts())) == [aten.view.default, CAST]
+
+
+@pytest.mark.inductor
+def test_a_product_of_rows_is_written_without_places_of_entries(monkeypatch):
+    """By vectors, where each entry would be found by two divisions; a product that is widened has such a view, too."""
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: False)
+
+    class Rows(Flow):
+        def forward(self, y, t):
+            for _, dt in rampde_fx.steps(t):
+                y = y + dt * (torch.sin(y[:, None] * self.rows).reshape(-1, 5) @ self.weight).reshape(-1, 8, 5).mean(1)
+            return y
+
+    model = Rows()
+    model.rows, model.weight = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(5, 5) / 2)
+    y, t = torch.randn(64, 5), torch.linspace(0, 1, 4)
+    found, (code,) = run_and_get_code(compiled(model, torch.float16, "inductor"), y, t)
+    assert "div_floor_integer" not in code
+    torch.testing.assert_close(found, model(y, t), rtol=2e-2, atol=2e-3)
 
 
 BIAS, X, W = torch.randn(7), torch.randn(3, 5), torch.randn(5, 7)

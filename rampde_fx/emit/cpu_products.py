@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rampde_fx.emit.cpu_casts import VIEWS
 from rampde_fx.emit.cpu_narrow import NARROW
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.lowering import HALF, is_half
@@ -149,12 +150,12 @@ def _replace(graph: fx.Graph, product: fx.Node, wide: dict[fx.Node, fx.Node]) ->
 
 
 def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> None:
-    """Have a factor in float32; a transposed one from the other, which may be a factor as well."""
+    """Have a factor in float32; a view from what it views, which may be a factor as well."""
     if factor in wide:
         return
     if not is_half(graphs.value(factor)):
         wide[factor] = factor  # a size, or float32
-    elif factor.target is torch.ops.aten.permute.default:
+    elif factor.target in (torch.ops.aten.permute.default, *VIEWS):
         _widen(graph, factor.args[0], wide)
         wide[factor] = graphs.valued(graph, factor.target, wide[factor.args[0]], *factor.args[1:])
     else:

@@ -6,6 +6,7 @@ import torch
 
 from rampde_fx.emit.compared import round_compared
 from rampde_fx.emit.cpu_biases import SplitBiases
+from rampde_fx.emit.cpu_casts import MoveCasts
 from rampde_fx.emit.cpu_functions import replace_tanh
 from rampde_fx.emit.cpu_narrow import replace_narrow_products
 from rampde_fx.emit.cpu_products import replace_products
@@ -21,7 +22,7 @@ def inductor_passes() -> LoweringPasses:
     """The passes, those for the CPU of this machine, which leave other devices alone."""
     lowerings.lower_overflows(ops.narrow.default, ops.mark_overflow.default, least_infinite)
     return LoweringPasses(
-        before=(replace_products(), replace_tanh(), round_compared()),
+        before=(MoveCasts(), replace_products(), replace_tanh(), round_compared()),
         behind=(SplitBiases(), replace_narrow_products()),
         code=NativeOrKept(),
     )

@@ -60,7 +60,6 @@ def _end_capture(kind: type[RampdeError], found: str, required: str, fix: str) -
     return True
 
 
-@functools.cache
 def _as_it_is(kind: type[RampdeError]) -> Any:
     """A subclass whose errors Dynamo lets through: it wraps others, and adds its frames and its advice to their text.
 

@@ -1,0 +1,47 @@
+"""Casts on a CPU: in front of views that merge dimensions or divide them, instead of behind.
+
+Before:  v: f32[B * D, H] = aten.reshape(x, [B * D, H]);   c: f16[B * D, H] = rampde_fx.narrow(v)
+After:   n: f16[B, D, H] = rampde_fx.narrow(x);            c: f16[B * D, H] = aten.reshape(n, [B * D, H])
+
+Behind such a view Inductor computes every entry by itself, with divisions for its place: 45 us instead of 4 for
+64 x 8 x 64 entries. In front of it the cast is fused with what makes the entries, vector by vector, and the view of a
+whole tensor costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rampde_fx.ir import graphs
+
+aten = torch.ops.aten
+CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.rampde_fx.narrow.default)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class MoveCasts:
+    """A pass over what Inductor lowers: moves casts to the front of views, in place."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            view = node.args[0] if node.target in CASTS else None
+            if isinstance(view, fx.Node) and view.target in VIEWS and graphs.value(node).device.type == "cpu":
+                _move(graph, node, view)
+
+    def uuid(self) -> str:
+        """What the result depends on, for Inductor's caches."""
+        return repr(self)
+
+
+def _move(graph: fx.Graph, cast: fx.Node, view: fx.Node) -> None:
+    with graph.inserting_before(cast):
+        first = graphs.valued(graph, cast.target, view.args[0], *cast.args[1:], **cast.kwargs)
+        moved = graphs.valued(graph, aten.reshape.default, first, *view.args[1:])
+    cast.replace_all_uses_with(moved)
+    graph.erase_node(cast)
+    if not view.users:
+        graph.erase_node(view)
