@@ -213,6 +213,7 @@ graphs: 1, graph breaks: 0""",
     @pytest.mark.slow
     def test_what_is_kept_is_stored_by_the_kernels_that_make_it(self):
         self.monkeypatch.setattr(kernels, "cpu_multiplies", lambda dtype: True)
+        self.monkeypatch.setattr(kernels, "cpu_has_tiles", lambda: False)
         found = {}
         for checkpoint in ("step", "none"):
             torch._dynamo.reset()
