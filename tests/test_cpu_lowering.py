@@ -155,31 +155,48 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("x", STRIDED.values(), ids=STRIDED)
-@pytest.mark.parametrize(
-    "view", [lambda x: x.reshape(6, 4), lambda x: x.reshape(2, 3, 2, 2)], ids=["merges", "divides"]
-)
-def test_a_cast_stands_in_front_of_a_view(view, x):
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_cast_of_a_factor_stands_in_front_of_a_view(x, turned):
     """Whether or not something else reads the view."""
-    graph = lowered(lambda x: low(view(x)), x, by=MoveCasts())
-    assert targets(graph)[-2:] == [CAST, aten.reshape.default]
-    torch.testing.assert_close(graph(x), low(view(x)), rtol=0, atol=0)
+    w = torch.randn(4, 5).half()
 
-    def read_twice(x):
-        seen = view(x)
-        return torch.ops.prims.convert_element_type(seen, torch.bfloat16), seen.sin()
+    def product(x, w):
+        seen = x.sin().reshape(6, 4)
+        return w.permute(1, 0) @ low(seen).permute(1, 0) if turned else low(seen) @ w
 
-    torch.testing.assert_close(lowered(read_twice, x, by=MoveCasts())(x), read_twice(x), rtol=0, atol=0)
+    graph = lowered(product, x, w, by=MoveCasts())
+    found = targets(graph)
+    assert found.index(CAST) == found.index(aten.reshape.default) - 1 and aten.view.default not in found
+    assert torch.equal(graph(x, w), product(x, w))
+
+    def read_twice(x, w):
+        seen = x.sin().reshape(2, 3, 2, 2).reshape(-1, 4)
+        return low(seen) @ w, seen.cos()
+
+    for got, wanted in zip(lowered(read_twice, x, w, by=MoveCasts())(x, w), read_twice(x, w), strict=True):
+        assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("view", [torch.t, lambda x: x[1:], lambda x: x.expand(2, 4, 6)], ids=["t", "slice", "expand"])
-def test_a_cast_stays_behind_any_other_view(view):
-    assert targets(lowered(lambda x: low(view(x)), torch.randn(4, 6), by=MoveCasts()))[-1] == CAST
+STAYING = {
+    "another view": lambda x, w: low(x.sin()[0]) @ w,
+    "what a product makes": lambda x, w: low((x @ x.mT).reshape(-1, 3)) @ w[:3],
+    "what entries are computed of": lambda x, w: low(x.sin().reshape(6, 4)).cos(),
+    "what a convolution reads": lambda x, w: torch.conv1d(low(x.sin().reshape(3, 2, 4)), w[None, :2, :3]),
+}
+
+
+@pytest.mark.parametrize("function", STAYING.values(), ids=STAYING)
+def test_any_other_cast_stays(function):
+    operands = torch.randn(2, 3, 4), torch.randn(4, 5).half()
+    before = targets(lowered(function, *operands, by=lambda graph: None))
+    assert CAST in before and targets(lowered(function, *operands, by=MoveCasts())) == before
 
 
 def test_a_cast_on_another_device_stays():
     with FakeTensorMode():
-        x = torch.empty(2, 3, 4, device="meta")
-    assert targets(lowered(lambda x: low(x.reshape(6, 4)), x, by=MoveCasts())) == [aten.view.default, CAST]
+        x, w = torch.empty(2, 3, 4, device="meta"), torch.empty(4, 5, dtype=torch.float16, device="meta")
+    found = targets(lowered(lambda x, w: low(x.sin().reshape(6, 4)) @ w, x, w, by=MoveCasts()))
+    assert found == [aten.sin.default, aten.view.default, CAST, aten.mm.default]
 
 
 @pytest.mark.inductor

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rampde_fx.emit.cpu_casts import VIEWS
+from rampde_fx.emit.cpu_casts import is_merged
 from rampde_fx.emit.cpu_narrow import NARROW
 from rampde_fx.ir import graphs, operator_table
 from rampde_fx.ir.lowering import HALF, is_half
@@ -155,7 +155,7 @@ def _widen(graph: fx.Graph, factor: fx.Node, wide: dict[fx.Node, fx.Node]) -> No
         return
     if not is_half(graphs.value(factor)):
         wide[factor] = factor  # a size, or float32
-    elif factor.target in (torch.ops.aten.permute.default, *VIEWS):
+    elif factor.target is torch.ops.aten.permute.default or is_merged(factor):
         _widen(graph, factor.args[0], wide)
         wide[factor] = graphs.valued(graph, factor.target, wide[factor.args[0]], *factor.args[1:])
     else:
