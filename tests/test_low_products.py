@@ -180,12 +180,21 @@ def test_where_onednn_is_switched_off_nothing_is_compiled_for_it():
     assert low_products.multiplies()
 
 
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_memory_of_what_is_laid_out_is_given_back_behind_the_loop(multiply_twice):
+    weights = [torch.ones(2048, 2048).bfloat16() for _ in range(20)]  # each in a place of its own
+    product(multiply_twice, integers(1, 2048), weights[0])
+    before = resident()
+    for weight in weights:
+        product(multiply_twice, integers(1, 2048), weight)
+    assert resident() - before < 32 * 2**20  # 8 MiB are laid out of each
+
+
 def test_batches_of_many_sizes_take_little_memory(multiply):
     """torch keeps a kernel for each number of summands, which is that of a batch in the gradients of weights."""
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     before = resident()
     for size in range(2, 1000, 2):
         product(multiply, integers(size, 272).T, integers(size, 272))
