@@ -3,6 +3,7 @@
 import math
 import sys
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -208,8 +209,28 @@ def test_adaptive_odeint():
         def forward(self, y, t):
             return rampde_fx.odeint(lambda t, y: self.a * torch.sin(y), y, t, method="bosh3", rtol=1e-3, atol=1e-3)[-1]
 
-    (record,) = watched(Solved(), torch.linspace(1, 2, 5), torch.tensor([0.0, 1.0]))
+    y = torch.linspace(1, 2, 5)
+    (record,) = watched(Solved(), y, torch.tensor([0.0, 1.0]))
     assert record.scales.shape[1] == 3 and len(record.scales) >= 2 and record.largest.isfinite().all()
+    run = compiled(Solved(), torch.float16)
+    with rampde_fx.monitor() as monitor:
+        for end in (1.0, 20.0):
+            run(y, torch.tensor([0.0, end])).sum().backward()
+    short, long = monitor.records
+    assert len(short.scales) < len(long.scales)
+    smallest, largest = (f"{f(short, long):.2g}" for f in (least, most))
+    for text in (str(monitor), monitor._repr_html_()):
+        assert f"{smallest} to {largest}" in text
+    if find_spec("matplotlib"):
+        assert [len(line.get_ydata()) for line in monitor.plot().axes[1].lines] == [2, 2]
+
+
+def least(*records):
+    return min(float(record.smallest.min()) for record in records)
+
+
+def most(*records):
+    return max(float(record.largest.max()) for record in records)
 
 
 def records_of_a_flow():

@@ -67,11 +67,13 @@ def _draw_scales(axes: Any, records: list[AdjointRecord]) -> None:
 
 
 def _draw_adjoint(axes: Any, records: list[AdjointRecord]) -> None:
-    largest = torch.stack([record.largest.flatten() for record in records])
-    smallest = torch.stack([record.smallest.flatten() for record in records])
+    largest, smallest = [record.largest for record in records], [record.smallest for record in records]
     for values, color, name in ((largest, LARGEST, "largest entry"), (smallest, SMALLEST, "smallest but zero")):
-        axes.fill_between(_passes(records), _shown(values.amin(1)), _shown(values.amax(1)), alpha=0.3, color=color)
-        axes.plot(_passes(records), _shown(values.median(1).values), color=color, label=f"{name} (median VJP)")
+        low, middle, high = (
+            _shown(torch.stack([take(value) for value in values])) for take in (torch.min, torch.median, torch.max)
+        )
+        axes.fill_between(_passes(records), low, high, alpha=0.3, color=color)
+        axes.plot(_passes(records), middle, color=color, label=f"{name} (median VJP)")
     axes.set(xlabel="backward pass", ylabel="|cotangent|, not scaled", yscale="log")
     _legend(axes)
 

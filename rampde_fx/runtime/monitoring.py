@@ -144,9 +144,10 @@ def record(loop: str, run: int, statistics: torch.Tensor) -> None:
 
 def _summary(records: list[AdjointRecord]) -> dict[str, str]:
     """What there is to say about a loop: label and text."""
-    scales = torch.stack([record.scales for record in records])
-    largest = torch.stack([record.largest for record in records])
-    smallest = torch.stack([record.smallest for record in records])
+    # Passes of an adaptive solve differ in their numbers of steps.
+    scales = torch.cat([record.scales for record in records])
+    largest = torch.cat([record.largest for record in records])
+    smallest = torch.cat([record.smallest for record in records])
     low, high = scales.min().log2().item(), scales.max().log2().item()
     return {
         "backward passes": f"{len(records)}, in {len({record.training_step for record in records})} training steps",
