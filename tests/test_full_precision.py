@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import rampde_fx
+from rampde_fx import torchdiffeq
 from rampde_fx.errors import FullPrecisionWarning
 from tests.comparison import compiled
 from tests.models import Euler, Midpoint, Solved
@@ -285,6 +286,31 @@ def test_a_target_of_two_graphs_one_of_them_without_a_loop():
         return y.sin()
 
     assert said(torch.compile(rampde_fx.mixed_precision(parted, dtype=torch.float16), **OURS), Y, T) == []
+
+
+def a_loop(velocity, y, t):
+    for _, dt in rampde_fx.steps(t):
+        y = y + dt * velocity(y)
+    return y
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        a_loop,
+        lambda velocity, y, t: rampde_fx.odeint(lambda t, y: velocity(y), y, t, method="midpoint")[-1],
+        lambda velocity, y, t: rampde_fx.odeint(lambda t, y: velocity(y), y, t, rtol=1e-2, atol=1e-3)[-1],
+        lambda velocity, y, t: torchdiffeq.odeint(lambda t, y: velocity(y), y, t, rtol=1e-2, atol=1e-3)[-1],
+    ],
+    ids=["steps", "fixed", "adaptive", "torchdiffeq"],
+)
+def test_a_velocity_that_is_marked_as_well(solve):
+    """It is rewritten with the loop."""
+    net = rampde_fx.mixed_precision(nn.Linear(5, 5), dtype=FP16)
+    model = rampde_fx.mixed_precision(lambda y, t: solve(lambda y: torch.tanh(net(y)), y, t), dtype=FP16)
+    in_silence(torch.compile(model, fullgraph=True, **OURS), Y, T)
+    report = rampde_fx.explain(model, Y, T)
+    assert all(loop.evaluations for loop in report.loops) and "in float16" in str(report)
 
 
 def test_a_target_in_a_target():

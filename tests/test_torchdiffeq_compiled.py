@@ -338,3 +338,21 @@ def test_sizes_may_change(method, kind):
         torch.testing.assert_close(found, wanted, rtol=1e-12 if method == "rk4" else 1e-4, atol=1e-12)
         gradients = [torch.autograd.grad(part.square().sum(), linear.weight)[0] for part in (found, wanted)]
         torch.testing.assert_close(*gradients, rtol=1e-12 if method == "rk4" else 1e-3, atol=1e-12)
+
+
+BY_ANOTHER_BACKEND = {
+    "fixed": lambda func, y, t: odeint(func, y, t, method="rk4"),
+    "adaptive": odeint,
+    "adams": lambda func, y, t: odeint(func, y, t, method="implicit_adams"),
+    "adjoint": lambda func, y, t: odeint_adjoint(func, y, t, adjoint_params=()),
+    "odeint": rampde_fx.odeint,
+}
+
+
+@pytest.mark.parametrize("solve", BY_ANOTHER_BACKEND.values(), ids=BY_ANOTHER_BACKEND)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_forgotten_backend_is_told(solve, backend):
+    torch.compiler.reset()
+    function = torch.compile(rampde_fx.mixed_precision(solve, dtype=torch.float16), backend=backend, fullgraph=True)
+    with pytest.raises(errors.UncompiledError, match=r'fix: compile by torch\.compile\(\.\.\., backend="rampde_fx"\)'):
+        function(lambda t, y: -y, torch.ones(4, 2), torch.linspace(0, 1, 5))

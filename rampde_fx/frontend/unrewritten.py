@@ -131,8 +131,11 @@ def shards_are_refused() -> bool:
 
 
 def target_is_entered(place: Place) -> None:
-    """Dynamo captures the beginning of a marked target."""
-    dynamo.notes_of_capture(_after_backend).setdefault("entered", []).append(place)
+    """Dynamo captures the beginning of a marked target; one in a step, a velocity, say, is rewritten with the loop."""
+    notes = dynamo.notes_of_capture(_after_backend)
+    if notes.get("open"):
+        _met.add(place)
+    notes.setdefault("entered", []).append(place)
 
 
 def body_begins(policy: str) -> bool:

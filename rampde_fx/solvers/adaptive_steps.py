@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rampde_fx.errors import OptionError, TransformError
+from rampde_fx.errors import OptionError, TransformError, UncompiledError
 from rampde_fx.frontend import marking
 from rampde_fx.policy import PrecisionPolicy
 from rampde_fx.runtime import kept_steps, operators, step_control
@@ -198,7 +198,7 @@ def _adapt_now(
     controller = controller.with_numbers(controller.numbers(t.device))
     velocity = counter = Counter(velocity)
     times, taken, rate = ends.detach(), _Taken(tableau, t, ends), velocity(t[0], y)
-    refuse_mapped([ends, *y, *rate])
+    refuse_unreadable([ends, *y, *rate])
     norm = partial(step_control.error_norm, controller=controller)
     start = _detached(y), _detached(rate)
     size = first_size_of(velocity, *start, times, norm, controller.order, first_size).detach()
@@ -222,7 +222,7 @@ def _adapt_now(
     return _Solved(found, search.status, reached, counted)
 
 
-def refuse_mapped(
+def refuse_unreadable(
     values: Sequence[torch.Tensor],
     found: str = "the adaptive steps of an odeint",
     *,
@@ -232,8 +232,16 @@ def refuse_mapped(
     """Refuse what a solver that looks at its numbers cannot look at.
 
     Raises:
+        UncompiledError: if they are captured, for a backend that does not rewrite the solve.
         TransformError: if a value is that of each entry of a batch (torch.func.vmap).
     """
+    if torch.compiler.is_dynamo_compiling():
+        refuse(
+            UncompiledError,
+            "an odeint is compiled by a backend that does not rewrite it, and reads its numbers while it runs",
+            required="the rampde_fx backend round an odeint",
+            fix='compile by torch.compile(..., backend="rampde_fx"), or call odeint outside of what is compiled',
+        )
     if any(map(callers.is_mapped, values)):
         refuse(
             TransformError,

@@ -19,7 +19,7 @@ import torch
 
 from rampde_fx.errors import OptionError
 from rampde_fx.runtime.step_control import scalar
-from rampde_fx.solvers.adaptive_steps import refuse_mapped
+from rampde_fx.solvers.adaptive_steps import refuse_unreadable
 from rampde_fx.solvers.runge_kutta import State, combine, increment
 from rampde_fx.torch_private import callers
 from rampde_fx.torchdiffeq.clock import AFTER, BEFORE, Clock, number
@@ -149,7 +149,7 @@ class Formula(NamedTuple):
 
     def _converged(self, before: State, after: State) -> bool:
         """Whether the last iteration changed no entry of the increment by more than the tolerances."""
-        refuse_mapped(after, "the iterations of an Adams method", required="as many iterations for all of a batch")
+        refuse_unreadable(after, "the iterations of an Adams method", required="as many iterations for all of a batch")
         return all(
             bool((((b - a).abs()) < _on(atol, a) + _on(rtol, a) * torch.maximum(a.abs(), b.abs())).all())
             for a, b, rtol, atol in zip(before, after, *self.tolerances, strict=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rampde_fx.errors import OptionError, max_num_steps_used, not_finite, step_too_small
-from rampde_fx.solvers.adaptive_steps import refuse_mapped
+from rampde_fx.solvers.adaptive_steps import refuse_unreadable
 from rampde_fx.solvers.fixed_steps import is_number
 from rampde_fx.solvers.runge_kutta import (
     State,
@@ -153,7 +153,7 @@ class Adaptive:
         self.shares = tableau.fsal or tableau.name in PAIRS_OF_ORDER_2
         self.last = Step(start, start, (y, y), (rate, rate), [])
         self.next_rate, self.count, self.tried = rate, 0, 0
-        refuse_mapped([*y, *rate])
+        refuse_unreadable([*y, *rate])
         if not all(bool(leaf.isfinite().all()) for leaf in (*y, *rate)):
             raise not_finite(0, number(clock.users(start)))
         given = control.first_step

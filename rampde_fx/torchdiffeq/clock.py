@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rampde_fx.runtime import ordered_times
-from rampde_fx.solvers.adaptive_steps import refuse_mapped
+from rampde_fx.solvers.adaptive_steps import refuse_unreadable
 from rampde_fx.solvers.fixed_steps import raising
 from rampde_fx.solvers.runge_kutta import State
 from rampde_fx.solvers.statistics import Counter, SolveStatistics, statistics
@@ -45,12 +45,12 @@ class Clock:
         *,
         has_event: bool = False,
     ) -> None:
+        refuse_unreadable(
+            [problem.t], "the times of an odeint", required="the same times for all", fix="leave t out of vmap"
+        )
         self.problem, self.callbacks, self.adjoint = problem, callbacks, adjoint or {}
         is_called_back = has_event or bool(callbacks)
         self.recomputed = None if adjoint is None else Recomputation(problem.func, is_called_back=is_called_back)
-        refuse_mapped(
-            [problem.t], "the times of an odeint", required="the same times for all", fix="leave t out of vmap"
-        )
         ordered_times.monotone(problem.t.detach().cpu())
         times = problem.t.tolist()
         self.sign = -1 if len(times) > 1 and times[0] > times[1] else 1
