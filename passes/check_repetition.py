@@ -59,9 +59,11 @@ def _check(nodes: list[fx.Node], again: fx.Node) -> None:
     if different is not None:
         raise UnsupportedLoopError(
             "the velocity of an odeint does something else in the second step than in the first: it keeps something in "
-            "Python, such as a counter, an iterator or a tensor that it makes at its first call",
+            "Python, such as a counter, an iterator or a tensor that it makes at its first call, or takes a number out "
+            "of a tensor, such as int(t) or float(y.norm())",
             required="a velocity that is a function of t and y: one captured step stands for all",
-            fix="make what it keeps before odeint, or write the steps as a loop over rampde_fx.steps(t)",
+            fix="make what it keeps before odeint, or write the steps as a loop over rampde_fx.steps(t); compute with "
+            "tensors: u[torch.searchsorted(times, t)] instead of u[int(t * n)], self.n.add_(1) instead of self.n += 1",
             where=graphs.user_line(different) or graphs.user_line(enter),
         )
     for node in (*reversed(second), again):

@@ -151,11 +151,17 @@ def _lost(node: fx.Node, changed: fx.Node) -> MutationError:
 
 
 def _mutation(source: Source, node: fx.Node) -> MutationError:
-    name = source.key if isinstance(source, TimeSource) else graphs.user_name(source.values[0])
+    if isinstance(source, TimeSource):
+        name = f"'{source.key}'"
+    elif source.values[0].op == "placeholder":
+        name = f"'{graphs.user_name(source.values[0])}'"
+    else:
+        name = "the state, or another tensor that is computed before the loop,"
     return MutationError(
-        f"a step changes '{name}' in place, and '{name}' requires a gradient or is also read by another name",
+        f"a step changes {name} in place, and it requires a gradient or is also read by another name",
         required="in-place updates of the carried state only (y += ...), whose older values nobody reads",
-        fix="write y = y + ... instead, collect y.clone(), and clone what comes from outside before the loop",
+        fix="write y = y + ... or y = y.clamp(...) instead, collect y.clone(), and clone what comes from outside "
+        "before the loop",
         where=graphs.user_line(node),
     )
 

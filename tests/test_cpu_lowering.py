@@ -166,7 +166,10 @@ def test_the_cast_of_a_factor_stands_in_front_of_a_view(x, turned):
 
     graph = lowered(product, x, w, by=MoveCasts())
     found = targets(graph)
-    assert found.index(CAST) == found.index(aten.reshape.default) - 1 and aten.view.default not in found
+    if aten.view.default in found:
+        assert found.index(aten.view.default) == found.index(CAST) + 1
+    else:  # a copy, of which Inductor makes a view of a clone
+        assert x is STRIDED["turned"] and aten._unsafe_view.default in found
     assert torch.equal(graph(x, w), product(x, w))
 
     def read_twice(x, w):

@@ -11,6 +11,7 @@ read: operations of entries would have the divisions then, and a convolution, wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from rampde_fx.ir import graphs, operator_table
 
 aten = torch.ops.aten
 CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.rampde_fx.narrow.default)
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ class MoveCasts:
 
 def is_merged(node: Any) -> bool:
     """Whether it merges or divides dimensions of what an operation of entries makes."""
-    return isinstance(node, fx.Node) and node.target in VIEWS and operator_table.is_elementwise(node.args[0].target)
+    if not graphs.is_view(node) or not operator_table.is_elementwise(node.args[0].target):
+        return False
+    shape, made = graphs.value(node).shape, graphs.value(node.args[0]).shape
+    # The counts are compared as text: a comparison of sizes would guard them.
+    return len(shape) != len(made) and str(math.prod(shape)) == str(math.prod(made))
 
 
 def _is_factor(node: fx.Node) -> bool:
@@ -56,7 +60,7 @@ def _is_factor(node: fx.Node) -> bool:
 def _move(graph: fx.Graph, cast: fx.Node, view: fx.Node) -> None:
     with graph.inserting_before(cast):
         first = graphs.valued(graph, cast.target, view.args[0], *cast.args[1:], **cast.kwargs)
-        moved = graphs.valued(graph, aten.reshape.default, first, *view.args[1:])
+        moved = graphs.valued(graph, view.target, first, *view.args[1:])
     cast.replace_all_uses_with(moved)
     graph.erase_node(cast)
     if not view.users:
