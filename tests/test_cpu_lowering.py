@@ -176,8 +176,16 @@ def test_the_cast_of_a_factor_stands_in_front_of_a_view(x, turned):
         seen = x.sin().reshape(2, 3, 2, 2).reshape(-1, 4)
         return low(seen) @ w, seen.cos()
 
-    for got, wanted in zip(lowered(read_twice, x, w, by=MoveCasts())(x, w), read_twice(x, w), strict=True):
-        assert torch.equal(got, wanted)
+    def cast_again(x, w):
+        factor = low(x.sin().reshape(6, 4))
+        return factor @ w, torch.ops.prims.convert_element_type(factor, torch.float32).permute(1, 0) @ x.new_ones(6, 2)
+
+    for function in (read_twice, cast_again):
+        for got, wanted in zip(lowered(function, x, w, by=MoveCasts())(x, w), function(x, w), strict=True):
+            assert torch.equal(got, wanted)
+    found = targets(lowered(cast_again, x, w, by=MoveCasts()))
+    again = found.index(torch.ops.prims.convert_element_type.default)
+    assert found[again + 1] is aten.view.default or x is STRIDED["turned"]
 
 
 STAYING = {

@@ -49,10 +49,10 @@ def is_merged(node: Any) -> bool:
 
 
 def _is_factor(node: fx.Node) -> bool:
-    """Whether all that read it, or its transpose, are products of matrices."""
+    """Whether all that read it, its transpose or a cast of it are products of matrices."""
     return bool(node.users) and all(
         operator_table.properties(user.target).product == "matrices"
-        or (user.target is aten.permute.default and _is_factor(user))
+        or (user.target in (aten.permute.default, *CASTS) and _is_factor(user))
         for user in node.users
     )
 
