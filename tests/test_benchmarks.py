@@ -157,6 +157,8 @@ def test_an_example_of_torchdiffeqs_runs_with_its_lines_changed(tmp_path):
     told = subprocess.run([*command, "--how", "uncompiled"], check=True, capture_output=True, text=True).stdout
     for solver in ("odeint", "odeint_adjoint"):
         assert f"| ode_demo | {solver} | rampde_fx.torchdiffeq | -2 +2 | 0 (1), 9 (10), 19 (20) |" in told
+    told = subprocess.run([*command, "--how", "float16"], check=True, capture_output=True, text=True).stdout
+    assert told.count("| compiled, float16 | -2 +8 | 0 (1), 9 (10), 19 (20) |") == 2, told
     (tmp_path / "ode_demo.py").write_text("raise ValueError('no | example')")
     told = subprocess.run([*command, "--how", "uncompiled"], check=True, capture_output=True, text=True).stdout
     assert "| -0 +0 | ValueError: no / example |" in told

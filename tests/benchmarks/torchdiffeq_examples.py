@@ -6,8 +6,8 @@ python -m tests.benchmarks.torchdiffeq_examples torchdiffeq/examples
 The examples are the user's copy, and none of them stands here. Each runs as it is, if torchdiffeq is installed; with
 other import lines; and compiled for the backend, each solve as one graph: without low precision, and with a velocity in
 float16 and bfloat16, with tolerances that these can reach. Each runs with one seed in a process and a folder of its
-own, and stops after some iterations. What is told of an iteration is the number whose
-backward is called. odenet_mnist trains on scikit-learn's digits, which a module gives it in torchvision's place.
+own, and stops after some iterations. What is told of an iteration is the number whose backward is called. odenet_mnist
+trains on scikit-learn's digits, which a module gives it in torchvision's place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ solve = odeint
 def odeint(func, y0, t, **arguments):
     return solve(func, y0, t, **{arguments})
 
-odeint = torch.compile(odeint, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
+odeint = torch.compile(odeint, backend="rampde_fx", options={{"compiler": "aot_eager"}}, fullgraph=True)
 """
 HOW = {
     "torchdiffeq": "torchdiffeq",
