@@ -196,7 +196,7 @@ def test_compensated_sums_and_states_of_one_byte():
 
 @pytest.mark.parametrize("rows", [200, 2000])
 def test_threads_share_large_kernels_alone(rows, monkeypatch):
-    """Two threads; 1,000 and 10,000 entries, of which Inductor by itself shares both."""
+    """Two threads: by itself Inductor has them share kernels of both numbers of rows."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     _, (code,) = run_and_get_code(
         compiled(Euler(), torch.float32, "inductor"), torch.ones(rows, 5), torch.linspace(0, 1, 3)

@@ -11,7 +11,6 @@ read: operations of entries would have the divisions then, and a convolution, wh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import fx
 
 from rampde_fx.ir import graphs, operator_table
+from rampde_fx.torch_private import shapes
 
 aten = torch.ops.aten
 CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.rampde_fx.narrow.default)
@@ -43,9 +43,8 @@ def is_merged(node: Any) -> bool:
     """Whether it merges or divides dimensions of what an operation of entries makes."""
     if not graphs.is_view(node) or not operator_table.is_elementwise(node.args[0].target):
         return False
-    shape, made = graphs.value(node).shape, graphs.value(node.args[0]).shape
-    # The counts are compared as text: a comparison of sizes would guard them.
-    return len(shape) != len(made) and str(math.prod(shape)) == str(math.prod(made))
+    seen, made = graphs.value(node), graphs.value(node.args[0])
+    return seen.dim() != made.dim() and all(shapes.has_no_more_entries(*pair) for pair in ((seen, made), (made, seen)))
 
 
 def _is_factor(node: fx.Node) -> bool:

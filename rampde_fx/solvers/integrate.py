@@ -124,6 +124,7 @@ def odeint(
         OptionError: naming an option or a tolerance that does not exist, or means nothing to the method.
         PolicyError: if policy is no PrecisionPolicy.
         StepSizeError: if adaptive steps do not reach the last time.
+        UncompiledError: of adaptive steps, if fullgraph=True compiles them for a backend that does not rewrite them.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, section II.1.
 

@@ -83,18 +83,17 @@ def refuse_grad_in_loops() -> None:
 
     Other backends are left alone. Without fullgraph=True a loop over steps runs uncompiled, which is told.
     """
-    _refuse_in_loops(_torch.TorchInGraphFunctionVariable, "call_function", "torch.autograd.grad")
+    _refuse_in_loops(_torch.TorchInGraphFunctionVariable, "call_function", "torch.autograd.grad", torch.autograd.grad)
     _refuse_in_loops(_torch.TensorVariable, "method_backward", "Tensor.backward")
 
 
-def _refuse_in_loops(variable: Any, method: str, name: str) -> None:
-    """Have a method of a variable of Dynamo's, which calls what has this name, refuse it."""
+def _refuse_in_loops(variable: Any, method: str, name: str, function: Any = None) -> None:
+    """Have a method of a variable of Dynamo's, which calls what has this name, refuse it: of functions this one."""
     call = getattr(variable, method)
 
     @functools.wraps(call)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_grad = getattr(self, "value", torch.autograd.grad) is torch.autograd.grad
-        in_loop = is_grad and dynamo.notes_so_far().get("open")
+        in_loop = (function is None or self.value is function) and dynamo.notes_so_far().get("open")
         if in_loop and dynamo.is_of(dynamo.innermost(dynamo.current_capture().compiler_fn), "rampde_fx"):
             _end_capture(
                 UnsupportedLoopError,
