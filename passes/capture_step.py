@@ -12,13 +12,15 @@ Requires: a Run.
 Ensures:  the step takes carries, times, per-step inputs and invariants in this order, and returns the next carries,
           the values that are read outside of the run, those that nothing reads, and every tensor as the step leaves it;
           CapturedStep.after says which of these each input became.
-Raises:   UnsupportedLoopError for what cannot be traced; MutationError for a write that autograd does not see, to
+Raises:   UnsupportedLoopError for what cannot be traced, and for operands whose dtypes differ where eager code refuses
+          them, which a trace does not; MutationError for a write that autograd does not see, to
           what a gradient flows through.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,12 +30,13 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from rampde_fx.errors import MutationError, RampdeError, UnsupportedLoopError
-from rampde_fx.ir import graphs, tracing
+from rampde_fx.ir import graphs, operator_table, tracing
 from rampde_fx.ir.captured import CapturedStep, MarkedLoop, Run
-from rampde_fx.ir.effects import Observer, detaches, gradient_modes, shares_memory
+from rampde_fx.ir.effects import Observer, call, detaches, gradient_modes, shares_memory
 from rampde_fx.ir.lowering import HALF
 from rampde_fx.ir.sources import ORDER, CarrySource, Key, Source, TimeSource, carries_among
-from rampde_fx.torch_private import fake_tensors
+from rampde_fx.policy_text import word_of
+from rampde_fx.torch_private import fake_tensors, shapes
 
 DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
 
@@ -48,6 +51,8 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
     for node, source, value in zip(graphs.placeholders(step), inputs, values, strict=True):
         node.meta["example_value"] = graphs.value(source.values[0]) if source.values else value
     functional, after = _functional(_Captured(step, with_gradients=marked.with_gradients), values)
+    if not marked.autocast:  # which would cast them
+        _check_dtypes(functional)
     return CapturedStep(inputs, functional, outputs, after, unread=len(run.unread))
 
 
@@ -148,6 +153,42 @@ def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule,
         next(tensors) if isinstance(value, torch.Tensor) else node for node, value in zip(inputs, values, strict=True)
     ]
     return traced, after
+
+
+def _check_dtypes(step: fx.GraphModule) -> None:
+    """Refuse operands of several dtypes where eager code does: fake tensors take them, and casts would hide them."""
+    for node in graphs.body(step):
+        arrays = [graphs.value(n) for n in node.all_input_nodes if isinstance(graphs.value(n), torch.Tensor)]
+        dtypes = {x.dtype for x in arrays if x.ndim and graphs.has_derivatives(x.dtype)}
+        if len(dtypes) < 2 or operator_table.is_elementwise(node.target):
+            continue
+        refusal = _refusal(node, None)
+        if refusal is not None and _refusal(node, functools.reduce(torch.promote_types, dtypes)) is None:
+            names = " and ".join(sorted(map(word_of, dtypes)))
+            raise UnsupportedLoopError(
+                f"a step computes {operator_table.name_of(node.target)} of {names} tensors, which eager code refuses, "
+                f"too: {refusal}",
+                required="operands of one dtype",
+                fix="make the state and the parameters float32: y.to(torch.float32), net.to(torch.float32)",
+                where=graphs.user_line(node),
+            )
+
+
+def _refusal(node: fx.Node, dtype: torch.dtype | None) -> Exception | None:
+    """What eager code says of a node's call, on zeros in the dtype, or in their own; None if it computes it."""
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return shapes.size_hint(value) if isinstance(value, torch.SymInt) else value
+        own = dtype if dtype is not None and graphs.has_derivatives(value.dtype) else value.dtype
+        return torch.zeros((), dtype=own).expand([shapes.size_hint(size) for size in value.shape])
+
+    try:
+        with fake_tensors.real_tensors(), torch.no_grad():
+            call(node, {operand: real(graphs.value(operand)) for operand in node.all_input_nodes})
+    except (RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+        return error
+    return None
 
 
 def _check_writes(run: Run) -> None:

@@ -617,3 +617,47 @@ def test_the_package_as_the_backend():
     torch._dynamo.reset()
     made = torch.compile(model, backend=rampde_fx, options={"compiler": "aot_eager"}, fullgraph=True)
     assert torch.equal(made(y, t), wanted)
+
+
+def of_two_dtypes(velocity):
+    """A loop whose velocity reads the state and a weight of another dtype."""
+
+    def solve(y, w, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * velocity(y, w).to(y.dtype)
+        return y
+
+    return rampde_fx.mixed_precision(solve, dtype=torch.float16)
+
+
+MIXED = {  # which fake tensors take
+    "product": lambda y, w: torch.tanh(y @ w),
+    "layer": lambda y, w: nn.functional.linear(y, w, w[0]),
+    "vector": lambda y, w: (w @ y[0])[None],
+    "fused": lambda y, w: torch.addmm(y, y, w),
+    "norm": lambda y, w: nn.functional.layer_norm(y, (5,), w[0]),
+}
+PROMOTED = {
+    "sum": lambda y, w: y + w[0],
+    "cat": lambda y, w: torch.cat([y, w])[:4],
+    "where": lambda y, w: torch.where(y > 0, y, w[0]),
+    "cast": lambda y, w: y.to(w.dtype) @ w,
+}
+
+
+@pytest.mark.parametrize("state, weight", [("float64", "float32"), ("float32", "float16"), ("float32", "float64")])
+@pytest.mark.parametrize("name", [*MIXED, *PROMOTED])
+def test_what_eager_code_refuses_of_two_dtypes_is_refused(name, state, weight):
+    """Casts of the rewrite would hide it: the model would train compiled alone."""
+    solve = of_two_dtypes({**MIXED, **PROMOTED}[name])
+    y, w = torch.ones(4, 5, dtype=getattr(torch, state)), torch.eye(5, dtype=getattr(torch, weight))
+    t = torch.linspace(0, 1, 4, dtype=y.dtype)
+    run = torch.compile(solve, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
+    if name in PROMOTED:
+        torch.testing.assert_close(run(y, w, t), solve(y, w, t), rtol=1e-2, atol=1e-2)
+        return
+    with pytest.raises((RuntimeError, TypeError)):
+        solve(y, w, t)
+    with pytest.raises(errors.UnsupportedLoopError, match="of float[0-9]+ and float[0-9]+ tensors") as raised:
+        run(y, w, t)
+    assert "test_refusals.py" in str(raised.value) and "y.to(torch.float32)" in str(raised.value)

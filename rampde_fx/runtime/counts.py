@@ -85,7 +85,8 @@ def backward_counts(*, reset: bool = False) -> dict[str, BackwardCount]:
     """Count the backward passes of every loop with dynamic adjoint scaling, over the life of the process.
 
     A pass is repeated where a gradient overflowed at the scaling's target; it costs a second run of the reverse loop.
-    Gradients that come in as inf or NaN pass through without a repetition.
+    Gradients that come in as inf or NaN pass through without a repetition. Loops in bfloat16 or float32 are not scaled,
+    and have no entry.
 
     Args:
         reset: Whether to begin at zero again.

@@ -14,6 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rampde_fx.runtime.adjoint_record import AdjointRecord
 
+TO_RECORD = 'run forward and backward of a model compiled by backend="rampde_fx" inside of monitor()'
+
 
 class _Open(threading.local):
     """Whether a monitor is open, as the code that Dynamo traces reads it; it guards it, thread by thread."""
@@ -58,7 +60,7 @@ class Monitor:
 
     def __str__(self) -> str:
         if not self.records:
-            return "no backward pass was recorded"
+            return f"no backward pass was recorded: {TO_RECORD}"
         return "\n".join(
             "\n".join([f"loop at {loop}", *(f"  {name:18}  {value}" for name, value in _summary(records).items())])
             for loop, records in self.loops().items()
@@ -111,8 +113,8 @@ def monitor() -> Iterator[Monitor]:
 
     >>> with monitor() as watched:
     ...     pass  # train
-    >>> print(watched)
-    no backward pass was recorded
+    >>> len(watched.records)
+    0
     """
     watched, outer = Monitor(), open_here.any
     hook = register_optimizer_step_post_hook(watched._stepped)
