@@ -51,6 +51,8 @@ def find_loops(graph_module: fx.GraphModule, *, gradients: bool, autocast: bool)
     transforms, regions = 0, 0
     for node in graph_module.graph.nodes:
         if begins_iteration(node):
+            if not user_line(node):  # behind a graph break Dynamo captures odeint by itself
+                node.meta["stack_trace"] = dynamo.running_trace()
             if begins_loop(node):
                 _check_surroundings(node, open_loop, transforms)
                 open_loop = replace(_opened(node, gradients), autocast=autocast or regions > 0)
@@ -133,7 +135,7 @@ def _left_early(loop: MarkedLoop) -> UnsupportedLoopError:
             "there is a graph break in the velocity of an odeint",
             required="a velocity that Dynamo captures as a whole",
             fix="torch.compile(..., fullgraph=True) says where it breaks",
-            where=user_line(loop.markers[-1]) or "{}:{}".format(*dynamo.running_line()),  # behind a break odeint runs
+            where=user_line(loop.markers[-1]),
         )
     return UnsupportedLoopError(
         f"a loop over steps(t) was left in iteration {len(loop.markers)}, by a break or a return, or steps(t) was not "

@@ -20,7 +20,7 @@ from rampde_fx.ir import graphs, loop_verifier, pass_log
 from rampde_fx.report import report_html, step_picture
 from rampde_fx.solvers.tableau import ButcherTableau
 from rampde_fx.torch_private import kernels
-from tests.models import RK4, Euler, LogDensity, Midpoint, Trajectory, Velocity
+from tests.models import RK4, Euler, Flow, LogDensity, Midpoint, Trajectory, Velocity
 
 PASSES = ["roll_loop", *(step_pass.__name__ for step_pass in STEP_PASSES)]
 VOID = {"meta"}
@@ -32,7 +32,7 @@ def explained(form, **policy):
 
 
 def page_of(report):
-    return report_html.page(report.loops, str(report))
+    return report_html.page(report.loops, report._remarks())
 
 
 class Page(HTMLParser):
@@ -135,6 +135,33 @@ def test_the_code_of_a_call_stands_below_its_picture():
 def test_without_a_loop_the_page_says_so():
     text = page_of(rampde_fx.explain(torch.nn.Linear(5, 5), torch.zeros(3, 5)))
     assert "nothing is rewritten" in " ".join(Page(text).text)
+
+
+class Encoded(Flow):
+    """An encoder that Dynamo does not capture, in front of an odeint."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.GRU(2, 5, batch_first=True)
+
+    def forward(self, x, t):
+        y = self.encoder(x)[0][:, -1]
+        return rampde_fx.odeint(self.velocity, y, t, method="euler")[-1]
+
+
+def test_graph_breaks_are_told_and_the_loop_behind_one_has_its_line():
+    model, x = rampde_fx.mixed_precision(Encoded(), dtype=torch.float16), torch.randn(3, 4, 2)
+    report = rampde_fx.explain(model, x, torch.linspace(0, 1, 4))
+    (loop,), (reason,) = report.loops, report.graph_breaks
+    assert "test_report.py" in loop.where and "rampde_fx.odeint(self.velocity, y, t" in loop.where
+    assert "GRU" in reason
+    for text in (str(report), report._repr_html_(), page_of(report)):
+        assert f"graph break: {reason} (torch.compile(" in unescape(text)
+
+
+def test_without_graph_breaks_none_are_told():
+    report = rampde_fx.explain(rampde_fx.mixed_precision(Euler()), torch.ones(2, 5), torch.linspace(0, 1, 4))
+    assert report.graph_breaks == () and "graph break" not in str(report)
 
 
 def test_hostile_names_are_escaped():

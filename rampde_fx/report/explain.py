@@ -31,12 +31,21 @@ from rampde_fx.torch_private import capturing, fake_tensors, repetition
 from rampde_fx.validation.untouched import untouched
 from rampde_fx.validation.widening import copies
 
+NOTHING = "no loop over rampde_fx.steps(t), no odeint: nothing is rewritten"
+FULLGRAPH = "(torch.compile(..., fullgraph=True) says where)"
+
 
 @dataclass(frozen=True)
 class Report:
-    """What the rewrite did to a model: one LoopReport per loop, in the order of the program."""
+    """What the rewrite did to a model.
+
+    Attributes:
+        loops: One LoopReport per loop, in the order of the program.
+        graph_breaks: Why Dynamo left parts of the model in plain Python, in its own words; empty if it left none.
+    """
 
     loops: tuple[LoopReport, ...]
+    graph_breaks: tuple[str, ...] = ()
 
     def to_html(self, path: str | PathLike[str]) -> None:
         """Write the report as one page of HTML that needs nothing else.
@@ -47,13 +56,18 @@ class Report:
         Args:
             path: The file to write; one that is there is replaced.
         """
-        Path(path).write_text(report_html.page(self.loops, str(self)), encoding="utf-8")
+        Path(path).write_text(report_html.page(self.loops, self._remarks()), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        return report_html.brief(self.loops, str(self))
+        return report_html.brief(self.loops, self._remarks())
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self.loops)) or "no loop over rampde_fx.steps(t), no odeint: nothing is rewritten"
+        return "\n\n".join([*map(str, self.loops), *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        """What there is to say beside the loops."""
+        broken = [f"graph break: {reason} {FULLGRAPH}" for reason in self.graph_breaks]
+        return broken if self.loops else [NOTHING, *broken]
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -91,9 +105,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             return raising(error)
         return _on_copies(first_iterations(graph_module))
 
-    with untouched(fn), random_state.kept_random_state():
+    with untouched(fn), random_state.kept_random_state(), capturing.GraphBreaks() as breaks:
         capturing.capture(fn, inspect, args, kwargs)
-    return Report(tuple(loops))
+    return Report(tuple(loops), breaks.reasons)
 
 
 def rewritten(graph_module: fx.GraphModule) -> list[LoopReport]:

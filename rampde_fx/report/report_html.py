@@ -75,21 +75,25 @@ LEGEND = (
 )
 
 
-def page(reports: Sequence[LoopReport], text: str) -> str:
-    """The whole page: of loops, or where there is none of the text alone."""
-    loops = "".join(_loop(f"l{i}", loop) for i, loop in enumerate(reports)) or f"<p>{escape(text)}</p>"
+def page(reports: Sequence[LoopReport], remarks: Sequence[str]) -> str:
+    """The whole page: of loops, and what there is to say beside them."""
+    loops = "".join(_loop(f"l{i}", loop) for i, loop in enumerate(reports))
     legend = "".join(f'<li><span class="{kind}"></span>{escape(text)}</li>' for kind, text in LEGEND)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>rampde_fx report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_palette()}{STYLE}</style></head><body><h1>rampde_fx: what the rewrite did</h1>"
-        f'<ul class="legend">{legend}</ul>{loops}<script>{SCRIPT}</script></body></html>\n'
+        f'<ul class="legend">{legend}</ul>{loops}{_paragraphs(remarks)}<script>{SCRIPT}</script></body></html>\n'
     )
 
 
-def brief(reports: Sequence[LoopReport], text: str) -> str:
+def brief(reports: Sequence[LoopReport], remarks: Sequence[str]) -> str:
     """What a notebook shows: the tables of each loop, without pictures and passes."""
-    return "".join(_brief(loop) for loop in reports) or f"<p>{escape(text)}</p>"
+    return "".join(map(_brief, reports)) + _paragraphs(remarks)
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
 
 
 def _brief(loop: LoopReport) -> str:

@@ -18,6 +18,7 @@ _torch = Names(
         "torch._dynamo.exc": "Unsupported UserError",
         "torch._dynamo.source": "NumpyTensorSource",
         "torch._dynamo.symbolic_convert": "InstructionTranslator.current_tx",
+        "torch._dynamo.utils": "counters",
         "torch._logging": "trace_structured",
     }
 )
@@ -46,6 +47,31 @@ def capture(
         return torch.compile(run, backend=backend, dynamic=False, fullgraph=fullgraph)()
     finally:
         _torch.reset_code(run.__code__)
+
+
+class GraphBreaks:
+    """What Dynamo says of the graph breaks of the captures inside of the context.
+
+    Attributes:
+        reasons: A line for each reason, in the order in which they were met.
+    """
+
+    reasons: tuple[str, ...] = ()
+
+    def __enter__(self) -> GraphBreaks:
+        self._before = dict(_torch.counters["graph_break"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now: Mapping[str, int] = _torch.counters["graph_break"]
+        met = [text for text, count in now.items() if count > self._before.get(text, 0)]
+        self.reasons = tuple(dict.fromkeys(map(_reason, met)))
+
+
+def _reason(text: str) -> str:
+    """Dynamo's explanation of a graph break, or its first line where there is none."""
+    explained = re.search(r"^\s*Explanation: (.*)$", text, re.MULTILINE)
+    return explained[1] if explained else text.strip().partition("\n")[0]
 
 
 def with_dynamic_sizes(tensor: torch.Tensor, dimensions: Sequence[int]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import inspect
 import operator
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -275,10 +276,21 @@ def captured_line() -> tuple[str, int]:
 
 def running_line() -> tuple[str, int]:
     """File and line of the user's code that runs."""
+    frame = _running_frame()
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def running_trace() -> str:
+    """The line of the user's code that runs, as it stands in a traceback."""
+    frame = _running_frame()
+    return "".join(traceback.format_list(traceback.extract_stack(frame, limit=1)))
+
+
+def _running_frame() -> Any:
     frame: Any = sys._getframe()
     while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
+    return frame
 
 
 def is_users(file: str) -> bool:
