@@ -783,3 +783,36 @@ def test_code_that_recomputes_in_its_backward_is_the_reference_in_float64_too():
     inputs = torch.randn(6, 5), torch.linspace(0, 1, 4)
     result = rampde_fx.check(Recomputing(), *inputs, policies=[PrecisionPolicy(torch.float16)], compiler="aot_eager")
     assert "in float64 the rewrite agrees with the model to rounding" in str(result) and "note" not in str(result)
+
+
+def solved_adaptively(y, t):
+    return rampde_fx.odeint(lambda t, y: torch.sin(y) * t, y, t, method="dopri5", rtol=1e-2, atol=1e-2)[-1]
+
+
+def collected(y, t):
+    return rampde_fx.torchdiffeq.odeint(lambda t, y: torch.sin(y), y, t, method="rk4", options={"step_size": 0.25})[-1]
+
+
+@pytest.mark.parametrize("model", [Euler(), solved_adaptively, collected], ids=["steps", "adaptive", "step_size"])
+def test_the_gradient_of_times_that_require_none_counts_for_no_error(model):
+    """A state of one dimension looks like times, and is none."""
+    state = torch.linspace(0.5, 1.5, 5) if model is solved_adaptively else torch.randn(8, 5)
+    t = torch.linspace(0, 1, 4)
+    result = check(model, state, t, policies=FP16, compiler="eager")
+    for row in result.rows:
+        assert row.untrained == {"t"} and "t" in row.gradient_errors and row.worst_gradient != "t"
+        assert row.gradient_error == max(error for name, error in row.gradient_errors.items() if name != "t")
+    assert "note: the gradient of t is not among 'gradients'" in str(result)
+    trained = check(model, state, t.requires_grad_(), policies=FP16, compiler="eager")
+    assert all(not row.untrained for row in trained.rows) and "the gradient of t" not in str(trained)
+    assert trained.rows[-1].gradient_error >= trained.rows[-1].gradient_errors["t"]
+
+
+def test_the_times_of_every_loop_count_for_no_error():
+    model, later = Euler(), torch.linspace(1, 2, 4)
+
+    def twice(y, t, later):
+        return model(model(y, t), later)
+
+    result = check(twice, torch.randn(8, 5), torch.linspace(0, 1, 4), later, policies=FP16, compiler="eager")
+    assert result.rows[0].untrained == {"t", "later"}

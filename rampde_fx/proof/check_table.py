@@ -49,6 +49,7 @@ class CheckRow:
         of_eager: The same over that of eager float32.
         of_compiled: The same over that of the model compiled in float32.
         refusal: Why the policy was refused; empty if it was not.
+        untrained: The times that require no gradient where check was called: theirs is told, but counts for no error.
     """
 
     name: str
@@ -64,6 +65,7 @@ class CheckRow:
     of_eager: float = float("nan")
     of_compiled: float = float("nan")
     refusal: str = ""
+    untrained: frozenset[str] = frozenset()
 
     @property
     def value_error(self) -> float:
@@ -72,8 +74,8 @@ class CheckRow:
 
     @property
     def gradient_error(self) -> float:
-        """The largest error of a gradient."""
-        return max(self.gradient_errors.values(), default=0.0)
+        """The largest error of a gradient, but those of untrained times."""
+        return max(self._trained().values(), default=0.0)
 
     @property
     def error(self) -> float:
@@ -83,7 +85,11 @@ class CheckRow:
     @property
     def worst_gradient(self) -> str:
         """Whose gradient has the largest error."""
-        return max(self.gradient_errors, key=self.gradient_errors.__getitem__, default="")
+        errors = self._trained()
+        return max(errors, key=errors.__getitem__, default="")
+
+    def _trained(self) -> dict[str, float]:
+        return {name: error for name, error in self.gradient_errors.items() if name not in self.untrained}
 
     @property
     def is_timed(self) -> bool:
@@ -100,7 +106,7 @@ class CheckRow:
         return [
             self.name,
             f"{self.value_error:.1e}" if has_errors else "-",
-            f"{self.gradient_error:.1e}" if self.gradient_errors else "-",
+            f"{self.gradient_error:.1e}" if self._trained() else "-",
             self.worst_gradient or "-",
             f"{self.stored_bytes:,}" if measured else "-",
             *counted,
@@ -198,4 +204,13 @@ class CheckResult:
     def _remarks(self) -> list[str]:
         refused = [f"{row.name} was refused: {row.refusal.splitlines()[0]}" for row in self.rows if row.refusal]
         legend = [*LEGEND, *([TIMES_LEGEND] if self._is_timed() else [])]
-        return [*legend, *(f"note: {note}" for note in (*self.notes, *refused))]
+        return [*legend, *(f"note: {note}" for note in (*self.notes, *self._on_times(), *refused))]
+
+    def _on_times(self) -> list[str]:
+        """What was left out of the errors of gradients."""
+        found = {n: max(row.gradient_errors.get(n, 0.0) for row in self.rows) for n in sorted(self.rows[0].untrained)}
+        return [
+            f"the gradient of {name} is not among 'gradients', for {name} requires none: its error is at most "
+            f"{error:.1e}"
+            for name, error in found.items()
+        ]

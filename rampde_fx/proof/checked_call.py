@@ -14,7 +14,7 @@ from rampde_fx.errors import CheckError, RampdeError, raising
 from rampde_fx.frontend import unrewritten
 from rampde_fx.frontend.marking import is_time_grid
 from rampde_fx.ir import graphs
-from rampde_fx.ir.captured import begins_iteration, has_loop
+from rampde_fx.ir.captured import begins_iteration, ends_loop, has_loop
 from rampde_fx.reach import reached
 from rampde_fx.runtime import random_state
 from rampde_fx.torch_private import capturing, repetition
@@ -39,12 +39,15 @@ class Call:
     Attributes:
         leaves: The arguments' leaves, tensors copied.
         names: The user's name of each.
+        trained: The names of those that require a gradient as they are given.
     """
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.function = function
         self._given, self._structure = pytree.tree_flatten((tuple(args), kwargs))
         self.names = _argument_names(function, args, kwargs)
+        given = zip(self.names, self._given, strict=True)
+        self.trained = {name for name, x in given if isinstance(x, torch.Tensor) and x.requires_grad}
         self.leaves = self._copies()
         updated = self._updated()
         for leaf, given in zip(self.leaves, self._given, strict=True):
@@ -201,11 +204,7 @@ class Captured:
         Raises:
             CheckError: if there is no such argument, or another one.
         """
-        grids = {id(x) for x in self.call.leaves if is_time_grid(x)}
-        inputs = dict(zip(graphs.placeholders(self.graph), zip(self.inputs, self.names, strict=True), strict=True))
-        markers = list(filter(begins_iteration, self.graph.graph.nodes))
-        read = graphs.ancestors([markers[0].args[0]]) if markers else set()
-        found = [inputs[node][1] for node in inputs if node in read and id(inputs[node][0]) in grids]
+        found = self._grids()
         if len(found) != 1:
             raise CheckError(
                 f"check(steps=...) cannot tell which argument holds the times: {', '.join(found) or 'none does'}",
@@ -213,6 +212,19 @@ class Captured:
                 fix="pass fewer times to check, and leave steps out",
             )
         return found[0]
+
+    def untrained_times(self) -> frozenset[str]:
+        """The names of the arguments that the loops' times come from, and that require no gradient as they are given."""
+        return frozenset(self._grids()) - self.call.trained
+
+    def _grids(self) -> list[str]:
+        """The names of the arguments that the loops' times come from."""
+        grids = {id(x) for x in self.call.leaves if is_time_grid(x)}
+        inputs = dict(zip(graphs.placeholders(self.graph), zip(self.inputs, self.names, strict=True), strict=True))
+        nodes = list(self.graph.graph.nodes)
+        found_steps = list(filter(ends_loop, nodes))  # by a search, from the state
+        read = graphs.ancestors([node.args[0] for node in nodes if begins_iteration(node)], found_steps)
+        return [inputs[node][1] for node in inputs if node in read and id(inputs[node][0]) in grids]
 
 
 def tensor_attributes(function: Callable[..., Any]) -> dict[str, torch.Tensor]:

@@ -238,6 +238,7 @@ class _Check:
             alone = {label(p.policy): p.alone for p in self.prepared if p.alone is not None}
             rows = timed(rows, TrainingSteps(self.captured, self.tensors, self.loss), alone, self.compiler)
         loops = tuple(dict.fromkeys(loop.where for twin in self.twins for loop in twin.loops))
+        rows = [replace(row, untrained=self.captured.untrained_times()) for row in rows]
         return CheckResult(tuple(rows), loops, tuple(structures), tuple(self.notes))
 
     def _references(self) -> tuple[Outcome, Outcome]:
