@@ -214,7 +214,7 @@ class Captured:
         return found[0]
 
     def untrained_times(self) -> frozenset[str]:
-        """The names of the arguments that the loops' times come from, and that require no gradient as they are given."""
+        """The names of the arguments of the loops' times that require no gradient as they are given."""
         return frozenset(self._grids()) - self.call.trained
 
     def _grids(self) -> list[str]:
