@@ -293,3 +293,13 @@ def test_errors_of_ours_keep_their_types_in_cpp():
         compiled(y, torch.tensor([0.0, 0.5, 1.0]))
     with pytest.raises(TimeGridError, match=r"t = \[0, 2, 1\] is not strictly monotone"):
         compiled(y, torch.tensor([0.0, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "threads, asked, taken", [(1, 512, 8192), (2, 512, 4096), (32, 512, 512), (2, 64, 64), (2, 9000, 9000)]
+)
+def test_threads_share_a_kernel_from_some_size_on_unless_inductor_is_asked_for_another(
+    threads, asked, taken, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert inductor.shared_by_thread(asked) == taken

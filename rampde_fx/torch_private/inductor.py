@@ -60,8 +60,8 @@ class CodePass(Protocol):
 
 
 # Entries from which threads of a CPU share a kernel: with fewer they wait for each other longer than they compute.
-# Inductor shares 512 for each thread, with which two threads took longer than one at width 16 (docs/benchmarks.md).
-SHARED = 2**13
+# Inductor shares these for each thread, with which two threads took longer than one at width 16 (docs/benchmarks.md).
+SHARED, SHARED_OF_INDUCTOR = 2**13, 512
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def compile_graph(
     prepare(example_inputs)  # begun by the backend, not by check
     patches = {
         "unsafe_marked_cacheable_functions": {**_torch.config.unsafe_marked_cacheable_functions, **CACHEABLE},
-        "cpp.min_chunk_size": max(_torch.config.cpp.min_chunk_size, SHARED // torch.get_num_threads()),
+        "cpp.min_chunk_size": shared_by_thread(_torch.config.cpp.min_chunk_size),
         **_options(options, mode),
     }
     # C++ that Inductor writes itself, and kernels with clocks of their own, stay as they are.
@@ -156,6 +156,11 @@ def compile_graph(
         patches["triton.cudagraphs"] = False
     inner = functools.partial(_compile_watched, watch, replayable, has_ranges, code)
     return lookup_backend(compiler)(graph_module, list(example_inputs), config_patches=patches, inner_compile=inner)
+
+
+def shared_by_thread(asked: int) -> int:
+    """Entries for each thread that shares a kernel: what Inductor is asked for, or ours where nobody asked."""
+    return asked if asked != SHARED_OF_INDUCTOR else max(asked, SHARED // torch.get_num_threads())
 
 
 def compile_plainly(
