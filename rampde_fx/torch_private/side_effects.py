@@ -64,13 +64,20 @@ def _entries(entries: Any) -> list[tuple[str, Any]]:
 def _number(variable: Any) -> Any:
     """The number that a variable of Dynamo's holds, as text if it is symbolic; None if it holds anything else."""
     if isinstance(variable, _torch.LazyVariableTracker):
-        if not variable.is_realized():  # nobody has read it, nor put another there
-            return None
+        if not variable.is_realized():  # nobody has read it, nor put another there, unless it was computed
+            return variable._cache.value if _operands(variable) else None
         variable = variable.realize()
     if isinstance(variable, _torch.SymNodeVariable):
         return str(variable.sym_num)
     value = variable.as_python_constant() if isinstance(variable, _torch.ConstantVariable) else None
     return value if isinstance(value, (int, float, bool)) else None
+
+
+def _operands(variable: Any) -> list[Any]:
+    """The numbers that a number was computed from which Dynamo does not guard: torch 2.14 computes it anew."""
+    if not isinstance(variable, _torch.LazyVariableTracker) or variable.is_realized():
+        return []
+    return list(getattr(variable._cache, "lazy_vars", ()))
 
 
 def name_of(owner: Any, name: str) -> str:
@@ -116,7 +123,7 @@ def was_read(owner: Any, name: str) -> bool:
     """Whether the capture under way has read such a number, which it guards then, before it put another there."""
     if isinstance(owner.mutation_type, _torch.AttributeMutationNew | _torch.ValueMutationNew):  # nobody knew it before
         return False
-    guards = [guard.name() if callable(guard.name) else guard.name for guard in current_capture().guards]
+    guards = [*map(_name_of_source, current_capture().guards), *_read_without_guard(owner)]
     wanted = (f"[{name}]",) if _is_container(owner) else (f".{name}", f"['{name}']")
     wanted = (f"{_source_of(owner)}.{name}",) if name == CELL else wanted
     return any(guard.endswith(wanted) for guard in guards) or any(
@@ -124,9 +131,21 @@ def was_read(owner: Any, name: str) -> bool:
     )
 
 
+def _read_without_guard(owner: Any) -> list[str]:
+    """The sources of the numbers that those of an owner were computed from."""
+    kept = current_capture().side_effects.store_attr_mutations.get(owner, {})
+    values = [*kept.values(), *(value for _, value in _entries(owner))]
+    return [_name_of_source(operand._cache.source) for value in values for operand in _operands(value)]
+
+
 def _source_of(owner: Any) -> str:
-    source = getattr(owner.source, "name", "")
-    return str(source() if callable(source) else source)
+    return _name_of_source(owner.source)
+
+
+def _name_of_source(source: Any) -> str:
+    """Dynamo's name of what is guarded, or of where it comes from; a method up to torch 2.11."""
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
 
 
 def is_specialized(owner: Any) -> bool:
