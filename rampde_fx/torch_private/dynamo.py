@@ -257,6 +257,15 @@ def _read_numbers_late() -> None:
     _torch.utils.run_node = read_in_loop
 
 
+def put_methods(tracker: Any, **methods: Callable[..., Any]) -> None:
+    """Put methods of captured values, by the user's names, in the place of those of a class of Dynamo's variables."""
+    table = getattr(tracker, "tp_methods", {})  # of torch 2.14, which takes them from there
+    for name, method in methods.items():
+        setattr(tracker, f"method_{name}", method)
+        if name in table:
+            table[name].handler = method
+
+
 def captures_body() -> bool:
     """Whether Dynamo captures the body of a higher-order operation, such as a checkpoint, which may change nothing."""
     return current_capture().current_tracer.parent is not None

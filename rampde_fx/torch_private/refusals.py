@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -83,13 +84,13 @@ def refuse_grad_in_loops() -> None:
 
     Other backends are left alone. Without fullgraph=True a loop over steps runs uncompiled, which is told.
     """
-    _refuse_in_loops(_torch.TorchInGraphFunctionVariable, "call_function", "torch.autograd.grad", torch.autograd.grad)
-    _refuse_in_loops(_torch.TensorVariable, "method_backward", "Tensor.backward")
+    functions, tensors = _torch.TorchInGraphFunctionVariable, _torch.TensorVariable
+    functions.call_function = _refusing(functions.call_function, "torch.autograd.grad", torch.autograd.grad)
+    dynamo.put_methods(tensors, backward=_refusing(tensors.method_backward, "Tensor.backward"))
 
 
-def _refuse_in_loops(variable: Any, method: str, name: str, function: Any = None) -> None:
-    """Have a method of a variable of Dynamo's, which calls what has this name, refuse it: of functions this one."""
-    call = getattr(variable, method)
+def _refusing(call: Callable[..., Any], name: str, function: Any = None) -> Callable[..., Any]:
+    """A method of a variable of Dynamo's, which calls what has this name, that refuses it: of functions this one."""
 
     @functools.wraps(call)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,4 +105,4 @@ def _refuse_in_loops(variable: Any, method: str, name: str, function: Any = None
             )
         return call(self, *args, **kwargs)
 
-    setattr(variable, method, called)
+    return called

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from rampde_fx.torch_private.dynamo import capture_log, captured_line
+from rampde_fx.torch_private.dynamo import capture_log, captured_line, put_methods
 from rampde_fx.torch_private.names import Names
 from rampde_fx.torch_private.shapes import TensorifyScalarRestartAnalysis
 
@@ -225,16 +225,8 @@ def _teach_dynamo() -> None:
 
     builtin._make_handler = staticmethod(made)
     builtin.call_function_handler_cache.clear()
-    _put_methods(tensor, __getitem__=read, __setitem__=written)
+    put_methods(tensor, __getitem__=read, __setitem__=written)
     frame.step = step
-
-
-def _put_methods(tracker: Any, **methods: Callable[..., Any]) -> None:
-    table = getattr(tracker, "tp_methods", {})  # of torch 2.14, which takes them from there
-    for name, method in methods.items():
-        setattr(tracker, f"method_{name}", method)
-        if name in table:
-            table[name].handler = method
 
 
 def _called(function: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
