@@ -263,6 +263,13 @@ def _stays(statement: ast.stmt, function: Function) -> bool:
         case ast.Expr(value=ast.Call(func=ast.Name(id="assert_size_stride"), args=[ast.Name(id=name), *shape])):
             _parameters(function, [name])
             function.shapes[name] = View(name, _items(shape[0]), _items(shape[1]))
+        case ast.Expr(  # of torch 2.14
+            value=ast.Call(func=ast.Name(id="assert_size_stride_grouped"), args=[names, sizes, strides, *_])
+        ):
+            for each in zip(*map(_items, (names, sizes, strides)), strict=True):
+                name = ast.unparse(each[0])
+                _parameters(function, [name])
+                function.shapes[name] = View(name, _items(each[1]), _items(each[2]))
         case (
             ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="args"), attr="clear")))
             | ast.Assign(targets=[ast.Name()], value=ast.Constant(value=None))
