@@ -51,8 +51,7 @@ def capture_step(graph_module: fx.GraphModule, marked: MarkedLoop, run: Run) -> 
     for node, source, value in zip(graphs.placeholders(step), inputs, values, strict=True):
         node.meta["example_value"] = graphs.value(source.values[0]) if source.values else value
     functional, after = _functional(_Captured(step, with_gradients=marked.with_gradients), values)
-    if not marked.autocast:  # which would cast them
-        _check_dtypes(functional)
+    _check_dtypes(functional, autocast=marked.autocast)
     return CapturedStep(inputs, functional, outputs, after, unread=len(run.unread))
 
 
@@ -155,12 +154,16 @@ def _functional(captured: _Captured, values: list[Any]) -> tuple[fx.GraphModule,
     return traced, after
 
 
-def _check_dtypes(step: fx.GraphModule) -> None:
-    """Refuse operands of several dtypes where eager code does: fake tensors take them, and casts would hide them."""
+def _check_dtypes(step: fx.GraphModule, *, autocast: bool) -> None:
+    """Refuse operands of several dtypes where eager code does: fake tensors take them, and casts would hide them.
+
+    Autocast would cast them before, but for those in float64.
+    """
     for node in graphs.body(step):
         arrays = [graphs.value(n) for n in node.all_input_nodes if isinstance(graphs.value(n), torch.Tensor)]
         dtypes = {x.dtype for x in arrays if x.ndim and graphs.has_derivatives(x.dtype)}
-        if len(dtypes) < 2 or operator_table.is_elementwise(node.target):
+        cast = autocast and torch.float64 not in dtypes
+        if len(dtypes) < 2 or cast or operator_table.is_elementwise(node.target):
             continue
         refusal = _refusal(node, None)
         if refusal is not None and _refusal(node, functools.reduce(torch.promote_types, dtypes)) is None:

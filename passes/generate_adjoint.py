@@ -326,10 +326,13 @@ def _traced(derivative: Callable[..., Any], values: list[Any], of: str, node: fx
     try:
         return tracing.trace(unchecked, values, functionalize=True)
     except (RuntimeError, NotImplementedError) as error:
+        writes = "auto_functionalized" in str(error)  # torch's name for an operator with mutates_args
+        reason = "it calls an operator that writes to its arguments" if writes else str(error)
+        fix = "have the operator return its result, with mutates_args=()" if writes else "write the operation by others"
         raise UnsupportedVelocityError(
-            f"{of} has no derivative that can be traced: {error}",
+            f"{of} has no derivative that can be traced: {reason}",
             required="a step that torch can differentiate",
-            fix="detach what needs no gradient, or write the operation by others",
+            fix=f"detach what needs no gradient, or {fix}",
             where=graphs.user_line(node),
         ) from error
 

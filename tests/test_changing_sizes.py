@@ -23,6 +23,18 @@ VELOCITIES = {
     "slope": lambda net, h: functional.leaky_relu(h, 1 / len(h)),
 }
 
+# Of an even number of columns, which changes; torch's own kernels in C++ take numbers alone.
+RESAMPLED = {
+    "nearest": lambda h: functional.interpolate(functional.avg_pool1d(h[:, None], 2), size=h.shape[1])[:, 0],
+    "linear": lambda h: functional.interpolate(
+        functional.avg_pool1d(h[:, None], 2), size=h.shape[1], mode="linear", align_corners=True
+    )[:, 0],
+    "bilinear": lambda h: functional.interpolate(
+        h[:, None, None, ::2].expand(-1, -1, 4, -1), size=(8, h.shape[1]), mode="bilinear"
+    )[:, 0, 0],
+    "pooled": lambda h: functional.adaptive_avg_pool1d(h[:, None], h.shape[1] // 2).repeat_interleave(2, -1)[:, 0],
+}
+
 # Of even numbers of rows alone: a sum then says that two sizes which are written differently are one.
 OF_EVEN_SIZES = {
     "every other row twice": lambda net, h: torch.tanh(h[::2]).repeat_interleave(2, 0),
@@ -66,3 +78,55 @@ def test_numbers_of_sizes(velocity, solves):
         buffers = [[b.float() for b in owner.buffers()] for owner in (model, exact)]
         assert max(relative_errors(found[torch.float32], found[torch.float64])) < 1e-2
         assert max(relative_errors(*buffers)) < 2e-3
+
+
+TAKEN = {
+    "every other row": lambda y: y[::2],
+    "a half": lambda y: y[: len(y) // 2],
+    "a chunk": lambda y: y.chunk(2)[0],
+    "all but one": lambda y: y[1:],
+    "twice": lambda y: torch.cat([y, y]),
+    "rows of pairs": lambda y: y.reshape(-1, 2, 3).flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "taken, velocity", [*((name, "batch norm") for name in TAKEN), ("every other row", "logarithm")]
+)
+def test_a_state_whose_size_is_computed_from_the_batchs(taken, velocity):
+    """No symbol of a size is one of the step's own: each is a quotient, a sum, or a multiple."""
+    torch.manual_seed(0)
+    block = Block(VELOCITIES[velocity], solves=False)
+    exact = copy.deepcopy(block).double()
+
+    def flow(y, t):
+        return block(TAKEN[taken](y), t)
+
+    function, plain = compiled(flow, torch.float16), compiled(block, torch.float16)
+    for batch in (8, 6, 10):
+        y, t, found = torch.randn(batch, 3), torch.linspace(0, 1, 5), []
+        for run, given in ((function, y), (plain, TAKEN[taken](y))):
+            block.zero_grad()
+            value = run(given, t)
+            value.square().sum().backward()
+            found.append([value.detach(), *(p.grad.clone() for p in block.layer.parameters())])
+        assert max(relative_errors(*found)) < 1e-6
+        assert max(relative_errors([value.detach()], [exact(TAKEN[taken](y.double()), t.double()).float()])) < 2e-3
+
+
+@pytest.mark.parametrize("how", RESAMPLED)
+def test_a_state_is_resampled_to_a_size_that_changes(how):
+    def flow(y, t):
+        for _, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(RESAMPLED[how](y))
+        return y
+
+    function = compiled(flow, torch.float32)
+    for columns in (8, 12):
+        y, t, found = torch.randn(4, columns), torch.linspace(0, 1, 5), []
+        for run in (function, flow):
+            start = y.clone().requires_grad_()
+            value = run(start, t)
+            value.square().sum().backward()
+            found.append([value.detach(), start.grad])
+        assert max(relative_errors(*found)) < 1e-6

@@ -126,3 +126,44 @@ def test_slices_and_masks_are_read_as_they_were():
     function = torch.compile(rampde_fx.mixed_precision(flow, dtype=torch.float16), fullgraph=True, **OURS)
     wanted = [value.float() for value in outcome(flow, torch.float64)]
     assert max(relative_errors(outcome(function, torch.float32), wanted)) < 2.5e-3
+
+
+WRITES = {
+    "a number": lambda z, t: put(z, (slice(None), [0, 2]), 0.5),
+    "a time": lambda z, t: put(z, [1, 2], t),
+    "a mean": lambda z, t: put(z, torch.tensor([0, 3]), z.mean()),
+    "a 0-d tensor, out of place": lambda z, t: z.index_put((torch.tensor([1]),), z.new_tensor(2.0)),
+    "below float16's range": lambda z, t: torch.softmax(put(z, (slice(None), [0]), -1e9), -1),
+    "entries": lambda z, t: put(z, (torch.arange(4), torch.zeros(4, dtype=torch.int64)), 7.0),
+    "a row": lambda z, t: put(z, 0, t),
+    "filled": lambda z, t: z.index_fill(1, torch.tensor([0]), 0.3),
+}
+
+
+def put(z, places, value):
+    z = z.clone()
+    z[places] = value
+    return z
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("what", WRITES)
+def test_a_0d_value_is_written_at_indices_of_a_low_tensor(what, dtype):
+    """An index_put has the dtype of neither by itself: eager code refuses two."""
+
+    def flow(y, w, t):
+        for t_i, dt in rampde_fx.steps(t):
+            y = y + dt * torch.tanh(WRITES[what](y @ w, t_i))
+        return y
+
+    torch.manual_seed(0)
+    y, w, t = torch.randn(4, 3), torch.randn(3, 3), torch.linspace(0, 1, 5)
+    found = []
+    for run, own in (
+        (torch.compile(rampde_fx.mixed_precision(flow, dtype=dtype), **OURS), y.dtype),
+        (flow, torch.float64),
+    ):
+        leaves = [y.to(own).requires_grad_(), w.to(own).requires_grad_()]
+        value = run(*leaves, t.to(own))
+        found.append([x.detach().float() for x in (value, *torch.autograd.grad(value.square().sum(), leaves))])
+    assert max(relative_errors(*found)) < 4 * torch.finfo(dtype).eps

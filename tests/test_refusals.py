@@ -661,3 +661,16 @@ def test_what_eager_code_refuses_of_two_dtypes_is_refused(name, state, weight):
     with pytest.raises(errors.UnsupportedLoopError, match=r"of float\d+ and float\d+ tensors") as raised:
         run(y, w, t)
     assert "test_refusals.py" in str(raised.value) and "y.to(torch.float32)" in str(raised.value)
+
+
+def test_under_autocast_what_it_does_not_cast_is_refused():
+    """It casts float32 and half precision to its own dtype, and leaves float64."""
+    solve = of_two_dtypes(MIXED["product"])
+    run = torch.compile(solve, backend="rampde_fx", options={"compiler": "aot_eager"}, fullgraph=True)
+    y, t = torch.ones(4, 5), torch.linspace(0, 1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(run(y, torch.eye(5, dtype=torch.float16), t)).all()
+        with pytest.raises(RuntimeError):
+            solve(y, torch.eye(5, dtype=torch.float64), t)
+        with pytest.raises(errors.UnsupportedLoopError, match="of float32 and float64 tensors"):
+            run(y, torch.eye(5, dtype=torch.float64), t)

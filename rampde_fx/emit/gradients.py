@@ -34,7 +34,8 @@ def usable(found: Found, fits: torch.Tensor | None) -> Found:
 
 def zeros_among(tensors: list[torch.Tensor]) -> torch.Tensor:
     """How many tensors have no entry but zeros, as a 0-d tensor; empty ones left out."""
-    return torch.stack([(tensor == 0).all() & (tensor.numel() > 0) for tensor in tensors]).sum()
+    zeros = [tensor == 0 for tensor in tensors]
+    return torch.stack([zero.all() & zero.any() for zero in zeros]).sum()  # a number of entries may be no one symbol
 
 
 def finite(tensors: list[torch.Tensor]) -> torch.Tensor:

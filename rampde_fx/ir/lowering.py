@@ -125,7 +125,8 @@ class Lowering(fx.Interpreter):
             return self._widened(name, leaves, torch.float32, "read by operations in fp32")
         if is_beyond(self.dtype, operator_table.numbers(target, args, kwargs)):
             return self._widened(name, leaves, torch.float32, f"a constant beyond the range of {self.dtype}")
-        return _widest([leaf for leaf in leaves if is_float(leaf) and leaf.ndim > 0])
+        promotes = operator_table.is_elementwise(target)  # so that a 0-d value takes the others' dtype
+        return _widest([leaf for leaf in leaves if is_float(leaf) and (leaf.ndim > 0 or not promotes)])
 
     def _real_dtype(self, leaves: list[Any]) -> torch.dtype | None:
         """The dtype of the parts of an operation's complex operands and results; None where there are none."""
@@ -148,7 +149,7 @@ class Lowering(fx.Interpreter):
                 to, back = torch.float32, self.dtype
         if to is None:
             return args, kwargs, back
-        keep_scalars = to in HALF and row.dtype != "low"
+        keep_scalars = to in HALF and row.dtype != "low" and operator_table.is_elementwise(target)
 
         def enter(value: Any) -> Any:
             return value if not is_float(value) or (keep_scalars and value.ndim == 0) else self._cast(value, to)

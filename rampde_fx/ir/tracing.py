@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -66,16 +67,8 @@ def spell_sizes(graph: fx.Graph) -> None:
     ]
     if not read:
         return
-    known: dict[Any, fx.Node] = {}
     with graph.inserting_before(inputs[-1].next):
-        for node in inputs:
-            value = node.meta.get("val")
-            if (symbol := shapes.symbol_alone(value)) is not None:
-                known.setdefault(symbol, node)
-            for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                if (symbol := shapes.symbol_alone(size)) is not None and symbol not in known:
-                    known[symbol] = graph.call_function(aten.sym_size.int, (node, i))
-                    known[symbol].meta["val"] = size
+        known = _sizes_of_inputs(graph)
     for node in read:
         with graph.inserting_before(node):
             last = node.prev
@@ -84,6 +77,28 @@ def spell_sizes(graph: fx.Graph) -> None:
             last.meta["val"] = last.target(*fx.map_arg(last.args, lambda number: number.meta["val"]))
         if spelt is not None:
             node.replace_all_uses_with(spelt)
+
+
+def _sizes_of_inputs(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """The nodes of what the inputs' sizes depend on: of symbols, or of quotients and products of these."""
+    inputs = graph.find_nodes(op="placeholder")
+    known = {shapes.symbol_alone(node.meta.get("val")): node for node in reversed(inputs)}
+    known.pop(None, None)
+    for node in inputs:
+        value = node.meta.get("val")
+        for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if not isinstance(size, torch.SymInt):
+                continue
+            part, factor, constant = shapes.as_linear(size)
+            if part not in known:
+                known[part] = graph.call_function(aten.sym_size.int, (node, i))
+                known[part].meta["val"] = size
+                for function, number, neutral in ((operator.sub, constant, 0), (operator.floordiv, factor, 1)):
+                    if number != neutral:
+                        before = known[part]
+                        known[part] = graph.call_function(function, (before, number))
+                        known[part].meta["val"] = function(before.meta["val"], number)
+    return known
 
 
 def _writes(node: fx.Node) -> bool:

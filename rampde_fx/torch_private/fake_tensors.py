@@ -20,6 +20,7 @@ _torch = Names(
         "torch._C": "_DisableAutocast _is_any_autocast_enabled",
         "torch._C._functorch": "get_unwrapped is_functorch_wrapped_tensor",
         "torch._decomp": "get_decompositions",
+        "torch._dispatch.python": "enable_python_dispatcher",
         "torch._functorch.compile_utils": "fx_graph_cse",
         "torch._subclasses.fake_tensor": "FakeTensor unset_fake_temporarily",
         "torch._subclasses.functional_tensor": "FunctionalTensorMode dispatch_functionalize",
@@ -99,12 +100,20 @@ def graph_of(
         stack.enter_context(_torch._use_lazy_graph_module(True))
         for context in (*modes, *others, torch.autograd.set_detect_anomaly(False)):
             stack.enter_context(context)
+        stack.enter_context(_taking_symbols(args))
         return _torch.make_fx(function, decomposition_table=dict(decompositions))(*args)
+
+
+def _taking_symbols(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Where a size is symbolic, take torch's decompositions in Python: those in C++ ask for numbers."""
+    sizes = (size for value in args for size in (value.shape if isinstance(value, torch.Tensor) else (value,)))
+    symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+    return _torch.enable_python_dispatcher() if symbolic else contextlib.nullcontext()
 
 
 def propagate(graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
     """Write true metadata into every node of a module."""
-    with fake_mode(), torch.no_grad():
+    with fake_mode(), torch.no_grad(), _taking_symbols(args):
         _torch.FakeTensorProp(graph_module, fake_mode()).propagate_dont_convert_inputs(*args)
 
 

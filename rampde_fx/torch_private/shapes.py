@@ -12,6 +12,7 @@ from rampde_fx.torch_private.names import Names
 
 _torch = Names(
     {
+        "sympy": "Dummy",
         "torch._dynamo.exc": "TensorifyScalarRestartAnalysis",
         "torch._dynamo.symbolic_convert": "TensorifyState",
         "torch.fx.experimental.symbolic_shapes": "free_unbacked_symbols guard_or_false statically_known_true",
@@ -54,11 +55,17 @@ def number_of(size: int | torch.SymInt) -> int | torch.SymInt:
 
 def symbol_of(size: torch.SymInt) -> torch.SymInt:
     """The symbol s of a size a s + b with numbers a and b, computed from the size; any other size as it is."""
+    _, factor, constant = as_linear(size)
+    return (size - constant) // factor
+
+
+def as_linear(size: torch.SymInt) -> tuple[Any, int, int]:
+    """An expression x and the numbers a and b with which a size is a x + b: a symbol or a quotient, or the whole."""
     polynomial = size.node.expr.as_poly()
     if polynomial is None or len(polynomial.gens) != 1 or polynomial.degree() != 1:
-        return size
+        return size.node.expr, 1, 0
     factor, constant = map(int, polynomial.all_coeffs())
-    return (size - constant) // factor
+    return polynomial.gens[0], factor, constant
 
 
 def symbol_alone(size: Any) -> Any:
@@ -68,11 +75,19 @@ def symbol_alone(size: Any) -> Any:
 
 
 def spell(size: torch.SymInt, known: Mapping[Any, fx.Node]) -> fx.Node | None:
-    """Compute a size in a graph, where it stands now, from nodes that are its symbols; None if one is not known."""
-    expression = size.node.expr
-    if not expression.free_symbols or not expression.free_symbols <= known.keys():
+    """Compute a size in a graph, where it stands now, from nodes that are symbols, or other expressions, of it.
+
+    None if it follows from another symbol.
+    """
+    expression, proxies = size.node.expr, {}
+    for part, node in known.items():
+        symbol = part
+        if part is not None and not part.is_Symbol:
+            symbol = _torch.Dummy(integer=True, positive=True)
+            expression = expression.subs(part, symbol)
+        proxies[symbol] = fx.Proxy(node)
+    if not expression.free_symbols or not expression.free_symbols <= proxies.keys():
         return None
-    proxies = {symbol: fx.Proxy(node) for symbol, node in known.items()}
     return _torch.sympy_interp(_torch.PythonReferenceAnalysis, proxies, expression).node
 
 
