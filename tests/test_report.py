@@ -159,6 +159,16 @@ def test_graph_breaks_are_told_and_the_loop_behind_one_has_its_line():
         assert f"graph break: {reason} (torch.compile(" in unescape(text)
 
 
+def test_what_stands_behind_a_graph_break_is_in_the_users_function():
+    def solve(y, t):
+        torch._dynamo.graph_break()
+        return rampde_fx.odeint(lambda t, y: torch.tanh(y), y, t, method="euler")[-1]
+
+    report = rampde_fx.explain(rampde_fx.mixed_precision(solve), torch.ones(2, 5), torch.linspace(0, 1, 4))
+    (loop,) = report.loops
+    assert ", in solve: return rampde_fx.odeint(" in loop.where and len(report.graph_breaks) == 1
+
+
 def test_without_graph_breaks_none_are_told():
     report = rampde_fx.explain(rampde_fx.mixed_precision(Euler()), torch.ones(2, 5), torch.linspace(0, 1, 4))
     assert report.graph_breaks == () and "graph break" not in str(report)

@@ -143,6 +143,7 @@ def user_line(node: fx.Node) -> str:
     if not users:
         return ""
     file, line, function, code = users[-1]
+    function = re.sub(r"^torch_dynamo_resume_in_(\w+)_at_\d+$", r"\1", function)  # behind a graph break
     return f"{file}:{line}, in {function}" + (f": {code}" if code else "")  # a prompt has no code to show
 
 
