@@ -29,7 +29,7 @@ from torch import Tensor
 import rampde_fx
 from rampde_fx.__main__ import environment
 
-MIB = 2**20
+KIB = 2**10
 HELD_OUT = 4096
 NOISE = 0.05  # times are told apart that differ by more, relatively
 DISTURBED = 1.5  # times float32: no dtype takes as long that the processor multiplies in
@@ -39,7 +39,7 @@ COLUMNS = (
     ("velocity in", "the dtype in which the velocity is evaluated; solution and gradients stay in float32"),
     ("an iteration (ms)", "forward, backward and optimizer step: the median, both dtypes in turns"),
     ("compiling (s)", "the first iteration: capture, rewrite and compilation"),
-    ("kept for the backward (MiB)", "what the loop stores between forward and backward"),
+    ("kept for the backward (KiB)", "what the loop stores between forward and backward"),
     ("held-out loss (nats)", "mean negative log-density of points that were not trained on; lower is better"),
     ("gradient error", "worst relative error of a gradient in a check against float64, before training"),
 )
@@ -73,7 +73,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """As COLUMNS name them."""
-        numbers = (f"{1e3 * self.iteration:.0f}", f"{self.first:.0f}", f"{self.stored / MIB:.2f}")
+        numbers = (f"{1e3 * self.iteration:.0f}", f"{self.first:.0f}", f"{self.stored / KIB:.0f}")
         return [self.dtype, *numbers, f"{self.loss:.3f}", f"{self.error:.1e}"]
 
 
