@@ -674,3 +674,25 @@ def test_under_autocast_what_it_does_not_cast_is_refused():
             solve(y, torch.eye(5, dtype=torch.float64), t)
         with pytest.raises(errors.UnsupportedLoopError, match="of float32 and float64 tensors"):
             run(y, torch.eye(5, dtype=torch.float64), t)
+
+
+@torch.library.custom_op("rampde_fx_tests::doubled_into", mutates_args=("out",))
+def doubled_into(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x * 2)
+
+
+class CallsWhatWrites(Flow):
+    """torch's own text speaks of a rule for auto_functionalized_v2."""
+
+    def forward(self, y, t):
+        for t_i, dt in rampde_fx.steps(t):
+            out = torch.empty_like(y)
+            doubled_into(y.detach(), out)
+            y = y + dt * self.velocity(t_i, out)
+        return y
+
+
+def test_an_operator_that_writes_to_its_arguments():
+    message = r"it calls an operator that writes to its arguments(?s:.*)at: .*(?s:.*)fix: .*with mutates_args=\(\)"
+    with pytest.raises(errors.UnsupportedVelocityError, match=message):
+        compiled(CallsWhatWrites(), torch.float16)(Y.clone().requires_grad_(), T)
