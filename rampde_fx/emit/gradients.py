@@ -34,8 +34,14 @@ def usable(found: Found, fits: torch.Tensor | None) -> Found:
 
 def zeros_among(tensors: list[torch.Tensor]) -> torch.Tensor:
     """How many tensors have no entry but zeros, as a 0-d tensor; empty ones left out."""
-    zeros = [tensor == 0 for tensor in tensors]
-    return torch.stack([zero.all() & zero.any() for zero in zeros]).sum()  # a number of entries may be no one symbol
+    return torch.stack([_is_zero(tensor) for tensor in tensors]).sum()
+
+
+def _is_zero(tensor: torch.Tensor) -> torch.Tensor:
+    zero, entries = tensor == 0, tensor.numel()
+    if isinstance(entries, torch.SymInt):  # of several sizes, of which a trace of a loop knows no product
+        return zero.all() & zero.any()
+    return zero.all() & (entries > 0)
 
 
 def finite(tensors: list[torch.Tensor]) -> torch.Tensor:
