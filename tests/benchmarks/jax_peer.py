@@ -1,7 +1,8 @@
 """The flow of small_loops.py in JAX and diffrax: one contender, trained in turns. Runs in an environment of its own.
 
 PYTHON tests/benchmarks/jax_peer.py NAME WIDTH BATCH STEPS, where PYTHON has jax and diffrax. It prints the seconds of
-the first step, and then for each line that it reads, a number of seconds, the milliseconds of a step in that time.
+the first step, and then for each line that it reads, a number of seconds, the median milliseconds of a step in that
+time.
 """
 
 from __future__ import annotations
