@@ -4,7 +4,8 @@ python -m venv build/jax && build/jax/bin/pip install jax diffrax
 python -m tests.benchmarks.small_loops --jax build/jax/bin/python [--threads 1] [--sizes 16x128 64x128 128x256]
 
 Each contender is a process of its own, which compiles with empty caches; then all train in turns. A row has the median
-of the rounds, each a median of steps, and the median of the ratios to JAX's scan with remat, which recomputes each step as rampde_fx does.
+of the rounds, each a median of steps, and the median of the ratios to JAX's scan with remat, which recomputes each step
+as rampde_fx does.
 """
 
 from __future__ import annotations
